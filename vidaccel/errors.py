@@ -1,0 +1,27 @@
+"""What a user did wrong, as one line and one hint.
+
+Core modules raise `UserError`; the command line prints it without a traceback and exits with status 2. Anything else
+that escapes is a bug of ours and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: `message` says what was wrong, `hint` what to do about it."""
+
+    def __init__(self, message: str, hint: str):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The part of a hint that names what was probably meant: `did you mean "steps"? ` or the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"choose from: {', '.join(known)}"
