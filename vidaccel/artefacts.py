@@ -1,0 +1,263 @@
+"""What a run leaves on disk: whole or not at all, and able to say how it was made.
+
+Files and folders are written under a hidden temporary name in the folder they belong to (a rename is atomic only
+within one file system) and renamed when complete, so a run that is killed, interrupted or out of disk leaves what was
+there before. A finished folder ends with `run.json`: what made it, from what, and a SHA-256 of each file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vidaccel.errors import UserError
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on, so never part of what `files` vouches for
+
+_ELSEWHERE = "choose another place for it"
+_REASONS = {  # errno -> what was wrong, what to do
+    errno.ENOSPC: ("no space left on device", "free some space, or choose a place on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose a place on another disk"),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.EACCES: ("permission denied", _ELSEWHERE),
+    errno.EPERM: ("permission denied", _ELSEWHERE),
+    errno.ENOENT: ("its folder does not exist", _ELSEWHERE),
+    errno.ENOTDIR: ("a part of its path is a file, not a folder", _ELSEWHERE),
+    errno.EEXIST: ("a part of its path is a file, not a folder", _ELSEWHERE),
+    errno.EISDIR: ("a folder of that name exists", _ELSEWHERE),
+    errno.ENAMETOOLONG: ("its name is too long", "choose a shorter name"),
+}
+_ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors reports a full disk as its own exception, with this text
+
+
+def check_writable(target: str | os.PathLike) -> None:
+    """Raise the `UserError` that writing `target` would end in, as far as it can be told before any work is done."""
+    target = _absolute(target)
+    with _explained(target):
+        home = next(folder for folder in target.parents if folder.exists())
+        if not home.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(home))
+        probe = home / _temporary_name(target)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path (same folder, same suffix) for the caller to write; rename it to `target` if the block succeeds.
+
+    Missing parent folders are made. On any exception, Ctrl-C included, the temporary file and the folders made for
+    it are removed and `target` is as it was. Raises `UserError` when the place cannot be written or the disk is full.
+    """
+    target = _absolute(target)
+    with _explained(target), _parents_made(target):
+        temporary = target.parent / _temporary_name(target)
+        try:
+            yield temporary
+            _flush_to_disk(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of `target`, and of all that was in it, if the block succeeds.
+
+    Promises and errors are those of `atomic_path`, save that a kill between the two renames that replace an existing
+    folder leaves the old one under a hidden name beside it.
+    """
+    target = _absolute(target)
+    with _explained(target), _parents_made(target):
+        temporary = target.parent / _temporary_name(target)
+        replaced = target.parent / _temporary_name(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                _flush_to_disk(file)
+            if target.is_dir():
+                target.rename(replaced)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(target: str | os.PathLike, data: Any) -> None:
+    """Write `data` (paths in it become strings) as indented JSON, atomically."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=os.fspath)
+    with atomic_path(target) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_run(
+    folder: str | os.PathLike,
+    *,
+    format: str,
+    command: str,
+    config: Mapping[str, Any],
+    seed: int | None,
+    started: datetime,
+    parents: Mapping[str, str] | None = None,
+    **extra: Any,
+) -> None:
+    """Declare `folder` finished by writing its run.json, the last file of a run.
+
+    `format` is "<name>/<version>"; `config` the resolved configuration; `started` an aware time; `parents` maps a role
+    ("student", "features") to the SHA-256 of that folder's run.json; `extra` holds what only this format has.
+    Hidden files and resume state are not hashed. Raises `UserError` if the folder cannot be written.
+    """
+    folder = Path(folder)
+    record = {
+        "format": format,
+        **{package: metadata.version(package) for package in ("vidaccel", "torch", "diffusers")},
+        "command": command,
+        "config": dict(config),
+        "seed": seed,
+        "started": _iso(started),
+        "finished": _iso(datetime.now(UTC)),
+        "parents": dict(parents or {}),
+        "files": {name: sha256_file(folder / name) for name in _artefacts(folder)},
+    }
+    if clash := record.keys() & extra.keys():
+        raise ValueError(f"run.json has its own meaning for {sorted(clash)}")
+    write_json(folder / RUN_FILE, record | extra)
+
+
+def read_run(folder: str | os.PathLike, format: str) -> dict[str, Any]:
+    """The run.json of a finished folder of this `format`; raises `UserError` for anything else."""
+    folder = Path(folder)
+    name = format.partition("/")[0]
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", f"give the path of a finished {name} folder")
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished {name} folder: it has no {RUN_FILE}", "run its command again")
+    try:
+        run = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}", "run the command that makes it again") from error
+    if not isinstance(run, dict) or not isinstance(run.get("files"), dict) or "format" not in run:
+        raise UserError(f"{path} is damaged: it has no format or no files", "run the command that makes it again")
+    if run["format"] != format:
+        raise UserError(
+            f"{folder} is of format {run['format']}, where {format} is needed",
+            f"give the path of a {name} folder, or make it again with this version of vidaccel",
+        )
+    return run
+
+
+def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
+    """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be.
+
+    Reads every byte. Raises `UserError` naming the files that are missing or changed.
+    """
+    folder = Path(folder)
+    missing = [name for name in run["files"] if not (folder / name).is_file()]
+    changed = [
+        name for name, digest in run["files"].items() if name not in missing and sha256_file(folder / name) != digest
+    ]
+    faults = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names]
+    if faults:
+        raise UserError(
+            f"{folder} is not what its {RUN_FILE} describes: {'; '.join(faults)}",
+            "copy the folder again from where it was made, or run its command again",
+        )
+
+
+def _artefacts(folder: Path) -> list[str]:
+    """Sorted names, relative and with forward slashes, of the files a finished folder vouches for."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix()
+        for path in paths
+        if path.parts[0] not in (RUN_FILE, CHECKPOINTS) and not any(part.startswith(".") for part in path.parts)
+    )
+
+
+def _iso(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def _absolute(target: str | os.PathLike) -> Path:
+    """Without `..` and `.`, so that the last part is a name and `parents` reaches an existing folder."""
+    return Path(os.path.abspath(target))
+
+
+def _temporary_name(target: Path) -> str:
+    return f".{target.stem[:64]}.{secrets.token_hex(4)}{target.suffix}"
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Before the rename, so that a power cut cannot leave the new name on empty contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _parents_made(target: Path) -> Iterator[None]:
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: someone else uses it by now
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn the failures a user can mend into a `UserError` about `target`; let every other exception through."""
+    try:
+        yield
+    except Exception as error:
+        code = _errno(error)
+        # A file the block merely reads may be missing or forbidden too: that is not about writing the target.
+        if code not in _REASONS or not (code in _ABOUT_THE_DISK or _is_about(error, target)):
+            raise
+        reason, hint = _REASONS[code]
+        raise UserError(f"cannot write {target}: {reason}", hint) from error
+
+
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    match = _RUST_ERRNO.search(str(error))
+    return int(match[1]) if match else None
+
+
+def _is_about(error: Exception, target: Path) -> bool:
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str):
+        return False
+    path = _absolute(name)
+    return path.is_relative_to(target.parent) or target.is_relative_to(path)
