@@ -1,0 +1,239 @@
+"""Video files to arrays and back: decord reads, imageio-ffmpeg's ffmpeg (mp4) and pillow (gif, png) write.
+
+Frames are uint8 RGB, numpy [T, H, W, 3]. Writing is atomic, and the same frames give the same bytes: ffmpeg runs on
+one thread and leaves versions and dates out of the file. decord and imageio-ffmpeg are imported where they are used,
+so that training on encoded features and timing need neither.
+
+T frames, H height, W width, N frames of the source
+"""
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vidaccel.artefacts import atomic_folder, atomic_path, check_writable
+from vidaccel.errors import UserError
+
+if TYPE_CHECKING:
+    from decord import VideoReader
+
+GIF_MAX_FPS = 50  # a gif counts time in 1/100 s, and browsers play anything under 2 of those at a tenth of the speed
+_SEPARATOR = 2  # pixels between the frames of a contact sheet
+_LABEL_HEIGHT = 16  # pixels
+
+
+class BadClip(Exception):
+    """A video that cannot be used; the message is the reason, without the file's name."""
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raise the `UserError` that `write_video` to `path` would end in; to be called before the expensive work."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in ("", ".mp4", ".gif"):
+        raise UserError(
+            f"cannot write {path}: {suffix} is not a kind of video that can be written",
+            "end the name in .mp4 or .gif, or give it no suffix for a folder of PNGs",
+        )
+    if suffix and path.is_dir():
+        raise UserError(f"cannot write {path}: a folder of that name exists", "choose another name")
+    if not suffix and path.exists() and not _is_frame_folder(path):
+        raise UserError(
+            f"cannot write {path}: it exists and is not a folder of frames, which may be replaced",
+            "give the name of a new folder, or end it in .mp4 or .gif",
+        )
+    check_writable(path)
+
+
+def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> None:
+    """Write frames [T, H, W, 3] uint8 at `fps` frames/s as .mp4, .gif, or, without a suffix, a folder of 00000.png ...
+
+    A folder of frames that is there already is replaced. Raises `UserError` for what `check_output` names, a full disk,
+    an odd height or width in an mp4 and a frame rate a gif cannot hold.
+    """
+    _require_frames(frames)
+    check_output(path)
+    path = Path(path)
+    write = {".mp4": _write_mp4, ".gif": _write_gif, "": _write_pngs}[path.suffix.lower()]
+    write(frames, path, fps)
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], path: str | os.PathLike, frames: int = 8, labels: Sequence[str] | None = None
+) -> None:
+    """Write one PNG with a row for each video [T, H, W, 3] uint8: `frames` of its frames, evenly spaced, first to last.
+
+    A shorter video shows each frame it has. `labels`, one a video, stand above the rows. Raises `UserError` for another
+    suffix than .png and for a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"cannot write {path}: a contact sheet is a PNG", "end its name in .png")
+    if not videos or (labels is not None and len(labels) != len(videos)):
+        raise ValueError(f"a contact sheet needs videos and one label each, not {len(videos)} and {labels}")
+    rows = []
+    for video in videos:
+        _require_frames(video)
+        chosen = np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)
+        padded = np.pad(video[chosen], [(0, 0), (0, _SEPARATOR), (0, _SEPARATOR), (0, 0)], constant_values=255)
+        rows.append(np.concatenate(list(padded), axis=1))
+    label_height = _LABEL_HEIGHT if labels is not None else 0
+    height = sum(row.shape[0] + label_height for row in rows)
+    sheet = Image.new("RGB", (max(row.shape[1] for row in rows), height), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(), 0
+    for i, row in enumerate(rows):
+        if labels is not None:
+            draw.text((_SEPARATOR, top + _SEPARATOR), labels[i], fill="black", font=font)
+        sheet.paste(Image.fromarray(row), (0, top + label_height))
+        top += row.shape[0] + label_height
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def read_video(
+    path: str | os.PathLike, *, fps: float, num_frames: int, height: int, width: int, start: float = 0.0
+) -> np.ndarray:
+    """Decode `num_frames` frames at `fps` frames/s from `start` seconds on: [num_frames, height, width, 3] uint8.
+
+    Frame i is the source's frame nearest in time to start + i / fps. It is scaled, antialiased, until it just covers
+    height x width, and cropped at the centre. Raises `BadClip` with the reason.
+    """
+    reader, indices = _open(path, fps, num_frames, start)
+    needed, inverse = np.unique(indices, return_inverse=True)
+    with _decoding():
+        decoded = np.stack([_cover(reader[int(i)].asnumpy(), height, width) for i in needed])
+    return decoded[inverse]
+
+
+def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
+    """Raise the `BadClip` that `read_video` would, as far as decoding the first and the last needed frame tells."""
+    reader, indices = _open(path, fps, num_frames, start)
+    with _decoding():
+        for i in {int(indices[0]), int(indices[-1])}:
+            reader[i].asnumpy()
+
+
+def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) -> tuple["VideoReader", np.ndarray]:
+    """A reader of the file, and which of its frames are wanted: int [num_frames]."""
+    import decord
+
+    path = Path(path)
+    if not path.is_file():
+        raise BadClip("no such file")
+    if path.stat().st_size == 0:
+        raise BadClip("the file is empty")
+    decord.logging.set_level(decord.logging.QUIET)  # what libav would print is said by BadClip
+    with _decoding():
+        reader = decord.VideoReader(str(path), num_threads=1)
+        begin, end = reader.get_frame_timestamp(range(len(reader))).T  # [N] seconds each
+    wanted = start + np.arange(num_frames) / fps
+    begin, end = begin - begin[0], end - begin[0]
+    if wanted[-1] >= end[-1]:
+        raise BadClip(f"too short: {end[-1]:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s")
+    return reader, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn what decord raises into `BadClip`; its texts are C++ source lines, so the reason is told apart here."""
+    from decord import DECORDError
+    from decord._ffi.base import DECORDLimitReachedError
+
+    try:
+        yield
+    except (DECORDError, DECORDLimitReachedError, RuntimeError) as error:
+        if "cannot find video stream" in str(error):
+            raise BadClip("it has no video stream") from error
+        if "Error reading" in str(error):
+            raise BadClip("not a video, or cut off") from error
+        raise BadClip("its frames cannot be decoded: damaged or cut off") from error
+
+
+def _cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest centred part of frame [H, W, 3] with the shape height : width, scaled to it."""
+    source_height, source_width = frame.shape[:2]
+    crop_width = min(source_width, source_height * width / height)
+    crop_height = min(source_height, source_width * height / width)
+    left, right = (source_width - crop_width) / 2, (source_width + crop_width) / 2
+    top, bottom = (source_height - crop_height) / 2, (source_height + crop_height) / 2
+    image = Image.fromarray(frame).resize(
+        (width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
+    )  # pillow widens the filter when it shrinks, which is the antialiasing
+    return np.asarray(image)
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
+    """H.264, 4:2:0, as every player takes it; converted to and tagged as BT.709, since players guess when not told."""
+    import imageio_ffmpeg
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise UserError(
+            f"cannot write {path}: an mp4 needs an even height and width, not {height} x {width}",
+            "make the video a pixel larger or smaller, or write a .gif or a folder of PNGs",
+        )
+    # fmt: off
+    options = [
+        "-v", "error", "-y", "-threads", "1",
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", _rate(fps), "-i", "pipe:",
+        "-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int",
+        "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
+        "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-threads", "1",
+        "-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4",
+    ]
+    # fmt: on
+    with atomic_path(path) as temporary:
+        # On any exception `subprocess.run` kills ffmpeg before it lets the exception through.
+        done = subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), *options, str(temporary)],
+            input=np.ascontiguousarray(frames).reshape(-1).data,
+            capture_output=True,
+        )
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()
+            if os.strerror(errno.ENOSPC) in said:
+                raise OSError(errno.ENOSPC, said)
+            raise RuntimeError(f"ffmpeg failed with status {done.returncode} on {path}: {said}")
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Endless loop; each frame has its own palette of 256, and lasts a whole number of 1/100 s without drift."""
+    if fps > GIF_MAX_FPS:
+        raise UserError(
+            f"cannot write {path}: a gif plays at most {GIF_MAX_FPS} frames a second, not {fps:g}", "write an .mp4"
+        )
+    ends = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
+    images = [Image.fromarray(frame) for frame in frames]
+    with atomic_path(path) as temporary:
+        images[0].save(
+            temporary, save_all=True, append_images=images[1:], duration=(np.diff(ends) * 10).tolist(), loop=0
+        )
+
+
+def _write_pngs(frames: np.ndarray, path: Path, fps: float) -> None:
+    with atomic_folder(path) as temporary:
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame).save(temporary / f"{i:05d}.png")
+
+
+def _is_frame_folder(path: Path) -> bool:
+    return path.is_dir() and all(file.suffix == ".png" and file.stem.isdecimal() for file in path.iterdir())
+
+
+def _require_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3] and not empty, not {frames.dtype} {list(frames.shape)}")
+
+
+def _rate(fps: float) -> str:
+    """As ffmpeg's exact fraction: 23.976 is 24000/1001 and 8.0 is 8/1."""
+    fraction = Fraction(fps).limit_denominator(1001)
+    return f"{fraction.numerator}/{fraction.denominator}"
