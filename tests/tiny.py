@@ -1,0 +1,214 @@
+"""Random pipelines of every family, from the real diffusers and transformers classes, that make a video in about a second.
+
+`tiny_pipeline(name)` holds nothing that a download would bring: word-level tokenizers are made here from `VOCABULARY`.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLWan,
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+VOCABULARY = (*SPECIAL, *"a the red green blue circle square moving right left on black white and . ,".split())
+SIZE = {"num_frames": 5, "height": 32, "width": 32}
+"""The smallest interesting video: two latent frames."""
+HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
+"""HunyuanVideoPipeline's own template is cut after 95 Llama tokens, which a word-level tokenizer does not make of it."""
+
+
+def word_tokenizer(max_length: int = 77, chat_prefix: int = 0) -> PreTrainedTokenizerFast:
+    """Lower-cased words and punctuation between <s> and </s>, which keep the mask of an empty prompt from being empty: the
+    HunyuanVideo transformers average the text over it. The chat template, if asked for, puts `chat_prefix` tokens first.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(word, VOCABULARY.index(word)) for word in ("<s>", "</s>")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="right",
+    )
+    if chat_prefix:
+        fast.chat_template = f"{{{{ '<s>' * {chat_prefix} }}}}{{{{ messages[1]['content'] }}}}</s>"
+    return fast
+
+
+def hunyuan_video(guidance_embeds: bool = False) -> DiffusionPipeline:
+    width = 32
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(
+            LlamaConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=width,
+                intermediate_size=width,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        ),
+        tokenizer=word_tokenizer(),
+        text_encoder_2=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=width,
+                intermediate_size=width,
+                projection_dim=width,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        ),
+        tokenizer_2=word_tokenizer(),
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=1,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            guidance_embeds=guidance_embeds,
+            text_embed_dim=width,
+            pooled_projection_dim=width,
+            rope_axes_dim=(4, 4, 4),
+        ),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
+def hunyuan_video_15(use_meanflow: bool = False) -> DiffusionPipeline:
+    width, latent = 32, 4
+    return HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(
+            Qwen2_5_VLTextConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=width,
+                intermediate_size=width,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        ),
+        tokenizer=word_tokenizer(max_length=2048, chat_prefix=108),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=384, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, pad_token_id=0)
+        ),
+        tokenizer_2=ByT5Tokenizer(),
+        transformer=HunyuanVideo15Transformer3DModel(
+            in_channels=2 * latent + 1,
+            out_channels=latent,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=width,
+            text_embed_2_dim=width,
+            image_embed_dim=16,
+            rope_axes_dim=(4, 4, 4),
+            task_type="t2v",
+            use_meanflow=use_meanflow,
+        ),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=latent, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, scaling_factor=1.0
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+
+
+def wan() -> DiffusionPipeline:
+    width, latent = 32, 4
+    return WanPipeline(
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(VOCABULARY), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, pad_token_id=0
+            )
+        ),
+        tokenizer=word_tokenizer(max_length=512),
+        transformer=WanTransformer3DModel(
+            in_channels=latent,
+            out_channels=latent,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=width,
+            freq_dim=32,
+            ffn_dim=width,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=latent, num_res_blocks=1, latents_mean=[0.0] * latent, latents_std=[1.0] * latent
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+BUILDERS = {"hunyuan_video": hunyuan_video, "hunyuan_video_15": hunyuan_video_15, "wan": wan}
+
+
+def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:
+    """A random pipeline of a family in float32 on the CPU, the same for the same seed.
+
+    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (hunyuan_video_15). The caller's random
+    state is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = BUILDERS[family](**options)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

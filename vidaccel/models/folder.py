@@ -1,0 +1,211 @@
+"""Is a model folder whole, and is it ours to load? Answered before any weight is read.
+
+A pipeline folder is checked against its own model_index.json: every component's folder, config and weights are there, every
+safetensors file ends where its header says, nothing has to be unpickled, and what run.json lists has the listed hash. Each
+failure is a `UserError` that names the file.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
+
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.family import DiTFamily
+
+LIBRARIES = ("diffusers", "transformers")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+COPY_AGAIN = "copy or download the folder again"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a pipeline: its class and the folder it is loaded from."""
+
+    name: str
+    """Attribute of the pipeline."""
+    cls: type
+    """diffusers or transformers class."""
+    folder: Path
+    """Where its config and weights lie."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it has weights."""
+        return issubclass(self.cls, nn.Module)
+
+    @property
+    def config_name(self) -> str:
+        """The file that its class reads its config from."""
+        if issubclass(self.cls, diffusers.ConfigMixin):
+            return self.cls.config_name
+        return "config.json" if self.is_module else "tokenizer_config.json"
+
+    @property
+    def weights_name(self) -> str:
+        """The file that its class reads its weights from, when they are in one piece."""
+        return DIFFUSERS_WEIGHTS if issubclass(self.cls, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Its safetensors files."""
+        return sorted(self.folder.glob("*.safetensors")) if self.is_module else []
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A pipeline folder that passed the checks."""
+
+    path: Path
+    """The folder with model_index.json."""
+    family: DiTFamily
+    """The family of its pipeline class."""
+    pipeline: str
+    """Name of its diffusers pipeline class."""
+    components: dict[str, Component]
+    """The components it lists, without those listed as null."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` if the file is missing, unreadable or holds anything else."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing", COPY_AGAIN)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", COPY_AGAIN) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object", COPY_AGAIN)
+    return content
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; `UserError` unless the file is whole.
+
+    The layout is 8 bytes of little-endian header length, the header as JSON, then the data, of which no byte is read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise UserError(f"{path} is not a whole safetensors file", COPY_AGAIN)
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, AttributeError, TypeError, LookupError) as error:
+            raise UserError(f"{path} is not a safetensors file: its header makes no sense", COPY_AGAIN) from error
+    if 8 + length + end != size:
+        raise UserError(f"{path} has {size} bytes where its header says {8 + length + end}", COPY_AGAIN)
+    return header
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a model folder after checking the files it lists, {} if there is none (a plain diffusers folder)."""
+    if not (folder / "run.json").exists():
+        return {}
+    run = read_json(folder / "run.json")
+    if (kind := run.get("format")) != "model/1":
+        raise UserError(f"{folder / 'run.json'} describes {kind!r}, not a model", "pass a folder of format model/1")
+    for name, digest in run.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing", f"run.json lists it: {COPY_AGAIN}")
+        if sha256(path) != digest:
+            raise UserError(f"{path} is not the file that run.json lists: its sha256 differs", COPY_AGAIN)
+    return run
+
+
+def check_component(component: Component) -> None:
+    """`UserError` unless the component's config and, where it has any, its weights are there and whole."""
+    folder = component.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing", f"model_index.json lists it: {COPY_AGAIN}")
+    config = read_json(folder / component.config_name)
+    for path in folder.glob("*.json"):
+        read_json(path)
+    if component.is_module:
+        if (found := config.get("_class_name", component.cls.__name__)) != component.cls.__name__:
+            raise UserError(
+                f"{folder / component.config_name} belongs to a {found}, not a {component.cls.__name__}",
+                "the folder is a mixture of two models: copy or download it again",
+            )
+        _check_weights(component)
+
+
+def _check_weights(component: Component) -> None:
+    whole = component.folder / component.weights_name
+    index = component.folder / f"{component.weights_name}.index.json"
+    pickles = [path for path in sorted(component.folder.iterdir()) if path.suffix in PICKLES]
+    if pickles and not component.weight_files:
+        raise UserError(
+            f"{pickles[0]} is a pickle, which can run code when it is loaded",
+            "convert it to safetensors in a place you trust, with save_pretrained",
+        )
+    for name in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [whole.name]:
+        if not (component.folder / name).is_file():
+            raise UserError(f"{component.folder / name} is missing", COPY_AGAIN)
+    for path in component.weight_files:
+        safetensors_header(path)
+
+
+def read_pipeline_folder(path: Path) -> ModelFolder:
+    """What a diffusers pipeline folder holds, after every check that needs no weight to be read.
+
+    Raises:
+        UserError: something is missing, broken, foreign or a pickle; the message names the file.
+    """
+    index_file = path / "model_index.json"
+    index = read_json(index_file)
+    pipeline = str(index.get("_class_name"))
+    family = family_of_pipeline(pipeline)
+    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    parameters = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+    for name, parameter in list(parameters.items())[1:]:
+        if parameter.default is parameter.empty and name not in listed:
+            raise UserError(f"{index_file} lists no {name}", f"{pipeline} needs one: {COPY_AGAIN}")
+    components = {name: _component(path, name, *entry) for name, entry in listed.items()}
+    _check_denoisers(components, family, index_file)
+    for component in components.values():
+        check_component(component)
+    return ModelFolder(path, family, pipeline, components)
+
+
+def _component(folder: Path, name: str, library: str, class_name: str) -> Component:
+    """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own."""
+    cls = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    if cls is None:
+        raise UserError(
+            f"{folder / 'model_index.json'} wants {library}.{class_name} as its {name}, which is not installed",
+            f"only classes of {' and '.join(LIBRARIES)} are loaded; a newer version of them may have it",
+        )
+    return Component(name, cls, folder / name)
+
+
+def _check_denoisers(components: dict[str, Component], family: DiTFamily, index_file: Path) -> None:
+    """`UserError` unless the transformers are those of the family's record, neither fewer nor more."""
+    expected = {denoiser.attribute for denoiser in family.denoisers}
+    for name in sorted(expected):
+        if name not in components or components[name].cls.__name__ != family.transformer:
+            found = components[name].cls.__name__ if name in components else "none"
+            raise UserError(
+                f"{index_file} has {found} as its {name}", f"{family.title} needs a {family.transformer} there"
+            )
+    for name, component in components.items():
+        if component.cls.__name__ == family.transformer and name not in expected:
+            raise UserError(f"{index_file} has a second transformer, {name}", f"supported is {family.title}, with one")
