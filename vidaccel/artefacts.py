@@ -91,7 +91,7 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
                 target.rename(replaced)
             try:
                 temporary.rename(target)
-            except OSError:
+            except BaseException:
                 if replaced.exists():
                     replaced.rename(target)
                 raise

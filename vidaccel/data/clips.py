@@ -1,0 +1,140 @@
+"""A folder of raw clips: videos of any size and frame rate beside captions.jsonl, one {"file", "caption"} a line.
+
+Every clip is checked once, when the folder is opened; bad ones are named in a warning and left out, and too large a
+share of them is an error. Clips are decoded when asked for, so a folder of any length costs no memory.
+
+C channels (3, RGB), T frames, H height, W width
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vidaccel.artefacts import atomic_path, check_writable
+from vidaccel.data.video import BadClip, probe_video, read_video, write_video
+from vidaccel.errors import UserError
+from vidaccel.progress import Progress
+
+CAPTIONS_FILE = "captions.jsonl"
+_REASONS_SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+class ClipFolder:
+    """The usable clips of a folder, each cut to the same frames, rate and size.
+
+    `clips[i]` is (video float32 [C, T, H, W] in [-1, 1], caption), decoded from the start of the file at each call; it
+    raises `BadClip` if a clip that passed the check fails further in. `skipped` holds the reasons why lines of
+    captions.jsonl were left out. Raises `UserError` if the folder has no captions.jsonl, no usable clip, or a share of
+    bad lines above `max_bad_share`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        num_frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_bad_share: float = 0.1,
+    ):
+        self.folder = Path(folder)
+        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self.files: list[str] = []
+        self.captions: list[str] = []
+        self.skipped: list[str] = []
+        lines = self._lines()
+        with Progress("checking clips", total=len(lines)) as bar:
+            for number, line in lines:
+                self._admit(number, line)
+                bar.advance()
+        self._require_enough(len(lines), max_bad_share)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        path = self.folder / self.files[index]
+        try:
+            frames = read_video(
+                path, fps=self.fps, num_frames=self.num_frames, height=self.height, width=self.width
+            )  # [T, H, W, C] uint8
+        except BadClip as error:
+            raise BadClip(f"{path}: {error}") from error
+        video = torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous().float()
+        return video / 127.5 - 1, self.captions[index]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+    def _lines(self) -> list[tuple[int, bytes]]:
+        """Numbered from 1, without the blank ones."""
+        path = self.folder / CAPTIONS_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} is not a folder of clips: it has no {CAPTIONS_FILE}",
+                'write one line a video into it: {"file": "a.mp4", "caption": "..."}',
+            )
+        return [(i, line) for i, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()]
+
+    def _admit(self, number: int, line: bytes) -> None:
+        """Add the clip a line describes, or its fault to `skipped`."""
+        named = f"{self.folder / CAPTIONS_FILE}, line {number}"
+        try:
+            file, caption = _parse(line)
+            named += f" ({file})"
+            probe_video(self.folder / file, fps=self.fps, num_frames=self.num_frames)
+        except BadClip as error:
+            self.skipped.append(f"{named}: {error}")
+            logger.warning("skipped %s", self.skipped[-1])
+        else:
+            self.files.append(file)
+            self.captions.append(caption)
+
+    def _require_enough(self, total: int, max_bad_share: float) -> None:
+        if self.files and len(self.skipped) <= max_bad_share * total:
+            return
+        first = "; ".join(self.skipped[:_REASONS_SHOWN])
+        raise UserError(
+            f"{len(self.skipped)} of {total} clips in {self.folder} cannot be used{': ' if first else ''}{first}",
+            f"mend or remove them: at least one clip must be left, and at most {max_bad_share:.0%} may be bad",
+        )
+
+
+def write_clips(folder: str | os.PathLike, clips: Iterable[tuple[np.ndarray, str]], fps: float) -> None:
+    """Write (frames [T, H, W, C] uint8, caption) pairs as 00000.mp4 ... and captions.jsonl, which comes last.
+
+    Without its captions.jsonl the folder is unfinished, so an old one is removed first. Raises what `write_video` does.
+    """
+    folder = Path(folder)
+    check_writable(folder / CAPTIONS_FILE)
+    (folder / CAPTIONS_FILE).unlink(missing_ok=True)
+    lines = []
+    for i, (frames, caption) in enumerate(clips):
+        file = f"{i:05d}.mp4"
+        write_video(frames, folder / file, fps)
+        lines.append(json.dumps({"file": file, "caption": caption}, ensure_ascii=False) + "\n")
+    with atomic_path(folder / CAPTIONS_FILE) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _parse(line: bytes) -> tuple[str, str]:
+    """File and caption of one line of captions.jsonl; raises `BadClip`."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BadClip("the line is no JSON") from error
+    if not isinstance(record, dict):
+        raise BadClip("the line is no JSON object")
+    for key in ("file", "caption"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise BadClip(f'"{key}" is missing, empty or no text')
+    return record["file"], record["caption"].strip()
