@@ -1,4 +1,4 @@
-"""Random pipelines of every family, from the real diffusers and transformers classes, that make a video in about a second.
+"""Random pipelines of every family, from the real diffusers and transformers classes: a video in about a second.
 
 `tiny_pipeline(name)` holds nothing that a download would bring: word-level tokenizers are made here from `VOCABULARY`.
 """
@@ -36,16 +36,20 @@ from transformers import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
-VOCABULARY = (*SPECIAL, *"a the red green blue circle square moving right left on black white and . ,".split())
+COLOURS = ("red", "green", "blue", "black", "white")
+VOCABULARY = (*SPECIAL, *COLOURS, "a", "circle", "square", "moving", "right", "left", "on", "and", ".", ",")
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
 """The smallest interesting video: two latent frames."""
 HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
-"""HunyuanVideoPipeline's own template is cut after 95 Llama tokens, which a word-level tokenizer does not make of it."""
+"""HunyuanVideoPipeline cuts its own template after 95 tokens, which only Llama's tokenizer makes of it."""
 
 
 def word_tokenizer(max_length: int = 77, chat_prefix: int = 0) -> PreTrainedTokenizerFast:
-    """Lower-cased words and punctuation between <s> and </s>, which keep the mask of an empty prompt from being empty: the
-    HunyuanVideo transformers average the text over it. The chat template, if asked for, puts `chat_prefix` tokens first.
+    """Lower-cased words and punctuation between <s> and </s>.
+
+    Those two keep the attention mask of an empty prompt from being empty, which HunyuanVideo's transformers turn into
+    NaN (they average the text over it). The chat template, if asked for, puts `chat_prefix` tokens
+    before the user's text.
     """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -201,8 +205,8 @@ BUILDERS = {"hunyuan_video": hunyuan_video, "hunyuan_video_15": hunyuan_video_15
 def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:
     """A random pipeline of a family in float32 on the CPU, the same for the same seed.
 
-    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (hunyuan_video_15). The caller's random
-    state is left alone.
+    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (hunyuan_video_15). The caller's
+    random state is left alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

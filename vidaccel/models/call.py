@@ -1,7 +1,7 @@
 """From plain settings (steps, guidance, num_frames, ...) to the keyword arguments of a family's own pipeline.
 
-A setting that is not given is the model's own (run.json's "call"), else the family's. At guidance 1 every pipeline makes
-one pass a step, since both passes of two-pass guidance would then end in the prompt's own prediction.
+A setting that is not given is the model's own (run.json's "call"), else the family's. At guidance 1 every pipeline
+makes one pass a step, since both passes of two-pass guidance would then end in the prompt's own prediction.
 """
 
 import inspect
@@ -29,21 +29,21 @@ def call_arguments(
     height: int | None = None,
     width: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for `loaded.pipe(prompt, ...)`, one prompt a call; call `set_guidance` with the same settings too.
+    """Keyword arguments for `loaded.pipe(prompt, ...)`, one prompt a call; `set_guidance` goes with it.
 
     Args:
         loaded: the pipeline and its own settings.
         steps: denoising steps, at least 1.
         guidance: classifier-free guidance (CFG) scale, at least 1, which is none.
-        two_pass: True runs the transformer with and without the prompt at each step, False once with the scale embedded;
-            None takes two passes unless the transformer embeds its guidance.
+        two_pass: True runs the transformer with and without the prompt at each step, False once with the scale
+            embedded; None takes two passes unless the transformer embeds its guidance.
         num_frames: frames, 4k + 1 for the usual autoencoders.
         height: pixels.
         width: pixels.
 
     Raises:
-        UserError: a value out of range (the message names the nearest valid sizes), guidance that one pass cannot follow,
-            or a setting in the model's run.json that its pipeline does not take.
+        UserError: a value out of range (the message names the nearest valid sizes), guidance that one pass cannot
+            follow, or a setting in the model's run.json that its pipeline does not take.
     """
     pipe, rule = loaded.pipe, loaded.family.guidance
     steps = _given(steps, loaded, "steps")
@@ -65,7 +65,10 @@ def call_arguments(
 
 
 def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None) -> None:
-    """Set the scale where the pipeline holds it itself: in a guider. Does nothing for pipelines that take it as an argument."""
+    """Set the scale where the pipeline itself holds it, in a guider; nothing for those that take it as an argument.
+
+    Arguments and errors are those of `call_arguments`.
+    """
     if attribute := loaded.family.guidance.guider:
         guidance, two_pass = _guidance(loaded, guidance, two_pass)
         guider = getattr(loaded.pipe, attribute)
@@ -81,12 +84,12 @@ def _guidance(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | N
         if guidance is not None and guidance != 1:
             raise UserError(
                 f"guidance={guidance} needs two passes a step: this {loaded.family.title} has no guidance embedding",
-                "leave two_pass out, or set guidance=1",
+                "set two_pass=true, or guidance=1",
             )
         return 1.0, False
     guidance = _given(guidance, loaded, "guidance")
-    if guidance < 1:
-        raise UserError(f"guidance={guidance} is below 1", "1 is no guidance, 5 to 7 is usual")
+    if not 1 <= guidance < math.inf:
+        raise UserError(f"guidance={guidance} is not a number from 1 up", "1 is no guidance, 5 to 7 is usual")
     return float(guidance), two_pass
 
 

@@ -1,9 +1,9 @@
 """What differs between video DiT families, as data.
 
-Every family here is *embedders -> lists of transformer blocks -> output head* in diffusers. Loading, generating, caching and
-training are written once and read a `DiTFamily` record for the rest: names of classes, attributes and arguments. A record
-holds strings and numbers only, so that reading one costs no import of torch; `tests/models/test_records.py` checks each of
-them against the real classes.
+Every family here is *embedders -> lists of transformer blocks -> output head* in diffusers. Loading, generating,
+caching and training are written once and read a `DiTFamily` record for the rest: names of classes, attributes and
+arguments. A record holds strings and numbers only, so that reading one costs no import of torch;
+`tests/models/test_records.py` checks each of them against the real classes.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ class BlockList:
     name: str
     """Attribute of the transformer that holds the list (a ModuleList)."""
     arguments: tuple[str, ...]
-    """What the transformer passes to a block, in order and without keywords. `hidden_states` are the video tokens [B, N, D],
-    `encoder_hidden_states` the text tokens [B, L, D]. Blocks ignore what HunyuanVideo passes beyond these."""
+    """What the transformer passes to a block, in order and without keywords. `hidden_states` are the video tokens
+    [B, N, D], `encoder_hidden_states` the text tokens [B, L, D]. HunyuanVideo passes more behind these, which only its
+    token-replace (image-to-video) blocks use."""
     returns: tuple[str, ...]
     """What a block gives back, by the same names: one name is a bare tensor, several are a tuple in this order."""
 
@@ -34,7 +35,7 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline is told about classifier-free guidance (CFG): two passes a step, or one with the scale embedded."""
+    """How a pipeline is told about classifier-free guidance (CFG): two passes a step, or one that embeds the scale."""
 
     cfg_argument: str | None
     """Call argument that takes the scale of two-pass CFG; None where a guider component holds it."""
@@ -92,8 +93,8 @@ class DiTFamily:
     block_lists: tuple[BlockList, ...]
     """The trunk, in the order in which the transformer runs it."""
     timestep_embedder: str
-    """Dotted path in the transformer of the module whose output [B, D] stands for t alone: embeddings of r and g are added
-    to it."""
+    """Dotted path in the transformer of the module whose output [B, D] stands for t alone: embeddings of r and g are
+    added to it."""
     text_tensors: tuple[TextTensor, ...]
     """What `encode_prompt` returns for the prompt, in its order (Wan returns the negative prompt's behind it)."""
     guidance: Guidance

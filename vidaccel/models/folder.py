@@ -1,11 +1,10 @@
 """Is a model folder whole, and is it ours to load? Answered before any weight is read.
 
-A pipeline folder is checked against its own model_index.json: every component's folder, config and weights are there, every
-safetensors file ends where its header says, nothing has to be unpickled, and what run.json lists has the listed hash. Each
-failure is a `UserError` that names the file.
+A pipeline folder is checked against its own model_index.json: every component's folder, config and weights are there,
+every safetensors file ends where its header says, and nothing has to be unpickled. Each failure is a `UserError` that
+names the file.
 """
 
-import hashlib
 import importlib
 import inspect
 import json
@@ -89,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; `UserError` unless the file is whole.
+    """The tensors of a safetensors file: name -> {"dtype", "shape", "data_offsets"}; `UserError` unless it is whole.
 
     The layout is 8 bytes of little-endian header length, the header as JSON, then the data, of which no byte is read.
     """
@@ -101,34 +100,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, AttributeError, TypeError, LookupError) as error:
             raise UserError(f"{path} is not a safetensors file: its header makes no sense", COPY_AGAIN) from error
-    if 8 + length + end != size:
-        raise UserError(f"{path} has {size} bytes where its header says {8 + length + end}", COPY_AGAIN)
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes where its header says {expected}", COPY_AGAIN)
     return header
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a model folder after checking the files it lists, {} if there is none (a plain diffusers folder)."""
-    if not (folder / "run.json").exists():
-        return {}
-    run = read_json(folder / "run.json")
-    if (kind := run.get("format")) != "model/1":
-        raise UserError(f"{folder / 'run.json'} describes {kind!r}, not a model", "pass a folder of format model/1")
-    for name, digest in run.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing", f"run.json lists it: {COPY_AGAIN}")
-        if sha256(path) != digest:
-            raise UserError(f"{path} is not the file that run.json lists: its sha256 differs", COPY_AGAIN)
-    return run
 
 
 def check_component(component: Component) -> None:
@@ -157,11 +134,19 @@ def _check_weights(component: Component) -> None:
             f"{pickles[0]} is a pickle, which can run code when it is loaded",
             "convert it to safetensors in a place you trust, with save_pretrained",
         )
-    for name in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [whole.name]:
+    for name in _shards(index) if index.exists() else [whole.name]:
         if not (component.folder / name).is_file():
             raise UserError(f"{component.folder / name} is missing", COPY_AGAIN)
     for path in component.weight_files:
         safetensors_header(path)
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that the index of a sharded checkpoint spreads its weights over."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map", COPY_AGAIN)
+    return sorted(set(map(str, weight_map.values())))
 
 
 def read_pipeline_folder(path: Path) -> ModelFolder:
@@ -171,27 +156,36 @@ def read_pipeline_folder(path: Path) -> ModelFolder:
         UserError: something is missing, broken, foreign or a pickle; the message names the file.
     """
     index_file = path / "model_index.json"
+    if not index_file.exists():
+        raise UserError(
+            f"{index_file} is missing", "a model is a diffusers pipeline folder, as save_pretrained writes it"
+        )
     index = read_json(index_file)
     pipeline = str(index.get("_class_name"))
     family = family_of_pipeline(pipeline)
-    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    listed = {
+        name: entry
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry != [None, None]
+    }
     parameters = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
     for name, parameter in list(parameters.items())[1:]:
         if parameter.default is parameter.empty and name not in listed:
             raise UserError(f"{index_file} lists no {name}", f"{pipeline} needs one: {COPY_AGAIN}")
-    components = {name: _component(path, name, *entry) for name, entry in listed.items()}
+    components = {name: _component(path, name, entry) for name, entry in listed.items()}
     _check_denoisers(components, family, index_file)
     for component in components.values():
         check_component(component)
     return ModelFolder(path, family, pipeline, components)
 
 
-def _component(folder: Path, name: str, library: str, class_name: str) -> Component:
+def _component(folder: Path, name: str, entry: list) -> Component:
     """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own."""
-    cls = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    library, class_name = entry if len(entry) == 2 else (None, None)
+    cls = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
     if cls is None:
         raise UserError(
-            f"{folder / 'model_index.json'} wants {library}.{class_name} as its {name}, which is not installed",
+            f"{folder / 'model_index.json'} wants {entry} as its {name}, which is not to be had",
             f"only classes of {' and '.join(LIBRARIES)} are loaded; a newer version of them may have it",
         )
     return Component(name, cls, folder / name)

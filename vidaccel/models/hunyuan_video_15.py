@@ -1,7 +1,7 @@
 """HunyuanVideo-1.5, text to video: double-stream blocks only, CFG by a guider component.
 
-diffusers' `TransformerBlockRegistry` does not know its blocks (0.42), and its pipeline never passes `timestep_r`, which a
-transformer built with `use_meanflow` takes. Defaults are those of the 480p model.
+diffusers' `TransformerBlockRegistry` does not know its blocks (0.42), and its pipeline never passes `timestep_r`, which
+a transformer built with `use_meanflow` takes. Defaults are those of the 480p model.
 """
 
 from vidaccel.models.family import BlockList, Denoiser, DiTFamily, Guidance, SamplingDefaults, TextTensor

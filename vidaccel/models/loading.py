@@ -1,7 +1,8 @@
 """Any supported model, local folder, hub id or shipped name, as a diffusers pipeline ready to call.
 
-Modules are loaded one by one through their own class with `output_loading_info`, because a pipeline's `from_pretrained`
-fills weights that a file lacks with random numbers and only warns; the pipeline class then takes them and loads the rest.
+Modules are loaded one by one through their own class with `output_loading_info`, because a pipeline's
+`from_pretrained` fills weights that a file lacks with random numbers and only warns; the pipeline class then takes the
+modules and loads the rest.
 """
 
 from dataclasses import dataclass, replace
@@ -12,16 +13,16 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.errors import UserError, nearest
+from vidaccel.models.catalog import family_of_pipeline
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import (
     Component,
     ModelFolder,
     check_component,
     read_pipeline_folder,
-    read_run,
     safetensors_header,
-    sha256,
 )
 
 SHIPPED = Path(__file__).parents[1] / "sprites" / "weights"
@@ -70,12 +71,7 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: str = "auto"
     if folder is None:
         contents, call, hashes = read_pipeline_folder(_download(str(model))), {}, {}
     else:
-        contents, call = _read_local(folder)
-        hashes = {
-            f"{component.name}/{file.name}": sha256(file)
-            for component in contents.components.values()
-            for file in component.weight_files
-        }
+        contents, call, hashes = _read_local(folder)
     modules = {
         component.name: _load_module(component, _dtype(component, dtype, target))
         for component in contents.components.values()
@@ -104,7 +100,7 @@ def _dtype(component: Component, name: str, device: torch.device) -> torch.dtype
         for entry in safetensors_header(file).values():
             start, end = entry["data_offsets"]
             stored[entry["dtype"]] = stored.get(entry["dtype"], 0) + end - start
-    most = max(stored, key=stored.__getitem__)
+    most = max(stored, key=stored.__getitem__, default="F32")
     if most not in STORED_DTYPES:
         raise UserError(f"{component.folder} is stored as {most}", f"name a dtype to load it in: {', '.join(DTYPES)}")
     return STORED_DTYPES[most]
@@ -125,8 +121,10 @@ def _local_folder(model: str | Path) -> Path | None:
 
 
 def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub model, safetensors only; the pipeline class is checked by whoever reads it."""
+    """The local snapshot of a hub model, safetensors only, after a look at its pipeline class."""
     try:
+        index = DiffusionPipeline.load_config(hub_id)
+        family_of_pipeline(str(index.get("_class_name")))
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -135,29 +133,54 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_local(folder: Path) -> tuple[ModelFolder, dict[str, Any]]:
-    """The checked contents of a local model folder and its own call settings.
+def _read_local(folder: Path) -> tuple[ModelFolder, dict[str, Any], dict[str, str]]:
+    """The checked contents of a local model folder, its own call settings and the hashes of its weights.
 
     A transformer folder is read as the pipeline named in its run.json with that one component replaced.
     """
-    run = read_run(folder)
+    if (folder / "config.json").exists():
+        contents, runs = _read_transformer(folder)
+    else:
+        contents, runs = read_pipeline_folder(folder), {folder: _run(folder)}
+    for root, run in runs.items():
+        verify_files(root, run)
+    vouched = {root / name: digest for root, run in runs.items() for name, digest in run["files"].items()}
+    hashes = {
+        f"{component.name}/{file.name}": vouched.get(file) or sha256_file(file)
+        for component in contents.components.values()
+        for file in component.weight_files
+    }
+    call = {name: value for run in runs.values() for name, value in run.get("call", {}).items()}
+    return contents, call, hashes
+
+
+def _read_transformer(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
+    """The pipeline that a transformer folder belongs to, with this transformer, and the run.json of both."""
+    run = _run(folder)
+    if "pipeline" not in run:
+        raise UserError(
+            f"{folder} holds a single model and does not say which pipeline it belongs to",
+            f'pass the pipeline folder above it, or name one in {folder / RUN_FILE}: "pipeline": "<folder or hub id>"',
+        )
+    beside = folder / run["pipeline"]
+    base = beside if beside.is_dir() else _local_folder(run["pipeline"])
+    contents = read_pipeline_folder(base or _download(run["pipeline"]))
+    transformer = replace(contents.components[contents.family.denoisers[0].attribute], folder=folder)
+    check_component(transformer)
+    contents = replace(contents, components=contents.components | {transformer.name: transformer})
+    return contents, ({base: _run(base)} if base else {}) | {folder: run}
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """run.json of a model folder; an empty one for a plain diffusers folder."""
     for extra in ("conditioning", "lora"):
         if (folder / extra).exists():
-            raise UserError(f"{folder / extra} needs a newer vidaccel", "a model without it can be loaded")
-    if "pipeline" not in run:
-        return read_pipeline_folder(folder), run.get("call", {})
-    base = run["pipeline"] if _local_folder(folder / run["pipeline"]) is None else folder / run["pipeline"]
-    base_folder = _local_folder(base)
-    base_call = read_run(base_folder).get("call", {}) if base_folder else {}
-    contents = read_pipeline_folder(base_folder or _download(str(base)))
-    replaced = replace(contents.components[contents.family.denoisers[0].attribute], folder=folder)
-    check_component(replaced)
-    components = {**contents.components, replaced.name: replaced}
-    return replace(contents, components=components), {**base_call, **run.get("call", {})}
+            raise UserError(f"{folder / extra} needs a newer vidaccel", "choose a model that has none")
+    return read_run(folder, "model/1") if (folder / RUN_FILE).exists() else {"files": {}}
 
 
 def _load_module(component: Component, dtype: torch.dtype) -> torch.nn.Module:
-    """The module with every weight from its files; `UserError` if a weight is missing, left over or of another shape."""
+    """The module with every weight from its files; `UserError` if one is missing, left over or of another shape."""
     try:
         module, info = component.cls.from_pretrained(
             component.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -170,7 +193,7 @@ def _load_module(component: Component, dtype: torch.dtype) -> torch.nn.Module:
     for problem in ("missing", "unexpected", "mismatched"):
         if keys := sorted(map(str, info[f"{problem}_keys"])):
             raise UserError(
-                f"{component.folder} has {len(keys)} {problem} weights for a {component.cls.__name__}, one is {keys[0]}",
+                f"{component.folder} has {len(keys)} {problem} weights as a {component.cls.__name__}, such as {keys[0]}",
                 "its weights and its config.json have to be of the same model",
             )
     return module
