@@ -45,7 +45,7 @@ def check_writable(target: str | os.PathLike) -> None:
     """Raise the `UserError` that writing `target` would end in, as far as it can be told before any work is done."""
     target = _absolute(target)
     with _explained(target):
-        home = next(folder for folder in target.parents if folder.exists())
+        home = next(folder for folder in (target.parent, *target.parents) if folder.exists())  # `/` has no parents
         if not home.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(home))
         probe = home / _temporary_name(target)

