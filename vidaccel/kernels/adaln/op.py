@@ -1,0 +1,74 @@
+"""adaLN as one op: layer norm without affine part, times 1 + scale, plus shift, statistics in float32.
+
+Gradients with respect to all three tensors; forward-mode derivative with respect to all three; no second derivative.
+"""
+
+import torch
+from torch import Tensor
+
+from vidaccel.kernels import select, tangents
+from vidaccel.kernels.adaln import reference
+from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto") -> Tensor:
+    """x [B, N, D] float, scale and shift [B, D] -> [B, N, D] in x's type.
+
+    Rows may lie anywhere in memory; an x whose last dimension is strided is copied first, as torch's layer norm does.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"adaln: x must be [B, N, D], got shape {tuple(x.shape)}")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        check_shape("adaln", name, vector, (x.shape[0], x.shape[2]))
+    if select.choose(kernels, x.device) == "reference":
+        return reference.adaln(x, scale, shift, eps)
+    check_dtype("adaln", x, scale, shift)
+    primals, duals = tangents.split(x, scale, shift)
+    if duals is not None:
+        return tangents.join(*_tangent(list(primals), list(duals), eps))
+    return _forward(x, scale, shift, eps)[0]
+
+
+@torch.library.custom_op("vidaccel::adaln", mutates_args=())
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from vidaccel.kernels.adaln import fused
+
+    return fused.forward(*map(dense_rows, (x, scale, shift)), eps)
+
+
+@_forward.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+@torch.library.custom_op("vidaccel::adaln_tangent", mutates_args=())
+def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    from vidaccel.kernels.adaln import fused
+
+    return fused.tangent(tuple(map(dense_rows, primals)), tuple(map(dense_rows, duals)), eps)
+
+
+@torch.library.custom_op("vidaccel::adaln_backward", mutates_args=())
+def _backward(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from vidaccel.kernels.adaln import fused
+
+    return fused.backward(dense_rows(g), dense_rows(x), dense_rows(scale), mean, rstd)
+
+
+@_backward.register_fake
+def _(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, scale, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, scale, mean, rstd)
+
+
+def _gradients(ctx, g: Tensor, _mean, _rstd):
+    return *_backward(g, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,25 @@
+"""What every fused op asks of its tensors, in one wording."""
+
+import torch
+from torch import Tensor
+
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(op: str, *tensors: Tensor) -> None:
+    """Raises unless every tensor has a type that the fused kernels compute in."""
+    for tensor in tensors:
+        if tensor.dtype not in FUSED_DTYPES:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
+            raise ValueError(f"{op}: the fused kernel takes {supported}, not {tensor.dtype}; use kernels=reference")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless `tensor` has exactly this shape: the kernels do not broadcast."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or a copy if its last dimension is strided: the kernels read rows with wide loads."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

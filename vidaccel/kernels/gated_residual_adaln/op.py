@@ -1,0 +1,84 @@
+"""x + gate y and the adaLN that follows it, as one op that returns both: one pass over memory instead of six.
+
+Gradients and forward-mode derivatives with respect to all five tensors; no second derivative.
+"""
+
+import torch
+from torch import Tensor
+
+from vidaccel.kernels import select, tangents
+from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+from vidaccel.kernels.gated_residual_adaln import reference
+
+
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x, y [B, N, D], gate, scale, shift [B, D] -> (h, z) [B, N, D] in x's type: h = x + gate y, z = adaLN(h).
+
+    Rows may lie anywhere in memory; a tensor whose last dimension is strided is copied first.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"gated_residual_adaln: x must be [B, N, D], got shape {tuple(x.shape)}")
+    check_shape("gated_residual_adaln", "y", y, x.shape)
+    for name, vector in (("gate", gate), ("scale", scale), ("shift", shift)):
+        check_shape("gated_residual_adaln", name, vector, (x.shape[0], x.shape[2]))
+    if select.choose(kernels, x.device) == "reference":
+        return reference.gated_residual_adaln(x, y, gate, scale, shift, eps)
+    check_dtype("gated_residual_adaln", x, y, gate, scale, shift)
+    primals, duals = tangents.split(x, y, gate, scale, shift)
+    if duals is not None:
+        h, z, dh, dz = _tangent(list(primals), list(duals), eps)
+        return tangents.join(h, dh), tangents.join(z, dz)
+    return _forward(x, y, gate, scale, shift, eps)[:2]
+
+
+@torch.library.custom_op("vidaccel::gated_residual_adaln", mutates_args=())
+def _forward(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vidaccel.kernels.gated_residual_adaln import fused
+
+    return fused.forward(*map(dense_rows, (x, y, gate, scale, shift)), eps)
+
+
+@_forward.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float):
+    statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+@torch.library.custom_op("vidaccel::gated_residual_adaln_tangent", mutates_args=())
+def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vidaccel.kernels.gated_residual_adaln import fused
+
+    return fused.tangent(tuple(map(dense_rows, primals)), tuple(map(dense_rows, duals)), eps)
+
+
+@torch.library.custom_op("vidaccel::gated_residual_adaln_backward", mutates_args=())
+def _backward(
+    gh: Tensor, gz: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from vidaccel.kernels.gated_residual_adaln import fused
+
+    return fused.backward(*map(dense_rows, (gh, gz, h, y, gate, scale)), mean, rstd)
+
+
+@_backward.register_fake
+def _(gh: Tensor, gz: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor):
+    return h.new_empty(h.shape), h.new_empty(h.shape), *(gate.new_empty(gate.shape) for _ in range(3))
+
+
+def _save(ctx, inputs, output) -> None:
+    _, y, gate, scale, _, _ = inputs
+    h, _, mean, rstd = output
+    ctx.save_for_backward(h, y, gate, scale, mean, rstd)
+
+
+def _gradients(ctx, gh: Tensor | None, gz: Tensor | None, _mean, _rstd):
+    h, *rest = ctx.saved_tensors
+    gh, gz = (torch.zeros_like(h) if gradient is None else gradient for gradient in (gh, gz))
+    return *_backward(gh, gz, h, *rest), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

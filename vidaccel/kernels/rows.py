@@ -1,0 +1,37 @@
+"""Triton pieces that several ops share: normalisation of a row held in registers, and its Jacobian.
+
+The Jacobian of a normalisation is symmetric, so one function serves the forward derivative (applied to the tangent of
+the input) and the backward pass (applied to the gradient of the output):
+
+    layer norm  y = (x - mean x) r:   J v = r (v - mean(v) - y mean(y v)),   r = 1 / sqrt(var x + eps)
+    RMS norm    y = x r:              J v = r (v - y mean(y v)),             r = 1 / sqrt(mean x^2 + eps)
+
+Statistics are float32 and taken in two passes over registers (mean first, then the centred variance), so that a large
+mean costs no digits. A row is padded to a power of two; `valid` marks the D real entries.
+"""
+
+import triton
+import triton.language as tl
+
+
+def autotuned(configs: list[triton.Config], key: list[str]):
+    """`triton.autotune` with results cached on disk; in the interpreter, which cannot time, the first config alone."""
+    interpreted = triton.knobs.runtime.interpret
+    return triton.autotune(configs[:1] if interpreted else configs, key=key, cache_results=not interpreted)
+
+
+@triton.jit
+def layer_norm(x, valid, D, eps):
+    """x [BLOCK] float32 -> (x - mean) * rstd, zero where padded; mean; rstd."""
+    mean = tl.sum(tl.where(valid, x, 0.0), axis=0) / D
+    centred = tl.where(valid, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def layer_norm_jacobian(v, normed, rstd, valid, D):
+    """J v for one row; v [BLOCK] must be zero where padded."""
+    mean = tl.sum(v, axis=0) / D
+    projection = tl.sum(v * normed, axis=0) / D
+    return tl.where(valid, rstd * (v - mean - normed * projection), 0.0)
