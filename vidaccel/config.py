@@ -1,0 +1,244 @@
+"""Every setting a user meets: dataclasses that validate themselves once, filled by Hydra from `conf/`.
+
+`load` composes conf/<command>/<name>.yaml (or the YAML at a path) with `key=value` overrides and returns the dataclass.
+A key that does not exist names its nearest neighbour; a value of the wrong type or out of range says what it may be.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from vidaccel.errors import UserError, nearest
+
+Schema = TypeVar("Schema")
+
+
+def _require(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={value!r} is not possible", f"{key} {rule}")
+
+
+@dataclass
+class TrainConfig:
+    """What every training run has (train/loop.py)."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    batch_size: int = 8
+    """Samples in one forward pass."""
+    accumulate: int = 1
+    """Forward passes whose gradients are averaged into one optimiser step."""
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    """Steps over which the rate rises linearly from zero."""
+    schedule: str = "cosine"
+    """`cosine` (down to zero at the last step) or `constant`."""
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    ema_decay: float = 0.999
+    """Decay per step of the averaged weights, which are the ones that get saved as the result."""
+    precision: str = "float32"
+    """`float32` or `bfloat16` (autocast; weights stay float32)."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        _require(self.warmup >= 0, "warmup", self.warmup, "must be at least 0")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
+        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
+        _require(self.schedule in ("cosine", "constant"), "schedule", self.schedule, "is cosine or constant")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"is one of {', '.join(PRECISIONS)}")
+
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass
+class GenerateConfig:
+    """`vidaccel generate`. A key left null takes the model's own default."""
+
+    model: str = "sprites/teacher"
+    """A shipped model (sprites/teacher), a local diffusers pipeline folder, or a hub id."""
+    steps: int | None = None
+    """Sampler steps."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g."""
+    two_pass: bool | None = None
+    """true: two forward passes a step; false: one, with g embedded; null: two unless the model embeds g."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels."""
+    seed: int = 0
+    """Seed of the first prompt's noise; prompt i of a file gets seed + i."""
+    dtype: str = "auto"
+    """`auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model.strip()), "model", self.model, "must name a model")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+
+
+@dataclass
+class TextTraining:
+    """The two text encoders of the sprites model, trained to know a caption's meaning."""
+
+    width: int = 64
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class AutoencoderTraining:
+    """The sprites model's video autoencoder."""
+
+    latent_channels: int = 16
+    block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
+    """Widths at 64, 32, 16 and 8 pixels; multiples of 8 (the group norms' group count)."""
+    layers_per_block: int = 1
+    num_frames: list[int] = field(default_factory=lambda: [5, 5, 5, 17])
+    """Clip lengths taken in turn, each 4k + 1; the batch shrinks in proportion so that steps cost alike."""
+    kl_weight: float = 1e-4
+    """Weight of the Kullback-Leibler term, per latent element."""
+    gradient_weight: float = 1.0
+    """Weight of the L1 distance between spatial differences, which keeps edges sharp."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for n in self.num_frames:
+            _require(n >= 1 and n % 4 == 1, "num_frames", n, "must be 4k + 1, such as 5, 9 or 17")
+
+
+@dataclass
+class TeacherTraining:
+    """The sprites model's diffusion transformer, by flow matching."""
+
+    heads: int = 4
+    head_dim: int = 32
+    double_blocks: int = 8
+    single_blocks: int = 16
+    train_shift: float = 3.0
+    """Shift of the logit-normal distribution of t (method.md, section 0)."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty caption, for classifier-free guidance."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "must be in [0, 1)")
+
+
+@dataclass
+class SpritesConfig:
+    """`python -m vidaccel.sprites`: the shipped world made from nothing."""
+
+    seed: int = 0
+    device: str = "auto"
+    data: str | None = None
+    """A folder of videos with captions.jsonl to train on; null renders scenes on the fly."""
+    clips: int = 10000
+    """Clips that are encoded once and then trained on (all of the folder's, if `data` is set)."""
+    text: TextTraining = field(default_factory=TextTraining)
+    autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
+    teacher: TeacherTraining = field(default_factory=TeacherTraining)
+    score_prompts: int = 256
+    """Held-out prompts that the teacher is scored on."""
+    steps: int = 50
+    guidance: float = 4.0
+    sample_shift: float = 3.0
+    """Shift of the sampler's step grid."""
+
+    def __post_init__(self) -> None:
+        for key in ("clips", "score_prompts", "steps"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+
+
+def conf_root() -> Path:
+    """The folder of shipped YAMLs: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def load(command: str, schema: type[Schema], conf: str, overrides: Sequence[str] = ()) -> Schema:
+    """The settings of `command`: conf/<command>/<conf>.yaml, or the YAML file `conf`, then the overrides.
+
+    Raises:
+        UserError: no such file, no such key, or a value the schema refuses.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = _find(command, conf)
+    for word in overrides:
+        _check_override(word, schema)
+    try:
+        with initialize_config_dir(str(path.parent), version_base=None):
+            chosen = compose(path.stem, [f"++{word.lstrip('+')}" for word in overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
+    _check_keys(OmegaConf.to_container(chosen), schema, path.name)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), chosen))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or path.name
+        raise UserError(f"{key}: {str(error).splitlines()[0]}", "see `--print-conf` for values that fit") from error
+
+
+def to_yaml(config: Any) -> str:
+    """The settings as YAML text that `--conf` would accept."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain dictionaries, lists and scalars, for run.json."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def _find(command: str, conf: str) -> Path:
+    if conf.endswith((".yaml", ".yml")):
+        path = Path(conf).resolve()
+        if not path.is_file():
+            raise UserError(f"no configuration file {conf}", "give the path of a YAML file, or the name of a shipped one")
+        return path
+    folder = conf_root() / command
+    path = folder / f"{conf}.yaml"
+    if not path.is_file():
+        names = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+        raise UserError(f'no configuration "{conf}" for {command}', nearest(conf, names))
+    return path
+
+
+def _check_override(word: str, schema: type) -> None:
+    key, equals, _ = word.partition("=")
+    if not equals:
+        raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
+    here = schema
+    for part in key.lstrip("+").split("."):
+        hints = get_type_hints(here) if is_dataclass(here) else {}
+        if part not in hints:
+            known = list(hints) or [f.name for f in fields(schema)]
+            raise UserError(f'there is no setting "{key}"', nearest(part, known))
+        here = hints[part]
+
+
+def _check_keys(chosen: dict, schema: type, where: str) -> None:
+    hints = get_type_hints(schema)
+    for key, value in chosen.items():
+        if key not in hints:
+            raise UserError(f'{where}: there is no setting "{key}"', nearest(str(key), hints))
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            _check_keys(value, hints[key], where)

@@ -1,0 +1,38 @@
+"""A progress bar on stderr with rate and time left; silent where stderr is no terminal."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """`with Progress("sampling", total=50) as bar: bar.advance(loss=0.1)`; keyword values are shown beside the bar."""
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+        )
+        console = Console(file=sys.stderr)
+        self._bar = RichProgress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(title, total=total, completed=done, rate="", values="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.stop()
+
+    def advance(self, **values: float) -> None:
+        task = self._bar.tasks[self._task]
+        rate = f"{task.speed:.2f}/s" if task.speed else ""
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, advance=1, rate=rate, values=shown)

@@ -1,0 +1,134 @@
+"""The sprites model's parts, untrained: the classes of HunyuanVideo, small.
+
+Word-level tokenizers over the closed vocabulary, a Llama and a CLIP text encoder, the causal video autoencoder and the
+dual-then-single-stream transformer. `assemble` puts trained parts into a real `HunyuanVideoPipeline`.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from vidaccel.config import AutoencoderTraining, TeacherTraining
+from vidaccel.sprites.captions import vocabulary
+
+PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
+TEXT_TOKENS = 32
+"""Longest caption, begin and end included; the longest that the templates can say has 30."""
+CALL = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "fps": 8,
+    "prompt_template": {"template": "{}", "crop_start": 0},
+    "max_sequence_length": TEXT_TOKENS,
+}
+"""How the pipeline has to be called: what the model's run.json keeps under "call"."""
+HIDDEN_LAYER = -3
+"""The Llama layer whose output is the prompt's embedding: HunyuanVideoPipeline skips the last two."""
+
+
+def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """One token a word or comma, lower-cased; begin and end added; padded on the right."""
+    names = [PAD, UNKNOWN, BEGIN, END, *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, names.index(BEGIN)), (END, names.index(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
+        model_max_length=max_length,
+        padding_side="right",
+    )
+
+
+def build_llama(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaModel:
+    """Two layers that are used and two that are not: the pipeline always reads the third last hidden state."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaModel(config)
+
+
+def build_clip(tokenizer: PreTrainedTokenizerFast, width: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKLHunyuanVideo:
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=config.latent_channels,
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def build_transformer(config: TeacherTraining, latent_channels: int, text_width: int) -> HunyuanVideoTransformer3DModel:
+    """The denoiser. RoPE gets a quarter of each head for time and the rest for height and width."""
+    temporal = config.head_dim // 4
+    spatial = (config.head_dim - temporal) // 2
+    return HunyuanVideoTransformer3DModel(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        text_embed_dim=text_width,
+        pooled_projection_dim=text_width,
+        guidance_embeds=False,
+        rope_axes_dim=(temporal, spatial, spatial),
+    )
+
+
+def assemble(
+    llama: LlamaModel,
+    clip: CLIPTextModel,
+    autoencoder: AutoencoderKLHunyuanVideo,
+    transformer: HunyuanVideoTransformer3DModel,
+    shift: float,
+    dtype: torch.dtype = torch.float16,
+) -> HunyuanVideoPipeline:
+    """The pipeline, its weights in `dtype` to be stored, its step grid that of flow-match Euler with `shift`."""
+    return HunyuanVideoPipeline(
+        text_encoder=llama,
+        tokenizer=build_tokenizer(TEXT_TOKENS),
+        transformer=transformer,
+        vae=autoencoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        text_encoder_2=clip,
+        tokenizer_2=build_tokenizer(77),
+    ).to(dtype)
