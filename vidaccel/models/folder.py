@@ -157,9 +157,7 @@ def read_pipeline_folder(path: Path) -> ModelFolder:
     """
     index_file = path / "model_index.json"
     if not index_file.exists():
-        raise UserError(
-            f"{index_file} is missing", "a model is a diffusers pipeline folder, as save_pretrained writes it"
-        )
+        raise UserError(f"{index_file} is missing", "a model is a folder that a diffusers pipeline was saved to")
     index = read_json(index_file)
     pipeline = str(index.get("_class_name"))
     family = family_of_pipeline(pipeline)

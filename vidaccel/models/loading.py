@@ -5,6 +5,8 @@ Modules are loaded one by one through their own class with `output_loading_info`
 modules and loads the rest.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from diffusers import DiffusionPipeline
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.errors import UserError, nearest
-from vidaccel.models.catalog import family_of_pipeline
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import (
     Component,
@@ -121,10 +122,8 @@ def _local_folder(model: str | Path) -> Path | None:
 
 
 def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub model, safetensors only, after a look at its pipeline class."""
+    """The local snapshot of a hub model, safetensors only."""
     try:
-        index = DiffusionPipeline.load_config(hub_id)
-        family_of_pipeline(str(index.get("_class_name")))
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -138,10 +137,10 @@ def _read_local(folder: Path) -> tuple[ModelFolder, dict[str, Any], dict[str, st
 
     A transformer folder is read as the pipeline named in its run.json with that one component replaced.
     """
-    if (folder / "config.json").exists():
-        contents, runs = _read_transformer(folder)
-    else:
+    if (folder / "model_index.json").exists() or not (folder / "config.json").exists():
         contents, runs = read_pipeline_folder(folder), {folder: _run(folder)}
+    else:
+        contents, runs = _read_transformer(folder)
     for root, run in runs.items():
         verify_files(root, run)
     vouched = {root / name: digest for root, run in runs.items() for name, digest in run["files"].items()}
@@ -181,33 +180,42 @@ def _run(folder: Path) -> dict[str, Any]:
 
 def _load_module(component: Component, dtype: torch.dtype) -> torch.nn.Module:
     """The module with every weight from its files; `UserError` if one is missing, left over or of another shape."""
-    try:
+    hint = f"weights and config.json have to be of the same {component.cls.__name__}"
+    with _reading(component.folder, hint):
         module, info = component.cls.from_pretrained(
-            component.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            component.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # that is, list them in `info`; they are refused below
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{component.folder} does not load as a {component.cls.__name__}: {_first_line(error)}",
-            "its weights and its config.json have to be of the same model",
-        ) from error
+    files = component.weight_files
     for problem in ("missing", "unexpected", "mismatched"):
-        if keys := sorted(map(str, info[f"{problem}_keys"])):
-            raise UserError(
-                f"{component.folder} has {len(keys)} {problem} weights as a {component.cls.__name__}, such as {keys[0]}",
-                "its weights and its config.json have to be of the same model",
-            )
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
+        if names:
+            where = files[0] if len(files) == 1 else component.folder
+            raise UserError(f"{where} has {len(names)} {problem} weights, such as {names[0]}", hint)
     return module
 
 
 def _assemble(contents: ModelFolder, modules: dict[str, torch.nn.Module]) -> DiffusionPipeline:
-    pipeline_class = getattr(diffusers, contents.pipeline)
+    """The pipeline of these modules with the tokenizers, scheduler and guider of the folder."""
+    with _reading(contents.path, "its tokenizer or scheduler is broken: copy or download the folder again"):
+        return getattr(diffusers, contents.pipeline).from_pretrained(contents.path, local_files_only=True, **modules)
+
+
+@contextmanager
+def _reading(folder: Path, hint: str) -> Iterator[None]:
+    """Turn what diffusers, transformers and tokenizers raise about a folder into a `UserError`.
+
+    That can be anything: a wrong value in a config surfaces as TypeError, KeyError, a dataclass error or, from the
+    Rust of tokenizers, a plain Exception. The original is chained.
+    """
     try:
-        return pipeline_class.from_pretrained(contents.path, local_files_only=True, **modules)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{contents.path} does not load as a {contents.pipeline}: {_first_line(error)}",
-            "its tokenizer or scheduler is broken: copy or download the folder again",
-        ) from error
+        yield
+    except Exception as error:
+        raise UserError(f"{folder} does not load: {_first_line(error)}", hint) from error
 
 
 def _first_line(error: Exception) -> str:

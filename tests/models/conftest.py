@@ -1,0 +1,29 @@
+"""Tiny pipelines on disk: saved once for all tests, copied by the tests that break them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Callable[[str], Path]:
+    """`saved(family)`: the folder of that family's tiny pipeline, not to be written to."""
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            tiny_pipeline(family).save_pretrained(folders[family])
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path) -> Path:
+    """A copy of the tiny HunyuanVideo folder, for a test to break."""
+    return Path(shutil.copytree(saved("hunyuan_video"), tmp_path / "model"))
