@@ -9,7 +9,7 @@ frames have.
 The rules bend to soft edges, noise and codecs, and to nothing else: a colour far from the palette, two blobs of one
 colour, or a path that is no straight line are None.
 
-T frames, H and W pixels, C palette colours. Positions are in pixels, colours in levels of 0 to 255.
+T frames, H and W pixels, C palette colours, S sprites found. Positions are in pixels, colours in levels of 0 to 255.
 """
 
 import math
@@ -90,7 +90,7 @@ class FoundSprite:
     @property
     def line(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The straight line through `path`: its change over 17 frames [3] and the RMS distance from it [3], pixels."""
-        return fit_line(self.path, self.seen)
+        return _fit_line(self.path, self.seen)
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,15 @@ def detect(frames: np.ndarray | torch.Tensor) -> Detection:
     if video.dtype != torch.uint8 or video.shape[1:] != (SIZE, SIZE, 3) or len(video) < 2:
         raise ValueError(f"frames must be uint8 [T >= 2, {SIZE}, {SIZE}, 3], not {video.dtype} {list(video.shape)}")
     video = video.movedim(-1, 1).float().contiguous()
-    background, background_rgb = find_background(video)
+    background, background_rgb = _find_background(video)
     difference = video - background_rgb.view(3, 1, 1)
-    seeds = torch.stack(_sprite_seeds(difference) or [torch.zeros_like(video[:, 0], dtype=torch.bool)])
+    seeds = _sprite_seeds(difference)
     every = seeds.any(0)
-    sprites = [_measure(difference, own, every & ~own, background_rgb) for own in seeds if own.any()]
+    sprites = [_measure(difference, own, every & ~own, background_rgb) for own in seeds]
     return Detection(background, background_rgb, tuple(sprites))
 
 
-def find_background(video: torch.Tensor) -> tuple[str | None, torch.Tensor]:
+def _find_background(video: torch.Tensor) -> tuple[str | None, torch.Tensor]:
     """The background's name and measured colour [3] in float frames [T, 3, H, W]: what most pixels are near to."""
     pixels = video.movedim(1, -1).reshape(-1, 3)
     near = torch.cdist(pixels, _GRAYS) < MAX_BACKGROUND_DISTANCE
@@ -137,8 +137,8 @@ def _chroma(rgb: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return r - (g + b) / 2, (g - b) * math.sqrt(0.75)
 
 
-def _sprite_seeds(difference: torch.Tensor) -> list[torch.Tensor]:
-    """Pixels that surely belong to a sprite, a bool [T, H, W] for each sprite, in frames less background [T, 3, H, W]."""
+def _sprite_seeds(difference: torch.Tensor) -> torch.Tensor:
+    """Pixels that surely belong to a sprite, bool [S, T, H, W], in frames less the background [T, 3, H, W]."""
     x, y = _chroma(difference, 1)
     palette_x, palette_y = _chroma(_PALETTE, 1)
     size = torch.hypot(palette_x, palette_y)
@@ -148,9 +148,11 @@ def _sprite_seeds(difference: torch.Tensor) -> list[torch.Tensor]:
     return _follow(seeds)
 
 
-def _follow(seeds: torch.Tensor) -> list[torch.Tensor]:
-    """Join the hues [T, C, H, W] that take turns at one place: a sprite may change its colour. Largest first."""
-    num_frames = len(seeds)
+def _follow(seeds: torch.Tensor) -> torch.Tensor:
+    """Masks [S, T, H, W] of sprites, from masks of hues [T, C, H, W]: hues that take turns at one place are one sprite.
+
+    What fewer than a quarter of the frames show is no sprite. The largest comes first.
+    """
     found: list[torch.Tensor] = []
     areas = seeds.sum((0, 2, 3))
     for hue in areas.argsort(descending=True)[: areas.count_nonzero()]:
@@ -161,7 +163,8 @@ def _follow(seeds: torch.Tensor) -> list[torch.Tensor]:
                 break
         else:
             found.append(mask)
-    return [mask for mask in found if mask.any(2).any(1).sum() >= num_frames / 4]
+    kept = [mask for mask in found if mask.flatten(1).any(1).sum() >= len(seeds) / 4]
+    return torch.stack(kept) if kept else seeds[:, :0].movedim(1, 0)
 
 
 def _take_turns(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -255,7 +258,7 @@ def _elect(votes: torch.Tensor, names: tuple[str, ...]) -> str | None:
     return names[int(counts.argmax())] if counts.max() >= MIN_VOTE * len(votes) else None
 
 
-def fit_line(path: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_line(path: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Least squares through the seen frames of `path` [T, 3]: change over a full clip [3], RMS distance from it [3]."""
     frame = torch.arange(len(seen))[seen].float()
     frame = frame - frame.mean()
@@ -269,7 +272,7 @@ def _name_motion(path: torch.Tensor, seen: torch.Tensor) -> str | None:
     """The motion of a path [T, 3] that is straight, and along one of its three coordinates only."""
     if seen.sum() < MIN_VOTE * len(seen):
         return None
-    change, stray = (values / FULL_MOTION for values in fit_line(path, seen))
+    change, stray = (values / FULL_MOTION for values in _fit_line(path, seen))
     second, first = change.abs().sort().values[1:]
     if stray.max() > MAX_STRAY:
         return None

@@ -22,7 +22,7 @@ class Meaning(NamedTuple):
 
 
 _MOTIONS = {phrase: motion for motion, phrases in MOTION_PHRASES.items() for phrase in phrases}
-_SUBJECT = re.compile(f"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(_MOTIONS)})")
+_SUBJECT = re.compile(rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(_MOTIONS)})\b")
 _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)})\b")
 
 

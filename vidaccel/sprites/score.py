@@ -131,6 +131,7 @@ def _rms(values: torch.Tensor) -> float:
 
 
 def _level_mark(levels: float) -> float:
+    """NaN, where nothing was left to measure, earns 0: `max` keeps its first argument."""
     return max(0.0, 1 - levels / WORST_LEVELS)
 
 
@@ -142,7 +143,7 @@ def _flicker(difference: torch.Tensor, background: torch.Tensor, sprites: Sequen
         background: [T, H, W] bool.
     """
     both = background[1:] & background[:-1]
-    change = (difference @ _LUMA).diff(dim=0).abs().mul(both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)
+    change = (difference @ _LUMA).diff(dim=0).abs().mul(both).sum((1, 2)) / both.sum((1, 2))
     for sprite in sprites:
         inside = (sprite.rgb @ _LUMA).diff().abs().nan_to_num(0.0)
         comes_or_goes = sprite.seen[1:] ^ sprite.seen[:-1]
