@@ -156,6 +156,11 @@ def component_of_a_foreign_library(folder: Path) -> str:
     return "['os', 'system']"
 
 
+def component_that_is_no_class(folder: Path) -> str:
+    edit_index(folder, vae=["transformers", "pipeline"])
+    return "['transformers', 'pipeline']"
+
+
 def malformed_component(folder: Path) -> str:
     edit_index(folder, vae=["diffusers"])
     return "model_index.json"
@@ -306,6 +311,7 @@ BREAKS = [
     foreign_pipeline,
     component_not_listed,
     component_of_a_foreign_library,
+    component_that_is_no_class,
     malformed_component,
     foreign_transformer_class,
     second_transformer,

@@ -181,9 +181,9 @@ def _component(folder: Path, name: str, entry: list) -> Component:
     """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own."""
     library, class_name = entry if len(entry) == 2 else (None, None)
     cls = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
-    if cls is None:
+    if not isinstance(cls, type):
         raise UserError(
-            f"{folder / 'model_index.json'} wants {entry} as its {name}, which is not to be had",
+            f"{folder / 'model_index.json'} wants {entry} as its {name}, which is not a class we can load",
             f"only classes of {' and '.join(LIBRARIES)} are loaded; a newer version of them may have it",
         )
     return Component(name, cls, folder / name)

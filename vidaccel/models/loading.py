@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import diffusers
@@ -127,7 +128,7 @@ def _download(hub_id: str) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{hub_id} is neither a folder here nor a model that the hub gave us: {_first_line(error)}",
+            f"{hub_id} is neither a folder here nor a model that the hub gave us: {_one_line(error)}",
             "check the path; for a hub id check the spelling, the network and, for a gated model, `hf auth login`",
         ) from error
 
@@ -215,8 +216,8 @@ def _reading(folder: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{folder} does not load: {_first_line(error)}", hint) from error
+        raise UserError(f"{folder} does not load: {_one_line(error)}", hint) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _one_line(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 300)
