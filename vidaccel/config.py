@@ -101,11 +101,15 @@ class AutoencoderTraining:
     """The sprites model's video autoencoder."""
 
     latent_channels: int = 16
-    block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
-    """Widths at 64, 32, 16 and 8 pixels; multiples of 8 (the group norms' group count)."""
+    block_out_channels: list[int] = field(default_factory=lambda: [16, 24, 48, 64])
+    """Widths at 64, 32, 16 and 8 pixels, each a multiple of `norm_groups`."""
+    norm_groups: int = 2
+    """Groups of the group norms. Few: a norm over two channels would wipe out a plain background's brightness."""
     layers_per_block: int = 1
-    num_frames: list[int] = field(default_factory=lambda: [5, 5, 5, 17])
-    """Clip lengths taken in turn, each 4k + 1; the batch shrinks in proportion so that steps cost alike."""
+    excerpts: list[list[int]] = field(
+        default_factory=lambda: [[5, 32], [5, 32], [5, 32], [5, 32], [5, 32], [17, 32], [5, 64], [17, 64]]
+    )
+    """[frames, pixels] of the excerpts that steps train on in turn; the batch shrinks so that steps cost alike."""
     kl_weight: float = 1e-4
     """Weight of the Kullback-Leibler term, per latent element."""
     gradient_weight: float = 1.0
@@ -113,8 +117,14 @@ class AutoencoderTraining:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for n in self.num_frames:
-            _require(n >= 1 and n % 4 == 1, "num_frames", n, "must be 4k + 1, such as 5, 9 or 17")
+        for excerpt in self.excerpts:
+            rule = "is [frames, pixels] with frames = 4k + 1 and pixels a multiple of 8, at most 64"
+            _require(
+                len(excerpt) == 2 and excerpt[0] % 4 == 1 and excerpt[1] % 8 == 0 and 8 <= excerpt[1] <= 64,
+                "excerpts",
+                excerpt,
+                rule,
+            )
 
 
 @dataclass
@@ -158,6 +168,10 @@ class SpritesConfig:
     def __post_init__(self) -> None:
         for key in ("clips", "score_prompts", "steps"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+
+
+SCHEMAS = {"generate": GenerateConfig, "sprites": SpritesConfig}
+"""Of each folder of `conf/`."""
 
 
 def conf_root() -> Path:
@@ -212,7 +226,9 @@ def _find(command: str, conf: str) -> Path:
     if conf.endswith((".yaml", ".yml")):
         path = Path(conf).resolve()
         if not path.is_file():
-            raise UserError(f"no configuration file {conf}", "give the path of a YAML file, or the name of a shipped one")
+            raise UserError(
+                f"no configuration file {conf}", "give the path of a YAML file, or the name of a shipped one"
+            )
         return path
     folder = conf_root() / command
     path = folder / f"{conf}.yaml"

@@ -66,6 +66,13 @@ def write_video(frames: np.ndarray, path: str | os.PathLike, fps: float) -> None
     write(frames, path, fps)
 
 
+def check_sheet(path: str | os.PathLike) -> None:
+    """Raise the `UserError` that `contact_sheet` to `path` would end in; to be called before the expensive work."""
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"cannot write {path}: a contact sheet is a PNG", "end its name in .png")
+    check_writable(path)
+
+
 def contact_sheet(
     videos: Sequence[np.ndarray], path: str | os.PathLike, frames: int = 8, labels: Sequence[str] | None = None
 ) -> None:
@@ -74,9 +81,7 @@ def contact_sheet(
     A shorter video shows each frame it has. `labels`, one a video, stand above the rows. Raises `UserError` for another
     suffix than .png and for a place that cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"cannot write {path}: a contact sheet is a PNG", "end its name in .png")
+    check_sheet(path)
     if not videos or (labels is not None and len(labels) != len(videos)):
         raise ValueError(f"a contact sheet needs videos and one label each, not {len(videos)} and {labels}")
     rows = []

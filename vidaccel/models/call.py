@@ -52,7 +52,7 @@ def call_arguments(
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
     check_sizes(loaded, **sizes)
-    guidance, two_pass = _guidance(loaded, guidance, two_pass)
+    guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
 
     arguments = {"num_inference_steps": steps, **sizes}
     if rule.cfg_argument:
@@ -70,13 +70,13 @@ def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_p
     Arguments and errors are those of `call_arguments`.
     """
     if attribute := loaded.family.guidance.guider:
-        guidance, two_pass = _guidance(loaded, guidance, two_pass)
+        guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
         guider = getattr(loaded.pipe, attribute)
         setattr(loaded.pipe, attribute, guider.new(guidance_scale=float(guidance), enabled=two_pass))
 
 
-def _guidance(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
-    """The scale and whether it takes two passes a step."""
+def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
+    """The scale that the arguments of `call_arguments` lead to, and whether it is reached by two passes a step."""
     transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
     embeds = bool(loaded.family.g_config and transformer.config[loaded.family.g_config])
     two_pass = loaded.call.get("two_pass", not embeds) if two_pass is None else two_pass

@@ -20,6 +20,7 @@ from vidaccel.sprites.captions import vocabulary
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
 TEXT_TOKENS = 32
 """Longest caption, begin and end included; the longest that the templates can say has 30."""
+INITIAL_LOG_VARIANCE = -5.0
 CALL = {
     "height": 64,
     "width": 64,
@@ -86,14 +87,22 @@ def build_clip(tokenizer: PreTrainedTokenizerFast, width: int) -> CLIPTextModel:
 
 
 def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKLHunyuanVideo:
-    return AutoencoderKLHunyuanVideo(
+    """The video autoencoder, 8x in space and 4x in time, its posterior narrow at first.
+
+    With the stock initialisation sigma is 1 and drowns the mean, and training stalls until it has shrunk.
+    """
+    model = AutoencoderKLHunyuanVideo(
         latent_channels=config.latent_channels,
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,
-        norm_num_groups=8,
+        norm_num_groups=config.norm_groups,
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+    with torch.no_grad():
+        model.quant_conv.weight[config.latent_channels :] = 0
+        model.quant_conv.bias[config.latent_channels :] = INITIAL_LOG_VARIANCE
+    return model
 
 
 def build_transformer(config: TeacherTraining, latent_channels: int, text_width: int) -> HunyuanVideoTransformer3DModel:

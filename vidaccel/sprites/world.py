@@ -40,7 +40,7 @@ MARGIN = 1.5
 
 @dataclass(frozen=True)
 class Sprite:
-    """One coloured shape. `x`, `y`: its centre in the first frame; `radius`: half its extent, unless it grows or shrinks."""
+    """One coloured shape. `x`, `y`: its first centre; `radius`: half its extent, unless it grows or shrinks."""
 
     shape: str
     colour: str

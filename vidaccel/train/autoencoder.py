@@ -14,7 +14,8 @@ def autoencoder_loss(
     """Loss of reconstructing `video` [B, C, T, H, W] in [-1, 1] from a sample of its posterior.
 
     The network is called without the tiling in time that `encode` and `decode` apply to more than 16 frames: it blends
-    in place, which has no gradient. The Kullback-Leibler term is the mean over latent elements of 0.5 (mu^2 + sigma^2 - 1 - log sigma^2).
+    in place, which has no gradient. The Kullback-Leibler term is the mean over latent elements of
+    0.5 (mu^2 + sigma^2 - 1 - log sigma^2).
     """
     posterior = DiagonalGaussianDistribution(model.quant_conv(model.encoder(video)))
     noise = torch.randn(posterior.mean.shape, generator=generator).to(video)

@@ -152,7 +152,9 @@ def _resume(folder: Path, identity: dict, model, average, optimizer) -> dict:
         return {"step": 0, "skipped": 0, "seconds": 0.0}
     newest = found[-1]
     state = json.loads((newest / "state.json").read_text())
-    if differing := _differences(state["config"] | {"seed": state["seed"]}, identity["config"] | {"seed": identity["seed"]}):
+    if differing := _differences(
+        state["config"] | {"seed": state["seed"]}, identity["config"] | {"seed": identity["seed"]}
+    ):
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(differing)})",
             "give the same settings to continue it, or another folder to start afresh",
@@ -165,7 +167,9 @@ def _resume(folder: Path, identity: dict, model, average, optimizer) -> dict:
 
 
 def _differences(old: dict, new: dict) -> list[str]:
-    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
+    ]
 
 
 def _cut_metrics(path: Path, step: int) -> None:
@@ -181,7 +185,9 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """An optimiser's state as named tensors ("3.exp_avg") and its parameter groups, which hold no tensor."""
-    return {f"{i}.{name}": t.contiguous() for i, s in state["state"].items() for name, t in s.items()}, state["param_groups"]
+    return {f"{i}.{name}": t.contiguous() for i, s in state["state"].items() for name, t in s.items()}, state[
+        "param_groups"
+    ]
 
 
 def _unflatten(moments: dict[str, torch.Tensor], groups: list[dict]) -> dict:

@@ -1,0 +1,3 @@
+from vidaccel.cli.main import main
+
+main()

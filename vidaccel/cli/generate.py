@@ -1,0 +1,134 @@
+"""`vidaccel generate`: prompts in, videos out."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidaccel.cli.common import (
+    Conf,
+    Debug,
+    Device,
+    PrintConf,
+    quiet_libraries,
+    reported,
+    settings,
+    split_settings,
+)
+from vidaccel.errors import UserError
+
+
+@reported
+def generate(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT] [KEY=VALUE]...", help="The prompt, and settings to change.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A .mp4 or .gif, or a folder of PNGs; with --prompts a folder of videos. [default: out.mp4, or out]",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    conf: Conf = "teacher",
+    seed: Annotated[int | None, typer.Option(help="Seed of the first video; the next ones count up.")] = None,
+    device: Device = "auto",
+    sheet: Annotated[Path | None, typer.Option(help="Also write a PNG of frames side by side.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
+    print_conf: PrintConf = False,
+    debug: Debug = False,
+) -> None:
+    """Generate a video from PROMPT, or one for each line of --prompts.
+
+    vidaccel generate "a red circle moving right on black" -o out.mp4
+    """
+    free, overrides = split_settings(words or [])
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    config = settings("generate", conf, overrides, print_conf)
+    texts = _prompts(free, prompts)
+    files = _outputs(output, len(texts), many=prompts is not None)
+
+    from vidaccel.data.video import check_output, check_sheet
+
+    for file in files:
+        check_output(file)
+    if sheet:
+        check_sheet(sheet)
+
+    quiet_libraries()
+    from vidaccel.data.video import contact_sheet, write_video
+    from vidaccel.models.loading import load_pipeline
+    from vidaccel.sampling import generate_video, warn_of_unknown_words
+
+    started = time.perf_counter()
+    loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
+    seconds = {"load": time.perf_counter() - started, "text": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
+    for text in texts:
+        warn_of_unknown_words(loaded, text)
+    videos = []
+    for i, (text, file) in enumerate(zip(texts, files, strict=True)):
+        made = generate_video(loaded, text, config, seed=config.seed + i)
+        written = time.perf_counter()
+        write_video(made.frames, file, loaded.default("fps"))
+        for stage, value in made.seconds.items():
+            seconds[stage] += value
+        seconds["write"] += time.perf_counter() - written
+        if sheet:
+            videos.append(made.frames)
+        if not as_json:
+            typer.echo(f"{file}: {made.summary()}")
+    if sheet:
+        contact_sheet(videos, sheet, labels=texts)
+        if not as_json:
+            typer.echo(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
+    if as_json:
+        result = {
+            "files": [str(file) for file in files],
+            "sheet": str(sheet) if sheet else None,
+            "prompts": texts,
+            "seed": config.seed,
+            "steps": made.steps,
+            "passes": made.passes,
+            "guidance": made.guidance,
+            "size": list(made.frames.shape[:3]),
+            "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+            "model": loaded.source,
+            "family": loaded.family.name,
+            "hashes": loaded.hashes,
+        }
+        typer.echo(json.dumps(result, indent=2))
+
+
+def _prompts(free: list[str], file: Path | None) -> list[str]:
+    if len(free) + (file is not None) != 1:
+        what = "no prompt was given" if not free and file is None else "more than one prompt was given"
+        raise UserError(what, "give one prompt in quotes, or many in a file: --prompts FILE, one a line")
+    if file is None:
+        if not free[0].strip():
+            raise UserError("the prompt is empty", 'say what to show, such as "a red circle moving right on black"')
+        return [free[0].strip()]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the prompts in {file}: {error}", "give a text file with one prompt a line"
+        ) from error
+    texts = [line for line in lines if line]
+    if not texts:
+        raise UserError(f"{file} holds no prompt", "write one prompt a line")
+    return texts
+
+
+def _outputs(output: Path | None, count: int, many: bool) -> list[Path]:
+    if not many:
+        return [output or Path("out.mp4")]
+    folder = output or Path("out")
+    if folder.suffix:
+        raise UserError(f"{folder} is one file, and --prompts makes many", "give -o the name of a folder")
+    return [folder / f"{i:04d}.mp4" for i in range(count)]

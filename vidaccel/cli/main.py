@@ -1,0 +1,40 @@
+"""The program: its commands, and how each of them ends.
+
+Nothing here or in the command modules imports torch before a command runs, so that `--help` answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from vidaccel import __version__
+from vidaccel.cli.generate import generate
+
+app = typer.Typer(
+    help="Make video diffusion transformers fast, and measure honestly what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vidaccel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(no_args_is_help=True)(generate)
+
+
+def main() -> None:
+    app(prog_name="vidaccel")
