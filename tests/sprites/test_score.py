@@ -54,9 +54,9 @@ def blurred(scene: Scene, sigma: float = 1.5) -> torch.Tensor:
 
 
 def flickering(scene: Scene) -> torch.Tensor:
-    """Every other frame a quarter darker, and on black a little brighter than black."""
+    """Every other frame 15 % darker."""
     frames = clip(scene).float()
-    frames[::2] = frames[::2] * 0.75 + 4
+    frames[::2] *= 0.85
     return frames.to(torch.uint8)
 
 
@@ -78,7 +78,7 @@ def drifting(scene: Scene) -> torch.Tensor:
 
 
 def jittering(scene: Scene) -> torch.Tensor:
-    """The whole picture jumps by two pixels back and forth, every other frame."""
+    """The whole picture jumps by four pixels and back, every other frame."""
     frames = clip(scene)
     frames[::2] = frames[::2].roll(4, dims=2)
     return frames
@@ -109,9 +109,12 @@ SPOILS = {
     ),
     "empty background": (
         empty,
-        {name: 90 for name in ("shape", "colour", "motion", "subject_consistency", "imaging_quality", "dynamic_degree")},
+        dict.fromkeys(("shape", "colour", "motion", "subject_consistency", "imaging_quality", "dynamic_degree"), 90),
     ),
-    "another background": (lambda s: clip(replace(s, background=following(BACKGROUNDS)(s.background))), {"background": 100}),
+    "another background": (
+        lambda s: clip(replace(s, background=following(BACKGROUNDS)(s.background))),
+        {"background": 100},
+    ),
     "another colour": (lambda s: redrawn(s, colour=following(COLOURS)), {"colour": 100}),
     "another shape": (lambda s: redrawn(s, shape=following(SHAPES)), {"shape": 100}),
 }  # fmt: skip

@@ -33,9 +33,7 @@ MIN_AREA = 20
 MIN_IOU = 0.8
 """Overlap over union with the best template, below which a frame's shape is unknown."""
 MAX_COLOUR_DISTANCE = 70.0
-"""Levels from the palette, below which a colour still has the palette's name; palette colours lie 137 apart or more."""
-MAX_BACKGROUND_DISTANCE = 50.0
-"""The same for backgrounds, which lie 220 apart."""
+"""Levels in RGB from a named colour, below which its name holds; sprites' lie 140 apart or more, backgrounds' 220."""
 MIN_MOTION = 0.3
 """Share of the renderer's own travel or growth from which on a sprite moves."""
 MAX_STILL = 0.15
@@ -123,7 +121,7 @@ def detect(frames: np.ndarray | torch.Tensor) -> Detection:
 def _find_background(video: torch.Tensor) -> tuple[str | None, torch.Tensor]:
     """The background's name and measured colour [3] in float frames [T, 3, H, W]: what most pixels are near to."""
     pixels = video.movedim(1, -1).reshape(-1, 3)
-    near = torch.cdist(pixels, _GRAYS) < MAX_BACKGROUND_DISTANCE
+    near = torch.cdist(pixels, _GRAYS) < MAX_COLOUR_DISTANCE
     counts = near.sum(0)
     best = int(counts.argmax())
     if counts[best] < MIN_BACKGROUND_SHARE * len(pixels):
