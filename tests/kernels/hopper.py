@@ -2,8 +2,8 @@
 
 The interpreter runs kernels as numpy and never sees Triton's type checks, its register allocation or its shared memory.
 This does: the launch functions of each fused.py run on meta tensors of HunyuanVideo's sizes with the launch itself
-replaced by the compiler. Run as `python -m tests.kernels.hopper` outside the interpreter; the columns are kernel,
-configuration, registers a thread, bytes of registers spilled a thread, and shared memory of a block in KiB.
+replaced by the compiler. Run outside the interpreter as `python -m tests.kernels.hopper [--first] [op ...]`, --first for
+the first configuration of each kernel alone. It prints registers a thread, bytes of them spilled, and shared memory.
 """
 
 import re
@@ -123,14 +123,30 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
         fused.attention_jvp(q, q, q, q, q, q, None, D**-0.5)
         fused.attention_jvp(q, q, q, q, q, q, mask, D**-0.5)
 
-    return {"adaln": adaln, "gated_residual_adaln": gated_residual_adaln, "attention_jvp": attention_jvp}
+    def qk_norm_rope(fused):
+        q, angle = empty(B, N, H, D), empty(N, D, dtype=torch.float32)
+        for weight in (empty(D), empty(W)):
+            for interleaved in (True, False):
+                fused.forward([(q, q, weight, weight)], angle, angle, interleaved, 1e-6)
+                fused.tangent([(q, q, q, q, weight, weight)], angle, angle, interleaved, 1e-6)
+                fused.backward(q, q, weight, angle, angle, interleaved, 1e-6)
+
+    def cache_fusion(fused):
+        for keep in (False, True):
+            fused.forward(x.flatten(0, 1), x.flatten(0, 1), empty(W, 2 * W), empty(W), keep)
+
+    ops = (adaln, gated_residual_adaln, qk_norm_rope, cache_fusion, attention_jvp)
+    return {op.__name__: op for op in ops}
 
 
-def main(ops: list[str]) -> None:
+def main(words: list[str]) -> None:
     launches = cases()
-    for op in ops or launches:
+    first_only = "--first" in words
+    for op in [word for word in words if word != "--first"] or launches:
         module = __import__(f"vidaccel.kernels.{op}.fused", fromlist=["fused"])
         for recorder in record(module, launches[op]):
+            if first_only and recorder.configs:
+                recorder.configs = recorder.configs[:1]
             for name, config, compiled in compile_for_hopper(recorder):
                 registers, spilled, shared = resources(compiled)
                 print(f"{op:22}{name:12}{registers:4} registers {spilled:5} spilled {shared:6.1f} KiB  {config}")

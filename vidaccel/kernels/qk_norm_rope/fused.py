@@ -66,10 +66,10 @@ def _angle(cos_ptr, sin_ptr, n, R, D, INTERLEAVED: tl.constexpr, HALF: tl.conste
 @triton.jit
 def _mean(x, H, D, ACROSS: tl.constexpr):
     """Mean over the entries that are normalised together: a head's [HEADS, 1], or all of them [1, 1]."""
-    per_head = tl.sum(x, axis=1, keep_dims=True)
+    total, count = tl.sum(x, axis=1, keep_dims=True), D
     if ACROSS:
-        return tl.sum(per_head, axis=0, keep_dims=True) / (H * D)
-    return per_head / D
+        total, count = tl.sum(total, axis=0, keep_dims=True), H * D
+    return total / count
 
 
 @triton.jit

@@ -1,0 +1,48 @@
+"""Whole models with fused ops against the stock models: outputs, and the derivative pass along a trajectory."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.kernels.compare import DEVICE, relative_error
+from tests.models import test_fuse as models
+from vidaccel.kernels.attention_jvp.op import AttentionTangents
+from vidaccel.models.fuse import fuse
+
+CASES = ("hunyuan-video, texts of two lengths", "hunyuan-video-1.5, one text", "wan")
+
+
+def build(case):
+    make, inputs = models.CASES[case]
+    return make().to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_model_equals_the_stock_model(case):
+    model, inputs = build(case)
+    with torch.no_grad():
+        expected = models.run(model, inputs)
+        with fuse(model, "fused"):
+            assert relative_error(models.run(model, inputs), expected) <= 1e-5
+
+
+def derivative(model, inputs, direction):
+    """d/dt of the model's output as latents move along `direction` and the timestep at rate 1."""
+    x, t = inputs["hidden_states"], inputs["timestep"]
+    with torch.no_grad(), forward_ad.dual_level():
+        moving = {
+            "hidden_states": forward_ad.make_dual(x, direction),
+            "timestep": forward_ad.make_dual(t, torch.ones_like(t)),
+        }
+        return forward_ad.unpack_dual(models.run(model, inputs | moving)).tangent
+
+
+@pytest.mark.parametrize("case", ["hunyuan-video, texts of two lengths", "wan"])
+def test_the_derivative_pass_equals_that_of_the_stock_model(case):
+    model, inputs = build(case)
+    direction = torch.randn_like(inputs["hidden_states"])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = derivative(model, inputs, direction)
+    with fuse(model, "fused"), AttentionTangents("fused"):
+        assert relative_error(derivative(model, inputs, direction), expected) <= 1e-4
