@@ -44,7 +44,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors reports a full di
 def check_writable(target: str | os.PathLike) -> None:
     """Raise the `UserError` that writing `target` would end in, as far as it can be told before any work is done."""
     target = _absolute(target)
-    with _explained(target):
+    with explained(target):
         home = next(folder for folder in (target.parent, *target.parents) if folder.exists())  # `/` has no parents
         if not home.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(home))
@@ -61,7 +61,7 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     it are removed and `target` is as it was. Raises `UserError` when the place cannot be written or the disk is full.
     """
     target = _absolute(target)
-    with _explained(target), _parents_made(target):
+    with explained(target), _parents_made(target):
         temporary = target.parent / _temporary_name(target)
         try:
             yield temporary
@@ -79,7 +79,7 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     folder leaves the old one under a hidden name beside it.
     """
     target = _absolute(target)
-    with _explained(target), _parents_made(target):
+    with explained(target), _parents_made(target):
         temporary = target.parent / _temporary_name(target)
         replaced = target.parent / _temporary_name(target)
         temporary.mkdir()
@@ -99,6 +99,21 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             if target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained(target: str | os.PathLike) -> Iterator[None]:
+    """Turn the failures a user can mend into a `UserError` about `target`; let every other exception through."""
+    target = _absolute(target)
+    try:
+        yield
+    except Exception as error:
+        code = _errno(error)
+        # A file the block merely reads may be missing or forbidden too: that is not about writing the target.
+        if code not in _REASONS or not (code in _ABOUT_THE_DISK or _is_about(error, target)):
+            raise
+        reason, hint = _REASONS[code]
+        raise UserError(f"cannot write {target}: {reason}", hint) from error
 
 
 def write_json(target: str | os.PathLike, data: Any) -> None:
@@ -232,20 +247,6 @@ def _parents_made(target: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # not empty: someone else uses it by now
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Turn the failures a user can mend into a `UserError` about `target`; let every other exception through."""
-    try:
-        yield
-    except Exception as error:
-        code = _errno(error)
-        # A file the block merely reads may be missing or forbidden too: that is not about writing the target.
-        if code not in _REASONS or not (code in _ABOUT_THE_DISK or _is_about(error, target)):
-            raise
-        reason, hint = _REASONS[code]
-        raise UserError(f"cannot write {target}: {reason}", hint) from error
 
 
 def _errno(error: Exception) -> int | None:

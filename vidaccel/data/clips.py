@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vidaccel.artefacts import atomic_path, check_writable
+from vidaccel.data.order import epoch_order
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
@@ -73,7 +74,7 @@ class ClipFolder:
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
+        return epoch_order(len(self), seed, epoch)
 
     def _lines(self) -> list[tuple[int, bytes]]:
         """Numbered from 1, without the blank ones."""

@@ -1,0 +1,302 @@
+"""A feature folder: tensors with a record each, in tar shards that are read by seeking and survive a killed writer.
+
+    shard-00000.tar       samples one after the other, each 00000000.json + 00000000.safetensors: webdataset's layout
+    shard-00001.tar.part  the shard being written: always the first bytes of the finished one
+    index.json            per shard its SHA-256, bytes and samples; written last, so a folder without it is unfinished
+    .settings.json        what the samples were computed from: a re-run that would compute others is refused
+
+Samples are computed in batches, and a re-run keeps every whole batch it finds. It cuts back to the last whole batch
+rather than the last sample because the last bits of what a GPU computes can depend on what else is in the batch.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vidaccel.artefacts import check_writable, explained, sha256_file, write_json
+from vidaccel.data.order import epoch_order, index_at
+from vidaccel.errors import UserError
+from vidaccel.progress import Progress
+
+INDEX_FILE = "index.json"
+SETTINGS_FILE = ".settings.json"
+_MEND = "copy the folder again, or remove what is damaged and run the command that made it"
+
+Sample = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and a record that JSON can hold."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a sample is: its members, with their headers, are the `length` bytes from `offset`, themselves a tar."""
+
+    key: str
+    offset: int
+    length: int
+    kind: str
+
+    def __post_init__(self):
+        _require(isinstance(self.key, str) and isinstance(self.kind, str), "a key or kind is no text")
+        _require(type(self.offset) is int and type(self.length) is int, "an offset or length is no whole number")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One entry of index.json."""
+
+    file: str
+    sha256: str
+    bytes: int
+    samples: list[_Span]
+
+    def __post_init__(self):
+        _require(isinstance(self.file, str) and isinstance(self.sha256, str), "a file or sha256 is no text")
+        _require(type(self.bytes) is int, "a number of bytes is no whole number")
+        inside = all(0 <= span.offset < span.offset + span.length <= self.bytes for span in self.samples)
+        _require(inside, f"a sample lies outside {self.file}")
+
+
+def write_shards(
+    folder: str | os.PathLike,
+    compute: Callable[[list[int]], list[Sample]],
+    *,
+    count: int,
+    kind: str,
+    settings: Mapping[str, Any],
+    per_shard: int = 256,
+    batch_size: int = 1,
+    title: str = "writing features",
+) -> None:
+    """Write samples 0 ... `count` - 1 to `folder`, `per_shard` a shard, and then index.json.
+
+    `compute` maps at most `batch_size` consecutive indices to their samples; tensors may be of any device and dtype.
+    What an earlier, killed run stored is kept and not computed again. `settings` (what JSON can hold) is all that the
+    samples depend on. run.json is left to the caller.
+
+    Raises:
+        UserError: the folder was begun with other settings, cannot be written, or holds a damaged shard.
+        ValueError: `compute` returned more or fewer samples than it was given indices.
+    """
+    if min(count, per_shard, batch_size) < 1:
+        raise ValueError(f"{count=}, {per_shard=} and {batch_size=} must be at least 1")
+    folder = Path(folder)
+    check_writable(folder / INDEX_FILE)
+    _require_settings(folder, {"count": count, "per_shard": per_shard, "kind": kind, **settings})
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    shards = {
+        folder / f"shard-{number:05d}.tar": range(first, min(first + per_shard, count))
+        for number, first in enumerate(range(0, count, per_shard))
+    }
+    missing = {shard: _missing(shard, indices, batch_size) for shard, indices in shards.items()}
+    with Progress(title, total=count, done=count - sum(map(len, missing.values()))) as bar:
+        for shard, indices in missing.items():
+            for first in indices[::batch_size]:
+                batch = range(first, min(first + batch_size, indices.stop))
+                _append(shard, batch, compute(list(batch)))
+                for _ in batch:
+                    bar.advance()
+            if not shard.exists():
+                _finish(shard)
+    with Progress("hashing shards", total=len(shards)) as bar:
+        entries = []
+        for shard, indices in shards.items():
+            entries.append(_describe(shard, indices, kind))
+            bar.advance()
+    write_json(folder / INDEX_FILE, {"shards": [asdict(entry) for entry in entries]})
+
+
+class ShardFolder:
+    """The samples of a finished feature folder.
+
+    `folder[i]` is (tensors by name, record), read from the shard at each call by seeking; no file stays open, so an
+    instance may be shared by forked processes. Opening compares the shards' sizes with the index, `verify` their
+    contents. Raises `UserError`, naming the file, if a shard or index.json is missing or damaged, if there is no sample
+    or, where a `kind` is asked for, one of another kind.
+    """
+
+    def __init__(self, folder: str | os.PathLike, kind: str | None = None):
+        self.folder = Path(folder)
+        self._shards = _read_index(self.folder)
+        self._samples = [(shard.file, span) for shard in self._shards for span in shard.samples]
+        for shard in self._shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise _damaged(path, "it is missing")
+            if path.stat().st_size != shard.bytes:
+                raise _damaged(path, f"it has {path.stat().st_size} bytes where {INDEX_FILE} says {shard.bytes}")
+        others = {span.kind for _, span in self._samples} - {kind}
+        if kind is not None and others:
+            raise UserError(
+                f"{self.folder} holds samples of kind {', '.join(sorted(others))}, where {kind} is needed",
+                f"give the path of a feature folder of kind {kind}",
+            )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        file, span = self._samples[index]
+        path = self.folder / file
+        try:
+            with open(path, "rb") as shard:
+                shard.seek(span.offset)
+                with tarfile.open(fileobj=shard, mode="r:") as tar:
+                    record, tensors = (_read_member(tar, f"{span.key}.{end}") for end in ("json", "safetensors"))
+            return safetensors.torch.load(tensors), json.loads(record)
+        except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
+            raise _damaged(path, f"sample {span.key} cannot be read ({error})") from error
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
+        return epoch_order(len(self), seed, epoch)
+
+    def at(self, position: int, seed: int) -> int:
+        """The index of the sample drawn at `position`, counted from 0 over all epochs."""
+        return index_at(position, len(self), seed)
+
+    def verify(self) -> None:
+        """Read every byte and compare with the index; raises `UserError` naming the shards that differ."""
+        bad = []
+        with Progress("verifying shards", total=len(self._shards)) as bar:
+            for shard in self._shards:
+                path = self.folder / shard.file
+                if not path.is_file() or sha256_file(path) != shard.sha256:
+                    bad.append(shard.file)
+                bar.advance()
+        if bad:
+            raise UserError(f"shards of {self.folder} are damaged or missing: {', '.join(bad)}", _MEND)
+
+
+def _require(holds: bool, fault: str) -> None:
+    if not holds:
+        raise ValueError(fault)
+
+
+def _damaged(path: Path, fault: str) -> UserError:
+    return UserError(f"{path} is damaged: {fault}", _MEND)
+
+
+def _require_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note `settings` in a new folder; raise `UserError` if this one was begun with others."""
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        write_json(path, settings)
+        return
+    old, new = json.loads(path.read_bytes()), json.loads(json.dumps(settings, default=os.fspath))
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if keys:
+        changes = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+        raise UserError(
+            f"{folder} was begun with other settings ({changes})",
+            "give the same settings to continue it, or another folder to start afresh",
+        )
+
+
+def _part(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".part")
+
+
+def _missing(shard: Path, indices: range, batch_size: int) -> range:
+    """The `indices` still to be computed; cuts a part back to its last whole batch."""
+    if shard.exists():
+        return indices[:0]
+    if not _part(shard).exists():
+        return indices
+    spans = _scan(_part(shard))
+    kept = len(spans) // batch_size * batch_size
+    os.truncate(_part(shard), sum(length for _, _, length in spans[:kept]))
+    return indices[kept:]
+
+
+def _append(shard: Path, batch: range, samples: list[Sample]) -> None:
+    if len(samples) != len(batch):
+        raise ValueError(f"{len(samples)} samples were computed for {len(batch)} indices")
+    with explained(shard), open(_part(shard), "ab") as part:
+        part.writelines(_pack(_key(index), *sample) for index, sample in zip(batch, samples, strict=True))
+
+
+def _finish(shard: Path) -> None:
+    with explained(shard), open(_part(shard), "ab") as part:
+        part.write(bytes(2 * tarfile.BLOCKSIZE))  # a tar's end
+        part.flush()
+        os.fsync(part.fileno())
+        _part(shard).replace(shard)
+
+
+def _describe(shard: Path, indices: range, kind: str) -> _Shard:
+    spans = [_Span(*span, kind) for span in _scan(shard)]
+    if [span.key for span in spans] != [_key(index) for index in indices]:
+        raise _damaged(shard, f"its samples are not {_key(indices[0])} to {_key(indices[-1])}")
+    return _Shard(shard.name, sha256_file(shard), shard.stat().st_size, spans)
+
+
+def _key(index: int) -> str:
+    return f"{index:08d}"
+
+
+def _pack(key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> bytes:
+    """A sample as it stands in a shard: a tar without its end. The same sample gives the same bytes."""
+    from webdataset import TarWriter
+
+    sample = {
+        "__key__": key,
+        "json": json.dumps(record).encode(),
+        "safetensors": safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}),
+    }
+    buffer = io.BytesIO()
+    writer = TarWriter(buffer, encoder=False, mtime=0, format="GNU_FORMAT")  # the default ends at 8 GiB a sample
+    writer.write(sample)
+    length = writer.tarstream.offset
+    writer.close()
+    return buffer.getvalue()[:length]
+
+
+def _scan(path: Path) -> list[tuple[str, int, int]]:
+    """(key, offset, length) of each whole sample of a shard or part; reads headers only."""
+    size, spans, start = path.stat().st_size, [], 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                key, _, suffix = member.name.partition(".")
+                if suffix == "safetensors" and end <= size:
+                    spans.append((key, start, end - start))
+                    start = end
+    except tarfile.ReadError:  # the end is missing
+        pass
+    return spans
+
+
+def _read_index(folder: Path) -> list[_Shard]:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a finished feature folder: it has no {INDEX_FILE}",
+            "run the command that makes it (again, to continue it), or give the path of another",
+        )
+    try:
+        index = json.loads(path.read_bytes())
+        shards = [
+            _Shard(**entry | {"samples": [_Span(**span) for span in entry["samples"]]}) for entry in index["shards"]
+        ]
+        _require(any(shard.samples for shard in shards), "it lists no sample")
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, str(error)) from error
+    return shards
+
+
+def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
+    """Bytes of the next member, which must have this name."""
+    member = tar.next()
+    _require(member is not None and member.name == name, f"{name} is not where {INDEX_FILE} says")
+    return tar.extractfile(member).read()
