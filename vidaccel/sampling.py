@@ -1,6 +1,6 @@
-"""One prompt through a diffusers pipeline, unchanged, with what happened on the way counted and timed.
+"""Prompts through a diffusers pipeline, unchanged, with what happened on the way counted and timed.
 
-T frames, H height, W width
+B videos, T frames, H height, W width
 """
 
 import logging
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generated:
-    """A video and how it came about."""
+    """Videos made in one batch, and how they came about."""
 
     frames: np.ndarray
-    """uint8 [T, H, W, 3]."""
+    """uint8 [B, T, H, W, 3]."""
     steps: int
     passes: int
     """Forward passes of the transformer as they happened."""
@@ -34,15 +34,15 @@ class Generated:
     """Wall-clock seconds of the stages `text`, `denoise` and `decode`."""
 
     def summary(self) -> str:
-        frames, height, width = self.frames.shape[:3]
+        frames, height, width = self.frames.shape[1:4]
         return (
             f"{frames} frames {width}x{height}; {self.steps} steps, {self.passes} passes, guidance {self.guidance:g}; "
             f"denoising {self.seconds['denoise']:.1f} s, decoding {self.seconds['decode']:.1f} s"
         )
 
 
-def generate_video(loaded: LoadedPipeline, prompt: str, config: GenerateConfig, *, seed: int) -> Generated:
-    """Run the pipeline on one prompt, from noise drawn on the CPU by a generator seeded with `seed`.
+def generate(loaded: LoadedPipeline, prompts: list[str], config: GenerateConfig, seeds: list[int]) -> Generated:
+    """Run the pipeline on a batch of prompts, each from noise drawn on the CPU by a generator with its own seed.
 
     Raises:
         UserError: settings the model cannot follow, or a result that is not finite.
@@ -50,18 +50,18 @@ def generate_video(loaded: LoadedPipeline, prompt: str, config: GenerateConfig, 
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
     arguments = call_arguments(loaded, steps=config.steps, **size, **guidance)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     set_guidance(loaded, **guidance)
     loaded.pipe.set_progress_bar_config(disable=True)
     steps, (scale, two_pass) = arguments["num_inference_steps"], guidance_in_force(loaded, **guidance)
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
     with _Passes(loaded, total=steps * (1 + (two_pass and scale > 1))) as passes:
-        frames = loaded.pipe(prompt, generator=generator, output_type="np", **arguments).frames[0]
+        frames = loaded.pipe(prompts, generator=generators, output_type="np", **arguments).frames
     ended = time.perf_counter()
     if not np.isfinite(frames).all():
-        raise UserError(
-            f"the video for {prompt!r} is not finite", "try dtype=float32; if that fails too, the weights are broken"
-        )
+        raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     return Generated((frames * 255).round().astype(np.uint8), steps, passes.count, scale, seconds)
 

@@ -64,7 +64,8 @@ def generate(
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
     from vidaccel.models.loading import load_pipeline
-    from vidaccel.sampling import generate_video, warn_of_unknown_words
+    from vidaccel.sampling import generate as run_pipeline
+    from vidaccel.sampling import warn_of_unknown_words
 
     started = time.perf_counter()
     loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
@@ -73,14 +74,14 @@ def generate(
         warn_of_unknown_words(loaded, text)
     videos = []
     for i, (text, file) in enumerate(zip(texts, files, strict=True)):
-        made = generate_video(loaded, text, config, seed=config.seed + i)
+        made = run_pipeline(loaded, [text], config, [config.seed + i])
         written = time.perf_counter()
-        write_video(made.frames, file, loaded.default("fps"))
+        write_video(made.frames[0], file, loaded.default("fps"))
         for stage, value in made.seconds.items():
             seconds[stage] += value
         seconds["write"] += time.perf_counter() - written
         if sheet:
-            videos.append(made.frames)
+            videos.append(made.frames[0])
         if not as_json:
             typer.echo(f"{file}: {made.summary()}")
     if sheet:
@@ -96,7 +97,7 @@ def generate(
             "steps": made.steps,
             "passes": made.passes,
             "guidance": made.guidance,
-            "size": list(made.frames.shape[:3]),
+            "size": list(made.frames.shape[1:4]),
             "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
             "model": loaded.source,
             "family": loaded.family.name,

@@ -119,11 +119,11 @@ def read_video(
 
 
 def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
-    """Raise the `BadClip` that `read_video` would, as far as decoding the first and the last needed frame tells."""
+    """Raise the `BadClip` that `read_video` would, by decoding every frame it needs."""
     reader, indices = _open(path, fps, num_frames, start)
     with _decoding():
-        for i in {int(indices[0]), int(indices[-1])}:
-            reader[i].asnumpy()
+        for i in np.unique(indices):
+            reader[int(i)].asnumpy()
 
 
 def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) -> tuple["VideoReader", np.ndarray]:

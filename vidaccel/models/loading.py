@@ -66,7 +66,7 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: str = "auto"
     Raises:
         UserError: the model cannot be found, is broken, foreign or a pickle, or the device is not there.
     """
-    target = _device(device)
+    target = resolve_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
     folder = _local_folder(model)
@@ -83,7 +83,8 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: str = "auto"
     return LoadedPipeline(pipe, contents.family, str(folder or model), call, hashes)
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device; `UserError` for another name, and for cuda where there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"no device is called {name}", nearest(name, ("auto", "cpu", "cuda")))
     if name == "cuda" and not torch.cuda.is_available():

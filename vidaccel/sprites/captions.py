@@ -22,9 +22,8 @@ AFTER = ("{subject} on {bg}", "{subject}, on {bg}", "{subject} on a {bg} backgro
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of the scene's phrasings; two sprites may be named in either order."""
+    """One of the scene's phrasings; sprites are named in the order of the scene, which is random itself."""
     subjects = [describe(sprite, rng.choice(MOTION_PHRASES[sprite.motion])) for sprite in scene.sprites]
-    rng.shuffle(subjects)
     return rng.choice(BEFORE + AFTER).format(subject=" and ".join(subjects), bg=scene.background)
 
 

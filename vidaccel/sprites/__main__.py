@@ -1,0 +1,334 @@
+"""`python -m vidaccel.sprites`: the shipped world made from nothing, on a CPU or a GPU, resumable at every step.
+
+make    text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model folder with its card
+render  clips of the world as mp4 with captions.jsonl
+score   marks any model that knows the world's captions
+"""
+
+import hashlib
+import json
+import random
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from vidaccel import config as configuration
+from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
+from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
+from vidaccel.config import AutoencoderTraining, SpritesConfig
+from vidaccel.data.clips import ClipFolder, write_clips
+from vidaccel.data.shards import ShardFolder, write_shards
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.progress import Progress
+from vidaccel.sampling import generate
+from vidaccel.sprites import text
+from vidaccel.sprites.captions import caption
+from vidaccel.sprites.card import model_card
+from vidaccel.sprites.parse import parse
+from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer
+from vidaccel.sprites.render import render, to_uint8
+from vidaccel.sprites.score import score_clip, summarise
+from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
+from vidaccel.train.autoencoder import autoencoder_loss
+from vidaccel.train.flow_matching import flow_matching_loss
+from vidaccel.train.loop import train
+
+app = typer.Typer(help="The sprites world: make its model, render its clips, score a model.", no_args_is_help=True)
+
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
+ENCODE_BATCH = 8
+SCORE_BATCH = 8
+SCALE_CLIPS = 64
+"""Clips from which the latents' standard deviation, and so the scaling factor, is measured."""
+
+
+@app.command()
+@reported
+def make(
+    overrides: Settings = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Working folder; the model ends in its model/.")
+    ] = Path("runs/sprites"),
+    conf: Annotated[str, typer.Option(help="conf/sprites/NAME.yaml, or a path.")] = "default",
+    debug: Debug = False,
+) -> None:
+    """Train everything, from the newest checkpoint of each stage, and score the result."""
+    config = configuration.load("sprites", SpritesConfig, conf, overrides or [])
+    quiet_libraries()
+    device = resolve_device(config.device)
+    clips = open_clips(config)
+    reader = train_text(config, output / "text", device)
+    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips)
+    features = encode_clips(config, output / "features", autoencoder, reader, clips)
+    transformer = train_teacher(config, output / "teacher", device, features, reader)
+    publish(config, output, reader, autoencoder, transformer)
+    typer.echo(f"{output / 'model'}: the trained pipeline, its scores and its card")
+
+
+@app.command(name="render")
+@reported
+def render_clips(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for mp4s and captions.jsonl.")],
+    clips: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    seed: int = 0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write clips of random scenes, each with a caption."""
+
+    def one(index: int):
+        rng = random.Random(f"{seed}/{index}")
+        scene = random_scene(rng, "held_out" if held_out else "train")
+        return to_uint8(render([scene])[0]).numpy(), caption(scene, rng)
+
+    write_clips(output, map(one, range(clips)), FPS)
+    typer.echo(f"{output}: {clips} clips and captions.jsonl")
+
+
+@app.command()
+@reported
+def score(
+    model: Annotated[str, typer.Argument(help="A model folder, or sprites/teacher.")] = "sprites/teacher",
+    overrides: Settings = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for marks.jsonl and score.json.")] = Path(
+        "runs/score"
+    ),
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 256,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Mark a model's videos of held-out prompts; settings are those of `vidaccel generate`."""
+    quiet_libraries()
+    config = configuration.load(
+        "generate", configuration.GenerateConfig, "teacher", [f"model={model}", *(overrides or [])]
+    )
+    summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
+    for name, mark in summary.items():
+        typer.echo(f"{name:24} {mark['mean']:6.2f}  [{mark['low']:.2f}, {mark['high']:.2f}]")
+
+
+def open_clips(config: SpritesConfig) -> ClipFolder | None:
+    """The user's own clips, brought to the model's size and rate, or None where scenes are rendered."""
+    if config.data is None:
+        return None
+    return ClipFolder(config.data, num_frames=NUM_FRAMES, height=SIZE, width=SIZE, fps=FPS)
+
+
+def train_text(config: SpritesConfig, folder: Path, device: torch.device) -> text.CaptionReader:
+    """Both text encoders, trained on the world's own captions."""
+    torch.manual_seed(config.seed)
+
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        rng = _python_rng(generator)
+        scenes = [random_scene(rng) for _ in range(config.text.train.batch_size)]
+        return text.caption_loss(model, [caption(scene, rng) for scene in scenes], text.labels(scenes))
+
+    reader = text.CaptionReader(config.text.width).to(device)
+    return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders")
+
+
+def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None) -> nn.Module:
+    """The video autoencoder, on crops of single frames first and of clips then."""
+    settings = config.autoencoder
+    torch.manual_seed(config.seed)
+
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        count, frames, pixels = excerpt(settings, index)
+        rng = _python_rng(generator)
+        first = rng.randint(0, NUM_FRAMES - frames)
+        if clips is None:
+            video = render([random_scene(rng) for _ in range(count)], frames, first)
+        else:
+            video = torch.stack([clips[rng.randrange(len(clips))][0][:, first : first + frames] for _ in range(count)])
+        video = torch.stack([busiest_crop(clip, pixels, rng) for clip in video])
+        return autoencoder_loss(model, video.to(device), settings, generator)
+
+    model = build_autoencoder(settings).to(device)
+    return train(model, loss, settings.train, folder, seed=config.seed, title="autoencoder")
+
+
+def excerpt(settings: AutoencoderTraining, step: int) -> tuple[int, int, int]:
+    """Batch size, frames and pixels of a step's excerpts; every step sees about equally many pixels."""
+    budget = settings.train.batch_size * settings.image_pixels**2
+    frames, pixels = 1, settings.image_pixels
+    if step >= settings.image_share * settings.train.steps:
+        frames, pixels = settings.excerpts[step % len(settings.excerpts)]
+    return max(1, budget // (frames * pixels**2)), frames, pixels
+
+
+def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.Tensor:
+    """Of four random crops of `clip` [C, T, H, W], the one with most variance: most of a clip is plain background."""
+    corners = [(rng.randint(0, SIZE - pixels), rng.randint(0, SIZE - pixels)) for _ in range(4)]
+    return max((clip[..., y : y + pixels, x : x + pixels] for y, x in corners), key=lambda crop: float(crop.var()))
+
+
+def encode_clips(
+    config: SpritesConfig, folder: Path, autoencoder: nn.Module, reader: text.CaptionReader, clips: ClipFolder | None
+) -> ShardFolder:
+    """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way."""
+    device = next(autoencoder.parameters()).device
+    started = datetime.now(UTC)
+
+    def clip(index: int) -> tuple[torch.Tensor, str]:
+        if clips is not None:
+            return clips[index]
+        rng = random.Random(f"{config.seed}/{index}")
+        scene = random_scene(rng)
+        return render([scene])[0], caption(scene, rng)
+
+    @torch.no_grad()
+    def latents(videos: list[torch.Tensor]) -> torch.Tensor:
+        return autoencoder.encode(torch.stack(videos).to(device)).latent_dist.mean
+
+    @torch.no_grad()
+    def encode(indices: list[int]):
+        videos, captions = zip(*map(clip, indices), strict=True)
+        scaled = latents(list(videos)) * autoencoder.config.scaling_factor
+        embeds, mask, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, list(captions))
+        columns = zip(scaled.half(), embeds.half(), mask, pooled.half(), strict=True)
+        names = ("latent", "prompt_embeds", "prompt_mask", "pooled")
+        return [
+            (dict(zip(names, (t.contiguous().cpu() for t in row), strict=True)), {"caption": c, "fps": FPS})
+            for row, c in zip(columns, captions, strict=True)
+        ]
+
+    count = config.clips if clips is None else len(clips)
+    sample = [clip(i)[0] for i in range(min(SCALE_CLIPS, count))]
+    spread = torch.cat([latents(sample[i : i + ENCODE_BATCH]) for i in range(0, len(sample), ENCODE_BATCH)])
+    autoencoder.register_to_config(scaling_factor=round(1 / float(spread.std()), 6))
+    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader), "data": config.data, "seed": config.seed}
+    if not (folder / RUN_FILE).exists():
+        write_shards(
+            folder, encode, count=count, kind="encoded", settings=settings, batch_size=ENCODE_BATCH, title="encoding"
+        )
+        write_run(
+            folder,
+            format="features/1",
+            command="python -m vidaccel.sprites make",
+            config=configuration.to_dict(config),
+            seed=config.seed,
+            started=started,
+        )
+    return ShardFolder(folder, kind="encoded")
+
+
+def train_teacher(
+    config: SpritesConfig, folder: Path, device: torch.device, features: ShardFolder, reader: text.CaptionReader
+) -> nn.Module:
+    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random."""
+    settings = config.teacher
+    size = settings.train.batch_size
+    torch.manual_seed(config.seed)
+    channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
+    with torch.no_grad():
+        empty = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, [""])
+    empty = [tensor[0].half().cpu() if tensor.is_floating_point() else tensor[0].cpu() for tensor in empty]
+
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        samples = [features[features.at(index * size + i, config.seed)][0] for i in range(size)]
+        dropped = torch.rand(size, generator=generator) < settings.caption_dropout
+        tensors = [torch.stack([sample["latent"] for sample in samples]).float()]
+        for name, nothing in zip(("prompt_embeds", "prompt_mask", "pooled"), empty, strict=True):
+            tensors.append(
+                torch.stack([nothing if d else s[name] for d, s in zip(dropped, samples, strict=True)]).float()
+            )
+        x_0, embeds, mask, pooled = (tensor.to(device) for tensor in tensors)
+
+        def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return model(x_t, 1000 * t, embeds, mask, pooled, return_dict=False)[0]
+
+        return flow_matching_loss(velocity, x_0, settings.train_shift, generator), {}
+
+    model = build_transformer(settings, channels, width).to(device)
+    return train(model, loss, settings.train, folder, seed=config.seed, title="teacher")
+
+
+def publish(config: SpritesConfig, output: Path, reader, autoencoder: nn.Module, transformer: nn.Module) -> None:
+    """Save the pipeline in half precision, score it as saved, and finish its folder with scores, card and run.json."""
+    started = datetime.now(UTC)
+    call = CALL | {"steps": config.steps, "guidance": config.guidance}
+    draft = output / "draft"
+    with atomic_folder(draft) as folder:
+        pipe = assemble(reader.llama, reader.clip, autoencoder, transformer, config.sample_shift)
+        pipe.save_pretrained(folder)
+        finish = partial(
+            write_run,
+            format="model/1",
+            command="python -m vidaccel.sprites make",
+            config=configuration.to_dict(config),
+            seed=config.seed,
+            started=started,
+            parents={"features": sha256_file(output / "features" / RUN_FILE)},
+            call=call,
+        )
+        finish(folder)
+    loaded = load_pipeline(draft, device=config.device)
+    settings = configuration.GenerateConfig(model=str(draft))
+    summary = score_model(loaded, settings, config.score_prompts, output / "scores" / _digest(pipe.transformer)[:12])
+    with atomic_folder(output / "model") as folder:
+        pipe.save_pretrained(folder)
+        write_json(folder / "score.json", summary)
+        (folder / "README.md").write_text(model_card(config, output, summary), encoding="utf-8")
+        finish(folder)
+
+
+def score_model(
+    loaded: LoadedPipeline, config: configuration.GenerateConfig, prompts: int, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Mark the model on held-out prompts: half of one sprite, half of two. A killed run goes on where it was.
+
+    `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with their intervals.
+    """
+    settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
+    marks_file = _begin_marks(folder, settings)
+    marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
+    rng = random.Random("held out")
+    texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
+    with Progress("scoring", total=prompts, done=len(marks)) as bar, marks_file.open("a") as file:
+        for first in range(len(marks), prompts, SCORE_BATCH):
+            batch = range(first, min(first + SCORE_BATCH, prompts))
+            made = generate(loaded, [texts[i] for i in batch], config, [config.seed + i for i in batch])
+            for i, frames in zip(batch, made.frames, strict=True):
+                marks.append(
+                    {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
+                )
+                file.write(json.dumps(marks[-1]) + "\n")
+                bar.advance()
+            file.flush()
+    summary = summarise([mark["marks"] for mark in marks])
+    write_json(folder / "score.json", summary)
+    return summary
+
+
+def _begin_marks(folder: Path, settings: dict) -> Path:
+    """The file of marks so far, emptied if it was begun with other settings, cut after its last whole batch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record, marks = folder / "settings.json", folder / "marks.jsonl"
+    if not record.exists() or json.loads(record.read_text()) != settings or not marks.exists():
+        marks.write_text("")
+        write_json(record, settings)
+    whole = marks.read_text().split("\n")[:-1]
+    kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
+    marks.write_text("".join(line + "\n" for line in kept))
+    return marks
+
+
+def _python_rng(generator: torch.Generator) -> random.Random:
+    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m vidaccel.sprites")

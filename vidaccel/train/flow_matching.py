@@ -1,0 +1,33 @@
+"""Flow matching of the velocity v = eps - x_0 along x_t = (1 - t) x_0 + t eps (method.md's notation).
+
+B samples, C channels, T frames, H and W latent pixels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+def sample_times(count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+    """[count] times in (0, 1): logit-normal, then moved towards noise by s t / (1 + (s - 1) t)."""
+    t = torch.sigmoid(torch.randn(count, generator=generator))
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_matching_loss(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x_0: torch.Tensor,
+    shift: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Mean squared error of the model's velocity at random times.
+
+    Args:
+        velocity: (x_t [B, C, T, H, W], t [B] in [0, 1]) -> [B, C, T, H, W].
+        x_0: clean latents [B, C, T, H, W].
+    """
+    t = sample_times(len(x_0), shift, generator).to(x_0)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    at = t.view(-1, 1, 1, 1, 1)
+    return F.mse_loss(velocity((1 - at) * x_0 + at * eps, t).float(), eps - x_0)
