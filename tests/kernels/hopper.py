@@ -2,8 +2,8 @@
 
 The interpreter runs kernels as numpy and never sees Triton's type checks, its register allocation or its shared memory.
 This does: the launch functions of each fused.py run on meta tensors of HunyuanVideo's sizes with the launch itself
-replaced by the compiler. Run outside the interpreter as `python -m tests.kernels.hopper [--first] [op ...]`, --first for
-the first configuration of each kernel alone. It prints registers a thread, bytes of them spilled, and shared memory.
+replaced by the compiler. `python -m tests.kernels.hopper [--first] [op ...]`, outside the interpreter, prints registers
+a thread, bytes of them spilled, and shared memory; --first takes the first configuration of each kernel alone.
 """
 
 import re
