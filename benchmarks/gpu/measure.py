@@ -22,9 +22,12 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
+BACKEND = "inductor" if CUDA else "aot_eager"
+
+
 def compiled(function: Callable) -> Callable:
-    """torch.compile as a user would have it; on a CPU, where only the tracing is of interest, without code generation."""
-    return torch.compile(function, dynamic=False, backend="inductor" if CUDA else "aot_eager")
+    """torch.compile as a user would have it; on a CPU, where only tracing is of interest, without code generation."""
+    return torch.compile(function, dynamic=False, backend=BACKEND)
 
 
 def timed(call: Callable[[], object], budget: float, most: int, warmup: int) -> list[float]:
