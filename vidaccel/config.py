@@ -106,24 +106,22 @@ class AutoencoderTraining:
     norm_groups: int = 2
     """Groups of the group norms. Few: a norm over two channels would wipe out a plain background's brightness."""
     layers_per_block: int = 1
-    image_share: float = 0.6
-    """Share of the steps, the first ones, that train on single frames: many different pictures a step."""
     image_pixels: int = 32
-    """Size of the crops in those steps."""
-    excerpts: list[list[int]] = field(
-        default_factory=lambda: [[1, 32], [5, 32], [5, 64], [1, 64], [5, 32], [17, 32], [5, 64], [17, 64]]
-    )
-    """[frames, pixels] of the excerpts that the other steps train on in turn; batches shrink as excerpts grow."""
+    """Size of the crops of single frames that it is trained on first: many different pictures a step."""
+    excerpts: list[list[int]] = field(default_factory=lambda: [[5, 32], [9, 32], [9, 32], [17, 32], [9, 64], [17, 64]])
+    """[frames, pixels] of the excerpts of clips that it is trained on then, in turn."""
     kl_weight: float = 1e-4
     """Weight of the Kullback-Leibler term, per latent element."""
     l1_weight: float = 0.1
     """Weight of the absolute error beside the squared one; it sharpens what is nearly right."""
     gradient_weight: float = 1.0
     """Weight of the squared error of spatial differences, which keeps edges sharp."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    images: TrainConfig = field(default_factory=TrainConfig)
+    """The first stage; its batch size counts crops."""
+    clips: TrainConfig = field(default_factory=TrainConfig)
+    """The second stage; its batch size counts crops of `image_pixels`, and longer or larger excerpts are fewer."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.image_share <= 1, "image_share", self.image_share, "must be in [0, 1]")
         for excerpt in [[1, self.image_pixels], *self.excerpts]:
             rule = "is [frames, pixels] with frames = 4k + 1 and pixels a multiple of 8, at most 64"
             _require(

@@ -133,12 +133,10 @@ def train_text(config: SpritesConfig, folder: Path, device: torch.device) -> tex
 
 
 def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None) -> nn.Module:
-    """The video autoencoder, on crops of single frames first and of clips then."""
+    """The video autoencoder, trained on crops of single frames first and of clips then."""
     settings = config.autoencoder
-    torch.manual_seed(config.seed)
 
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
-        count, frames, pixels = excerpt(settings, index)
+    def loss(model: nn.Module, count: int, frames: int, pixels: int, generator: torch.Generator):
         rng = _python_rng(generator)
         first = rng.randint(0, NUM_FRAMES - frames)
         if clips is None:
@@ -148,17 +146,27 @@ def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device,
         video = torch.stack([busiest_crop(clip, pixels, rng) for clip in video])
         return autoencoder_loss(model, video.to(device), settings, generator)
 
+    def of_images(model: nn.Module, index: int, generator: torch.Generator):
+        return loss(model, settings.images.batch_size, 1, settings.image_pixels, generator)
+
+    def of_clips(model: nn.Module, index: int, generator: torch.Generator):
+        return loss(model, *excerpt(settings, index), generator)
+
+    torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
-    return train(model, loss, settings.train, folder, seed=config.seed, title="autoencoder")
+    for stage, train_config, stage_loss in (
+        ("images", settings.images, of_images),
+        ("clips", settings.clips, of_clips),
+    ):
+        title = f"autoencoder on {stage}"
+        model = train(model, stage_loss, train_config, folder / stage, seed=config.seed, title=title)
+    return model
 
 
-def excerpt(settings: AutoencoderTraining, step: int) -> tuple[int, int, int]:
-    """Batch size, frames and pixels of a step's excerpts; every step sees about equally many pixels."""
-    budget = settings.train.batch_size * settings.image_pixels**2
-    frames, pixels = 1, settings.image_pixels
-    if step >= settings.image_share * settings.train.steps:
-        frames, pixels = settings.excerpts[step % len(settings.excerpts)]
-    return max(1, budget // (frames * pixels**2)), frames, pixels
+def excerpt(settings: AutoencoderTraining, index: int) -> tuple[int, int, int]:
+    """Number, frames and pixels of the clips of one forward pass, which sees about equally many pixels each time."""
+    frames, pixels = settings.excerpts[index % len(settings.excerpts)]
+    return max(1, settings.clips.batch_size * settings.image_pixels**2 // (frames * pixels**2)), frames, pixels
 
 
 def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.Tensor:

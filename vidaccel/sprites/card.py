@@ -9,7 +9,12 @@ import torch
 
 from vidaccel.config import SpritesConfig, to_yaml
 
-TITLES = {"text": "text encoders", "autoencoder": "autoencoder", "teacher": "transformer"}
+TITLES = {
+    "text": "text encoders",
+    "autoencoder/images": "autoencoder on images",
+    "autoencoder/clips": "autoencoder on clips",
+    "teacher": "transformer",
+}
 
 
 def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, float]]) -> str:
@@ -32,9 +37,9 @@ def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, flo
         [
             "# sprites/teacher",
             "",
-            "A HunyuanVideo pipeline in small: coloured shapes that move, 64 x 64 pixels, 17 frames at 8 frames/s, from",
-            'captions such as "a red circle moving right and a blue square growing on black". Made to try vidaccel on;',
-            "it knows no other world. Licence: Apache-2.0.",
+            "A HunyuanVideo pipeline in small: coloured shapes that move, 64 x 64 pixels, 17 frames at 8 frames/s,",
+            'from captions such as "a red circle moving right and a blue square growing on black". Made to try',
+            "vidaccel on; it knows no other world. Licence: Apache-2.0.",
             "",
             "## How it was made",
             "",
@@ -48,9 +53,9 @@ def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, flo
             "",
             "## How it scores",
             "",
-            f"`python -m vidaccel.sprites score`: {config.score_prompts} prompts, half with two sprites, of combinations",
-            f"held out of training; {config.steps} steps, two passes each, guidance {config.guidance:g}. Percent, with",
-            "95 % bootstrap intervals over prompts.",
+            f"`python -m vidaccel.sprites score`: {config.score_prompts} prompts, half with two sprites, of",
+            f"combinations held out of training; {config.steps} steps, two passes each, guidance {config.guidance:g}.",
+            "Percent, with 95 % bootstrap intervals over prompts.",
             "",
             "| | mean | interval |",
             "|---|---|---|",

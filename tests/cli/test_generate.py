@@ -1,0 +1,182 @@
+"""`vidaccel generate` through real files: what it writes, what it says, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from decord import VideoReader
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.artefacts import sha256_file, write_run
+from vidaccel.cli.main import app
+
+QUICK = ["steps=2", *(f"{name}={value}" for name, value in SIZE.items())]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A tiny random pipeline folder of every family; HunyuanVideo's says itself how it is to be called."""
+    root = tmp_path_factory.mktemp("models")
+    for family in ("hunyuan_video", "hunyuan_video_15", "wan"):
+        tiny_pipeline(family).save_pretrained(root / family)
+    write_run(
+        root / "hunyuan_video",
+        format="model/1",
+        command="test",
+        config={},
+        seed=0,
+        started=datetime.now(UTC),
+        call=HUNYUAN_CALL | SIZE | {"fps": 8, "steps": 2, "guidance": 3.0},
+    )
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str):
+    return CliRunner().invoke(app, ["generate", *map(str, args)])
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_15", "wan"])
+def test_every_family_makes_a_video(models, family):
+    result = run("a red circle", f"model={models[family]}", *QUICK, "-o", "out.mp4")
+    assert result.exit_code == 0, result.output
+    reader = VideoReader("out.mp4")
+    assert (len(reader), *reader[0].shape) == (5, 32, 32, 3)
+    assert result.stdout.startswith("out.mp4: 5 frames 32x32; 2 steps, 4 passes")
+
+
+def test_json_says_what_was_made(models):
+    model = models["hunyuan_video"]
+    result = run("a red circle", f"model={model}", "--seed", "7", "--json", "--sheet", "sheet.png", "two_pass=null")
+    made = json.loads(result.stdout)
+    assert made["files"] == ["out.mp4"]
+    assert (made["seed"], made["steps"], made["passes"], made["guidance"]) == (7, 50, 100, 3.0)
+    assert made["size"] == [5, 32, 32]
+    assert set(made["seconds"]) == {"load", "text", "denoise", "decode", "write"}
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert made["hashes"]["transformer/diffusion_pytorch_model.safetensors"] == sha256_file(weights)
+    assert Image.open("sheet.png").width >= 5 * 32
+
+
+def test_a_file_of_prompts_makes_a_folder_of_videos(models):
+    Path("prompts.txt").write_text("a red circle\n\na green square\n")
+    model = f"model={models['hunyuan_video']}"
+    assert run("--prompts", "prompts.txt", model, "steps=2", "-o", "videos").exit_code == 0
+    assert sorted(p.name for p in Path("videos").iterdir()) == ["0000.mp4", "0001.mp4"]
+    assert run("a green square", model, "steps=2", "seed=1", "-o", "alone.mp4").exit_code == 0
+    assert Path("alone.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
+
+
+def test_gif_and_png_folder(models):
+    model = f"model={models['hunyuan_video']}"
+    assert run("a red circle", model, "steps=2", "-o", "out.gif").exit_code == 0
+    assert run("a red circle", model, "steps=2", "-o", "frames").exit_code == 0
+    frames = [np.asarray(Image.open(p)) for p in sorted(Path("frames").iterdir())]
+    assert len(frames) == 5 and frames[0].shape == (32, 32, 3)
+    assert Image.open("out.gif").n_frames >= 1
+
+
+def test_two_processes_write_the_same_bytes(models):
+    command = [
+        sys.executable,
+        "-m",
+        "vidaccel",
+        "generate",
+        "a red circle",
+        f"model={models['hunyuan_video']}",
+        "steps=2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for name in ("a.mp4", "b.mp4"):
+        subprocess.run([*command, "-o", name], check=True, env=environment)
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    assert run(*command[4:], "seed=1", "-o", "c.mp4").exit_code == 0
+    assert Path("c.mp4").read_bytes() != Path("a.mp4").read_bytes()
+
+
+def test_unknown_words_are_named(models):
+    result = run("a red zebra", f"model={models['hunyuan_video']}", "steps=2")
+    assert result.exit_code == 0
+    assert 'warning: the model does not know "zebra"' in result.stderr
+
+
+def test_print_conf_stops_and_can_be_read_back():
+    printed = run("--print-conf", "steps=3", "--seed", "5")
+    assert printed.exit_code == 0
+    assert "steps: 3\n" in printed.stdout and "seed: 5\n" in printed.stdout
+    Path("mine.yaml").write_text(printed.stdout)
+    assert run("--conf", "mine.yaml", "--print-conf").stdout == printed.stdout
+
+
+MISTAKES = {
+    "an empty prompt": ([""], "the prompt is empty"),
+    "a blank prompt": (["  "], "the prompt is empty"),
+    "no prompt": (["steps=2"], "no prompt was given"),
+    "two prompts": (["a", "b"], "more than one prompt"),
+    "a prompt and a file": (["a", "--prompts", "none.txt"], "more than one prompt"),
+    "no such prompt file": (["--prompts", "none.txt"], "none.txt"),
+    "an unknown suffix": (["a", "-o", "out.avi"], ".avi"),
+    "a sheet that is no PNG": (["a", "--sheet", "sheet.jpg"], "sheet.jpg"),
+    "a file where a folder belongs": (["a", "-o", "file/out.mp4"], "cannot write"),
+    "an unknown configuration": (["a", "--conf", "techer"], 'did you mean "teacher"?'),
+    "an unknown setting": (["a", "stepz=3"], 'did you mean "steps"?'),
+    "a setting of the wrong type": (["a", "steps=many"], "steps"),
+    "a setting out of range": (["a", "dtype=int4"], "float32"),
+    "frames that are not 4k + 1": (["a", "num_frames=16"], "nearest valid: 13 or 17"),
+    "a height the model cannot make": (["a", "height=50"], "nearest valid: 48 or 64"),
+    "no steps": (["a", "steps=0"], "steps=0"),
+    "no such model": (["a", "model=./nowhere"], "nowhere"),
+    "no such shipped model": (["a", "model=sprites/techer"], "sprites/"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_a_hint(models, mistake):
+    args, said = MISTAKES[mistake]
+    Path("file").write_text("")
+    if not any(word.startswith("model=") for word in args):
+        args = [*args, f"model={models['hunyuan_video']}"]
+    before = sorted(Path().rglob("*"))
+    result = run(*args)
+    assert result.exit_code == 2
+    error, hint = result.stderr.strip().split("\n")[-2:]
+    assert error.startswith("error: ") and hint.startswith("hint: ")
+    assert said in error + hint
+    assert not result.stdout
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device whose absence is tested")
+def test_cuda_that_is_not_there(models):
+    result = run("a", f"model={models['hunyuan_video']}", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "CUDA" in result.stderr
+
+
+def test_an_empty_prompt_file():
+    Path("prompts.txt").write_text("\n  \n")
+    result = run("--prompts", "prompts.txt")
+    assert result.exit_code == 2
+    assert "prompts.txt holds no prompt" in result.stderr
+
+
+def test_ctrl_c_leaves_nothing_and_exits_130(models, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vidaccel.data.video._write_mp4", interrupt)
+    result = run("a red circle", f"model={models['hunyuan_video']}", "steps=2", "-o", "new/out.mp4")
+    assert result.exit_code == 130
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,83 @@
+"""`python -m vidaccel.sprites` in miniature: every stage for a few steps, through real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from vidaccel.config import AutoencoderTraining, TrainConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.models.loading import load_pipeline
+from vidaccel.sprites.__main__ import app, excerpt
+
+MICRO = [
+    *("text.train.steps=2", "text.train.batch_size=4", "text.width=16"),
+    *("autoencoder.images.steps=2", "autoencoder.images.batch_size=4", "autoencoder.block_out_channels=[4,4,4,4]"),
+    *("autoencoder.clips.steps=2", "autoencoder.clips.batch_size=4"),
+    *("teacher.train.steps=2", "teacher.train.batch_size=2", "teacher.heads=2", "teacher.head_dim=16"),
+    *("teacher.double_blocks=1", "teacher.single_blocks=1", "clips=6", "score_prompts=3", "steps=2"),
+]
+
+
+def run(*args) -> str:
+    result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sprites")
+    run("make", "-o", folder, *MICRO)
+    return folder
+
+
+def test_the_result_is_a_model_that_generates(made):
+    loaded = load_pipeline(made / "model")
+    assert loaded.family.name == "hunyuan_video"
+    assert (loaded.default("steps"), loaded.default("num_frames"), loaded.default("fps")) == (2, 17, 8)
+    assert loaded.pipe.transformer.dtype == torch.float32
+    card, score = (made / "model" / "README.md").read_text(), json.loads((made / "model" / "score.json").read_text())
+    assert f"| total | {score['total']['mean']:.1f} |" in card
+
+
+def test_latents_have_unit_scale(made):
+    features = ShardFolder(made / "features", kind="encoded")
+    latents = torch.stack([features[i][0]["latent"].float() for i in range(len(features))])
+    assert latents.shape == (6, 16, 5, 8, 8)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_second_run_trains_nothing(made):
+    before = {p: p.read_text() for p in made.rglob("metrics.jsonl")}
+    marks = next(made.glob("scores/*/marks.jsonl")).read_text()
+    run("make", "-o", made, *MICRO)
+    assert before == {p: p.read_text() for p in made.rglob("metrics.jsonl")}
+    assert len(before) == 4
+    assert next(made.glob("scores/*/marks.jsonl")).read_text() == marks
+
+
+def test_it_trains_on_a_folder_of_clips(tmp_path):
+    run("render", "-o", tmp_path / "clips", "--clips", 4, "--held-out")
+    lines = [json.loads(line) for line in (tmp_path / "clips" / "captions.jsonl").read_text().splitlines()]
+    run("make", "-o", tmp_path / "made", *MICRO, f"data={tmp_path / 'clips'}")
+    features = ShardFolder(tmp_path / "made" / "features", kind="encoded")
+    assert [features[i][1]["caption"] for i in range(len(features))] == [line["caption"] for line in lines]
+
+
+def test_score_prints_a_line_a_dimension(made, tmp_path):
+    output = run("score", made / "model", "--prompts", 2, "-o", tmp_path / "score")
+    assert output.splitlines()[-1].startswith("total ")
+    assert len((tmp_path / "score" / "marks.jsonl").read_text().splitlines()) == 2
+
+
+@given(st.integers(0, 99), st.integers(1, 128))
+def test_excerpts_cost_about_the_same(index, batch_size):
+    settings = AutoencoderTraining(clips=TrainConfig(batch_size=batch_size))
+    count, frames, pixels = excerpt(settings, index)
+    assert [frames, pixels] in settings.excerpts
+    assert count == 1 or count * frames * pixels**2 <= batch_size * settings.image_pixels**2
