@@ -30,7 +30,7 @@ from vidaccel.sprites import text
 from vidaccel.sprites.captions import caption
 from vidaccel.sprites.card import model_card
 from vidaccel.sprites.parse import parse
-from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer
+from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, inflate
 from vidaccel.sprites.render import render, to_uint8
 from vidaccel.sprites.score import score_clip, summarise
 from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
@@ -154,13 +154,9 @@ def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device,
 
     torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
-    for stage, train_config, stage_loss in (
-        ("images", settings.images, of_images),
-        ("clips", settings.clips, of_clips),
-    ):
-        title = f"autoencoder on {stage}"
-        model = train(model, stage_loss, train_config, folder / stage, seed=config.seed, title=title)
-    return model
+    model = train(model, of_images, settings.images, folder / "images", seed=config.seed, title="autoencoder on images")
+    inflate(model)
+    return train(model, of_clips, settings.clips, folder / "clips", seed=config.seed, title="autoencoder on clips")
 
 
 def excerpt(settings: AutoencoderTraining, index: int) -> tuple[int, int, int]:

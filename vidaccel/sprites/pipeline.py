@@ -118,6 +118,21 @@ def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKLHunyuanVideo:
     return model
 
 
+@torch.no_grad()
+def inflate(model: nn.Module) -> None:
+    """Let every causal convolution that was trained on single frames look at the present frame alone.
+
+    On one frame, repeated as its own past, only the sum of the three time taps matters, so training leaves each of them
+    arbitrary. Moved into the last tap, the sum gives the same pictures, and a clip starts out as its own frames, each
+    fourth held, instead of a blur of neighbours.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+            total = module.weight.sum(2)
+            module.weight.zero_()
+            module.weight[:, :, -1] = total
+
+
 def build_transformer(config: TeacherTraining, latent_channels: int, text_width: int) -> HunyuanVideoTransformer3DModel:
     """The denoiser. RoPE gets a quarter of each head for time and the rest for height and width."""
     temporal = config.head_dim // 4
