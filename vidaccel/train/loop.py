@@ -1,6 +1,6 @@
 """The training loop: AdamW, averaged weights, checkpoints that resume bit for bit, and a stop at ten bad steps.
 
-Everything random in step n is drawn from a generator seeded by (seed, n). So there is no random state to save: a run
+Everything random in step n is drawn from generators seeded by (seed, n). So there is no random state to save: a run
 that is killed and started again draws the same batches, the same noise and the same dropout as one that was not.
 
     folder/checkpoints/step-00000200/   model.safetensors, ema.safetensors, optimizer.safetensors, state.json
@@ -9,27 +9,30 @@ that is killed and started again draws the same batches, the same noise and the 
 A checkpoint is written under another name and renamed, so that a folder called step-* is whole.
 """
 
+import contextlib
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from vidaccel.artefacts import atomic_folder
+from vidaccel.artefacts import CHECKPOINTS, atomic_folder, atomic_path, explained
 from vidaccel.config import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 MOST_BAD_STEPS = 10
 KEPT_CHECKPOINTS = 2
 
@@ -44,10 +47,11 @@ class TrainingFailed(RuntimeError):
 def train(model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, *, seed: int, title: str) -> nn.Module:
     """Trains `model` in place, from the newest checkpoint in `folder` if there is one.
 
-    Returns the averaged copy of the model, in evaluation mode.
+    Returns the averaged copy of the model, in evaluation mode. Seeds torch's global generator at each forward pass.
 
     Raises:
-        UserError: the checkpoints belong to other settings.
+        UserError: the checkpoints belong to other settings or another model, one of their files is damaged, or a new
+            one cannot be written.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
     """
     device = next(model.parameters()).device
@@ -57,7 +61,7 @@ def train(model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, *, se
     identity = {"seed": seed, "config": asdict(config)}
     state = _resume(folder, identity, model, average, optimizer)
     model.train()
-    skipped, bad_in_a_row, seconds = state["skipped"], 0, state["seconds"]
+    saved, skipped, bad_in_a_row, seconds = state["step"], state["skipped"], 0, state["seconds"]
     started = time.monotonic()
     with Progress(title, total=config.steps, done=state["step"]) as progress:
         for step in range(state["step"], config.steps):
@@ -75,17 +79,21 @@ def train(model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, *, se
                 if bad_in_a_row == MOST_BAD_STEPS:
                     raise TrainingFailed(
                         f"{title}: {MOST_BAD_STEPS} steps in a row without a finite loss or gradient, at step {step}; "
-                        f"the last good checkpoint is kept in {folder / 'checkpoints'}"
+                        f"the last good checkpoint is kept in {folder / CHECKPOINTS}"
                     )
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             elapsed = seconds + time.monotonic() - started
-            if done % config.log_every == 0 or done == config.steps:
-                line = {"step": done, "loss": value, "grad_norm": float(norm), "lr": learning_rate(config, step)}
-                _append(folder / "metrics.jsonl", line | metrics | {"skipped": skipped, "seconds": round(elapsed, 1)})
-            if bad_in_a_row == 0 and (done % config.save_every == 0 or done == config.steps):
-                state = {"step": done, "skipped": skipped, "seconds": elapsed, **identity}
-                _save(folder, state, model, average, optimizer)
+            with _last_good_named(saved):
+                if done % config.log_every == 0 or done == config.steps:
+                    line = {"step": done, "loss": value, "grad_norm": float(norm), "lr": learning_rate(config, step)}
+                    line |= metrics | {"skipped": skipped, "seconds": round(elapsed, 1)}
+                    _append(folder / METRICS, line)
+                due = done == config.steps or done // config.save_every > saved // config.save_every
+                if due and bad_in_a_row == 0:
+                    state = {"step": done, "skipped": skipped, "seconds": elapsed, **identity}
+                    _save(folder, state, model, average, optimizer)
+                    saved = done
             progress.advance(loss=value)
     return average.module.eval()
 
@@ -110,6 +118,7 @@ def _accumulate(model, loss: Loss, config: TrainConfig, step: int, seed: int, de
     total = 0.0
     for part in range(config.accumulate):
         index = step * config.accumulate + part
+        torch.manual_seed(generator_for(~seed, index).initial_seed())  # dropout layers know the global generator only
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             value, metrics = loss(model, index, generator_for(seed, index))
         (value / config.accumulate).backward()
@@ -128,17 +137,18 @@ def _ema(decay: float):
     return update
 
 
-def _append(path: Path, line: dict) -> None:
+def _append(path: Path, line: dict[str, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    finite = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON knows no NaN
+    with explained(path), path.open("a") as file:
+        file.write(json.dumps(finite) + "\n")
 
 
 def _save(folder: Path, state: dict, model, average, optimizer) -> None:
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     with atomic_folder(checkpoints / f"step-{state['step']:08d}") as target:
-        save_file(_contiguous(model.state_dict()), target / "model.safetensors")
-        save_file(_contiguous(average.state_dict()), target / "ema.safetensors")
+        save_model(model, target / "model.safetensors")
+        save_model(average, target / "ema.safetensors")
         moments, groups = _flatten(optimizer.state_dict())
         save_file(moments, target / "optimizer.safetensors")
         (target / "state.json").write_text(json.dumps(state | {"groups": groups}))
@@ -146,53 +156,84 @@ def _save(folder: Path, state: dict, model, average, optimizer) -> None:
         shutil.rmtree(old)
 
 
+@contextlib.contextmanager
+def _last_good_named(saved: int) -> Iterator[None]:
+    """Adds to a failure to write that everything up to step `saved` is still there."""
+    try:
+        yield
+    except UserError as error:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+        hint = f"{error.hint}; the same command then goes on from there"
+        raise UserError(f"{error.message}; {kept}", hint) from error
+
+
 def _resume(folder: Path, identity: dict, model, average, optimizer) -> dict:
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    if not found:
-        return {"step": 0, "skipped": 0, "seconds": 0.0}
-    newest = found[-1]
-    state = json.loads((newest / "state.json").read_text())
-    if differing := _differences(
-        state["config"] | {"seed": state["seed"]}, identity["config"] | {"seed": identity["seed"]}
-    ):
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)})",
-            "give the same settings to continue it, or another folder to start afresh",
-        )
-    model.load_state_dict(load_file(newest / "model.safetensors"))
-    average.load_state_dict(load_file(newest / "ema.safetensors"))
-    optimizer.load_state_dict(_unflatten(load_file(newest / "optimizer.safetensors"), state["groups"]))
-    _cut_metrics(folder / "metrics.jsonl", state["step"])
+    """Loads the newest checkpoint and drops what a killed run left beyond it; the state to go on from."""
+    checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
+    state = {"step": 0, "skipped": 0, "seconds": 0.0}
+    if checkpoints:
+        state = _load(checkpoints[-1], identity, model, average, optimizer)
+    for unfinished in (folder / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(unfinished)
+    _cut_metrics(folder / METRICS, state["step"])
     return state
 
 
+def _load(checkpoint: Path, identity: dict, model, average, optimizer) -> dict:
+    with _readable(checkpoint / "state.json") as path:
+        state = json.loads(path.read_text())
+        old, new = ({"seed": which["seed"], **which["config"]} for which in (state, identity))
+    if differing := _differences(old, new):
+        raise UserError(
+            f"{checkpoint} is of a run with other settings ({'; '.join(differing)})",
+            "give the same settings to continue it, or another folder to start afresh",
+        )
+    with _readable(checkpoint / "model.safetensors") as path:
+        load_model(model, path)
+    with _readable(checkpoint / "ema.safetensors") as path:
+        load_model(average, path)
+    with _readable(checkpoint / "optimizer.safetensors") as path:
+        optimizer.load_state_dict(_unflatten(load_file(path), state["groups"]))
+    return state
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Yields `path` to be loaded. One that is missing, damaged or does not fit stops the run: going back to an older
+    checkpoint, or on with half of this one, is for the user to decide."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot continue from {path}: {' '.join(str(error).split())}",
+            f"if the model is still the same, remove {path.parent} to go on from the checkpoint before it; "
+            "give another folder to start afresh",
+        ) from error
+
+
 def _differences(old: dict, new: dict) -> list[str]:
-    return [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
-    ]
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps that the checkpoint does not hold: they are about to be run again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """Drops the lines of steps that the checkpoint does not hold, which are about to be run again."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
 
 def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """An optimiser's state as named tensors ("3.exp_avg") and its parameter groups, which hold no tensor."""
-    return {f"{i}.{name}": t.contiguous() for i, s in state["state"].items() for name, t in s.items()}, state[
-        "param_groups"
-    ]
+    moments = {f"{i}.{name}": t.contiguous() for i, s in state["state"].items() for name, t in s.items()}
+    return moments, state["param_groups"]
 
 
 def _unflatten(moments: dict[str, torch.Tensor], groups: list[dict]) -> dict:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in moments.items():
         index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = tensor.clone()  # lets go of the file, which safetensors maps
     return {"state": state, "param_groups": groups}
