@@ -1,4 +1,7 @@
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +39,12 @@ def test_an_unknown_choice_is_named():
     with pytest.raises(UserError, match='kernels="fusd"') as error:
         select.choose("fusd", CPU)
     assert error.value.hint == 'did you mean "fused"?'
+
+
+def test_the_ops_are_there_without_triton():
+    """They are defined when they are imported, and Triton is imported when a fused kernel first runs."""
+    ops = ("adaln", "gated_residual_adaln", "qk_norm_rope", "cache_fusion", "attention_jvp")
+    imports = "".join(f"import vidaccel.kernels.{op}.op; " for op in ops)
+    code = f"import sys; sys.modules['triton'] = None; {imports}import torch; print(torch.ops.vidaccel.adaln.default)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "vidaccel.adaln.default", done.stderr

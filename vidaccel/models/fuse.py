@@ -14,7 +14,7 @@ Three things change, and parameters, buffers and state-dict names stay what they
   attention is called without a mask, which is what lets flash attention run at all.
 
 This is the one place that restates a forward; tests/models/test_fuse.py holds each against its stock block. Fuse before
-anything hooks the blocks: a hook keeps the forward that it found.
+anything hooks, shards or compiles the blocks: a hook keeps the forward that it found.
 
 B batch, N video tokens, L text tokens, D width, H heads.
 """
@@ -167,7 +167,7 @@ class _Processor:
         self.kernels = kernels
         self.padding = padding
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sharded: bool = True) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q, k, v [B, N, H, D] -> [B, N, H D]."""
         out = dispatch_attention_fn(
             q,
@@ -175,7 +175,7 @@ class _Processor:
             v,
             attn_mask=mask,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config if sharded else None,
+            parallel_config=self._parallel_config,
         )
         return out.flatten(2, 3).to(q.dtype)
 
