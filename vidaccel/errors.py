@@ -1,7 +1,7 @@
-"""What a user did wrong, as one line and one hint.
+"""What a user did wrong, as one line and one hint, and a training that cannot go on.
 
-Core modules raise `UserError`; the command line prints it without a traceback and exits with status 2. Anything else
-that escapes is a bug of ours and keeps its traceback.
+Core modules raise `UserError`; the command line prints it without a traceback and exits with status 2, or 1 for
+`TrainingFailed`. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 import difflib
@@ -18,6 +18,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}"
+
+
+class TrainingFailed(RuntimeError):
+    """Too many steps in a row had no finite loss or gradient. The last good checkpoint is kept."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

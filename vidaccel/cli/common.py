@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from vidaccel.errors import UserError
+from vidaccel.errors import TrainingFailed, UserError
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -20,7 +20,8 @@ _SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 
 def reported(command: Callable) -> Callable:
-    """A command that ends with 2 and one line and a hint for a user's mistake, and with 130 for Ctrl-C."""
+    """A command that ends with 2 and one line and a hint for a user's mistake, 1 for a training that failed, and 130
+    for Ctrl-C."""
 
     @functools.wraps(command)
     def run(*args, debug: bool = False, **kwargs):
@@ -32,6 +33,11 @@ def reported(command: Callable) -> Callable:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except TrainingFailed as failure:
+            if debug:
+                raise
+            typer.echo(f"error: {failure}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             if debug:
                 raise

@@ -92,8 +92,8 @@ def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKLHunyuanVideo:
 
     The stock initialisation shrinks the signal at each convolution outside a residual branch, and starts with a
     posterior as wide as the prior, which drowns it. Here such convolutions keep the variance, residual branches start
-    small, the posterior starts narrow, and the residual stream carries a constant pattern, without which a group norm
-    would blow up the plain background of a clip to unit variance.
+    small, the posterior starts narrow, and the residual stream starts with a constant pattern, so that a group norm of
+    a plain background has something to divide by.
     """
     model = AutoencoderKLHunyuanVideo(
         latent_channels=config.latent_channels,

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vidaccel.artefacts import CHECKPOINTS, atomic_folder, atomic_path, explained
 from vidaccel.config import TrainConfig
-from vidaccel.errors import UserError
+from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ KEPT_CHECKPOINTS = 2
 
 Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 """(model, index of this forward pass since the start, its generator) -> scalar loss, metrics to log."""
-
-
-class TrainingFailed(RuntimeError):
-    """Ten steps in a row had no finite loss or gradient. The last good checkpoint is kept."""
 
 
 def train(model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, *, seed: int, title: str) -> nn.Module:
