@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ from vidaccel.cli.common import (
     settings,
     split_settings,
 )
+from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
 
 
@@ -54,6 +57,13 @@ def generate(
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
 
+    _check_outputs(files, sheet)
+    report = _make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+
+
+def _check_outputs(files: list[Path], sheet: Path | None) -> None:
     from vidaccel.data.video import check_output, check_sheet
 
     for file in files:
@@ -61,49 +71,48 @@ def generate(
     if sheet:
         check_sheet(sheet)
 
+
+def _make(
+    config: GenerateConfig, texts: list[str], files: list[Path], sheet: Path | None, device: str, say: Callable
+) -> dict[str, Any]:
+    """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
     from vidaccel.models.loading import load_pipeline
-    from vidaccel.sampling import generate as run_pipeline
+    from vidaccel.sampling import generate as sample
     from vidaccel.sampling import warn_of_unknown_words
 
     started = time.perf_counter()
     loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
-    seconds = {"load": time.perf_counter() - started, "text": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
+    seconds = Counter(load=time.perf_counter() - started)
     for text in texts:
         warn_of_unknown_words(loaded, text)
     videos = []
     for i, (text, file) in enumerate(zip(texts, files, strict=True)):
-        made = run_pipeline(loaded, [text], config, [config.seed + i])
-        written = time.perf_counter()
-        write_video(made.frames[0], file, loaded.default("fps"))
-        for stage, value in made.seconds.items():
-            seconds[stage] += value
-        seconds["write"] += time.perf_counter() - written
+        made = sample(loaded, [text], config, [config.seed + i])
         if sheet:
             videos.append(made.frames[0])
-        if not as_json:
-            typer.echo(f"{file}: {made.summary()}")
+        started = time.perf_counter()
+        write_video(made.frames[0], file, loaded.default("fps"))
+        seconds.update(made.seconds | {"write": time.perf_counter() - started})
+        say(f"{file}: {made.summary()}")
     if sheet:
         contact_sheet(videos, sheet, labels=texts)
-        if not as_json:
-            typer.echo(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
-    if as_json:
-        result = {
-            "files": [str(file) for file in files],
-            "sheet": str(sheet) if sheet else None,
-            "prompts": texts,
-            "seed": config.seed,
-            "steps": made.steps,
-            "passes": made.passes,
-            "guidance": made.guidance,
-            "size": list(made.frames.shape[1:4]),
-            "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-            "model": loaded.source,
-            "family": loaded.family.name,
-            "hashes": loaded.hashes,
-        }
-        typer.echo(json.dumps(result, indent=2))
+        say(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
+    return {
+        "files": [str(file) for file in files],
+        "sheet": str(sheet) if sheet else None,
+        "prompts": texts,
+        "seed": config.seed,
+        "steps": made.steps,
+        "passes": made.passes,
+        "guidance": made.guidance,
+        "size": list(made.frames.shape[1:4]),
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "model": loaded.source,
+        "family": loaded.family.name,
+        "hashes": loaded.hashes,
+    }
 
 
 def _prompts(free: list[str], file: Path | None) -> list[str]:
