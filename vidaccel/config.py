@@ -4,6 +4,7 @@
 A key that does not exist names its nearest neighbour; a value of the wrong type or out of range says what it may be.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         _require(self.warmup >= 0, "warmup", self.warmup, "must be at least 0")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be above 0 and finite")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be at least 0 and finite")
         _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
         _require(self.schedule in ("cosine", "constant"), "schedule", self.schedule, "is cosine or constant")
@@ -195,13 +197,15 @@ def load(command: str, schema: type[Schema], conf: str, overrides: Sequence[str]
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     path = _find(command, conf)
-    for word in overrides:
-        _check_override(word, schema)
+    words = [_override(word, schema) for word in overrides]
     try:
         with initialize_config_dir(str(path.parent), version_base=None):
-            chosen = compose(path.stem, [f"++{word.lstrip('+')}" for word in overrides])
+            chosen = compose(path.stem, words)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
@@ -230,6 +234,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _find(command: str, conf: str) -> Path:
     if conf.endswith((".yaml", ".yml")):
         path = Path(conf).resolve()
+        if path.suffix == ".yml":
+            raise UserError(f"{conf} does not end in .yaml", "rename it: Hydra reads no other suffix")
         if not path.is_file():
             raise UserError(
                 f"no configuration file {conf}", "give the path of a YAML file, or the name of a shipped one"
@@ -243,17 +249,26 @@ def _find(command: str, conf: str) -> Path:
     return path
 
 
-def _check_override(word: str, schema: type) -> None:
-    key, equals, _ = word.partition("=")
+def _override(word: str, schema: type) -> str:
+    """A `key=value` word, checked, as Hydra takes it.
+
+    Text is quoted, unless it is already: to Hydra's grammar a comma in a path is a sweep and an accent an error.
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, equals, value = word.lstrip("+").partition("=")
     if not equals:
         raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
     here = schema
-    for part in key.lstrip("+").split("."):
+    for part in key.split("."):
         hints = get_type_hints(here) if is_dataclass(here) else {}
         if part not in hints:
             known = list(hints) or [f.name for f in fields(schema)]
             raise UserError(f'there is no setting "{key}"', nearest(part, known))
         here = hints[part]
+    if here in (str, str | None) and value != "null" and not value.startswith(("'", '"')):
+        value = QuotedString(value, Quote.single).with_quotes()
+    return f"++{key}={value}"
 
 
 def _check_keys(chosen: dict, schema: type, where: str) -> None:
@@ -261,5 +276,7 @@ def _check_keys(chosen: dict, schema: type, where: str) -> None:
     for key, value in chosen.items():
         if key not in hints:
             raise UserError(f'{where}: there is no setting "{key}"', nearest(str(key), hints))
-        if is_dataclass(hints[key]) and isinstance(value, dict):
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key}={value!r}, where {key} is a group of settings", f"set {key}.<name>")
             _check_keys(value, hints[key], where)

@@ -1,0 +1,305 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from vidaccel.config import SCHEMAS, GenerateConfig, SpritesConfig, TrainConfig, conf_root, load, to_dict, to_yaml
+from vidaccel.errors import UserError
+
+SHIPPED = sorted(path.relative_to(conf_root()).with_suffix("") for path in conf_root().rglob("*.yaml"))
+
+
+def generate(*overrides: str) -> GenerateConfig:
+    return load("generate", GenerateConfig, "teacher", overrides)
+
+
+def sprites(*overrides: str) -> SpritesConfig:
+    return load("sprites", SpritesConfig, "default", overrides)
+
+
+def from_yaml(folder, text: str, *overrides: str) -> GenerateConfig:
+    (folder / "mine.yaml").write_text(text)
+    return load("generate", GenerateConfig, str(folder / "mine.yaml"), overrides)
+
+
+# Shipped YAMLs, and those at a path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_shipped_yaml_fits_its_schema(path):
+    command, *name = path.parts
+    schema = SCHEMAS[command]
+    config = load(command, schema, "/".join(name))
+    assert isinstance(config, schema)
+    chosen = OmegaConf.load(conf_root() / f"{path}.yaml")
+    assert OmegaConf.merge(OmegaConf.create(to_dict(config)), chosen) == to_dict(config)  # each key in it holds
+
+
+def test_every_command_ships_a_yaml():
+    assert {path.parts[0] for path in SHIPPED} == SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "a.b.yaml", "with space, and (more)/è.yaml", "it's=#1.yaml"])
+def test_a_yaml_at_a_path(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("steps: 7\nguidance: 2")
+    expected = GenerateConfig(steps=7, guidance=2.0)
+    assert load("generate", GenerateConfig, str(path)) == expected
+    monkeypatch.chdir(tmp_path)
+    assert load("generate", GenerateConfig, name) == expected
+
+
+def test_an_empty_yaml_is_the_defaults(tmp_path):
+    assert from_yaml(tmp_path, "") == GenerateConfig()
+
+
+def test_a_yaml_can_build_on_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("steps: 7\nseed: 1")
+    assert from_yaml(tmp_path, "defaults: [base, _self_]\nseed: 2") == GenerateConfig(steps=7, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("conf", "message", "hint"),
+    [
+        ("techer", 'no configuration "techer" for generate', 'did you mean "teacher"?'),
+        ("zzz", 'no configuration "zzz" for generate', "choose from: teacher"),
+        ("", 'no configuration "" for generate', "choose from: teacher"),
+        ("nowhere/mine.yaml", "no configuration file nowhere/mine.yaml", "give the path"),
+        ("mine.yml", "mine.yml does not end in .yaml", "rename it"),
+    ],
+)
+def test_unknown_configurations(conf, message, hint):
+    with pytest.raises(UserError) as error:
+        load("generate", GenerateConfig, conf)
+    assert error.value.message == message
+    assert error.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [1", "mine.yaml is not YAML: .* line 1"),
+        ("steps: 1\nsteps: 2", "mine.yaml is not YAML: .*duplicate key steps.* line 2"),
+        ("model: !!python/object/apply:os.getcwd []", "mine.yaml is not YAML: .*constructor"),
+        ("\x00", "mine.yaml is not YAML"),
+        ("- steps\n- 5", "mine.yaml: .*must be a DictConfig"),
+        ("just words", 'mine.yaml: there is no setting "just words"'),
+        ("3: 4", 'mine.yaml: there is no setting "3"'),
+        ("defaults: [nowhere]", "mine.yaml: .*Could not load 'nowhere'"),
+        ("model: ${nowhere}", "model: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_broken_yamls(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        from_yaml(tmp_path, text)
+    assert "\n" not in error.value.message + error.value.hint
+    assert error.value.hint
+
+
+def test_a_yaml_that_is_no_text(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(UserError, match="mine.yaml is not YAML: 'utf-8' codec"):
+        load("generate", GenerateConfig, str(tmp_path / "mine.yaml"))
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("text.train.stepps", "steps"),
+        ("text.trian.steps", "train"),
+        ("teacher.head_dimm", "head_dim"),
+        ("autoencodr", "autoencoder"),
+        ("seed.value", None),
+    ],
+)
+def test_a_wrong_key_names_the_nearest_right_one(tmp_path, key, nearest):
+    yaml = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(key.split(".")))
+    (tmp_path / "mine.yaml").write_text(yaml.rstrip("\n") + " 3")
+    with pytest.raises(UserError) as in_word:
+        sprites(f"{key}=3")
+    assert in_word.value.message == f'there is no setting "{key}"'
+    with pytest.raises(UserError) as in_file:
+        load("sprites", SpritesConfig, str(tmp_path / "mine.yaml"))
+    if nearest:
+        assert "there is no setting" in in_file.value.message
+        assert f'did you mean "{nearest}"?' == in_word.value.hint == in_file.value.hint
+    else:
+        assert "choose from" in in_word.value.hint
+
+
+@pytest.mark.parametrize("word", ["steps", "", "+", "~steps", "a red circle"])
+def test_a_word_that_sets_nothing(word):
+    with pytest.raises(UserError, match="neither a flag nor a key=value setting"):
+        generate(word)
+
+
+@pytest.mark.parametrize("value", ["5", "null"])
+@pytest.mark.parametrize("key", ["teacher", "teacher.train"])
+def test_a_group_is_no_value(key, value):
+    with pytest.raises(UserError, match="is a group of settings"):
+        sprites(f"{key}={value}")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [
+        ("steps=3", {"steps": 3}),
+        ("+steps=3", {"steps": 3}),
+        ("++steps=3", {"steps": 3}),
+        ("steps=null", {"steps": None}),
+        ("guidance=5", {"guidance": 5.0}),
+        ("two_pass=false", {"two_pass": False}),
+        ("two_pass=null", {"two_pass": None}),
+        ("model='a, b'", {"model": "a, b"}),
+        ('model="it\'s"', {"model": "it's"}),
+    ],
+)
+def test_overrides(word, change):
+    assert generate(word) == replace(generate(), **change)
+
+
+TEXTS = (
+    "a b",
+    "a, b",
+    "it's",
+    'say "hi"',
+    "a=b",
+    "/data/clips (1)/ü",
+    "C:\\new\\",
+    "a\\'b",
+    "1e3",
+    "on",
+    "[a",
+    "{a}",
+    "#",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_stands(text):
+    """A shell has removed the user's quotes by then."""
+    assert generate(f"model={text}").model == text
+    assert sprites(f"data={text}").data == text
+
+
+def test_nested_and_list_overrides():
+    config = sprites("text.train.steps=3", "data=null", "autoencoder.block_out_channels=[8, 8, 16, 16]", "seed=5")
+    expected = sprites()
+    expected.text.train.steps = 3
+    expected.autoencoder.block_out_channels = [8, 8, 16, 16]
+    expected.seed = 5
+    assert config == expected
+    assert isinstance(config.autoencoder.block_out_channels, list)
+
+
+def test_the_last_override_of_a_key_wins():
+    assert generate("steps=3", "steps=4").steps == 4
+
+
+def test_loads_do_not_share_state():
+    sprites().autoencoder.block_out_channels.append(1)
+    assert sprites() == sprites("seed=0")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("steps=abc", "steps: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("steps=3.5", "steps: Value '3.5'"),
+        ("steps=true", "steps: Value 'True'"),
+        ("steps=[1]", "steps: "),
+        ("steps={a: 1}", "steps: "),
+        ("steps=1,2", "steps=1,2"),
+        ("steps=range(1,3)", "steps=range"),
+        ("steps=é", "steps=é"),
+        ("guidance=fast", "guidance: Value 'fast'"),
+        ("two_pass=maybe", "two_pass: Value 'maybe'"),
+        ("model=null", "model: .*None"),
+        ("model=", "model=''"),
+        ("seed=-1", "seed=-1"),
+        ("seed=9223372036854775808", "seed=9223372036854775808"),
+        ("dtype=float8", "dtype='float8'"),
+    ],
+)
+def test_values_that_do_not_fit(word, message):
+    with pytest.raises(UserError, match=message) as error:
+        generate(word)
+    assert error.value.hint
+    assert "\n" not in error.value.message + error.value.hint
+
+
+def test_a_value_that_does_not_fit_in_a_group_names_its_path():
+    with pytest.raises(UserError, match=r"^teacher\.train\.steps: Value 'abc'"):
+        sprites("teacher.train.steps=abc")
+    with pytest.raises(UserError, match=r"^autoencoder\.block_out_channels\[1\]: Value 'a'"):
+        sprites("autoencoder.block_out_channels=[1, a]")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("accumulate", -1),
+        ("save_every", 0),
+        ("log_every", 0),
+        ("warmup", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -0.1),
+        ("clip_norm", 0.0),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+        ("schedule", "linear"),
+        ("precision", "float16"),
+    ],
+)
+def test_training_settings_out_of_range(key, value):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**{key: value})
+    assert error.value.message == f"{key}={value!r} is not possible"
+    assert error.value.hint.startswith(f"{key} ")
+    with pytest.raises(UserError, match=f"{key}={value!r} is not possible"):
+        sprites(f"text.train.{key}={value}")
+
+
+# There and back
+
+TEXT = st.text(st.characters(blacklist_categories=["C", "Z"], blacklist_characters="$"), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    model=TEXT,
+    steps=st.none() | st.integers(1, 100),
+    guidance=st.none() | st.floats(1, 20),
+    two_pass=st.none() | st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_yaml_of_generate_settings_loads_as_the_same(tmp_path_factory, model, steps, guidance, two_pass, seed):
+    config = GenerateConfig(model=model, steps=steps, guidance=guidance, two_pass=two_pass, seed=seed)
+    assert from_yaml(tmp_path_factory.mktemp("conf"), to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_yaml_of_shipped_settings_loads_as_the_same(tmp_path, path):
+    command, *name = path.parts
+    config = load(command, SCHEMAS[command], "/".join(name), ["seed=17"])
+    (tmp_path / "mine.yaml").write_text(to_yaml(config))
+    assert load(command, SCHEMAS[command], str(tmp_path / "mine.yaml")) == config
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=TEXT.filter(lambda text: text != "null" and text[0] not in "'\""))
+def test_any_text_survives_an_override(data):
+    assert sprites(f"data={data}").data == data
