@@ -1,0 +1,43 @@
+# Needs Python 3.11 or 3.12, and a network to set up once. Another interpreter: make PYTHON=/path/to/python
+
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; \
+	done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: setup demo test lint sprites gpu wheelhouse
+
+# An environment in .venv with the tested versions; again only when those change.
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found" >&2; \
+		echo "hint: name one with make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train]'
+	touch $@
+
+# Two videos and a contact sheet in demo/, from the model that ships with the package.
+demo: setup
+	$(BIN)/vidaccel generate --prompts examples/demo.txt -o demo --sheet demo/sheet.png
+
+# The whole suite.
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The shipped model made from nothing; hours on a CPU, goes on where it was stopped.
+sprites: setup
+	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
+
+# Everything that is measured on a GPU, with the Python that has torch and triton there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu.run
+
+# The wheels that a GPU machine without a network lacks.
+wheelhouse:
+	sh benchmarks/gpu/wheelhouse.sh
