@@ -8,6 +8,7 @@ score   marks any model that knows the world's captions
 import hashlib
 import json
 import random
+import shutil
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -273,12 +274,13 @@ def publish(config: SpritesConfig, output: Path, reader, autoencoder: nn.Module,
         finish(folder)
     loaded = load_pipeline(draft, device=config.device)
     settings = configuration.GenerateConfig(model=str(draft))
-    summary = score_model(loaded, settings, config.score_prompts, output / "scores" / _digest(pipe.transformer)[:12])
+    summary = score_model(loaded, settings, config.score_prompts, output / "scores")
     with atomic_folder(output / "model") as folder:
         pipe.save_pretrained(folder)
         write_json(folder / "score.json", summary)
         (folder / "README.md").write_text(model_card(config, output, summary), encoding="utf-8")
         finish(folder)
+    shutil.rmtree(draft)
 
 
 def score_model(

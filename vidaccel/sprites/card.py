@@ -53,7 +53,7 @@ def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, flo
             "",
             "## How it scores",
             "",
-            f"`python -m vidaccel.sprites score`: {config.score_prompts} prompts, half with two sprites, of",
+            f"`python -m vidaccel.sprites score --prompts {config.score_prompts}`: captions, half with two sprites, of",
             f"combinations held out of training; {config.steps} steps, two passes each, guidance {config.guidance:g}.",
             "Percent, with 95 % bootstrap intervals over prompts.",
             "",
