@@ -53,6 +53,20 @@ class TextTensor:
     """Its name among the pipeline's call arguments."""
     argument: str
     """The transformer's forward argument that takes it."""
+    stored: str
+    """Its name in a feature folder, and wherever else text tensors travel by name."""
+
+
+@dataclass(frozen=True)
+class BlankInput:
+    """An input of image-to-video that text-to-video fills with zeros [B, tokens, width]."""
+
+    argument: str
+    """The transformer's forward argument that takes it."""
+    tokens: int
+    """How many the pipeline passes."""
+    width_config: str
+    """Transformer config key of their width."""
 
 
 @dataclass(frozen=True)
@@ -105,5 +119,11 @@ class DiTFamily:
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
     r_config: str | None = None
     """Transformer config key that is true when it was built with an embedding of r; None if the class has none."""
+    r_argument: str | None = None
+    """The transformer's forward argument that then takes 1000 r."""
     g_config: str | None = None
     """Transformer config key that is true when it was built with an embedding of g; None if the class has none."""
+    g_argument: str | None = None
+    """The transformer's forward argument that then takes 1000 g."""
+    blank_inputs: tuple[BlankInput, ...] = ()
+    """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""

@@ -20,12 +20,13 @@ HUNYUAN_VIDEO = DiTFamily(
     ),
     timestep_embedder="time_text_embed.timestep_embedder",
     text_tensors=(
-        TextTensor("prompt_embeds", "encoder_hidden_states"),
-        TextTensor("pooled_prompt_embeds", "pooled_projections"),
-        TextTensor("prompt_attention_mask", "encoder_attention_mask"),
+        TextTensor("prompt_embeds", "encoder_hidden_states", stored="prompt_embeds"),
+        TextTensor("pooled_prompt_embeds", "pooled_projections", stored="pooled"),
+        TextTensor("prompt_attention_mask", "encoder_attention_mask", stored="prompt_mask"),
     ),
     guidance=Guidance(cfg_argument="true_cfg_scale", embedded_argument="guidance_scale"),
     defaults=SamplingDefaults(steps=50, guidance=6.0, num_frames=129, height=720, width=1280, fps=24, shift=5.0),
     size_multiple=16,
     g_config="guidance_embeds",
+    g_argument="guidance",
 )

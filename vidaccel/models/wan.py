@@ -20,7 +20,7 @@ WAN = DiTFamily(
         ),
     ),
     timestep_embedder="condition_embedder.time_embedder",
-    text_tensors=(TextTensor("prompt_embeds", "encoder_hidden_states"),),
+    text_tensors=(TextTensor("prompt_embeds", "encoder_hidden_states", stored="prompt_embeds"),),
     guidance=Guidance(cfg_argument="guidance_scale"),
     defaults=SamplingDefaults(steps=50, guidance=5.0, num_frames=81, height=480, width=832, fps=16, shift=3.0),
     size_multiple=16,

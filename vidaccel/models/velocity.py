@@ -1,0 +1,65 @@
+"""A family's transformer as the function method.md writes: u(x_t, r, t) under a guidance scale g.
+
+Times in [0, 1] and scales go in as they stand in the formulas; here they become the model's own units, arguments and
+zero inputs. Training, collection, schedule search and our own sampling loop call models through this.
+
+B batch, C channels, T frames, H and W latent pixels
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.family import DiTFamily
+
+Text = dict[str, Tensor]
+"""Text tensors with a batch dimension, by the `stored` names of the family's record."""
+
+
+class Velocity(nn.Module):
+    """Mean velocity over [r, t]; the instantaneous one for a model without r, or where r is not given."""
+
+    def __init__(self, transformer: nn.Module, family: DiTFamily, conditioning: Conditioning | None = None):
+        """`conditioning` is attached to the transformer for as long as both live."""
+        super().__init__()
+        self.transformer, self.family, self.conditioning = transformer, family, conditioning
+        if conditioning is not None:
+            conditioning.attach(transformer, family)
+
+    def embeds(self, number: str) -> bool:
+        """Whether the model is conditioned on "r" or "g", by itself or by `conditioning`."""
+        return self._native(number) or (self.conditioning is not None and number in self.conditioning.config.embeds)
+
+    def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
+        """x [B, C, T, H, W], t, r and g [B] -> [B, C, T, H, W]; r is t unless given.
+
+        Raises:
+            ValueError: a scale is missing where the model embeds one, or given where it does not.
+        """
+        if (g is not None) != self.embeds("g"):
+            given, embedded = ("nothing", "one") if g is None else ("one", "none")
+            raise ValueError(f"{given} was given for g, and the model embeds {embedded}")
+        numbers = {"r": t if r is None else r, "g": g}
+        arguments = {tensor.argument: text[tensor.stored] for tensor in self.family.text_tensors}
+        for name, argument in (("r", self.family.r_argument), ("g", self.family.g_argument)):
+            if self._native(name):
+                arguments[argument] = (1000 * numbers[name]).to(x.dtype)
+        for blank in self.family.blank_inputs:
+            width = self.transformer.config[blank.width_config]
+            arguments[blank.argument] = x.new_zeros(len(x), blank.tokens, width)
+        timestep = (1000 * t).to(x.dtype)
+        with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
+            return self.transformer(hidden_states=self._padded(x), timestep=timestep, **arguments, return_dict=False)[0]
+
+    def _native(self, number: str) -> bool:
+        key = getattr(self.family, f"{number}_config")
+        return bool(key and self.transformer.config[key])
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """With zeros for the channels of an image condition."""
+        missing = self.transformer.config.in_channels - x.shape[1]
+        if not missing:
+            return x
+        return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
