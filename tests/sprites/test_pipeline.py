@@ -1,9 +1,10 @@
 """The sprites model's parts before training."""
 
+import pytest
 import torch
 
 from vidaccel.config import AutoencoderTraining, TeacherTraining
-from vidaccel.sprites.pipeline import build_autoencoder, build_transformer, inflate
+from vidaccel.sprites.pipeline import build_autoencoder, build_transformer, deepen, inflate
 
 
 def tiny_autoencoder(seed: int = 0):
@@ -39,3 +40,31 @@ def test_the_transformer_keeps_the_ratios_of_the_big_ones():
     of_block = sum(p.numel() for p in model.single_transformer_blocks[0].parameters())
     assert of_block / of_all < 0.04
     assert sum(model.config.rope_axes_dim) == model.config.attention_head_dim
+
+
+def small_transformer(double_blocks: int, single_blocks: int, seed: int = 0):
+    torch.manual_seed(seed)
+    config = TeacherTraining(heads=2, head_dim=16, double_blocks=double_blocks, single_blocks=single_blocks)
+    return build_transformer(config, 4, 8)
+
+
+def forward(model):
+    generator = torch.Generator().manual_seed(0)
+    latent, text = torch.randn(2, 4, 2, 4, 4, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    return model(latent, torch.tensor([100.0, 900.0]), text, mask, text[:, 0], return_dict=False)[0]
+
+
+def test_a_deepened_transformer_is_the_same_function_and_every_block_of_it_learns():
+    shallow, deep = small_transformer(1, 2), small_transformer(3, 4, seed=1)
+    deepen(shallow, deep)
+    torch.testing.assert_close(forward(deep), forward(shallow))
+    forward(deep).square().mean().backward()
+    for block in (*deep.transformer_blocks, *deep.single_transformer_blocks):
+        norms = (block.norm,) if hasattr(block, "norm") else (block.norm1, block.norm1_context)
+        assert all(norm.linear.weight.grad.abs().max() > 0 for norm in norms)
+
+
+def test_blocks_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match="no multiple of 2"):
+        deepen(small_transformer(1, 2), small_transformer(1, 3))

@@ -34,6 +34,8 @@ CALL = {
 HIDDEN_LAYER = -3
 """The Llama layer whose output is the prompt's embedding: HunyuanVideoPipeline skips the last two."""
 
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     """One token a word or comma, lower-cased; begin and end added; padded on the right."""
@@ -149,6 +151,41 @@ def build_transformer(config: TeacherTraining, latent_channels: int, text_width:
         guidance_embeds=False,
         rope_axes_dim=(temporal, spatial, spatial),
     )
+
+
+@torch.no_grad()
+def deepen(shallow: HunyuanVideoTransformer3DModel, deep: HunyuanVideoTransformer3DModel) -> None:
+    """Give `deep` the function of `shallow`, which has the same widths and a fraction of its blocks.
+
+    Each block of `shallow` becomes a run of blocks of `deep`: itself, then copies whose gates are shut, so that they
+    pass the tokens on as they are, and whose every other weight is already of use once training opens them.
+    """
+    few, weights = shallow.state_dict(), {}
+    runs = {name: _run_length(getattr(shallow, name), getattr(deep, name)) for name in BLOCK_LISTS}
+    for key in deep.state_dict():
+        name, *rest = key.split(".", 2)
+        weights[key] = few[f"{name}.{int(rest[0]) // runs[name]}.{rest[1]}" if name in runs else key]
+    deep.load_state_dict(weights)
+    for name, run in runs.items():
+        for i, block in enumerate(getattr(deep, name)):
+            if i % run:
+                _shut_gates(block)
+
+
+def _run_length(few: nn.ModuleList, many: nn.ModuleList) -> int:
+    run, left = divmod(len(many), len(few))
+    if left:
+        raise ValueError(f"{len(many)} blocks are no multiple of {len(few)}")
+    return run
+
+
+def _shut_gates(block: nn.Module) -> None:
+    """Zero the rows of the modulation that give the gates: chunks 2 and 5 of six, or 2 of three in a single block."""
+    for norm in (block.norm,) if hasattr(block, "norm") else (block.norm1, block.norm1_context):
+        width = norm.linear.in_features
+        for chunk in range(2, norm.linear.out_features // width, 3):
+            rows = slice(chunk * width, (chunk + 1) * width)
+            norm.linear.weight[rows], norm.linear.bias[rows] = 0, 0
 
 
 def assemble(
