@@ -42,15 +42,26 @@ class TrainConfig:
     """Decay per step of the averaged weights, which are the ones that get saved as the result."""
     precision: str = "float32"
     """`float32` or `bfloat16` (autocast; weights stay float32)."""
+    checkpointing: bool = False
+    """Activations are computed again in the backward pass instead of kept: less memory, more time."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters that are trained in place of the full weights; 0 trains the weights."""
     save_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 1000
+    """Steps between evaluations of the averaged weights, where a training has one; the best checkpoint is kept."""
+    sample_every: int = 1000
+    """Steps between sample sheets of the averaged weights, where a training makes them."""
+    trackers: list[str] = field(default_factory=list)
+    """Where metrics go besides metrics.jsonl: names of trackers that accelerate knows, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+        for key in ("steps", "batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "sample_every"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        _require(self.warmup >= 0, "warmup", self.warmup, "must be at least 0")
+        for key in ("warmup", "lora_rank"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "must be at least 0")
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be above 0 and finite")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be at least 0 and finite")
         _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0")

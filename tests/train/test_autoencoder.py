@@ -56,5 +56,5 @@ def test_training_lowers_the_loss(tmp_path):
         seen.append(value.item())
         return value, metrics
 
-    train(model, loss, TrainConfig(steps=40, learning_rate=3e-3, warmup=5), tmp_path, seed=0, title="test")
+    train(model, loss, TrainConfig(steps=40, learning_rate=3e-3, warmup=5), tmp_path, seed=0, title="test", settings={})
     assert min(seen[-5:]) < 0.5 * seen[0]

@@ -50,7 +50,7 @@ def spoilt(*bad: int, value: float = math.nan):
 
 
 def run(folder: Path, loss=regression, config: TrainConfig = CONFIG, model: nn.Module | None = None, seed: int = 3):
-    return train(tiny() if model is None else model, loss, config, folder, seed=seed, title="tiny")
+    return train(tiny() if model is None else model, loss, config, folder, seed=seed, title="tiny", settings={})
 
 
 def interrupting_at(stop: int, loss=regression):
@@ -248,7 +248,7 @@ def test_a_run_leaves_the_last_two_checkpoints_and_its_metrics(straight):
     assert [line["step"] for line in straight["metrics"]] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
     assert straight["metrics"][0].keys() == {"step", "loss", "grad_norm", "lr", "index", "largest", "skipped"}
     assert straight["metrics"][0]["lr"] == learning_rate(CONFIG, 1)
-    assert straight["step-00000020"][0].keys() == {"step", "skipped", "seed", "config", "groups"}
+    assert straight["step-00000020"][0].keys() == {"step", "skipped", "seed", "config", "settings", "groups"}
 
 
 def test_steps_that_no_interval_divides_are_logged_and_saved_at_the_end(tmp_path):

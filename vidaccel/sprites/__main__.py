@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,8 @@ def train_text(config: SpritesConfig, folder: Path, device: torch.device) -> tex
         return text.caption_loss(model, [caption(scene, rng) for scene in scenes], text.labels(scenes))
 
     reader = text.CaptionReader(config.text.width).to(device)
-    return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders")
+    settings = _shaping(config.text)
+    return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders", settings=settings)
 
 
 def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None) -> nn.Module:
@@ -155,9 +157,15 @@ def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device,
 
     torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
-    model = train(model, of_images, settings.images, folder / "images", seed=config.seed, title="autoencoder on images")
+    shaping = _shaping(settings, data=config.data)
+    of_first = {key: value for key, value in shaping.items() if key != "excerpts"}
+    stage = partial(train, seed=config.seed)
+    model = stage(
+        model, of_images, settings.images, folder / "images", title="autoencoder on images", settings=of_first
+    )
     inflate(model)
-    return train(model, of_clips, settings.clips, folder / "clips", seed=config.seed, title="autoencoder on clips")
+    shaping["images"] = _digest(model)
+    return stage(model, of_clips, settings.clips, folder / "clips", title="autoencoder on clips", settings=shaping)
 
 
 def excerpt(settings: AutoencoderTraining, index: int) -> tuple[int, int, int]:
@@ -250,7 +258,8 @@ def train_teacher(
         return flow_matching_loss(velocity, x_0, settings.train_shift, generator), {}
 
     model = build_transformer(settings, channels, width).to(device)
-    return train(model, loss, settings.train, folder, seed=config.seed, title="teacher")
+    shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader))
+    return train(model, loss, settings.train, folder, seed=config.seed, title="teacher", settings=shaping)
 
 
 def publish(config: SpritesConfig, output: Path, reader, autoencoder: nn.Module, transformer: nn.Module) -> None:
@@ -322,6 +331,12 @@ def _begin_marks(folder: Path, settings: dict) -> Path:
     kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
     marks.write_text("".join(line + "\n" for line in kept))
     return marks
+
+
+def _shaping(group: object, **more: str | None) -> dict:
+    """The settings of a group that train() does not see itself, and whatever else shapes that training."""
+    own = {key: value for key, value in configuration.to_dict(group).items() if not is_dataclass(getattr(group, key))}
+    return own | more
 
 
 def _python_rng(generator: torch.Generator) -> random.Random:

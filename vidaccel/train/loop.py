@@ -15,9 +15,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,21 +41,37 @@ Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str,
 """(model, index of this forward pass since the start, its generator) -> scalar loss, metrics to log."""
 
 
-def train(model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, *, seed: int, title: str) -> nn.Module:
+def train(
+    model: nn.Module,
+    loss: Loss,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    title: str,
+    settings: Mapping[str, Any],
+    evaluate: Callable[[nn.Module], float] | None = None,
+    sample: Callable[[int], None] | None = None,
+) -> nn.Module:
     """Trains `model` in place, from the newest checkpoint in `folder` if there is one.
 
     Returns the averaged copy of the model, in evaluation mode. Seeds torch's global generator at each forward pass.
+
+    Args:
+        settings: what else shapes the run, as JSON can hold it; a checkpoint of other settings is not continued.
 
     Raises:
         UserError: the checkpoints belong to other settings or another model, one of their files is damaged, or a new
             one cannot be written.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
     """
+    if evaluate or sample:
+        raise NotImplementedError("evaluate and sample come with the next change")
     device = next(model.parameters()).device
     average = AveragedModel(model, multi_avg_fn=_ema(config.ema_decay))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-    identity = {"seed": seed, "config": asdict(config)}
+    identity = {"seed": seed, "config": asdict(config), "settings": json.loads(json.dumps(settings))}
     state = _resume(folder, identity, model, average, optimizer)
     model.train()
     saved, skipped, bad_in_a_row, seconds = state["step"], state["skipped"], 0, state["seconds"]
@@ -178,7 +195,7 @@ def _resume(folder: Path, identity: dict, model, average, optimizer) -> dict:
 def _load(checkpoint: Path, identity: dict, model, average, optimizer) -> dict:
     with _readable(checkpoint / "state.json") as path:
         state = json.loads(path.read_text())
-        old, new = ({"seed": which["seed"], **which["config"]} for which in (state, identity))
+        old, new = ({"seed": which["seed"], **which["config"], **which["settings"]} for which in (state, identity))
     if differing := _differences(old, new):
         raise UserError(
             f"{checkpoint} is of a run with other settings ({'; '.join(differing)})",
