@@ -247,7 +247,7 @@ def test_a_value_that_does_not_fit_in_a_group_names_its_path():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("steps", 0),
+        ("steps", -1),
         ("batch_size", 0),
         ("accumulate", -1),
         ("save_every", 0),

@@ -25,7 +25,7 @@ class TrainConfig:
     """What every training run has (train/loop.py)."""
 
     steps: int = 1000
-    """Optimiser steps in all."""
+    """Optimiser steps in all; 0 leaves the weights as they are."""
     batch_size: int = 8
     """Samples in one forward pass."""
     accumulate: int = 1
@@ -58,9 +58,9 @@ class TrainConfig:
     """Where metrics go besides metrics.jsonl: names of trackers that accelerate knows, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "sample_every"):
+        for key in ("batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "sample_every"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("warmup", "lora_rank"):
+        for key in ("steps", "warmup", "lora_rank"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must be at least 0")
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be above 0 and finite")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be at least 0 and finite")
@@ -130,7 +130,7 @@ class AutoencoderTraining:
     gradient_weight: float = 1.0
     """Weight of the squared error of spatial differences, which keeps edges sharp."""
     images: TrainConfig = field(default_factory=TrainConfig)
-    """The first stage; its batch size counts crops."""
+    """The first stage; its batch size counts crops. With 0 steps it is left out, as when a trained model goes on."""
     clips: TrainConfig = field(default_factory=TrainConfig)
     """The second stage; its batch size counts crops of `image_pixels`, and longer or larger excerpts are fewer."""
 
@@ -157,10 +157,20 @@ class TeacherTraining:
     """Shift of the logit-normal distribution of t (method.md, section 0)."""
     caption_dropout: float = 0.1
     """Share of samples trained with the empty caption, for classifier-free guidance."""
+    growth: int = 4
+    """Blocks at full depth for each one of the shallow stage."""
+    shallow: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    """A first stage on a `growth`-th of the blocks, from random weights; 0 steps begin at full depth."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The stage at full depth."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "must be in [0, 1)")
+        _require(self.growth >= 1, "growth", self.growth, "must be at least 1")
+        if self.shallow.steps:
+            for key in ("double_blocks", "single_blocks"):
+                rule = f"must be a multiple of growth={self.growth} for a shallow stage"
+                _require(getattr(self, key) % self.growth == 0, key, getattr(self, key), rule)
 
 
 @dataclass
@@ -171,6 +181,9 @@ class SpritesConfig:
     device: str = "auto"
     data: str | None = None
     """A folder of videos with captions.jsonl to train on; null renders scenes on the fly."""
+    start: str | None = None
+    """A sprites model whose weights every part goes on from; null starts from random ones. A part whose steps are 0
+    stays as it is there."""
     clips: int = 10000
     """Clips that are encoded once and then trained on (all of the folder's, if `data` is set)."""
     text: TextTraining = field(default_factory=TextTraining)

@@ -19,7 +19,13 @@ MICRO = [
     *("autoencoder.images.steps=2", "autoencoder.images.batch_size=4", "autoencoder.block_out_channels=[4,4,4,4]"),
     *("autoencoder.clips.steps=2", "autoencoder.clips.batch_size=4"),
     *("teacher.train.steps=2", "teacher.train.batch_size=2", "teacher.heads=2", "teacher.head_dim=16"),
-    *("teacher.double_blocks=1", "teacher.single_blocks=1", "clips=6", "score_prompts=3", "steps=2"),
+    *("teacher.shallow.steps=2", "teacher.shallow.batch_size=2", "teacher.growth=2"),
+    *("teacher.double_blocks=2", "teacher.single_blocks=2", "clips=6", "score_prompts=3", "steps=2"),
+]
+
+WEIGHTS = [
+    *("text_encoder/model.safetensors", "text_encoder_2/model.safetensors"),
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer")),
 ]
 
 
@@ -58,8 +64,28 @@ def test_a_second_run_trains_nothing(made):
     marks = (made / "scores" / "marks.jsonl").read_text()
     run("make", "-o", made, *MICRO)
     assert before == {p: p.read_text() for p in made.rglob("metrics.jsonl")}
-    assert len(before) == 4
+    assert len(before) == 5
     assert (made / "scores" / "marks.jsonl").read_text() == marks
+
+
+def test_a_model_goes_on_from_its_weights(made, tmp_path):
+    """Parts with 0 steps stay as they are; the card tells what came before as well."""
+    left = ["text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0", "teacher.shallow.steps=0"]
+    run("make", "-o", tmp_path, *MICRO, *left, f"start={made / 'model'}", "teacher.train.steps=1")
+    old, new = ({n: load_pipeline(f / "model").hashes[n] for n in WEIGHTS} for f in (made, tmp_path))
+    assert [old[name] == new[name] for name in WEIGHTS] == [True, True, True, False]
+    stages = json.loads((tmp_path / "model" / "stages.json").read_text())
+    titles = ["text encoders", "autoencoder on images", "autoencoder on clips", "transformer, shallow"]
+    assert [stage["stage"] for stage in stages] == [*titles, *2 * ["transformer, full depth"]]
+    assert stages[-1]["step"] == 1
+
+
+def test_other_widths_cannot_go_on(made, tmp_path):
+    other = ["teacher.shallow.steps=0", "teacher.head_dim=32", f"start={made / 'model'}"]
+    left = ["text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0"]
+    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path), *MICRO, *left, *other])
+    assert result.exit_code == 2
+    assert "cannot be gone on from" in result.output
 
 
 def test_it_trains_on_a_folder_of_clips(tmp_path):

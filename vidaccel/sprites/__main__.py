@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import shutil
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,18 @@ from torch import nn
 from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
 from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
-from vidaccel.config import AutoencoderTraining, SpritesConfig
+from vidaccel.config import AutoencoderTraining, SpritesConfig, TrainConfig
 from vidaccel.data.clips import ClipFolder, write_clips
 from vidaccel.data.shards import ShardFolder, write_shards
+from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate
 from vidaccel.sprites import text
 from vidaccel.sprites.captions import caption
-from vidaccel.sprites.card import model_card
+from vidaccel.sprites.card import STAGES_FILE, model_card, trained_stages
 from vidaccel.sprites.parse import parse
-from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, inflate
+from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, deepen, inflate
 from vidaccel.sprites.render import render, to_uint8
 from vidaccel.sprites.score import score_clip, summarise
 from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
@@ -64,11 +65,12 @@ def make(
     quiet_libraries()
     device = resolve_device(config.device)
     clips = open_clips(config)
-    reader = train_text(config, output / "text", device)
-    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips)
+    start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
+    reader = train_text(config, output / "text", device, start)
+    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, start)
     features = encode_clips(config, output / "features", autoencoder, reader, clips)
-    transformer = train_teacher(config, output / "teacher", device, features, reader)
-    publish(config, output, reader, autoencoder, transformer)
+    transformer = train_teacher(config, output / "teacher", device, features, reader, start)
+    publish(config, output, reader, autoencoder, transformer, start)
     typer.echo(f"{output / 'model'}: the trained pipeline, its scores and its card")
 
 
@@ -121,7 +123,9 @@ def open_clips(config: SpritesConfig) -> ClipFolder | None:
     return ClipFolder(config.data, num_frames=NUM_FRAMES, height=SIZE, width=SIZE, fps=FPS)
 
 
-def train_text(config: SpritesConfig, folder: Path, device: torch.device) -> text.CaptionReader:
+def train_text(
+    config: SpritesConfig, folder: Path, device: torch.device, start: LoadedPipeline | None
+) -> text.CaptionReader:
     """Both text encoders, trained on the world's own captions."""
     torch.manual_seed(config.seed)
 
@@ -131,11 +135,16 @@ def train_text(config: SpritesConfig, folder: Path, device: torch.device) -> tex
         return text.caption_loss(model, [caption(scene, rng) for scene in scenes], text.labels(scenes))
 
     reader = text.CaptionReader(config.text.width).to(device)
-    settings = _shaping(config.text)
+    if start:
+        _go_on(reader.llama, start.pipe.text_encoder, config.start)
+        _go_on(reader.clip, start.pipe.text_encoder_2, config.start)
+    settings = _shaping(config.text, start=_digest(reader) if start else None)
     return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders", settings=settings)
 
 
-def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None) -> nn.Module:
+def train_autoencoder(
+    config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None, start: LoadedPipeline | None
+) -> nn.Module:
     """The video autoencoder, trained on crops of single frames first and of clips then."""
     settings = config.autoencoder
 
@@ -157,13 +166,16 @@ def train_autoencoder(config: SpritesConfig, folder: Path, device: torch.device,
 
     torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
-    shaping = _shaping(settings, data=config.data)
+    if start:
+        _go_on(model, start.pipe.vae, config.start)
+    shaping = _shaping(settings, data=config.data, start=_digest(model) if start else None)
     of_first = {key: value for key, value in shaping.items() if key != "excerpts"}
     stage = partial(train, seed=config.seed)
-    model = stage(
-        model, of_images, settings.images, folder / "images", title="autoencoder on images", settings=of_first
-    )
-    inflate(model)
+    if settings.images.steps:
+        model = stage(
+            model, of_images, settings.images, folder / "images", title="autoencoder on images", settings=of_first
+        )
+        inflate(model)
     shaping["images"] = _digest(model)
     return stage(model, of_clips, settings.clips, folder / "clips", title="autoencoder on clips", settings=shaping)
 
@@ -231,18 +243,24 @@ def encode_clips(
 
 
 def train_teacher(
-    config: SpritesConfig, folder: Path, device: torch.device, features: ShardFolder, reader: text.CaptionReader
+    config: SpritesConfig,
+    folder: Path,
+    device: torch.device,
+    features: ShardFolder,
+    reader: text.CaptionReader,
+    start: LoadedPipeline | None,
 ) -> nn.Module:
-    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random."""
+    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random.
+
+    A shallow one comes first and is deepened: what a caption means is learnt there, at a fraction of the price.
+    """
     settings = config.teacher
-    size = settings.train.batch_size
-    torch.manual_seed(config.seed)
     channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
     with torch.no_grad():
         empty = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, [""])
     empty = [tensor[0].half().cpu() if tensor.is_floating_point() else tensor[0].cpu() for tensor in empty]
 
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
+    def loss(size: int, model: nn.Module, index: int, generator: torch.Generator):
         samples = [features[features.at(index * size + i, config.seed)][0] for i in range(size)]
         dropped = torch.rand(size, generator=generator) < settings.caption_dropout
         tensors = [torch.stack([sample["latent"] for sample in samples]).float()]
@@ -257,12 +275,30 @@ def train_teacher(
 
         return flow_matching_loss(velocity, x_0, settings.train_shift, generator), {}
 
+    def stage(model: nn.Module, which: TrainConfig, name: str, **more) -> nn.Module:
+        of_batch = partial(loss, which.batch_size)
+        shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader), **more)
+        return train(model, of_batch, which, folder / name, seed=config.seed, title=f"{name} teacher", settings=shaping)
+
+    torch.manual_seed(config.seed)
     model = build_transformer(settings, channels, width).to(device)
-    shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader))
-    return train(model, loss, settings.train, folder, seed=config.seed, title="teacher", settings=shaping)
+    if settings.shallow.steps:
+        few = {key: getattr(settings, key) // settings.growth for key in ("double_blocks", "single_blocks")}
+        shallow = build_transformer(replace(settings, shallow=TrainConfig(steps=0), **few), channels, width).to(device)
+        deepen(stage(shallow, settings.shallow, "shallow"), model)
+    elif start:
+        _go_on(model, start.pipe.transformer, config.start)
+    return stage(model, settings.train, "deep", start=_digest(model))
 
 
-def publish(config: SpritesConfig, output: Path, reader, autoencoder: nn.Module, transformer: nn.Module) -> None:
+def publish(
+    config: SpritesConfig,
+    output: Path,
+    reader: text.CaptionReader,
+    autoencoder: nn.Module,
+    transformer: nn.Module,
+    start: LoadedPipeline | None,
+) -> None:
     """Save the pipeline in half precision, score it as saved, and finish its folder with scores, card and run.json."""
     started = datetime.now(UTC)
     call = CALL | {"steps": config.steps, "guidance": config.guidance}
@@ -287,7 +323,9 @@ def publish(config: SpritesConfig, output: Path, reader, autoencoder: nn.Module,
     with atomic_folder(output / "model") as folder:
         pipe.save_pretrained(folder)
         write_json(folder / "score.json", summary)
-        (folder / "README.md").write_text(model_card(config, output, summary), encoding="utf-8")
+        stages = trained_stages(output, Path(start.source) if start else None)
+        write_json(folder / STAGES_FILE, stages)
+        (folder / "README.md").write_text(model_card(config, stages, summary), encoding="utf-8")
         finish(folder)
     shutil.rmtree(draft)
 
@@ -331,6 +369,17 @@ def _begin_marks(folder: Path, settings: dict) -> Path:
     kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
     marks.write_text("".join(line + "\n" for line in kept))
     return marks
+
+
+def _go_on(part: nn.Module, trained: nn.Module, source: str) -> None:
+    """Give a part the weights that it has in the model to start from."""
+    try:
+        part.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"{source} cannot be gone on from: {' '.join(str(error).split())[:300]}",
+            "give the widths and block counts that it was made with, or another start",
+        ) from error
 
 
 def _shaping(group: object, **more: str | None) -> dict:

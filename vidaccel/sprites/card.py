@@ -13,18 +13,28 @@ TITLES = {
     "text": "text encoders",
     "autoencoder/images": "autoencoder on images",
     "autoencoder/clips": "autoencoder on clips",
-    "teacher": "transformer",
+    "teacher/shallow": "transformer, shallow",
+    "teacher/deep": "transformer, full depth",
 }
+STAGES_FILE = "stages.json"
 
 
-def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, float]]) -> str:
-    """Markdown for the model trained in `runs`, whose stages' metrics.jsonl say how long they took."""
-    stages = []
+def trained_stages(runs: Path, start: Path | None) -> list[dict]:
+    """Every stage behind the model in `runs`, in order: those of the model it started from, then its own."""
+    before = start / STAGES_FILE if start else None
+    stages = json.loads(before.read_text()) if before and before.exists() else []
     for stage, title in TITLES.items():
-        last = json.loads((runs / stage / "metrics.jsonl").read_text().splitlines()[-1])
-        stages.append(
-            f"| {title} | {last['step']} | {last['seconds'] / 60:.0f} | {last['loss']:.4f} | {last['skipped']} |"
-        )
+        if (metrics := runs / stage / "metrics.jsonl").exists():
+            last = json.loads(metrics.read_text().splitlines()[-1])
+            stages.append({"stage": title} | {key: last[key] for key in ("step", "seconds", "loss", "skipped")})
+    return stages
+
+
+def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[str, float]]) -> str:
+    """Markdown for the model that went through `stages`."""
+    rows = [
+        f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
+    ]
     marks = [
         f"| {n.replace('_', ' ')} | {m['mean']:.1f} | {m['low']:.1f} to {m['high']:.1f} |" for n, m in score.items()
     ]
@@ -49,7 +59,7 @@ def model_card(config: SpritesConfig, runs: Path, score: dict[str, dict[str, flo
             "",
             "| stage | steps | minutes | last loss | skipped steps |",
             "|---|---|---|---|---|",
-            *stages,
+            *rows,
             "",
             "## How it scores",
             "",
