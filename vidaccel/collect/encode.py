@@ -1,0 +1,91 @@
+"""Clips and captions as a family's transformer sees them: latents in its units, text tensors by their stored names.
+
+Nothing here knows how a family encodes text: the pipeline's own `encode_prompt` does it, with the values its `__call__`
+would have passed. The units of a latent are what each pipeline undoes before it decodes.
+
+B batch, C channels, T frames, H and W pixels or latent pixels, L text tokens
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.data.shards import Sample
+from vidaccel.errors import UserError
+from vidaccel.models.loading import DTYPES, LoadedPipeline
+from vidaccel.models.velocity import Text
+
+LATENT = "latent"
+"""Name of the latent beside the text tensors' stored names."""
+
+
+@torch.no_grad()
+def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
+    """What the pipeline would feed its transformer for these prompts, bit for bit: [B, ...] by stored name.
+
+    The transformer's dtype and the pipeline's device, masks too. The empty caption is the unconditional one.
+    """
+    pipe, family = loaded.pipe, loaded.family
+    of_call = inspect.signature(type(pipe).__call__).parameters
+    known = inspect.signature(type(pipe).encode_prompt).parameters.keys() - {"self", "prompt"}
+    # The defaults of `__call__` and not of `encode_prompt`: Wan's differ (512 tokens and 226).
+    given = {name: loaded.call.get(name, of_call[name].default) for name in known & of_call.keys()}
+    dtype = getattr(pipe, family.denoisers[0].attribute).dtype
+    given |= {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
+    encoded = pipe.encode_prompt(list(captions), **{name: given[name] for name in known & given.keys()})
+    return {text.stored: tensor.to(dtype) for text, tensor in zip(family.text_tensors, encoded, strict=False)}
+
+
+@torch.no_grad()
+def encode_videos(autoencoder: nn.Module, videos: Tensor) -> Tensor:
+    """Videos [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T', H', W'] in the transformer's units, float32.
+
+    The posterior's mean, centred and scaled by the autoencoder's own statistics where it has them (Wan), else times its
+    scaling factor (both HunyuanVideos). One video at a time: it is memory that limits, and the attention mask of
+    HunyuanVideo-1.5's autoencoder fits no larger batch (diffusers 0.42.1).
+    """
+    alone = videos.to(autoencoder.device, autoencoder.dtype).split(1)
+    mean = torch.cat([autoencoder.encode(video).latent_dist.mode() for video in alone]).float()
+    config = autoencoder.config
+    if config.get("latents_mean") is None:
+        return mean * config.scaling_factor
+    centre, spread = (mean.new_tensor(config[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    return (mean - centre) / spread
+
+
+def encode_samples(
+    loaded: LoadedPipeline, videos: Sequence[Tensor], records: Sequence[Mapping[str, Any]], dtype: str
+) -> list[Sample]:
+    """Samples of kind `encoded`: a latent and the text tensors of each video [3, T, H, W] and its record's caption.
+
+    Raises:
+        UserError: a number is not finite in `dtype` (`float32`, `float16` or `bfloat16`), naming the sample.
+    """
+    tensors = {LATENT: encode_videos(loaded.pipe.vae, torch.stack(list(videos)))}
+    tensors |= encode_texts(loaded, [record["caption"] for record in records])
+    return rows(loaded, tensors, records, dtype)
+
+
+def rows(
+    loaded: LoadedPipeline, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]], dtype: str
+) -> list[Sample]:
+    """Batched tensors [B, ...] as B samples to store: on the CPU, masks as bool, everything else in `dtype`."""
+    masks = {text.stored for text in loaded.family.text_tensors if "mask" in text.argument}
+    stored = {name: t.to("cpu", torch.bool if name in masks else DTYPES[dtype]) for name, t in tensors.items()}
+    for name, tensor in stored.items():
+        bad = [i for i in range(len(records)) if not torch.isfinite(tensor[i]).all()]
+        if bad:
+            record = records[bad[0]]
+            raise UserError(
+                f"{record.get('file', 'the sample')} ({record['caption']!r}): its {name} is not finite in {dtype}",
+                "use store=float32; if that fails too, the model's weights are broken",
+            )
+    return [({name: t[i].clone() for name, t in stored.items()}, dict(records[i])) for i in range(len(records))]
+
+
+def batch(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Stored samples stacked to [B, ...] for a transformer of this dtype, which takes its masks in it as well."""
+    return {name: torch.stack([s[name] for s in samples]).to(device, dtype) for name in samples[0]}
