@@ -102,6 +102,152 @@ class GenerateConfig:
 
 
 @dataclass
+class CollectConfig:
+    """`vidaccel collect-features`. A key left null takes the model's own default."""
+
+    model: str = "sprites/teacher"
+    """A shipped model (sprites/teacher), a local diffusers pipeline folder, or a hub id."""
+    data: str | None = None
+    """A folder of videos with captions.jsonl; null renders scenes, which a model of the sprites world understands."""
+    clips: int = 4000
+    """Scenes that are rendered; of a folder of videos all are taken."""
+    max_bad_share: float = 0.1
+    """Share of a folder's clips that may be unusable, and are then left out; a larger one stops."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels."""
+    fps: float | None = None
+    """Frames a second that clips are brought to."""
+    seed: int = 0
+    dtype: str = "auto"
+    """What the model computes in: `auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+    store: str = "float16"
+    """What latents and embeddings are stored in: `float16`, `bfloat16` or `float32`."""
+    tiling: bool = False
+    """The autoencoder encodes overlapping tiles and blends them: large videos in less memory."""
+    batch_size: int = 1
+    """Samples computed together, which is what a kill loses at most."""
+    per_shard: int = 256
+    """Samples in one file."""
+    max_gigabytes: float | None = None
+    """Nothing is computed where the whole folder would be larger; null is no limit."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model.strip()), "model", self.model, "must name a model")
+        for key in ("clips", "batch_size", "per_shard"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "must be in [0, 1)")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        for key in ("fps", "max_gigabytes"):
+            value = getattr(self, key)
+            _require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")
+        dtypes = ("float32", "bfloat16", "float16")
+        _require(self.dtype in ("auto", *dtypes), "dtype", self.dtype, f"is one of auto, {', '.join(dtypes)}")
+        _require(self.store in dtypes, "store", self.store, f"is one of {', '.join(dtypes)}")
+
+
+@dataclass
+class MeanVelocityTraining:
+    """What a few-step student learns: the mean velocity over short intervals (method.md, section 2)."""
+
+    target: str = "rollout"
+    """`rollout` (the frozen teacher integrated over the interval) or `derivative` (the MeanFlow identity)."""
+    restrict: float | None = 0.2
+    """Restrict factor R in (0, 1], the widest interval t - r: 0.2 is the paper's, 1 is plain MeanFlow, null the widest
+    interval of the step grid that the student is sampled on."""
+    restrict_end: float | None = None
+    """R at the end of the training, to which it moves in a straight line; null keeps it."""
+    equal_share: float = 0.25
+    """Share of samples with r = t, which keep the student a model of the instantaneous velocity as well."""
+    substeps: int = 2
+    """Midpoint steps of the rollout, two teacher passes each."""
+    velocity: str = "teacher"
+    """`teacher` (the frozen model's) or `data` (eps - x_0): what the trajectory of the derivative follows."""
+    derivative: str | None = None
+    """`exact` (forward-mode differentiation), `finite_difference`, or null: exact, but finite_difference on more than
+    one process."""
+    difference_step: float = 0.02
+    """h of the finite difference in t. Wide, because a transformer's time embedding ripples on a finer scale."""
+    tangent_clip: float | None = None
+    """c of the derivative's clipping d / (|d| + c), |d| a sample's root mean square; null leaves it alone."""
+    tangent_warmup: int = 0
+    """Steps over which the derivative's share rises from zero."""
+    error_power: float = 0.0
+    """p of the adaptive weight 1 / (error + c)^p of a sample; 0 is the plain mean squared error."""
+    error_constant: float = 1e-3
+    """c of that weight."""
+    kernels: str = "auto"
+    """Attention of the exact derivative: `reference`, `fused` or `auto`."""
+
+    def __post_init__(self) -> None:
+        for key in ("restrict", "restrict_end"):
+            value = getattr(self, key)
+            _require(value is None or 0 < value <= 1, key, value, "must be in (0, 1], or null")
+        for key, names in {
+            "target": ("rollout", "derivative"),
+            "velocity": ("teacher", "data"),
+            "derivative": (None, "exact", "finite_difference"),
+            "kernels": ("auto", "reference", "fused"),
+        }.items():
+            _require(getattr(self, key) in names, key, getattr(self, key), f"is one of {', '.join(map(str, names))}")
+        _require(0 <= self.equal_share <= 1, "equal_share", self.equal_share, "must be in [0, 1]")
+        _require(self.substeps >= 1, "substeps", self.substeps, "must be at least 1")
+        _require(0 < self.difference_step < 0.5, "difference_step", self.difference_step, "must be in (0, 0.5)")
+        clip = self.tangent_clip
+        _require(clip is None or 0 < clip < math.inf, "tangent_clip", clip, "must be above 0 and finite, or null")
+        for key in ("tangent_warmup", "error_power"):
+            _require(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "must be at least 0 and finite")
+        _require(self.error_constant > 0, "error_constant", self.error_constant, "must be above 0")
+
+
+@dataclass
+class DistillConfig:
+    """`vidaccel distill`."""
+
+    method: str = "cfg"
+    """`cfg` (two-pass guidance into one pass) or `mean_velocity` (few steps)."""
+    teacher: str = "sprites/teacher"
+    """The model to distil: shipped, a local folder, or a hub id."""
+    features: str | None = None
+    """A folder of encoded clips from `vidaccel collect-features`; null encodes while training."""
+    data: str | None = None
+    """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
+    clips: int = 4000
+    """Scenes of the sprites world, where neither of those is given."""
+    seed: int = 0
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
+    """Scales g that the student learns, drawn uniformly."""
+    times: str = "logit_normal"
+    """Distribution of t, moved towards noise by `shift`: `uniform` or `logit_normal`."""
+    sample_steps: int = 50
+    """Sampler steps that the student is made for: what it is saved, sampled and shown with."""
+    guidance: float | None = None
+    """Scale it is sampled with unless told; null is the teacher's."""
+    shift: float | None = None
+    """Shift of its step grid; null is the teacher's."""
+    prompts: list[str] = field(default_factory=list)
+    """Captions of the sample sheets; empty takes four from the data."""
+    merge_lora: bool = True
+    """With adapters: save them merged into the weights, or apart in lora/."""
+    mean_velocity: MeanVelocityTraining = field(default_factory=MeanVelocityTraining)
+    """Only for `mean_velocity`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.method in ("cfg", "mean_velocity"), "method", self.method, "is cfg or mean_velocity")
+        _require(self.times in ("uniform", "logit_normal"), "times", self.times, "is uniform or logit_normal")
+        for key in ("clips", "sample_steps"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        low_high = self.guidance_range
+        fits = len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf
+        _require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high")
+        _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+
+
+@dataclass
 class TextTraining:
     """The two text encoders of the sprites model, trained to know a caption's meaning."""
 
@@ -201,7 +347,103 @@ class SpritesConfig:
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
 
 
-SCHEMAS = {"generate": GenerateConfig, "sprites": SpritesConfig}
+BETWEEN = ("predictor", "trunk", "branches", "attention")
+
+
+@dataclass
+class MethodConfig:
+    """A row of the benchmark: how many steps, which of them run the whole transformer, and what runs on the others."""
+
+    weights: str = "student"
+    """Which weights it runs on: `teacher` or `student`."""
+    steps: int = 50
+    """Sampler steps."""
+    two_pass: bool = False
+    """true: two forward passes a step, with and without the prompt (classifier-free guidance)."""
+    full_steps: list[int] | None = None
+    """Steps, counted from 0, that run the whole transformer; null: all, or those that `every` gives."""
+    every: int | None = None
+    """Steps 0, n, 2n, ... run the whole transformer."""
+    between: str = "predictor"
+    """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; or a cache that
+    gives again the last full step's `trunk` output, every block's residual `branches`, or every block's `attention`
+    (whose blocks compute the rest)."""
+    order: int = 0
+    """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
+
+    def __post_init__(self) -> None:
+        _require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
+        _require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        _require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
+        _require(self.order >= 0, "order", self.order, "must be at least 0")
+        _require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
+        if self.full_steps is not None:
+            _require(self.every is None, "every", self.every, "must be null where full_steps is set")
+            ordered = self.full_steps == sorted(set(self.full_steps)) and self.full_steps[:1] == [0]
+            rule = f"rises from 0, without repetition, to at most {self.steps - 1}"
+            _require(ordered and self.full_steps[-1] < self.steps, "full_steps", self.full_steps, rule)
+
+    def schedule(self) -> list[int]:
+        """The steps that run the whole transformer."""
+        return list(range(0, self.steps, self.every or 1)) if self.full_steps is None else self.full_steps
+
+
+@dataclass
+class BenchmarkConfig:
+    """`vidaccel benchmark`."""
+
+    family: str = "hunyuan_video"
+    """Name of the model family."""
+    model: str | None = None
+    """A shipped model (sprites/teacher) or a diffusers pipeline folder whose transformer is meant; null:
+    `transformer`."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the family's transformer class that are not its defaults."""
+    compression: list[int] = field(default_factory=lambda: [4, 8])
+    """[frames, pixels] of a video that the autoencoder makes one latent of."""
+    text_tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 256})
+    """Tokens of each text, padding included, as the pipeline hands them to the transformer."""
+    dtype: str = "bfloat16"
+    """Of weights, activations and caches: `float32`, `bfloat16` or `float16`."""
+    sizes: list[list[int]] = field(default_factory=lambda: [[129, 704, 704]])
+    """Videos: [frames, height, width]."""
+    predictor_blocks: int = 2
+    """Transformer blocks of the learned predictor."""
+    methods: dict[str, MethodConfig] = field(default_factory=dict)
+    """Rows, by name."""
+    only: list[str] | None = None
+    """Names of the rows that are wanted; null: all."""
+    baseline: str = "cfg-50"
+    """Name of the row that speedups are relative to."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.sizes), "sizes", self.sizes, "must hold at least one size")
+        for size in self.sizes:
+            _require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")
+        lowest = min(self.compression, default=0)
+        _require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
+        _require(self.predictor_blocks >= 1, "predictor_blocks", self.predictor_blocks, "must be at least 1")
+        _require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
+        dtypes = ("float32", "bfloat16", "float16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+
+    def rows(self) -> dict[str, MethodConfig]:
+        """The wanted methods and, first, the baseline; `UserError` for a name that is not among `methods`."""
+        names = dict.fromkeys((self.baseline, *(self.methods if self.only is None else self.only)))
+        for name in names:
+            if name not in self.methods:
+                raise UserError(f'there is no method "{name}"', nearest(name, self.methods))
+        return {name: self.methods[name] for name in names}
+
+
+
+SCHEMAS = {
+    "generate": GenerateConfig,
+    "distill": DistillConfig,
+    "collect-features": CollectConfig,
+    "benchmark": BenchmarkConfig,
+    "sprites": SpritesConfig,
+}
 """Of each folder of `conf/`."""
 
 

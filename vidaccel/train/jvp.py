@@ -1,0 +1,111 @@
+"""Du/Dt: how the mean velocity changes along the trajectory, (∂u/∂x) v + ∂u/∂t at fixed r (method.md, section 2).
+
+Two ways, both without gradients, in a pass of their own, so that activation checkpointing never meets a tangent:
+
+exact               forward-mode differentiation. PyTorch's flash attention has none, so attention goes through
+                    `attention_jvp`: a kernel on a GPU, elsewhere the formula with all N x N scores in memory.
+finite_difference   (u(x + h v, r, t + h) - u(x - h v, r, t - h)) / 2h. Any attention, any sharding. Transformers are
+                    fed sinusoids of 1000 t, whose fast ripple the exact derivative sees and a wide step h smooths.
+
+B batch, C channels, T frames, H and W latent pixels
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.kernels import select
+from vidaccel.kernels.attention_jvp.op import AttentionTangents
+
+MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [B, C, T, H, W], t [B], r [B]) -> u [B, C, T, H, W], with text and guidance already given."""
+
+
+def exact(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, kernels: str = "auto") -> Tensor:
+    """Du/Dt [B, C, T, H, W] by forward-mode differentiation along (v, 0, 1)."""
+    with torch.no_grad(), forward_ad.dual_level(), AttentionTangents(kernels):
+        out = u(forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t)), r)
+        tangent = forward_ad.unpack_dual(out).tangent
+    return torch.zeros_like(x) if tangent is None else tangent
+
+
+@torch.no_grad()
+def finite_difference(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float) -> Tensor:
+    """Du/Dt [B, C, T, H, W] by a difference over [t - step, t + step], cut to [0, 1], taken in float64."""
+    after, before = (t + step).clamp(max=1.0), (t - step).clamp(min=0.0)
+
+    def at(time: Tensor) -> Tensor:
+        return u(x + _per_sample(time - t) * v, time, r).double()
+
+    return ((at(after) - at(before)) / _per_sample(after - before).double()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class DerivativeCheck:
+    """Both derivatives on one batch, in root mean squares over it."""
+
+    velocity: float
+    exact: float | None
+    """None where it was not computed."""
+    finite_difference: float
+    cosine: float | None
+
+    def __str__(self) -> str:
+        line = f"|v| {self.velocity:.3g}; |Du/Dt| by finite difference {self.finite_difference:.3g}"
+        if self.exact is None:
+            return line
+        return f"{line}, exact {self.exact:.3g}; cosine of the two {self.cosine:.3f}"
+
+
+def check_derivatives(
+    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float, kernels: str, with_exact: bool
+) -> DerivativeCheck:
+    """What a training on Du/Dt is about to see.
+
+    Raises:
+        TrainingFailed: a derivative is zero or not finite, so that there is nothing to train on.
+    """
+    difference = finite_difference(u, x, t, r, v, step)
+    tangent = exact(u, x, t, r, v, kernels) if with_exact else None
+    for name, derivative in (("finite difference", difference), ("exact", tangent)):
+        if derivative is not None and not 0 < _rms(derivative) < torch.inf:
+            raise TrainingFailed(f"the derivative by {name} is {_rms(derivative)}: there is nothing to train on")
+    if tangent is None:
+        return DerivativeCheck(_rms(v), None, _rms(difference), None)
+    cosine = torch.nn.functional.cosine_similarity(tangent.flatten().double(), difference.flatten().double(), dim=0)
+    return DerivativeCheck(_rms(v), _rms(tangent), _rms(difference), float(cosine))
+
+
+def check_memory(batch: int, heads: int, tokens: int, device: torch.device, kernels: str) -> None:
+    """`UserError` if the exact derivative would hold more attention scores than the device has memory for.
+
+    Without the kernel, scores, their tangent and two temporaries [batch, heads, tokens, tokens] are float32.
+    """
+    if select.choose(kernels, device) != "reference":
+        return
+    needed = 4 * 4 * batch * heads * tokens**2
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    if needed > free:
+        raise UserError(
+            f"the exact derivative would need {needed / 2**30:.0f} GiB for attention over {tokens} tokens, "
+            f"and {free / 2**30:.0f} GiB are free",
+            "set derivative=finite_difference, or run on a GPU with kernels=fused",
+        )
+
+
+def _free_host_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _per_sample(number: Tensor) -> Tensor:
+    return number.view(-1, 1, 1, 1, 1)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
