@@ -1,0 +1,75 @@
+"""A transformer whose every number can be worked out by hand: each block doubles its video tokens."""
+
+from dataclasses import replace
+
+import torch
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+from vidaccel.models.family import BlockList
+from vidaccel.models.wan import WAN
+from vidaccel.predictor.forecasters import Cached, Tokens
+
+TOKENS = ("hidden_states", "encoder_hidden_states")
+TOY = replace(
+    WAN,
+    name="toy",
+    block_lists=(
+        BlockList("doubles", arguments=(*TOKENS, "temb", "freqs"), returns=TOKENS),
+        BlockList("singles", arguments=(*TOKENS, "temb", "rope"), returns=TOKENS),
+    ),
+)
+"""Two lists, as in HunyuanVideo, whose fourth argument has two names."""
+
+
+class Double(nn.Module):
+    """Video x 2, text + 1; counts how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary, *extra):
+        self.runs += 1
+        return hidden_states * 2, encoder_hidden_states + 1
+
+
+class Toy(nn.Module, CacheMixin):
+    """3 x + 1 -> `blocks` doublings -> y - temb: with x = 1 and four blocks, 4 x 2^4 = 64."""
+
+    _supports_gradient_checkpointing = True
+
+    def __init__(self, doubles: int = 2, singles: int = 2):
+        super().__init__()
+        self.doubles = nn.ModuleList(Double() for _ in range(doubles))
+        self.singles = nn.ModuleList(Double() for _ in range(singles))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, temb: float = 0.0, fail: bool = False) -> tuple[Tensor]:
+        video, text = 3 * x + 1, torch.zeros_like(x)
+        for block in (*self.doubles, *self.singles):
+            arguments = video, text, temb, "rotary", "extra"
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                video, text = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                video, text = block(*arguments)
+        if fail:
+            raise ArithmeticError("in the head")
+        return (video - temb,)
+
+    @property
+    def runs(self) -> list[int]:
+        return [block.runs for block in (*self.doubles, *self.singles)]
+
+
+class Plus:
+    """Cached tokens + what enters the trunk; notes what it was called with."""
+
+    history = 1
+
+    def __init__(self):
+        self.calls: list[tuple[dict, tuple[Cached, ...], Tensor | None]] = []
+
+    def __call__(self, arguments: dict, memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+        self.calls.append((arguments, memory, t))
+        return {"hidden_states": memory[0].tokens["hidden_states"] + arguments["hidden_states"]}

@@ -1,0 +1,216 @@
+"""The trunk boundary: one hook on a transformer's blocks that runs them, or puts a forecaster in their place.
+
+Embedders and output head always run. Between them a pass of the transformer goes one of two ways:
+
+- *full*: the blocks run as they are, and the tokens that leave the last one are remembered;
+- *predicted*: the first block's call is answered by a forecaster, which gets that block's arguments and what is
+  remembered; the other blocks hand its answer on.
+
+Training, collection and search say which, per pass:
+
+    with Trunk(transformer, family) as trunk:
+        with torch.no_grad(), trunk.full():
+            transformer(...)
+        with trunk.predicted(predictor):
+            loss(transformer(...)).backward()
+
+In a pipeline `trunk.choose` is asked before each pass. Without either, a pass is left alone and nothing is remembered.
+
+What is remembered is kept apart by context: the name that `transformer.cache_context` has in force ("cond", "uncond"),
+else the one that `choose` gives, else "default". It is the last block's output itself, detached and not copied: no head
+of any family writes into it. (Outputs of CUDA graphs are overwritten by the next replay: compile blocks without
+mode="reduce-overhead".) An exception in a pass forgets everything.
+
+Blocks (blocks.py) only follow `trunk.now`; it is set in hooks of the transformer, outside the blocks, so that compiled
+blocks have two static graphs. Those are torch's own hooks and not a `ModelHook`, because CPU offload puts the
+transformer's forward back to what it was after each generation.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from vidaccel.cache.blocks import FirstBlock, FollowingBlock, OpenContext, Pass
+from vidaccel.errors import UserError
+from vidaccel.models.family import DiTFamily
+from vidaccel.predictor.forecasters import Cached, Forecaster
+
+HOOK = "vidaccel_trunk"
+DEFAULT_CONTEXT = "default"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which way a pass goes."""
+
+    forecaster: Forecaster | None = None
+    """What stands in for the blocks; None runs them."""
+    t: Tensor | None = None
+    """Time of the pass, [] or [B]."""
+    memory: tuple[Cached, ...] | None = None
+    """What the forecaster looks back on instead of what this trunk remembers."""
+    context: str = DEFAULT_CONTEXT
+    """Context of the pass where the caller of the transformer opened none."""
+    final: bool = False
+    """Whether it is the context's last: what is remembered of it is freed when the pass ends."""
+
+
+class Trunk:
+    """The blocks of one transformer, under the hook from `attach` to `detach`; also a context manager."""
+
+    def __init__(self, transformer: nn.Module, family: DiTFamily, history: int = 1):
+        """`history` is the number of full passes to remember a context: the forecaster's own."""
+        self.transformer, self.family, self.history = transformer, family, history
+        self.choose: Callable[[], Mode] | None = None
+        """Asked before a pass for which no mode is in force. It may call `reset`."""
+        self.now: Pass | None = None
+        self._mode: Mode | None = None
+        self._memory: dict[str, tuple[Cached, ...]] = {}
+        self.open = OpenContext()
+        self._undo: list[Callable[[], None]] = []
+        self._release_checkpoints: Callable[[], None] = _nothing
+
+    @contextmanager
+    def full(self, t: float | Tensor | None = None) -> Iterator[None]:
+        """Passes in this block run the trunk and are remembered; `t` is their time, for forecasters that ask for it."""
+        with self._in_force(Mode(None, _time(t))):
+            yield
+
+    @contextmanager
+    def predicted(
+        self, forecaster: Forecaster, t: float | Tensor | None = None, memory: tuple[Cached, ...] | None = None
+    ) -> Iterator[None]:
+        """Passes in this block are the forecaster's, from `memory` if given; gradients reach it and the embedders.
+
+        Backward may come after the block: recomputed blocks go the way they went.
+        """
+        with self._in_force(Mode(forecaster, _time(t), memory)):
+            yield
+
+    def memory(self, context: str = DEFAULT_CONTEXT) -> tuple[Cached, ...]:
+        """What full passes of a context have left, newest first."""
+        return self._memory.get(context, ())
+
+    def reset(self) -> None:
+        """Forget all contexts."""
+        self._memory.clear()
+
+    def attach(self) -> "Trunk":
+        """Put the hooks on.
+
+        Raises:
+            UserError: the transformer is attached already, or one of diffusers' own caches is enabled.
+        """
+        name = type(self.transformer).__name__
+        blocks = [(kind, block) for kind in self.family.block_lists for block in getattr(self.transformer, kind.name)]
+        if any(HOOK in block._diffusers_hook.hooks for _, block in blocks if hasattr(block, "_diffusers_hook")):
+            raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
+        if getattr(self.transformer, "is_cache_enabled", False):
+            raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
+        for index, (kind, block) in enumerate(blocks):
+            place = FirstBlock if index == 0 else FollowingBlock
+            self._hook(block, place(self, kind, last=index == len(blocks) - 1))
+        self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
+        self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off and forget everything: the transformer is as it was. A second call does nothing."""
+        self.reset()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Trunk":
+        return self.attach()
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+    @contextmanager
+    def _in_force(self, mode: Mode) -> Iterator[None]:
+        before, self._mode = self._mode, mode
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    def _hook(self, block: nn.Module, hook: ModelHook) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        registry.register_hook(hook, HOOK)
+        self._contexts_moved()
+        self._undo.append(lambda: self._unhook(block, registry))
+
+    def _unhook(self, block: nn.Module, registry: HookRegistry) -> None:
+        registry.remove_hook(HOOK, recurse=False)
+        if not registry.hooks:
+            del block._diffusers_hook
+        if vars(block)["forward"] == type(block).forward.__get__(block):
+            del block.forward
+        self._contexts_moved()
+
+    def _contexts_moved(self) -> None:
+        """`cache_context` keeps a list of the hooked modules that it tells."""
+        HookRegistry.check_if_exists_or_initialize(self.transformer).invalidate_child_registries_cache()
+
+    def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
+        if self.now is not None:  # a KeyboardInterrupt passes `_end` by
+            self._end(transformer, inputs, None)
+        mode = self._mode or (self.choose() if self.choose else None)
+        if mode is None:
+            return
+        context = self.open.name or mode.context
+        if mode.forecaster is None:
+            # The oldest is freed before the new one is made.
+            self._memory[context] = self.memory(context)[: self.history - 1]
+            memory = ()
+        else:
+            memory = self.memory(context) if mode.memory is None else mode.memory
+            if not memory:
+                raise RuntimeError(f'a predicted pass before any full pass in context "{context}"')
+        self.now = Pass(mode.forecaster, memory, mode.t, context, mode.final)
+        if getattr(transformer, "gradient_checkpointing", False):
+            self._bind_checkpoints(self.now)
+
+    def _end(self, transformer: nn.Module, inputs: tuple, output: Any) -> None:
+        """`output` is None if the pass raised."""
+        now, self.now = self.now, None
+        self._release_checkpoints()
+        self._release_checkpoints = _nothing
+        if output is None:
+            self.reset()
+        elif now is not None and now.final:
+            self._memory.pop(now.context, None)
+        elif now is not None and now.left:
+            self._memory[now.context] = (Cached(now.left, now.t), *self._memory[now.context])
+
+    def _bind_checkpoints(self, now: Pass) -> None:
+        """Let blocks that are checkpointed in this pass be recomputed as they ran in it, whatever is then in force."""
+        checkpoint = self.transformer._gradient_checkpointing_func
+
+        def bound(block: nn.Module, *arguments):
+            def run(*arguments):
+                before, self.now = self.now, now
+                try:
+                    return block(*arguments)
+                finally:
+                    self.now = before
+
+            return checkpoint(run, *arguments)
+
+        def release() -> None:
+            self.transformer._gradient_checkpointing_func = checkpoint
+
+        self.transformer._gradient_checkpointing_func, self._release_checkpoints = bound, release
+
+
+def _nothing() -> None:
+    """Undoes nothing."""
+
+
+def _time(t: float | Tensor | None) -> Tensor | None:
+    return None if t is None else torch.as_tensor(t, dtype=torch.float32)

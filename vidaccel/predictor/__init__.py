@@ -1,0 +1,1 @@
+"""What stands in for the trunk on predicted steps: the learned network, and cheaper forecasters to compare it with."""
