@@ -10,7 +10,7 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """`with Progress("sampling", total=50) as bar: bar.advance(loss=0.1)`; keyword values are shown beside the bar."""
 
-    def __init__(self, title: str, total: int, done: int = 0):
+    def __init__(self, title: str, total: int, done: int = 0, shown: bool = True):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -21,7 +21,7 @@ class Progress:
             TextColumn("{task.fields[values]}"),
         )
         console = Console(file=sys.stderr)
-        self._bar = RichProgress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = RichProgress(*columns, console=console, disable=not (shown and console.is_terminal))
         self._task = self._bar.add_task(title, total=total, completed=done, rate="", values="")
 
     def __enter__(self) -> "Progress":

@@ -1,44 +1,45 @@
 """The training loop: AdamW, averaged weights, checkpoints that resume bit for bit, and a stop at ten bad steps.
 
-Everything random in step n is drawn from generators seeded by (seed, n). So there is no random state to save: a run
-that is killed and started again draws the same batches, the same noise and the same dropout as one that was not.
+Everything random in forward pass i is drawn from generators seeded by (seed, i). So there is no random state to save: a
+run that is killed and started again draws the same batches, the same noise and the same dropout as one that was not.
+And pass i is the same whether one process makes it or another: a step of W processes with k passes each is a step of
+one process with W k passes.
 
-    folder/checkpoints/step-00000200/   model.safetensors, ema.safetensors, optimizer.safetensors, state.json
-    folder/metrics.jsonl                one line every `log_every` steps
-
-A checkpoint is written under another name and renamed, so that a folder called step-* is whole.
+    folder/checkpoints/step-00000200/   see checkpoints.py
+    folder/metrics.jsonl                one line every `log_every` steps, see metrics.py
 """
 
-import contextlib
-import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.distributed.tensor import DTensor
 
-from vidaccel.artefacts import CHECKPOINTS, atomic_folder, atomic_path, explained
+from vidaccel.artefacts import CHECKPOINTS
 from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
+from vidaccel.train.average import Average
+from vidaccel.train.checkpoints import Checkpoints, Tensors, flat
+from vidaccel.train.metrics import Metrics, check_trackers
+from vidaccel.train.parallel import mean, on_first, rank, world
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 MOST_BAD_STEPS = 10
-KEPT_CHECKPOINTS = 2
+WITHOUT_EFFECT = ("trackers", "sample_every")
+"""Settings that may change between a run and its continuation."""
 
 Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
-"""(model, index of this forward pass since the start, its generator) -> scalar loss, metrics to log."""
+"""(model, index of this forward pass since the start, its generator) -> scalar loss, metrics to log: the same names in
+every pass. The index counts the passes of all processes."""
 
 
 def train(
@@ -53,62 +54,77 @@ def train(
     evaluate: Callable[[nn.Module], float] | None = None,
     sample: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains `model` in place, from the newest checkpoint in `folder` if there is one.
+    """Trains the parameters of `model` that require gradients, from the newest checkpoint in `folder` if there is one.
 
-    Returns the averaged copy of the model, in evaluation mode. Seeds torch's global generator at each forward pass.
+    Returns `model` in evaluation mode, the averaged weights in it. Nothing else is averaged or saved: frozen parameters
+    and buffers are the caller's to restore. Seeds torch's global generator at each forward pass.
+
+    In many processes (parallel.py) `model` is sharded before, and each of them calls this with the same arguments.
 
     Args:
         settings: what else shapes the run, as JSON can hold it; a checkpoint of other settings is not continued.
+        evaluate: of the model with averaged weights, without gradients; lower is better. Called every `evaluate_every`
+            steps, in every process, and averaged over them. The best checkpoint is kept.
+        sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place.
 
     Raises:
-        UserError: the checkpoints belong to other settings or another model, one of their files is damaged, or a new
-            one cannot be written.
+        UserError: the checkpoints belong to other settings or another model, one of their files is damaged, a new one
+            cannot be written, or the model has not what `config` asks for.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
     """
-    if evaluate or sample:
-        raise NotImplementedError("evaluate and sample come with the next change")
-    device = next(model.parameters()).device
-    average = AveragedModel(model, multi_avg_fn=_ema(config.ema_decay))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-    identity = {"seed": seed, "config": asdict(config), "settings": json.loads(json.dumps(settings))}
-    state = _resume(folder, identity, model, average, optimizer)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check(model, trained, config)
+    optimizer = _adamw(trained, config)
+    average = Average(model, trained.values(), config.ema_decay)
+    identity = _identity(seed, config, settings)
+    checkpoints = Checkpoints(folder, identity, _tensors(trained, average, optimizer))
+    state = checkpoints.resume()
+    metrics = Metrics(folder)
+    on_first(lambda: metrics.start(state.step, config.trackers, identity))
+    for module in _recomputing(model) if config.checkpointing else ():
+        module.enable_gradient_checkpointing()
     model.train()
-    saved, skipped, bad_in_a_row, seconds = state["step"], state["skipped"], 0, state["seconds"]
-    started = time.monotonic()
-    with Progress(title, total=config.steps, done=state["step"]) as progress:
-        for step in range(state["step"], config.steps):
+
+    last_good, bad_in_a_row = state.step, 0
+    started = time.monotonic() - state.seconds
+    with metrics, Progress(title, total=config.steps, done=state.step, shown=rank() == 0) as progress:
+        for step in range(state.step, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            value, metrics = _accumulate(model, loss, config, step, seed, device)
-            norm = nn.utils.clip_grad_norm_(trained, config.clip_norm)
-            if math.isfinite(value) and bool(torch.isfinite(norm)):
+            value, measured = _accumulate(model, loss, config, step, seed)
+            norm = _clip(trained.values(), config.clip_norm)
+            good = math.isfinite(value) and math.isfinite(norm)
+            if good:
                 optimizer.step()
-                average.update_parameters(model)
+                average.update(step - state.skipped)
                 bad_in_a_row = 0
             else:
-                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
-                log.warning("step %d skipped: loss %s, gradient norm %s", step, value, float(norm))
-                if bad_in_a_row == MOST_BAD_STEPS:
-                    raise TrainingFailed(
-                        f"{title}: {MOST_BAD_STEPS} steps in a row without a finite loss or gradient, at step {step}; "
-                        f"the last good checkpoint is kept in {folder / CHECKPOINTS}"
-                    )
+                state.skipped, bad_in_a_row = state.skipped + 1, bad_in_a_row + 1
+                _skip(title, step, value, norm, bad_in_a_row, folder)
             optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            elapsed = seconds + time.monotonic() - started
-            with _last_good_named(saved):
-                if done % config.log_every == 0 or done == config.steps:
-                    line = {"step": done, "loss": value, "grad_norm": float(norm), "lr": learning_rate(config, step)}
-                    line |= metrics | {"skipped": skipped, "seconds": round(elapsed, 1)}
-                    _append(folder / METRICS, line)
-                due = done == config.steps or done // config.save_every > saved // config.save_every
-                if due and bad_in_a_row == 0:
-                    state = {"step": done, "skipped": skipped, "seconds": elapsed, **identity}
-                    _save(folder, state, model, average, optimizer)
-                    saved = done
+
+            state.step, state.seconds = step + 1, time.monotonic() - started
+            due = partial(_due, since=last_good, done=state.step, end=config.steps)
+            line = {"step": state.step, "loss": value, "grad_norm": norm, "lr": learning_rate(config, step), **measured}
+            if good and evaluate and due(config.evaluate_every):
+                with average.in_place():
+                    line["evaluation"] = mean([evaluate(model)])[0]
+                if line["evaluation"] < state.best:
+                    state.best, state.best_step = line["evaluation"], state.step
+            if good and sample and due(config.sample_every):
+                with average.in_place():
+                    sample(state.step)
+            line |= {"skipped": state.skipped, "seconds": round(state.seconds, 1)}
+            with checkpoints.last_good_named():
+                if "evaluation" in line or state.step % config.log_every == 0 or state.step == config.steps:
+                    on_first(partial(metrics.write, line))
+                if good and (due(config.save_every) or state.best_step == state.step):
+                    checkpoints.save(state)
+            if good:
+                last_good = state.step
             progress.advance(loss=value)
-    return average.module.eval()
+    average.exchange()
+    return model.eval()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -126,127 +142,90 @@ def generator_for(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03) % 2**63)
 
 
-def _accumulate(model, loss: Loss, config: TrainConfig, step: int, seed: int, device) -> tuple[float, dict[str, float]]:
-    """Gradients of `accumulate` forward passes, averaged; the mean loss and the last pass's metrics."""
-    total = 0.0
-    for part in range(config.accumulate):
-        index = step * config.accumulate + part
-        torch.manual_seed(generator_for(~seed, index).initial_seed())  # dropout layers know the global generator only
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            value, metrics = loss(model, index, generator_for(seed, index))
-        (value / config.accumulate).backward()
-        total += float(value.detach()) / config.accumulate
-    return total, metrics
-
-
-def _ema(decay: float):
-    """Averaging with the decay ramped up over the first steps, so that the initial weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(averaged, current, num_averaged):
-        n = float(num_averaged)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
-
-
-def _append(path: Path, line: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    finite = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON knows no NaN
-    with explained(path), path.open("a") as file:
-        file.write(json.dumps(finite) + "\n")
-
-
-def _save(folder: Path, state: dict, model, average, optimizer) -> None:
-    checkpoints = folder / CHECKPOINTS
-    with atomic_folder(checkpoints / f"step-{state['step']:08d}") as target:
-        save_model(model, target / "model.safetensors")
-        save_model(average, target / "ema.safetensors")
-        moments, groups = _flatten(optimizer.state_dict())
-        save_file(moments, target / "optimizer.safetensors")
-        (target / "state.json").write_text(json.dumps(state | {"groups": groups}))
-    for old in sorted(checkpoints.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def _last_good_named(saved: int) -> Iterator[None]:
-    """Adds to a failure to write that everything up to step `saved` is still there."""
-    try:
-        yield
-    except UserError as error:
-        kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-        hint = f"{error.hint}; the same command then goes on from there"
-        raise UserError(f"{error.message}; {kept}", hint) from error
-
-
-def _resume(folder: Path, identity: dict, model, average, optimizer) -> dict:
-    """Loads the newest checkpoint and drops what a killed run left beyond it; the state to go on from."""
-    checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
-    state = {"step": 0, "skipped": 0, "seconds": 0.0}
-    if checkpoints:
-        state = _load(checkpoints[-1], identity, model, average, optimizer)
-    for unfinished in (folder / CHECKPOINTS).glob(".step-*"):
-        shutil.rmtree(unfinished)
-    _cut_metrics(folder / METRICS, state["step"])
-    return state
-
-
-def _load(checkpoint: Path, identity: dict, model, average, optimizer) -> dict:
-    with _readable(checkpoint / "state.json") as path:
-        state = json.loads(path.read_text())
-        old, new = ({"seed": which["seed"], **which["config"], **which["settings"]} for which in (state, identity))
-    if differing := _differences(old, new):
-        raise UserError(
-            f"{checkpoint} is of a run with other settings ({'; '.join(differing)})",
-            "give the same settings to continue it, or another folder to start afresh",
+def _check(model: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig) -> None:
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient")
+    if low := [name for name, p in trained.items() if p.dtype.itemsize < 4]:
+        raise ValueError(
+            f"{low[0]} is {trained[low[0]].dtype}: what is trained has to be float32, or steps vanish in it"
         )
-    with _readable(checkpoint / "model.safetensors") as path:
-        load_model(model, path)
-    with _readable(checkpoint / "ema.safetensors") as path:
-        load_model(average, path)
-    with _readable(checkpoint / "optimizer.safetensors") as path:
-        optimizer.load_state_dict(_unflatten(load_file(path), state["groups"]))
-    return state
+    if world() > 1 and not all(isinstance(p, DTensor) for p in trained.values()):
+        raise ValueError("there are several processes and whole parameters: shard(model, blocks) comes first")
+    if config.lora_rank and not any("lora_" in name for name in trained):
+        raise UserError(f"lora_rank={config.lora_rank}, but this training has no adapters", "set lora_rank=0")
+    if config.checkpointing and not _recomputing(model):
+        raise UserError(f"{type(model).__name__} cannot compute activations again", "set checkpointing=false")
+    check_trackers(config.trackers)
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Path]:
-    """Yields `path` to be loaded. One that is missing, damaged or does not fit stops the run: going back to an older
-    checkpoint, or on with half of this one, is for the user to decide."""
-    try:
-        yield path
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot continue from {path}: {' '.join(str(error).split())}",
-            f"if the model is still the same, remove {path.parent} to go on from the checkpoint before it; "
-            "give another folder to start afresh",
-        ) from error
+def _recomputing(model: nn.Module) -> list[nn.Module]:
+    """The parts of the model whose diffusers class has activation checkpointing."""
+    return [module for module in model.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
 
 
-def _differences(old: dict, new: dict) -> list[str]:
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
+def _adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with its moments made at once, not at the first step: a checkpoint is loaded into tensors that exist."""
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
+    for p in trained.values():
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros(()), **moments}
+    return optimizer
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps that the checkpoint does not hold, which are about to be run again."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+def _tensors(trained: dict[str, nn.Parameter], average: Average, optimizer: torch.optim.AdamW) -> Tensors:
+    """All that changes in training, by the names of the files it is kept in."""
+    return {
+        "model": {name: p.detach() for name, p in trained.items()},
+        "ema": dict(zip(trained, average.tensors, strict=True)),
+        "optimizer": {f"{name}.{key}": t for name, p in trained.items() for key, t in optimizer.state[p].items()},
+    }
 
 
-def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """An optimiser's state as named tensors ("3.exp_avg") and its parameter groups, which hold no tensor."""
-    moments = {f"{i}.{name}": t.contiguous() for i, s in state["state"].items() for name, t in s.items()}
-    return moments, state["param_groups"]
+def _identity(seed: int, config: TrainConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that shape a run, under flat names."""
+    shaping = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
+    return flat({"seed": seed, "processes": world(), **shaping, "settings": settings})
 
 
-def _unflatten(moments: dict[str, torch.Tensor], groups: list[dict]) -> dict:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in moments.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor.clone()  # lets go of the file, which safetensors maps
-    return {"state": state, "param_groups": groups}
+def _accumulate(
+    model: nn.Module, loss: Loss, config: TrainConfig, step: int, seed: int
+) -> tuple[float, dict[str, float]]:
+    """Gradients of `accumulate` forward passes, averaged; their loss and metrics, averaged over all processes."""
+    device = next(model.parameters()).device.type
+    passes = []
+    for part in range(config.accumulate):
+        index = (step * config.accumulate + part) * world() + rank()
+        torch.manual_seed(generator_for(~seed, index).initial_seed())  # dropout layers know the global generator only
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            value, measured = loss(model, index, generator_for(seed, index))
+        (value / config.accumulate).backward()
+        passes.append([float(value.detach()), *measured.values()])
+    value, *values = mean([sum(column) / config.accumulate for column in zip(*passes, strict=True)])
+    return value, dict(zip(measured, values, strict=True))
+
+
+def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scales gradients down to the global norm `largest`; the norm they had, over all processes."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return float(norm)
+
+
+def _skip(title: str, step: int, value: float, norm: float, bad_in_a_row: int, folder: Path) -> None:
+    if rank() == 0:
+        log.warning("step %d skipped: loss %s, gradient norm %s", step, value, norm)
+    if bad_in_a_row == MOST_BAD_STEPS:
+        raise TrainingFailed(
+            f"{title}: {MOST_BAD_STEPS} steps in a row without a finite loss or gradient, at step {step}; "
+            f"the last good checkpoint is kept in {folder / CHECKPOINTS}"
+        )
+
+
+def _due(every: int, since: int, done: int, end: int) -> bool:
+    """Whether something that happens every so many steps is to happen now, it having been possible at `since` last."""
+    return done // every > since // every or done == end

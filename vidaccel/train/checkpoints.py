@@ -1,0 +1,167 @@
+"""Where a training stands on disk: whole checkpoints only, of one run's settings only, read back bit for bit.
+
+    folder/checkpoints/step-00000200/   model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+
+Of many processes each writes its shards of all three into one file, shard-*.safetensors. A checkpoint is written under
+another name and renamed, so that a folder called step-* is whole. The last two and the best are kept.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from vidaccel.artefacts import CHECKPOINTS, explained
+from vidaccel.errors import UserError
+from vidaccel.train.parallel import check_fit, load_sharded, on_first, save_sharded, shared_folder, world
+
+KEPT = 2
+STATE = "state.json"
+
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+"""File name -> tensor name -> tensor. Saved from, and loaded into, in place."""
+
+
+@dataclass
+class State:
+    """What a checkpoint knows besides tensors."""
+
+    step: int = 0
+    """Steps made."""
+    skipped: int = 0
+    """Those of them that were not finite."""
+    seconds: float = 0.0
+    best: float = math.inf
+    """Lowest evaluation so far."""
+    best_step: int | None = None
+
+
+class Checkpoints:
+    """Those of the run in `folder` that `identity` (JSON values under flat names) tells from runs of other settings."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], tensors: Tensors):
+        self.folder = folder / CHECKPOINTS
+        self._identity = dict(identity)
+        self._tensors = tensors
+        self._saved = 0
+
+    def resume(self) -> State:
+        """Loads the newest checkpoint, if there is one, and clears away what a killed run left unfinished.
+
+        Raises:
+            UserError: it belongs to other settings or another model, or one of its files is damaged.
+        """
+        state = State()
+        if checkpoints := sorted(self.folder.glob("step-*")):
+            state = self._read_state(checkpoints[-1] / STATE)
+            self._load(checkpoints[-1])
+        on_first(self._clear)
+        self._saved = state.step
+        return state
+
+    def save(self, state: State) -> None:
+        """Raises `UserError` if the checkpoint cannot be written; those before it are then still there."""
+        target = self.folder / _name(state.step)
+        best = state.best if math.isfinite(state.best) else None  # JSON knows no infinity
+        record = {**asdict(state), "best": best, "identity": self._identity}
+        with explained(target), shared_folder(target) as folder:
+            if world() > 1:
+                save_sharded(self._flat(), folder)
+            else:
+                for name, tensors in self._tensors.items():
+                    save_file({key: t.contiguous() for key, t in tensors.items()}, folder / f"{name}.safetensors")
+            on_first(lambda: (folder / STATE).write_text(json.dumps(record)))
+        self._saved = state.step
+        on_first(lambda: self._prune(state.best_step))
+
+    @contextlib.contextmanager
+    def last_good_named(self) -> Iterator[None]:
+        """Adds to a failure to write that everything up to the last checkpoint is still there."""
+        try:
+            yield
+        except UserError as error:
+            kept = f"the checkpoint of step {self._saved} is kept" if self._saved else "there is no checkpoint yet"
+            hint = f"{error.hint}; the same command then goes on from there"
+            raise UserError(f"{error.message}; {kept}", hint) from error
+
+    def _clear(self) -> None:
+        for unfinished in self.folder.glob(".step-*"):
+            shutil.rmtree(unfinished)
+
+    def _prune(self, best: int | None) -> None:
+        every = sorted(self.folder.glob("step-*"))
+        for old in every[:-KEPT]:
+            if best is None or old.name != _name(best):
+                shutil.rmtree(old)
+
+    def _read_state(self, path: Path) -> State:
+        with _readable(path):
+            record = json.loads(path.read_text())
+            identity, best = record.pop("identity"), record.pop("best")
+            state = State(**record, best=math.inf if best is None else best)
+        if differing := _differences(identity, self._identity):
+            raise UserError(
+                f"{path.parent} is of a run with other settings ({'; '.join(differing)})",
+                "give the same settings to continue it, or another folder to start afresh",
+            )
+        return state
+
+    def _load(self, checkpoint: Path) -> None:
+        if world() > 1:
+            for path in sorted(checkpoint.glob("*.safetensors")):
+                with _readable(path), safe_open(path, "pt"):
+                    pass
+            with _readable(checkpoint / "*.safetensors"):
+                load_sharded(self._flat(), checkpoint)
+            return
+        for name, tensors in self._tensors.items():
+            with _readable(checkpoint / f"{name}.safetensors") as path:
+                found = load_file(path)
+                check_fit({key: (t.shape, t.dtype) for key, t in found.items()}, tensors)
+                for key, tensor in tensors.items():
+                    tensor.copy_(found[key])
+
+    def _flat(self) -> dict[str, torch.Tensor]:
+        return {f"{name}.{key}": t for name, tensors in self._tensors.items() for key, t in tensors.items()}
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, as JSON would give them back."""
+    result = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return result
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Yields `path` to be loaded. One that is missing, damaged or does not fit stops the run: going back to an older
+    checkpoint, or on with half of this one, is for the user to decide."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot continue from {path}: {' '.join(str(error).split())}",
+            f"if the model is still the same, remove {path.parent} to go on from the checkpoint before it; "
+            "give another folder to start afresh",
+        ) from error
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed]

@@ -1,0 +1,82 @@
+"""What a training measures: metrics.jsonl always, and the trackers that were asked for."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidaccel.artefacts import atomic_path, explained
+from vidaccel.errors import UserError, nearest
+
+FILE = "metrics.jsonl"
+PROJECT = "vidaccel"
+"""What trackers file runs under."""
+
+
+class Metrics:
+    """One line a step in `folder`, and the same to each tracker; process 0 alone starts and writes it."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / FILE
+        self._trackers = []
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def start(self, step: int, trackers: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """Goes on after `step`: drops the lines of later ones, which are about to be run again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            with atomic_path(self._path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+        plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+        for name in trackers:
+            self._trackers.append(_started(name, self._path.parent))
+            self._trackers[-1].store_init_configuration(plain)
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Raises `UserError` if the file cannot be written."""
+        append(self._path, line)
+        for tracker in self._trackers:
+            tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+
+def append(path: Path, line: Mapping[str, float]) -> None:
+    """Adds `line` to a file of JSON lines."""
+    finite = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON knows no NaN
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `UserError` for a tracker that accelerate does not know, or whose package is missing."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f'there is no tracker "{name}"', nearest(name, LOGGER_TYPE_TO_CLASS))
+        if name in LoggerType.list() and name not in get_available_trackers():
+            raise UserError(f"trackers: {name} is not installed", f"pip install {name}, or leave it out")
+
+
+def _started(name: str, folder: Path):
+    """A tracker of accelerate's. Its classes want accelerate's state to exist, though no Accelerator."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(PROJECT, logging_dir=folder / name) if kind.requires_logging_directory else kind(PROJECT)
+    tracker.start()
+    return tracker
