@@ -427,14 +427,13 @@ class BenchmarkConfig:
         dtypes = ("float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
 
-    def rows(self) -> dict[str, MethodConfig]:
+    def wanted(self) -> dict[str, MethodConfig]:
         """The wanted methods and, first, the baseline; `UserError` for a name that is not among `methods`."""
         names = dict.fromkeys((self.baseline, *(self.methods if self.only is None else self.only)))
         for name in names:
             if name not in self.methods:
                 raise UserError(f'there is no method "{name}"', nearest(name, self.methods))
         return {name: self.methods[name] for name in names}
-
 
 
 SCHEMAS = {
@@ -456,17 +455,21 @@ def conf_root() -> Path:
 def load(command: str, schema: type[Schema], conf: str, overrides: Sequence[str] = ()) -> Schema:
     """The settings of `command`: conf/<command>/<conf>.yaml, or the YAML file `conf`, then the overrides.
 
+    Either may build on a shipped one, by its name: `defaults: [teacher, _self_]`.
+
     Raises:
         UserError: no such file, no such key, or a value the schema refuses.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.types import Quote, QuotedString
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     path = _find(command, conf)
-    words = [_override(word, schema) for word in overrides]
+    shipped = QuotedString(f"file://{conf_root() / command}", Quote.single).with_quotes()
+    words = [f"hydra.searchpath=[{shipped}]", *(_override(word, schema) for word in overrides)]
     try:
         with initialize_config_dir(str(path.parent), version_base=None):
             chosen = compose(path.stem, words)
