@@ -29,14 +29,25 @@ def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
     The transformer's dtype and the pipeline's device, masks too. The empty caption is the unconditional one.
     """
     pipe, family = loaded.pipe, loaded.family
-    of_call = inspect.signature(type(pipe).__call__).parameters
-    known = inspect.signature(type(pipe).encode_prompt).parameters.keys() - {"self", "prompt"}
-    # The defaults of `__call__` and not of `encode_prompt`: Wan's differ (512 tokens and 226).
-    given = {name: loaded.call.get(name, of_call[name].default) for name in known & of_call.keys()}
     dtype = getattr(pipe, family.denoisers[0].attribute).dtype
-    given |= {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
-    encoded = pipe.encode_prompt(list(captions), **{name: given[name] for name in known & given.keys()})
+    extra = {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
+    known = inspect.signature(type(pipe).encode_prompt).parameters
+    extra = {name: value for name, value in extra.items() if name in known}
+    encoded = pipe.encode_prompt(list(captions), **text_settings(loaded), **extra)
     return {text.stored: tensor.to(dtype) for text, tensor in zip(family.text_tensors, encoded, strict=False)}
+
+
+def text_settings(loaded: LoadedPipeline) -> dict[str, Any]:
+    """What the pipeline's call gives `encode_prompt` besides the prompt: its template, its length.
+
+    Where the model does not say, the defaults are those of `__call__`: `encode_prompt` has others (Wan: 226 tokens, not
+    512).
+    """
+    known = inspect.signature(type(loaded.pipe).encode_prompt).parameters
+    of_call = inspect.signature(type(loaded.pipe).__call__).parameters
+    shared = [name for name in of_call if name in known and name not in ("self", "prompt")]
+    settings = {name: loaded.call.get(name, of_call[name].default) for name in shared}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 @torch.no_grad()

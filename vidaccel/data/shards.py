@@ -11,6 +11,7 @@ rather than the last sample because the last bits of what a GPU computes can dep
 
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ from vidaccel.progress import Progress
 INDEX_FILE = "index.json"
 SETTINGS_FILE = ".settings.json"
 _MEND = "copy the folder again, or remove what is damaged and run the command that made it"
+
+log = logging.getLogger(__name__)
 
 Sample = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and a record that JSON can hold."""
@@ -115,6 +118,11 @@ def write_shards(
     write_json(folder / INDEX_FILE, {"shards": [asdict(entry) for entry in entries]})
 
 
+def sample_bytes(sample: Sample) -> int:
+    """Bytes that a sample takes in a shard."""
+    return len(_pack(_key(0), *sample))
+
+
 class ShardFolder:
     """The samples of a finished feature folder.
 
@@ -122,11 +130,16 @@ class ShardFolder:
     instance may be shared by forked processes. Opening compares the shards' sizes with the index, `verify` their
     contents. Raises `UserError`, naming the file, if a shard or index.json is missing or damaged, if there is no sample
     or, where a `kind` is asked for, one of another kind.
+
+    With `on_damage="skip"` opening reads every byte, names the shards that are missing or damaged in a warning and goes
+    on without them, as long as one is whole.
     """
 
-    def __init__(self, folder: str | os.PathLike, kind: str | None = None):
+    def __init__(self, folder: str | os.PathLike, kind: str | None = None, *, on_damage: str = "stop"):
         self.folder = Path(folder)
         self._shards = _read_index(self.folder)
+        if on_damage == "skip":
+            self._shards = self._whole_shards()
         self._samples = [(shard.file, span) for shard in self._shards for span in shard.samples]
         for shard in self._shards:
             path = self.folder / shard.file
@@ -166,15 +179,29 @@ class ShardFolder:
 
     def verify(self) -> None:
         """Read every byte and compare with the index; raises `UserError` naming the shards that differ."""
+        if bad := [shard.file for shard in self._bad_shards()]:
+            raise UserError(f"shards of {self.folder} are damaged or missing: {', '.join(bad)}", _MEND)
+
+    def _bad_shards(self) -> list[_Shard]:
         bad = []
         with Progress("verifying shards", total=len(self._shards)) as bar:
             for shard in self._shards:
                 path = self.folder / shard.file
                 if not path.is_file() or sha256_file(path) != shard.sha256:
-                    bad.append(shard.file)
+                    bad.append(shard)
                 bar.advance()
-        if bad:
-            raise UserError(f"shards of {self.folder} are damaged or missing: {', '.join(bad)}", _MEND)
+        return bad
+
+    def _whole_shards(self) -> list[_Shard]:
+        bad = self._bad_shards()
+        for shard in bad:
+            log.warning(
+                "left out %s, damaged or missing, with its %d samples", self.folder / shard.file, len(shard.samples)
+            )
+        whole = [shard for shard in self._shards if shard not in bad]
+        if not any(shard.samples for shard in whole):
+            raise UserError(f"every shard of {self.folder} is damaged or missing", _MEND)
+        return whole
 
 
 def _require(holds: bool, fault: str) -> None:

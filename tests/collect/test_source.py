@@ -1,0 +1,125 @@
+"""Clips and captions from a folder and from the sprites world, and their samples encoded when asked for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.collect.conftest import CAPTIONS, FPS
+from tests.tiny import SIZE, tiny_pipeline
+from vidaccel.collect.encode import encode_samples
+from vidaccel.collect.source import EncodedSource, RenderedScenes, knows_sprites, open_source
+from vidaccel.config import CollectConfig
+from vidaccel.data.order import epoch_order
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import FAMILIES
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.sprites.parse import parse
+from vidaccel.sprites.pipeline import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def sprites() -> LoadedPipeline:
+    """A model that takes the sprites world's words and sizes."""
+    pipe = tiny_pipeline("hunyuan_video")
+    pipe.tokenizer = build_tokenizer(32)
+    return LoadedPipeline(
+        pipe, FAMILIES["hunyuan_video"], "here", {"num_frames": 17, "height": 64, "width": 64, "fps": 8}, {}
+    )
+
+
+def test_a_rendered_scene_depends_on_seed_and_index_alone():
+    source, again, other = RenderedScenes(10, 3), RenderedScenes(20, 3), RenderedScenes(10, 4)
+    video, record = source[7]
+    assert video.shape == (3, 17, 64, 64) and video.min() >= -1 and video.max() <= 1
+    assert torch.equal(video, again[7][0]) and record == again.record(7) == source.record(7)
+    assert not torch.equal(video, source[6][0]) and not torch.equal(video, other[7][0])
+    assert parse(record["caption"]) and record["fps"] == 8
+    assert source.identity == again.identity != other.identity
+
+
+def test_models_of_the_sprites_world_are_known_by_their_words(sprites):
+    assert knows_sprites(sprites)
+    assert len(open_source(sprites, CollectConfig(clips=5))) == 5
+    more = build_tokenizer(32)
+    more.add_tokens("zebra")
+    for tokenizer in (tiny_pipeline("hunyuan_video").tokenizer, more):
+        pipe = tiny_pipeline("hunyuan_video")
+        pipe.tokenizer = tokenizer
+        assert not knows_sprites(replace(sprites, pipe=pipe))
+
+
+def test_another_model_is_asked_for_a_folder(loaded):
+    with pytest.raises(UserError, match="no model of the sprites world") as caught:
+        open_source(loaded, CollectConfig())
+    assert "data=FOLDER" in caught.value.hint
+
+
+@pytest.mark.parametrize("changes", [{"num_frames": 5}, {"height": 32}, {"width": 48}, {"fps": 12.0}])
+def test_scenes_have_one_size_and_rate(sprites, changes):
+    with pytest.raises(UserError, match="17 frames of 64x64 at 8 a second"):
+        open_source(sprites, CollectConfig(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"num_frames": 6}, {"height": 20}])
+def test_sizes_that_the_model_cannot_make_are_refused(loaded, clips, changes):
+    with pytest.raises(UserError, match="does not fit"):
+        open_source(loaded, CollectConfig(data=str(clips), **changes))
+
+
+def test_a_folders_clips_are_brought_to_the_models_size_and_rate(loaded, clips):
+    source = open_source(loaded, CollectConfig(data=str(clips)))
+    video, record = source[1]
+    assert video.shape == (3, *SIZE.values())
+    assert record == {"caption": CAPTIONS[1], "file": "00001.mp4", "fps": FPS, "crop": "centre"} == source.record(1)
+    smaller = open_source(loaded, CollectConfig(data=str(clips), num_frames=1, height=16, width=48, fps=2.0))
+    assert smaller[1][0].shape == (3, 1, 16, 48) and smaller[1][1]["fps"] == 2
+
+
+def test_bad_clips_are_named_and_left_out(loaded, clips, caplog):
+    (clips / "00003.mp4").write_bytes((clips / "00003.mp4").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"1 of 5 clips .*line 4 \(00003\.mp4\)"):
+        open_source(loaded, CollectConfig(data=str(clips)))
+    source = open_source(loaded, CollectConfig(data=str(clips), max_bad_share=0.2))
+    assert [source.record(i)["caption"] for i in range(len(source))] == [*CAPTIONS[:3], CAPTIONS[4]]
+    assert "skipped" in caplog.text and "00003.mp4" in caplog.text
+
+
+@pytest.mark.parametrize("lines", ["", '{"file": "gone.mp4", "caption": "a"}\n'])
+def test_a_caption_file_without_a_usable_clip(loaded, clips, lines):
+    (clips / "captions.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="cannot be used"):
+        open_source(loaded, CollectConfig(data=str(clips), max_bad_share=0.9))
+
+
+def test_a_clip_that_changes_during_the_run_is_named(loaded, clips):
+    source = open_source(loaded, CollectConfig(data=str(clips)))
+    (clips / "00002.mp4").write_bytes(b"")
+    assert source[1]
+    with pytest.raises(UserError, match=r"00002\.mp4: the file is empty"):
+        source[2]
+
+
+def test_identity_follows_whatever_decides_the_clips(loaded, clips):
+    def identity(**changes):
+        return json.dumps(open_source(loaded, CollectConfig(data=str(clips), **changes)).identity)
+
+    before = identity()
+    assert before == identity()
+    moved = clips.rename(clips.with_name("elsewhere"))
+    moved.rename(clips)
+    assert len({before, identity(height=16), identity(num_frames=1), identity(fps=4.0)}) == 4
+    (clips / "00000.mp4").write_bytes((clips / "00001.mp4").read_bytes())
+    assert identity() != before
+
+
+def test_samples_on_the_fly_are_those_of_a_folder(loaded, clips):
+    source = open_source(loaded, CollectConfig(data=str(clips)))
+    features = EncodedSource(loaded, source, "float16")
+    assert len(features) == 5
+    tensors, record = features[2]
+    ((expected, expected_record),) = encode_samples(loaded, [source[2][0]], [source.record(2)], "float16")
+    assert record == expected_record and tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert [features.at(position, seed=3) for position in range(10)] == [*epoch_order(5, 3, 0), *features.order(3, 1)]

@@ -1,0 +1,159 @@
+"""Where clips and captions come from: a folder of the user's videos, or scenes of the sprites world drawn on the fly.
+
+A source is a sequence: `source[i]` is (video float32 [3, T, H, W] in [-1, 1], record), where the record holds the
+caption and what else there is to know about the clip. `EncodedSource` encodes one when asked, in place of a feature
+folder.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vidaccel.collect.encode import encode_samples
+from vidaccel.config import CollectConfig
+from vidaccel.data.clips import ClipFolder
+from vidaccel.data.order import epoch_order, index_at
+from vidaccel.data.shards import Sample
+from vidaccel.data.video import BadClip
+from vidaccel.errors import UserError
+from vidaccel.models.call import check_sizes
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.sprites.captions import caption, vocabulary
+from vidaccel.sprites.render import render
+from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, Scene, random_scene
+
+Record = dict[str, Any]
+
+
+class Source(Protocol):
+    """Clips of one size and rate with their captions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]: ...
+
+    def record(self, index: int) -> Record:
+        """That of `self[index]`, without its video."""
+
+    @property
+    def identity(self) -> Record:
+        """Everything that decides what the clips are, as JSON can hold it."""
+
+
+@dataclass(frozen=True)
+class RenderedScenes:
+    """Random scenes of the sprites world: the i-th is a function of (seed, i) alone."""
+
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
+        return render([self._scene(index)[0]])[0], self.record(index)
+
+    def record(self, index: int) -> Record:
+        return {"caption": self._scene(index)[1], "fps": FPS}
+
+    @property
+    def identity(self) -> Record:
+        return {"data": None, "seed": self.seed}
+
+    def _scene(self, index: int) -> tuple[Scene, str]:
+        rng = random.Random(f"{self.seed}/{index}")
+        scene = random_scene(rng)
+        return scene, caption(scene, rng)
+
+
+@dataclass(frozen=True)
+class FolderClips:
+    """The usable clips of a folder, in the order of its captions.jsonl."""
+
+    clips: ClipFolder
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
+        try:
+            return self.clips[index][0], self.record(index)
+        except BadClip as error:  # it passed the check at the start
+            raise UserError(str(error), "the file has changed since the run began: put it back") from error
+
+    def record(self, index: int) -> Record:
+        clips = self.clips
+        return {"caption": clips.captions[index], "file": clips.files[index], "fps": clips.fps, "crop": "centre"}
+
+    @property
+    def identity(self) -> Record:
+        clips = self.clips
+        sizes = [(clips.folder / file).stat().st_size for file in clips.files]
+        listing = json.dumps([clips.files, clips.captions, sizes])
+        return {
+            "data": hashlib.sha256(listing.encode()).hexdigest(),
+            "size": [clips.num_frames, clips.height, clips.width],
+            "fps": clips.fps,
+        }
+
+
+class EncodedSource:
+    """Samples of kind `encoded`, computed when asked for: to be read like a `ShardFolder` of them."""
+
+    def __init__(self, loaded: LoadedPipeline, source: Source, dtype: str = "float16"):
+        """`dtype` is what tensors are rounded to, as they would be in a folder."""
+        self.loaded, self.source, self.dtype = loaded, source, dtype
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        video, record = self.source[index]
+        return encode_samples(self.loaded, [video], [record], self.dtype)[0]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """As `ShardFolder.order`."""
+        return epoch_order(len(self), seed, epoch)
+
+    def at(self, position: int, seed: int) -> int:
+        """As `ShardFolder.at`."""
+        return index_at(position, len(self), seed)
+
+
+def open_source(loaded: LoadedPipeline, config: CollectConfig) -> Source:
+    """The clips that `config` names, at the size and rate it names or else the model's own.
+
+    Raises:
+        UserError: the model cannot make videos of this size, the folder has too few usable clips, or there is no folder
+            and the model does not understand rendered scenes.
+    """
+    size = {
+        name: loaded.default(name) if getattr(config, name) is None else getattr(config, name)
+        for name in ("num_frames", "height", "width")
+    }
+    fps = config.fps or loaded.default("fps")
+    check_sizes(loaded, **size)
+    if config.data is not None:
+        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
+    if not knows_sprites(loaded):
+        raise UserError(
+            f"there are no clips: {loaded.source} is no model of the sprites world, whose scenes can be rendered",
+            "give a folder of videos with captions.jsonl: data=FOLDER",
+        )
+    if (*size.values(), fps) != (NUM_FRAMES, SIZE, SIZE, FPS):
+        raise UserError(
+            f"scenes are rendered in {NUM_FRAMES} frames of {SIZE}x{SIZE} at {FPS} a second, not as asked for",
+            "leave num_frames, height, width and fps out, or give a folder of videos: data=FOLDER",
+        )
+    return RenderedScenes(config.clips, config.seed)
+
+
+def knows_sprites(loaded: LoadedPipeline) -> bool:
+    """Whether the model's words are those of the sprites world's captions, no fewer and no more."""
+    tokenizer = loaded.pipe.tokenizer
+    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(vocabulary())
