@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vidaccel import __version__
+from vidaccel.cli.collect_features import collect_features
 from vidaccel.cli.generate import generate
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ def _program(
 
 
 app.command(no_args_is_help=True)(generate)
+app.command()(collect_features)
 
 
 def main() -> None:
