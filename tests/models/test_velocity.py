@@ -1,5 +1,6 @@
 """u(x, r, t) of every family: the same numbers as in its pipeline, and embeddings that start at nothing."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -8,15 +9,28 @@ from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
-from vidaccel.models.steps import current_step, step_grid
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.steps import GridScheduler, current_step, step_grid
+from vidaccel.models.velocity import Velocity, guided_velocity
 
 
-def test_step_grid_is_the_schedulers_own():
-    for steps, shift in ((50, 3.0), (8, 5.0), (1, 7.0), (20, 1.0)):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist())
-        torch.testing.assert_close(step_grid(steps, shift), scheduler.sigmas, atol=1e-6, rtol=0)
+@pytest.mark.parametrize(("steps", "shift"), [(50, 3.0), (8, 5.0), (1, 7.0), (20, 1.0), (13, 2.3)])
+def test_step_grid_is_the_schedulers_own_bit_for_bit(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])  # as both HunyuanVideo pipelines call it
+    assert torch.equal(step_grid(steps, shift), scheduler.sigmas)
+    k = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    torch.testing.assert_close(step_grid(steps, shift).double(), shift * k / (1 + (shift - 1) * k), atol=2e-7, rtol=0)
+
+
+def test_grid_scheduler_needs_no_sigmas():
+    stock, grid = FlowMatchEulerDiscreteScheduler(shift=3.0), GridScheduler(shift=3.0)
+    for scheduler in (stock, grid):
+        scheduler.set_timesteps(4)  # as Wan's pipeline calls it
+    assert torch.equal(grid.sigmas, step_grid(4, 3.0))
+    assert torch.equal(grid.timesteps, 1000 * grid.sigmas[:-1])
+    assert stock.sigmas[-2] < 0.01  # what the stock one makes of it: a fourth step that is hardly one
+    grid.set_timesteps(sigmas=[1.0, 0.25])
+    assert grid.sigmas.tolist() == [1.0, 0.5, 0.0]
 
 
 def test_position_follows_the_scheduler():
@@ -107,6 +121,34 @@ def test_the_native_r_of_hunyuan_video_15_is_used():
     velocity = Velocity(pipe.transformer, family)
     assert velocity.embeds("r")
     assert not torch.equal(velocity(x, t, text, r=t / 2), velocity(x, t, text))
+
+
+@torch.no_grad()
+def test_a_transformer_carries_one_conditioning():
+    pipe, family, seen = one_pass("wan")
+    x, t, text = inputs(pipe, family, seen.kwargs)
+    g, plain = torch.full_like(t, 4.0), seen.output
+    old = new_conditioning(pipe.transformer, family, ("g",))
+    torch.nn.init.normal_(old.embedders["g"].linear_2.weight, std=0.1)
+    once = Velocity(pipe.transformer, family, old)(x, t, text, g=g)
+    assert not torch.equal(once, plain)
+    assert torch.equal(Velocity(pipe.transformer, family, old)(x, t, text, g=g), once)
+    new = new_conditioning(pipe.transformer, family, ("r", "g"), start=old, steps=8)
+    assert new.config.steps == 8
+    assert torch.equal(Velocity(pipe.transformer, family, new)(x, t, text, r=t / 2, g=g), once)
+
+
+def test_guidance_by_two_passes_is_extrapolation_from_the_empty_text():
+    x, t, g = torch.randn(3, 2, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, 2.0, 7.0])
+    text, empty = {"prompt_embeds": torch.randn(3, 4)}, {"prompt_embeds": torch.randn(1, 4)}
+
+    def velocity(x, t, text):
+        return x * (t * text["prompt_embeds"].sum(1)).view(-1, 1, 1, 1, 1)
+
+    sums = text["prompt_embeds"].sum(1), empty["prompt_embeds"].sum()
+    expected = x * (t * (sums[1] + g * (sums[0] - sums[1]))).view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(guided_velocity(velocity, x, t, text, empty, g), expected)
+    assert torch.equal(guided_velocity(velocity, x, t, text, text, g), velocity(x, t, text))
 
 
 def test_a_pass_outside_given_raises():

@@ -64,7 +64,8 @@ class Conditioning(nn.Module):
         with conditioning.given(r=r, g=g):
             transformer(...)
 
-    A pass of an attached transformer outside `given` raises, because it would be that of another model.
+    A pass of an attached transformer outside `given` raises, because it would be that of another model. The embeddings
+    are computed wherever their weights lie, and come out where the transformer needs them.
     """
 
     def __init__(self, config: ConditioningConfig):
@@ -86,6 +87,8 @@ class Conditioning(nn.Module):
     def attach(self, transformer: nn.Module, family: DiTFamily) -> RemovableHandle:
         """Add to this transformer's timestep embedding until the handle's `remove()`.
 
+        A transformer carries one conditioning: another that is attached, or this one, is taken off first.
+
         Raises:
             UserError: the weights are of another family or width.
         """
@@ -97,7 +100,15 @@ class Conditioning(nn.Module):
                 f"and this transformer is {family.name} of width {width}",
                 "take the conditioning/ folder that was saved with this transformer",
             )
+        for key, hook in list(embedder._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Conditioning):
+                del embedder._forward_hooks[key]
         return embedder.register_forward_hook(self._add)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a `given` is in force."""
+        return self._given is not None
 
     @contextmanager
     def given(self, **numbers: Tensor) -> Iterator[None]:
@@ -111,7 +122,8 @@ class Conditioning(nn.Module):
     def _add(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if self._given is None:
             raise RuntimeError(f"this transformer wants {', '.join(self.config.embeds)}: call it under `given`")
-        return output + self(**self._given).to(output.dtype)
+        device = next(self.parameters()).device
+        return output + self(**{name: number.to(device) for name, number in self._given.items()}).to(output)
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -139,8 +151,19 @@ def embedding_width(transformer: nn.Module, family: DiTFamily) -> int:
     return transformer.get_submodule(family.timestep_embedder).linear_2.out_features
 
 
-def new_conditioning(transformer: nn.Module, family: DiTFamily, embeds: tuple[str, ...], **trained) -> Conditioning:
-    """Untrained embeddings that fit this transformer; `trained` are further fields of `ConditioningConfig`."""
+def new_conditioning(
+    transformer: nn.Module,
+    family: DiTFamily,
+    embeds: tuple[str, ...],
+    start: Conditioning | None = None,
+    **trained,
+) -> Conditioning:
+    """Untrained embeddings that fit this transformer; `trained` are further fields of `ConditioningConfig`.
+
+    What `start`, the teacher's, embeds as well starts as a copy of that.
+    """
     config = ConditioningConfig(family.name, embedding_width(transformer, family), embeds, **trained)
-    parameter = next(transformer.parameters())
-    return Conditioning(config).to(parameter.device)
+    conditioning = Conditioning(config)
+    for name in set(embeds) & set(start.config.embeds if start else ()):
+        conditioning.embedders[name].load_state_dict(start.embedders[name].state_dict())
+    return conditioning.to(next(transformer.parameters()).device)

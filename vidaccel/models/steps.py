@@ -8,7 +8,9 @@ back to the start, also after a generation that an exception ended.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,28 @@ def current_step(scheduler: Any) -> Step:
 
 
 def step_grid(steps: int, shift: float) -> torch.Tensor:
-    """[steps + 1] times s k / (1 + (s - 1) k), k from 1 down to 0 in equal steps (method.md, section 0).
+    """[steps + 1] float32 times s k / (1 + (s - 1) k), k from 1 down to 0 in equal steps (method.md, section 0).
 
-    It is the grid of flow-match Euler as diffusers' pipelines use it (test: their sigmas are equal).
+    Bit for bit the sigmas of diffusers' flow-match Euler, which rounds k to float32 first.
     """
-    k = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (shift * k / (1 + (shift - 1) * k)).float()
+    k = np.linspace(1, 0, steps + 1).astype(np.float32)
+    return torch.from_numpy(shift * k / (1 + (shift - 1) * k))
+
+
+class GridScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow-match Euler on `step_grid`, also for a pipeline that leaves the grid to its scheduler, as Wan's does.
+
+    The stock one would then shift its smallest sigma twice and spend a last step on the hundredth part that remains.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        if sigmas is None and timesteps is None:
+            sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)

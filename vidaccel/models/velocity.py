@@ -22,7 +22,7 @@ class Velocity(nn.Module):
     """Mean velocity over [r, t]; the instantaneous one for a model without r, or where r is not given."""
 
     def __init__(self, transformer: nn.Module, family: DiTFamily, conditioning: Conditioning | None = None):
-        """`conditioning` is attached to the transformer for as long as both live."""
+        """`conditioning` is attached to the transformer, where it takes the place of any other."""
         super().__init__()
         self.transformer, self.family, self.conditioning = transformer, family, conditioning
         if conditioning is not None:
@@ -63,3 +63,13 @@ class Velocity(nn.Module):
         if not missing:
             return x
         return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
+
+
+def guided_velocity(velocity: Velocity, x: Tensor, t: Tensor, text: Text, empty: Text, g: Tensor) -> Tensor:
+    """Two-pass guidance v_uncond + g (v_cond - v_uncond) at x [B, C, T, H, W], t [B], for a scale g [B] each.
+
+    `empty` is the unconditional text, one for all or one a sample; the model embeds no scale itself.
+    """
+    unconditional = {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in empty.items()}
+    conditional, unconditional = velocity(x, t, text), velocity(x, t, unconditional)
+    return unconditional + g.view(-1, 1, 1, 1, 1) * (conditional - unconditional)
