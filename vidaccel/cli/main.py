@@ -9,6 +9,8 @@ import typer
 
 from vidaccel import __version__
 from vidaccel.cli.collect_features import collect_features
+from vidaccel.cli.benchmark import benchmark
+from vidaccel.cli.distill import distill
 from vidaccel.cli.generate import generate
 
 app = typer.Typer(
@@ -35,7 +37,9 @@ def _program(
 
 
 app.command(no_args_is_help=True)(generate)
+app.command(no_args_is_help=True)(benchmark)
 app.command()(collect_features)
+app.command()(distill)
 
 
 def main() -> None:

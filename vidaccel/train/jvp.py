@@ -10,14 +10,18 @@ finite_difference   (u(x + h v, r, t + h) - u(x - h v, r, t - h)) / 2h. Any atte
 B batch, C channels, T frames, H and W latent pixels
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.errors import TrainingFailed
 from vidaccel.kernels import select
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
 
@@ -27,7 +31,7 @@ MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def exact(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, kernels: str = "auto") -> Tensor:
     """Du/Dt [B, C, T, H, W] by forward-mode differentiation along (v, 0, 1)."""
-    with torch.no_grad(), forward_ad.dual_level(), AttentionTangents(kernels):
+    with _float32(x), torch.no_grad(), forward_ad.dual_level(), AttentionTangents(kernels):
         out = u(forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t)), r)
         tangent = forward_ad.unpack_dual(out).tangent
     return torch.zeros_like(x) if tangent is None else tangent
@@ -41,7 +45,8 @@ def finite_difference(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tenso
     def at(time: Tensor) -> Tensor:
         return u(x + _per_sample(time - t) * v, time, r).double()
 
-    return ((at(after) - at(before)) / _per_sample(after - before).double()).to(x.dtype)
+    with _float32(x):
+        return ((at(after) - at(before)) / _per_sample(after - before).double()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,31 +81,39 @@ def check_derivatives(
             raise TrainingFailed(f"the derivative by {name} is {_rms(derivative)}: there is nothing to train on")
     if tangent is None:
         return DerivativeCheck(_rms(v), None, _rms(difference), None)
-    cosine = torch.nn.functional.cosine_similarity(tangent.flatten().double(), difference.flatten().double(), dim=0)
+    cosine = F.cosine_similarity(tangent.flatten().double(), difference.flatten().double(), dim=0)
     return DerivativeCheck(_rms(v), _rms(tangent), _rms(difference), float(cosine))
 
 
-def check_memory(batch: int, heads: int, tokens: int, device: torch.device, kernels: str) -> None:
-    """`UserError` if the exact derivative would hold more attention scores than the device has memory for.
+def missing_memory(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, kernels: str) -> tuple[int, int] | None:
+    """(needed, free) bytes where the exact derivative would hold more attention scores than there is memory for.
 
-    Without the kernel, scores, their tangent and two temporaries [batch, heads, tokens, tokens] are float32.
+    Without the kernel, scores, their tangent and two temporaries of the largest attention are float32 and whole.
     """
-    if select.choose(kernels, device) != "reference":
-        return
-    needed = 4 * 4 * batch * heads * tokens**2
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
-    if needed > free:
-        raise UserError(
-            f"the exact derivative would need {needed / 2**30:.0f} GiB for attention over {tokens} tokens, "
-            f"and {free / 2**30:.0f} GiB are free",
-            "set derivative=finite_difference, or run on a GPU with kernels=fused",
-        )
+    if select.choose(kernels, x.device) != "reference":
+        return None
+    with torch.no_grad(), _LargestAttention() as attention:
+        u(x, t, r)
+    needed = 4 * 4 * attention.scores
+    free = torch.cuda.mem_get_info(x.device)[0] if x.is_cuda else psutil.virtual_memory().available
+    return (needed, free) if needed > free else None
 
 
-def _free_host_memory() -> int:
-    import psutil
+class _LargestAttention(TorchFunctionMode):
+    """Notes the most scores that one attention call of a pass has: batch x heads x queries x keys."""
 
-    return psutil.virtual_memory().available
+    scores = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            query, key = (args + tuple((kwargs or {}).values()))[:2]
+            self.scores = max(self.scores, math.prod(query.shape[:-1]) * key.shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+def _float32(x: Tensor) -> torch.autocast:
+    """No autocast: in bfloat16 a whole model's derivative is more than a tenth off."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _per_sample(number: Tensor) -> Tensor:

@@ -70,13 +70,13 @@ def weighted_error(predicted: Tensor, target: Tensor, power: float, constant: fl
     """Loss, and how many samples were left out because their target is not finite.
 
     The mean squared error of each sample, over its squared error plus `constant` to the `power` (MeanFlow's adaptive
-    weight, arXiv 2505.13447); power 0 is the plain mean squared error.
+    weight, arXiv 2505.13447); power 0 is the plain mean squared error. NaN if no target is finite.
     """
     finite = target.isfinite().flatten(1).all(dim=1)
     error = (predicted.float() - torch.where(_per_sample(finite), target, predicted.detach()).float()).square()
     error = error.mean(dim=(1, 2, 3, 4))
     weight = (error.detach() + constant) ** -power
-    return (weight * error * finite).sum() / finite.sum().clamp(min=1), (~finite).sum()
+    return (weight * error * finite).sum() / finite.sum(), (~finite).sum()
 
 
 def _per_sample(number: Tensor) -> Tensor:

@@ -1,0 +1,276 @@
+"""Distillation from a teacher's folder to a student's, on tiny pipelines of every family."""
+
+import json
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.students import save_teacher
+from tests.tiny import BUILDERS
+from vidaccel.artefacts import sha256_file, write_run
+from vidaccel.cli.main import app
+from vidaccel.collect.encode import batch, encode_texts, rows
+from vidaccel.collect.folder import encoder_hashes
+from vidaccel.config import DistillConfig, GenerateConfig, MeanVelocityTraining, TrainConfig
+from vidaccel.data.shards import write_shards
+from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.velocity import Velocity
+from vidaccel.sampling import generate
+from vidaccel.train.cfg_distill import cfg_loss, sample_guidance
+from vidaccel.train.distill import distill, student_of, velocity_of
+
+CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
+TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
+
+
+def write_features(folder: Path, loaded: LoadedPipeline, spoil: float = 1.0) -> Path:
+    """Three samples with random latents, the first one's multiplied by `spoil`."""
+    generator = torch.Generator().manual_seed(0)
+    channels = loaded.pipe.transformer.config.out_channels
+    latents = torch.randn(3, channels, 2, 4, 4, generator=generator)
+    latents[0] *= spoil
+    samples = rows(loaded, encode_texts(loaded, CAPTIONS), [{"caption": c, "fps": 8} for c in CAPTIONS], "float32")
+    for (tensors, _), latent in zip(samples, latents, strict=True):
+        tensors["latent"] = latent
+    write_shards(folder, lambda indices: [samples[i] for i in indices], count=3, kind="encoded", settings={})
+    made_with = encoder_hashes(loaded)
+    write_run(
+        folder,
+        format="features/1",
+        command="test",
+        config={},
+        seed=0,
+        started=datetime.now(UTC),
+        made_with=made_with,
+        kind="encoded",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """`world(family)`: folders of a teacher and of features made with it."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def of(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            teacher = save_teacher(folder / "teacher", family)
+            made[family] = teacher, write_features(folder / "features", load_pipeline(teacher))
+        return made[family]
+
+    return of
+
+
+def settings(world, family: str, **changes) -> DistillConfig:
+    teacher, features = world(family)
+    train = TrainConfig(**TRAIN | changes.pop("train", {}))
+    return DistillConfig(**{"teacher": str(teacher), "features": str(features), "train": train} | changes)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def distilled(world, tmp_path_factory):
+    """`distilled(family)`: a CFG-distilled student."""
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "cfg"
+            distill(settings(world, family, sample_steps=3), made[family])
+        return made[family]
+
+    return of
+
+
+# the mathematics
+
+
+def test_guidance_is_distilled_by_the_two_pass_formula():
+    """Toy velocities: the text's number with the prompt, 1 without; the student says 3 whatever g."""
+
+    class Toy(Velocity):
+        def __init__(self, answer):
+            torch.nn.Module.__init__(self)
+            self.answer = answer
+
+        def forward(self, x, t, text, r=None, g=None):
+            return self.answer(x, text, g)
+
+    x, t, g = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0.3, 0.6]), torch.tensor([1.0, 4.0])
+    teacher = Toy(lambda x, text, g: x + text["number"].view(-1, 1, 1, 1, 1))
+    text, empty = {"number": torch.tensor([2.0, 5.0])}, {"number": torch.tensor([1.0])}
+    # v_g: 1 + 1 (2 - 1) = 2 and 1 + 4 (5 - 1) = 17
+    loss = cfg_loss(Toy(lambda x, text, g: x + 3.0), teacher, x, t, g, text, empty)
+    assert float(loss) == pytest.approx(((3 - 2) ** 2 + (3 - 17) ** 2) / 2)
+    exact = Toy(lambda x, text, g: x + (1 + g * (text["number"] - 1)).view(-1, 1, 1, 1, 1))
+    assert float(cfg_loss(exact, teacher, x, t, g, text, empty)) == 0
+
+
+def test_scales_are_uniform_in_their_range():
+    g = sample_guidance(100_000, 1.0, 8.0, torch.Generator().manual_seed(0))
+    assert float(g.min()) >= 1 and float(g.max()) <= 8
+    assert float(g.mean()) == pytest.approx(4.5, abs=0.02)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("method", ["cfg", "mean_velocity"])
+def test_a_student_starts_equal_to_its_teacher(world, distilled, family, method):
+    config = settings(world, family, method=method)
+    if method == "mean_velocity":
+        config.teacher = str(distilled(family))
+    loaded = load_pipeline(config.teacher, dtype="float32")
+    student, teacher = velocity_of(student_of(loaded, config)), velocity_of(loaded)
+    assert student.embeds("g") and student.embeds("r") == (method == "mean_velocity")
+    assert student.transformer is not teacher.transformer
+    text = batch([{name: t[0] for name, t in encode_texts(loaded, CAPTIONS[:1]).items()}], "cpu", torch.float32)
+    x = torch.randn(1, loaded.pipe.transformer.config.out_channels, 2, 4, 4)
+    t, r, g = torch.tensor([0.7]), torch.tensor([0.2]), torch.tensor([3.0])
+    with torch.no_grad():
+        expected = teacher(x, t, text, g=g if teacher.embeds("g") else None)
+        assert torch.equal(student(x, t, text, r=r, g=g), expected)
+
+
+# behaviour
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_cfg_student_generates_in_one_pass_with_any_scale(distilled, family):
+    loaded = load_pipeline(distilled(family))
+    made = [generate(loaded, ["a red circle"], GenerateConfig(guidance=g), [0]) for g in (None, 1.0, 7.0)]
+    assert [m.guidance for m in made] == [3.0, 1.0, 7.0]
+    assert [m.passes for m in made] == [3, 3, 3]
+    assert (made[1].frames != made[2].frames).any()
+
+
+def test_training_brings_a_student_towards_guidance(world, tmp_path):
+    train = {"steps": 60, "log_every": 60, "evaluate_every": 59, "batch_size": 4, "learning_rate": 3e-3}
+    distill(settings(world, "hunyuan_video", train=train), tmp_path / "student")
+    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    before, after = tmp_path / "one", lines[-1]
+    distill(settings(world, "hunyuan_video", train=train | {"steps": 1, "evaluate_every": 1}), before)
+    first = json.loads((before / "metrics.jsonl").read_text().splitlines()[0])
+    assert lines[0]["evaluation"] < 0.8 * first["evaluation"], (first, after)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_few_step_student_of_a_cfg_student(world, distilled, family, tmp_path):
+    cfg = distilled(family)
+    config = settings(world, family, method="mean_velocity", teacher=str(cfg), sample_steps=2)
+    weights = sha256_file(cfg / "transformer" / "diffusion_pytorch_model.safetensors")
+    distill(config, tmp_path / "student")
+    loaded = load_pipeline(tmp_path / "student")
+    assert loaded.conditioning.config.embeds == ("r", "g")
+    assert (loaded.conditioning.config.steps, loaded.conditioning.config.restrict) == (2, 0.2)
+    made = generate(loaded, ["a red circle"], GenerateConfig(), [0])
+    assert (made.steps, made.passes, made.guidance) == (2, 2, 3.0)
+    assert sha256_file(cfg / "transformer" / "diffusion_pytorch_model.safetensors") == weights
+    run = json.loads((tmp_path / "student" / "run.json").read_text())
+    assert run["parents"]["teacher"] == sha256_file(cfg / "run.json")
+    assert (tmp_path / "student" / "samples" / "00000002.png").exists()
+
+
+@pytest.mark.parametrize("derivative", ["exact", "finite_difference"])
+def test_training_on_the_derivative_says_first_what_it_trains_on(world, distilled, derivative, tmp_path, caplog):
+    own = MeanVelocityTraining(target="derivative", derivative=derivative, tangent_warmup=1, restrict=None)
+    teacher = str(distilled("hunyuan_video"))
+    config = settings(world, "hunyuan_video", method="mean_velocity", teacher=teacher, mean_velocity=own)
+    config.sample_steps, config.shift = 10, 5.0
+    with caplog.at_level(logging.INFO, "vidaccel"):
+        distill(config, tmp_path / "student")
+    assert "10 steps, shift 5: widest interval 0.36; R starts at 0.36" in caplog.text
+    assert "cosine of the two" in caplog.text
+    assert load_pipeline(tmp_path / "student").conditioning.config.restrict == pytest.approx(5 / 14, abs=1e-6)
+
+
+def test_a_second_run_trains_nothing_and_another_setting_is_refused(world, distilled, tmp_path):
+    own = {"method": "mean_velocity", "teacher": str(distilled("wan"))}
+    distill(settings(world, "wan", **own), tmp_path / "student")
+    before = (tmp_path / "student" / "metrics.jsonl").read_text()
+    distill(settings(world, "wan", **own), tmp_path / "student")
+    assert (tmp_path / "student" / "metrics.jsonl").read_text() == before
+    changed = settings(world, "wan", **own, mean_velocity=MeanVelocityTraining(restrict=0.4))
+    with pytest.raises(UserError, match="restrict was 0.2, now 0.4"):
+        distill(changed, tmp_path / "student")
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_low_rank_adapters(world, merged, tmp_path):
+    config = settings(world, "hunyuan_video", train={"lora_rank": 2}, merge_lora=merged)
+    distill(config, tmp_path / "student")
+    assert (tmp_path / "student" / "lora").exists() != merged
+    loaded = load_pipeline(tmp_path / "student")
+    made = generate(loaded, ["a red circle"], GenerateConfig(steps=2), [0])
+    plain = generate(load_pipeline(world("hunyuan_video")[0]), ["a red circle"], GenerateConfig(steps=2), [0])
+    assert (made.passes, plain.passes) == (2, 4)
+
+
+def test_from_the_command_line(world, tmp_path):
+    teacher, features = world("wan")
+    small = [f"teacher={teacher}", f"features={features}", *(f"train.{key}={value}" for key, value in TRAIN.items())]
+    result = CliRunner().invoke(app, ["distill", "--conf", "sprites/cfg", "-o", str(tmp_path / "cfg"), *small])
+    assert result.exit_code == 0, result.output
+    assert f"vidaccel generate model={tmp_path / 'cfg'}" in result.output
+    assert load_pipeline(tmp_path / "cfg").default("steps") == 50
+
+
+# faults
+
+
+def test_a_plain_teacher_is_warned_about(world, tmp_path, caplog):
+    distill(settings(world, "wan", method="mean_velocity"), tmp_path / "student")
+    assert "is not CFG-distilled: the student learns its velocities without guidance" in caplog.text
+    assert load_pipeline(tmp_path / "student").conditioning.config.embeds == ("r",)
+
+
+def test_guidance_is_not_distilled_twice(world, distilled, tmp_path):
+    with pytest.raises(UserError, match="guidance distilled into one pass already"):
+        distill(settings(world, "wan", teacher=str(distilled("wan"))), tmp_path / "student")
+
+
+def test_features_of_another_model_are_refused(world, tmp_path):
+    other = world("hunyuan_video")[1]
+    with pytest.raises(UserError, match="made with another model"):
+        distill(settings(world, "wan", features=str(other)), tmp_path / "student")
+
+
+@pytest.mark.parametrize("restrict", [0.0, -0.2, 1.5, float("nan")])
+def test_a_restrict_factor_outside_its_range(restrict):
+    with pytest.raises(UserError, match="must be in"):
+        MeanVelocityTraining(restrict=restrict)
+
+
+def test_clips_that_none_can_be_read_of(world, tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "captions.jsonl").write_text('{"file": "gone.mp4", "caption": "a red circle"}\n')
+    config = settings(world, "wan", features=None, data=str(tmp_path / "clips"))
+    with pytest.raises(UserError):
+        distill(config, tmp_path / "student")
+    assert not (tmp_path / "student" / "run.json").exists()
+
+
+def test_data_that_is_not_finite_stops_after_ten_steps(world, tmp_path):
+    """One sample of three is infinite: with three a batch, no step is finite."""
+    teacher = load_pipeline(world("wan")[0])
+    features = write_features(tmp_path / "features", teacher, spoil=float("inf"))
+    config = settings(world, "wan", features=str(features), train={"steps": 20, "batch_size": 3})
+    with pytest.raises(TrainingFailed, match="10 steps in a row"):
+        distill(config, tmp_path / "student")
+    assert not (tmp_path / "student" / "run.json").exists()
+
+
+def test_now_and_then_a_bad_sample_is_skipped_and_counted(world, tmp_path):
+    teacher = load_pipeline(world("wan")[0])
+    features = write_features(tmp_path / "features", teacher, spoil=float("inf"))
+    distill(settings(world, "wan", features=str(features), train={"steps": 6, "batch_size": 1}), tmp_path / "student")
+    last = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 2
+    assert load_pipeline(tmp_path / "student")

@@ -1,0 +1,35 @@
+"""`vidaccel distill`: a model to one pass a step, or to few steps."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings
+
+
+@reported
+def distill(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the student, its checkpoints and metrics.")
+    ] = Path("runs/student"),
+    conf: Conf = "sprites/cfg",
+    device: Device = "auto",
+    print_conf: PrintConf = False,
+    debug: Debug = False,
+) -> None:
+    """Distil a model, going on where an earlier run of the same command was stopped.
+
+    vidaccel distill --conf sprites/cfg -o runs/cfg
+
+    vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg
+
+    On many processes: torchrun -m vidaccel distill ...
+    """
+    config = settings("distill", conf, overrides or [], print_conf)
+    quiet_libraries()
+    from vidaccel.train.distill import distill as run
+
+    run(config, output, device)
+    typer.echo(f"{output}: the student; `vidaccel generate model={output}` runs it")
