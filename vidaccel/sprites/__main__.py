@@ -22,10 +22,13 @@ from torch import nn
 from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
 from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
+from vidaccel.collect.encode import encode_samples, encode_videos
+from vidaccel.collect.source import FolderClips, RenderedScenes
 from vidaccel.config import AutoencoderTraining, SpritesConfig, TrainConfig
 from vidaccel.data.clips import ClipFolder, write_clips
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
+from vidaccel.models.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate
@@ -196,40 +199,30 @@ def encode_clips(
     config: SpritesConfig, folder: Path, autoencoder: nn.Module, reader: text.CaptionReader, clips: ClipFolder | None
 ) -> ShardFolder:
     """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way."""
-    device = next(autoencoder.parameters()).device
     started = datetime.now(UTC)
+    source = RenderedScenes(config.clips, config.seed) if clips is None else FolderClips(clips)
+    autoencoder.register_to_config(scaling_factor=1.0)
+    spread = encode_videos(autoencoder, torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])).std()
+    autoencoder.register_to_config(scaling_factor=round(1 / float(spread), 6))
+    untrained = build_transformer(config.teacher, config.autoencoder.latent_channels, config.text.width)
+    pipe = assemble(
+        reader.llama, reader.clip, autoencoder, untrained.to(autoencoder.device), config.sample_shift, torch.float32
+    )
+    loaded = LoadedPipeline(pipe, HUNYUAN_VIDEO, str(folder), CALL, {})
 
-    def clip(index: int) -> tuple[torch.Tensor, str]:
-        if clips is not None:
-            return clips[index]
-        rng = random.Random(f"{config.seed}/{index}")
-        scene = random_scene(rng)
-        return render([scene])[0], caption(scene, rng)
-
-    @torch.no_grad()
-    def latents(videos: list[torch.Tensor]) -> torch.Tensor:
-        return autoencoder.encode(torch.stack(videos).to(device)).latent_dist.mean
-
-    @torch.no_grad()
     def encode(indices: list[int]):
-        videos, captions = zip(*map(clip, indices), strict=True)
-        scaled = latents(list(videos)) * autoencoder.config.scaling_factor
-        embeds, mask, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, list(captions))
-        columns = zip(scaled.half(), embeds.half(), mask, pooled.half(), strict=True)
-        names = ("latent", "prompt_embeds", "prompt_mask", "pooled")
-        return [
-            (dict(zip(names, (t.contiguous().cpu() for t in row), strict=True)), {"caption": c, "fps": FPS})
-            for row, c in zip(columns, captions, strict=True)
-        ]
+        return encode_samples(loaded, *zip(*(source[i] for i in indices), strict=True), "float16")
 
-    count = config.clips if clips is None else len(clips)
-    sample = [clip(i)[0] for i in range(min(SCALE_CLIPS, count))]
-    spread = torch.cat([latents(sample[i : i + ENCODE_BATCH]) for i in range(0, len(sample), ENCODE_BATCH)])
-    autoencoder.register_to_config(scaling_factor=round(1 / float(spread.std()), 6))
-    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader), "data": config.data, "seed": config.seed}
+    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.identity
     if not (folder / RUN_FILE).exists():
         write_shards(
-            folder, encode, count=count, kind="encoded", settings=settings, batch_size=ENCODE_BATCH, title="encoding"
+            folder,
+            encode,
+            count=len(source),
+            kind="encoded",
+            settings=settings,
+            batch_size=ENCODE_BATCH,
+            title="encoding",
         )
         write_run(
             folder,
