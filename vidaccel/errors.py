@@ -12,7 +12,7 @@ class UserError(Exception):
     """A mistake the user can mend: `message` says what was wrong, `hint` what to do about it."""
 
     def __init__(self, message: str, hint: str):
-        super().__init__(message)
+        super().__init__(message, hint)  # as pickling needs them
         self.message = message
         self.hint = hint
 

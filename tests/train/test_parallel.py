@@ -1,0 +1,401 @@
+"""Training in two processes over gloo, started as torchrun starts them, by its environment.
+
+They are forked from a server that has torch loaded already; what they assert is asserted in both of them.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+
+from tests.train.test_loop import interrupting_at, metrics, small_disk
+from vidaccel.config import TrainConfig
+from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.train.loop import train
+from vidaccel.train.parallel import full_state, mean, on_first, processes, rank, shard, shared_folder, world
+
+multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])  # FSDP imports the former, for seconds
+CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)
+
+
+class Blocks(nn.Module):
+    """Three residual blocks between two linears; widths that two processes cannot halve."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.inner, self.outer = nn.Linear(3, 5), nn.Linear(5, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Dropout(0.25)) for _ in range(3))
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+
+    def forward(self, x):
+        x = self.inner(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.outer(self.frozen(x))
+
+
+def regression(model, index, generator):
+    x = torch.randn(4, 3, generator=generator)
+    loss = F.mse_loss(model(x), x.sum(1, keepdim=True))
+    return loss, {"largest": float(x.max())}
+
+
+def run(folder, loss=regression, config=CONFIG, **more):
+    model = Blocks()
+    shard(model, model.blocks)
+    return train(model, loss, config, folder, seed=3, title="blocks", settings={"loss": {"p": 2}}, **more)
+
+
+def outcome(folder: Path) -> dict:
+    """The tensors of each file of every checkpoint, its state, and the metrics. The files' own bytes may differ: the
+    order of the strings in their headers is chance."""
+    result = {"metrics": metrics(folder)}
+    for checkpoint in sorted((folder / "checkpoints").iterdir()):
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["seconds"]
+        shards = sorted(checkpoint.glob("*.safetensors"))
+        assert len(shards) == 2
+        result[checkpoint.name] = [state, *map(content, shards)]
+    return result
+
+
+def content(path: Path) -> tuple[dict, dict]:
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
+
+
+def start(function, *arguments):
+    """The world of two processes that runs `function`, on its way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return start_processes(enter, (port, function, arguments), nprocs=2, join=False, start_method="forkserver")
+
+
+def enter(number: int, port: int, function, arguments) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with processes():
+        assert (rank(), world()) == (number, 2)
+        function(*arguments)
+
+
+def in_two(function, *arguments) -> None:
+    context = start(function, *arguments)
+    while not context.join():
+        pass
+
+
+# Mathematics
+
+
+def train_and_compare(folder: Path) -> None:
+    model = Blocks()
+    shard(model, model.blocks)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert all(p.to_local().numel() < p.numel() for p in model.parameters() if len(p) > 1)
+    before = full_state(model)
+    assert before.keys() == (Blocks().state_dict().keys() if rank() == 0 else set())
+    assert all(torch.equal(before[name], tensor) for name, tensor in Blocks().state_dict().items() if rank() == 0)
+
+    seen = []
+
+    def loss(model, index, generator):
+        seen.append(index)
+        return regression(model, index, generator)
+
+    trained = train(model, loss, CONFIG, folder, seed=3, title="blocks", settings={})
+    assert seen == [2 * step + rank() for step in range(5)]
+    torch.save(full_state(trained), folder / f"trained-{rank()}.pt")
+
+
+def test_two_processes_equal_two_passes_of_one(tmp_path):
+    in_two(train_and_compare, tmp_path / "two")
+    alone = train(
+        Blocks(), regression, replace(CONFIG, accumulate=2), tmp_path / "one", seed=3, title="blocks", settings={}
+    )
+    two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(two, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    together = torch.load(tmp_path / "two" / "trained-0.pt")
+    torch.testing.assert_close(together, alone.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def collectives(folder: Path) -> None:
+    assert mean([float(rank()), 4.0]) == [0.5, 4.0]
+    assert math.isnan(mean([math.nan if rank() == 1 else 1.0])[0])
+    assert on_first(lambda: (rank(), folder)) == (0, folder)
+    with pytest.raises(UserError) as error:
+        on_first(lambda: refuse(rank()))
+    assert (error.value.message, error.value.hint) == ("no, 0", "go")
+    with shared_folder(folder / "shared") as temporary:
+        (temporary / str(rank())).write_text("here")
+        assert not (folder / "shared").exists()
+    assert sorted(path.name for path in (folder / "shared").iterdir()) == ["0", "1"]
+    with pytest.raises(RuntimeError), shared_folder(folder / "not"):
+        raise RuntimeError
+    assert not (folder / "not").exists()
+
+
+def refuse(number: int):
+    raise UserError(f"no, {number}", "go")
+
+
+def test_what_processes_agree_on(tmp_path):
+    in_two(collectives, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_without_torchrun_there_is_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with processes():
+        assert (rank(), world()) == (0, 1)
+    model = nn.Linear(2, 1)
+    shard(model, [])
+    assert not isinstance(model.weight, DTensor)
+    assert mean([math.nan, 1.0])[1] == 1.0
+    assert torch.equal(full_state(model)["weight"], model.weight)
+
+
+# Averaged weights in place
+
+
+def evaluated_and_sampled(folder: Path) -> None:
+    model, plain, seen = Blocks(), [], []
+    shard(model, model.blocks)
+    x = torch.ones(2, 3)
+
+    def loss(model, index, generator):
+        plain.append(full_state(model))
+        return regression(model, index, generator)
+
+    def evaluate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append((full_state(model), model(x)))
+        return float(rank() + len(seen))
+
+    def sample(step):
+        assert torch.equal(model(x), seen[-1][1])
+
+    config = replace(CONFIG, evaluate_every=2, sample_every=2)
+    train(model, loss, config, folder, seed=3, title="blocks", settings={}, evaluate=evaluate, sample=sample)
+    alone = Blocks().eval()
+    for state, output in seen:
+        for at in on_every(state):
+            alone.load_state_dict(at)
+            torch.testing.assert_close(output, alone(x))
+    if rank() == 0:
+        assert len(seen) == 3
+        assert not torch.equal(plain[2]["inner.weight"], seen[0][0]["inner.weight"])
+        torch.save(plain, folder / "plain.pt")
+
+
+def on_every(state):
+    return [state] if rank() == 0 else []
+
+
+def without(folder: Path) -> None:
+    model, plain = Blocks(), []
+    shard(model, model.blocks)
+
+    def loss(model, index, generator):
+        plain.append(full_state(model))
+        return regression(model, index, generator)
+
+    train(model, loss, CONFIG, folder, seed=3, title="blocks", settings={})
+    if rank() == 0:
+        torch.save(plain, folder / "plain.pt")
+
+
+def test_averaged_weights_come_and_go_without_a_trace(tmp_path):
+    """Weights before every step are those of a training that evaluates nothing, to the bit."""
+    in_two(evaluated_and_sampled, tmp_path / "with")
+    in_two(without, tmp_path / "without")
+    a, b = (torch.load(tmp_path / name / "plain.pt") for name in ("with", "without"))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert [line.get("evaluation") for line in metrics(tmp_path / "with")] == [None, 1.5, None, 2.5, 3.5]
+
+
+# Resume
+
+
+def interrupted_everywhere(folder: Path, stop: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, interrupting_at(stop, interrupting_at(stop + 1, regression)))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    in_two(run, folder)
+    return folder, outcome(folder)
+
+
+def test_a_checkpoint_is_two_files_of_shards_and_a_state(straight):
+    folder, result = straight
+    assert list(result) == ["metrics", "step-00000004", "step-00000005"]
+    names = sorted(path.name for path in (folder / "checkpoints" / "step-00000005").iterdir())
+    assert names == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)] + ["state.json"]
+    identity = result["step-00000005"][0]["identity"]
+    assert (identity["processes"], identity["settings.loss.p"]) == (2, 2)
+
+
+def test_interrupted_and_resumed_equals_straight_bit_for_bit(tmp_path, straight):
+    for stop in (2, 6):
+        in_two(interrupted_everywhere, tmp_path, stop)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    in_two(run, tmp_path)
+    assert outcome(tmp_path) == straight[1]
+
+
+SLOW = replace(CONFIG, steps=24, save_every=3)
+
+
+def run_slow(folder: Path) -> None:
+    run(folder, config=SLOW)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    in_two(run_slow, tmp_path / "straight")
+    rng = random.Random(0)
+    for _ in range(2):
+        world_of_two = start(run_slow, tmp_path / "killed")
+        while not (tmp_path / "killed" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.1))
+        for process in world_of_two.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        for process in world_of_two.processes:
+            process.join()
+        assert all(process.exitcode == -signal.SIGKILL for process in world_of_two.processes)
+    in_two(run_slow, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
+
+
+# Faults
+
+
+def bad_in_one(folder: Path, first: int, last: int) -> None:
+    """Only the second process meets NaN."""
+
+    def loss(model, index, generator):
+        value, measured = regression(model, index, generator)
+        return value * (math.nan if rank() == 1 and first <= index // 2 <= last else 1), measured
+
+    if last - first >= 9:
+        with pytest.raises(TrainingFailed, match="10 steps in a row"):
+            run(folder, loss, replace(CONFIG, steps=20))
+    else:
+        run(folder, loss)
+
+
+def test_a_bad_batch_in_one_process_is_skipped_by_all(tmp_path):
+    in_two(bad_in_one, tmp_path, 2, 2)
+    lines = metrics(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert lines[2]["loss"] is None and lines[3]["loss"] is not None
+
+
+def test_ten_bad_steps_stop_all(tmp_path):
+    in_two(bad_in_one, tmp_path, 3, 12)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def damaged(folder: Path) -> None:
+    newest = folder / "checkpoints" / "step-00000005"
+    first = min(newest.glob("*.safetensors"))
+    content = first.read_bytes()
+    for damage in (content[:-7], b"", b"\x80\x04\x95pickle"):
+        on_first(partial(first.write_bytes, damage))
+        with pytest.raises(UserError, match=f"cannot continue from {re.escape(str(first))}: "):
+            run(folder)
+    on_first(first.unlink)
+    with pytest.raises(UserError, match=f"cannot continue from {re.escape(str(newest))}.*: parts of .* are missing"):
+        run(folder)
+    on_first(partial(first.write_bytes, content))
+    run(folder)
+
+
+def test_a_damaged_shard_is_named(tmp_path, straight):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    in_two(damaged, tmp_path)
+    assert outcome(tmp_path) == straight[1]
+
+
+def test_another_number_of_processes_does_not_continue(straight):
+    with pytest.raises(UserError, match="processes was 2, now 1"):
+        run(straight[0])
+
+
+def full_disk(folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run(folder)
+    assert "no space left on device; the checkpoint of step 2 is kept" in error.value.message
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, straight):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        in_two(interrupted_everywhere, disk, 4)
+        ballast = disk / "ballast"
+        with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(ballast, ballast.stat().st_size - 8192)  # room for metrics, not for a checkpoint
+        in_two(full_disk, disk)
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step-00000002"]
+        ballast.unlink()
+        in_two(run, disk)
+        assert outcome(disk) == straight[1]
+
+
+def unsharded(folder: Path) -> None:
+    with pytest.raises(ValueError, match="shard\\(model, blocks\\) comes first"):
+        train(Blocks(), regression, CONFIG, folder, seed=0, title="blocks", settings={})
+
+
+def test_whole_weights_are_not_trained_apart(tmp_path):
+    in_two(unsharded, tmp_path)
+
+
+UNDER_TORCHRUN = """
+import sys
+from pathlib import Path
+from tests.train.test_parallel import *
+
+if __name__ == "__main__":
+    with processes():
+        run(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path, straight):
+    script = tmp_path / "script.py"
+    script.write_text(UNDER_TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    subprocess.run([*command, str(tmp_path / "run")], env=environment, check=True, timeout=300)
+    assert outcome(tmp_path / "run") == straight[1]
