@@ -1,14 +1,24 @@
-"""The pipeline driven as a user's own would be, and what is counted on the way."""
+"""The pipeline driven as a user's own would be, what is counted on the way, and the same latents from the bare loop."""
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from tests.students import student
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
+from vidaccel.models.call import call_arguments, set_guidance
 from vidaccel.models.catalog import FAMILIES
-from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sampling import generate
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.steps import step_grid
+from vidaccel.models.velocity import Velocity, guided_velocity
+from vidaccel.sampling import generate, sample
+
+STEPS = 2
+BATCHES = {"hunyuan_video": 2, "wan": 2, "hunyuan_video_15": 1, "own r": 1}
+"""Videos at a time of each kind of student; HunyuanVideo-1.5 has 729 tokens of no image to carry."""
 
 
 def loaded(family: str = "hunyuan_video") -> LoadedPipeline:
@@ -16,11 +26,24 @@ def loaded(family: str = "hunyuan_video") -> LoadedPipeline:
     return LoadedPipeline(tiny_pipeline(family), FAMILIES[family], "here", call, {})
 
 
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> dict[str, LoadedPipeline]:
+    """Students with both embeddings added, with the model's own of r, and with one of each."""
+    made = {family: (family, ("r", "g"), {}) for family in ("hunyuan_video", "wan")}
+    made["own r"] = ("hunyuan_video_15", (), {"use_meanflow": True})
+    made["hunyuan_video_15"] = ("hunyuan_video_15", ("g",), {"use_meanflow": True})
+    root = tmp_path_factory.mktemp("students")
+    return {
+        name: load_pipeline(student(root / name, family, embeds, **options))
+        for name, (family, embeds, options) in made.items()
+    }
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 3), (4.0, 6)])
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 2), (4.0, 4)])
 def test_guidance_costs_a_second_pass(family, guidance, passes):
-    made = generate(loaded(family), ["a red circle"], GenerateConfig(steps=3, guidance=guidance), [0])
-    assert (made.passes, made.steps, made.guidance) == (passes, 3, guidance)
+    made = generate(loaded(family), ["a red circle"], GenerateConfig(steps=2, guidance=guidance), [0])
+    assert (made.passes, made.steps, made.guidance) == (passes, 2, guidance)
     assert made.frames.shape == (1, 5, 32, 32, 3) and made.frames.dtype == np.uint8
     assert all(seconds > 0 for seconds in made.seconds.values())
 
@@ -31,8 +54,9 @@ def test_hooks_are_gone_afterwards():
     assert not model.pipe.transformer._forward_hooks and not model.pipe.transformer._forward_pre_hooks
 
 
-def test_a_batch_makes_what_its_members_make_alone():
-    model, config = loaded(), GenerateConfig(steps=2, guidance=3.0)
+@pytest.mark.parametrize("kind", ["plain", "student"])
+def test_a_batch_makes_what_its_members_make_alone(kind, students):
+    model, config = students["wan"] if kind == "student" else loaded(), GenerateConfig(steps=2, guidance=3.0)
     prompts, seeds = ["a red circle", "a green square on black"], [3, 4]
     together = generate(model, prompts, config, seeds).frames
     alone = [generate(model, [p], config, [s]).frames[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -45,3 +69,125 @@ def test_a_video_that_is_not_finite_is_refused():
     model.pipe.transformer.proj_out.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         generate(model, ["a"], GenerateConfig(steps=1), [0])
+
+
+def test_a_student_takes_one_pass_a_step_and_any_guidance(students):
+    model = students["hunyuan_video"]
+    made = {g: generate(model, ["a red circle"], GenerateConfig(guidance=g), [0]) for g in (None, 4.0, 7.0)}
+    assert [(m.steps, m.passes, m.guidance) for m in made.values()] == [(4, 4, 4.0), (4, 4, 4.0), (4, 4, 7.0)]
+    assert np.array_equal(made[None].frames, made[4.0].frames)
+    assert not np.array_equal(made[4.0].frames, made[7.0].frames)
+    instantaneous = generate(model, ["a red circle"], GenerateConfig(instantaneous=True), [0])
+    assert not np.array_equal(instantaneous.frames, made[None].frames)
+    again = generate(model, ["a red circle"], GenerateConfig(), [0])
+    assert np.array_equal(again.frames, made[None].frames)
+
+
+class Passes:
+    """Keyword arguments of the transformer's passes."""
+
+    def __init__(self, model: LoadedPipeline):
+        self.seen: list[dict] = []
+        transformer = model.pipe.transformer
+        self.handle = transformer.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        self.seen.append(kwargs)
+
+
+def pipeline_latents(model: LoadedPipeline, x_1: torch.Tensor, **settings: object) -> tuple[torch.Tensor, list[dict]]:
+    """What the pipeline makes of this noise, and the text tensors of its passes by their stored names."""
+    passes = Passes(model)
+    set_guidance(model, **settings)
+    arguments = call_arguments(model, steps=STEPS, **SIZE, **settings)
+    prompts = ["a red circle", "a green square"][: len(x_1)]
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    frames = model.pipe(prompts, latents=x_1.clone(), output_type="latent", **arguments).frames
+    passes.handle.remove()
+    text = [{tensor.stored: kwargs[tensor.argument] for tensor in model.family.text_tensors} for kwargs in passes.seen]
+    return frames, text
+
+
+def noise(model: LoadedPipeline, count: int = 1) -> torch.Tensor:
+    ratio = model.pipe.vae_scale_factor_spatial
+    shape = (count, model.pipe.transformer.config.out_channels, 2, SIZE["height"] // ratio, SIZE["width"] // ratio)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_loop_ends_in_the_pipelines_latents(family):
+    model = loaded(family)
+    model.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x_1 = noise(model)
+    expected, (text, *_) = pipeline_latents(model, x_1, guidance=1.0)
+    velocity = Velocity(model.pipe.transformer, model.family)
+    assert torch.equal(sample(velocity, x_1, text, model.pipe.scheduler.sigmas), expected)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_two_pass_guidance_in_the_loop_is_the_pipelines(family):
+    model = loaded(family)
+    model.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x_1 = noise(model)
+    expected, (text, empty, *_) = pipeline_latents(model, x_1, guidance=4.0)
+    velocity = Velocity(model.pipe.transformer, model.family)
+
+    def guided(x, t, text, r, g):
+        return guided_velocity(velocity, x, t, text, empty, g)
+
+    assert torch.equal(sample(guided, x_1, text, model.pipe.scheduler.sigmas, g=torch.tensor([4.0])), expected)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_loop_ends_in_the_latents_of_a_students_pipeline(name, students):
+    model = students[name]
+    x_1, grid, seen = noise(model, BATCHES[name]), step_grid(STEPS, 2.0), []
+    settings = {} if name == "own r" else {"guidance": 5.0}
+    expected, (text, *_) = pipeline_latents(model, x_1, **settings)
+    velocity = Velocity(model.pipe.transformer, model.family, model.conditioning)
+    g = torch.full((len(x_1),), 5.0) if velocity.embeds("g") else None
+    made = sample(velocity, x_1, text, grid, g=g, after_step=lambda *step: seen.append(step))
+    assert torch.equal(made, expected)
+    assert [index for index, _, _ in seen] == list(range(STEPS)) and torch.equal(seen[0][1], x_1)
+    for (_, x, u), (_, x_r, _), length in zip(seen, seen[1:], -grid.diff(), strict=False):
+        assert torch.equal(x - length * u, x_r)
+    moved = sample(lambda x, t, text, r, g: velocity(x, t, text, g=g), x_1, text, grid, g=g)
+    assert not torch.equal(moved, made)  # r matters
+
+
+def test_the_loop_by_hand():
+    # dx/dt = x from 1 to 0 in two steps of a half: 8 -> 8 - 4 -> 4 - 2.
+    x_1 = torch.full((1, 1, 1, 1, 1), 8.0)
+    assert sample(lambda x, t, text, r, g: x, x_1, {}, torch.tensor([1.0, 0.5, 0.0])).item() == 2.0
+    # u = r - t: the sum of squared steps.
+    made = sample(lambda x, t, text, r, g: (r - t).view(1, 1, 1, 1, 1), x_1, {}, torch.tensor([1.0, 0.25, 0.0]))
+    assert made.item() == 8 + 0.75**2 + 0.25**2
+
+
+@pytest.mark.parametrize("name", ["wan", "own r"])
+def test_a_generation_after_an_aborted_one_is_as_if_nothing_had_been(name, students):
+    model = students[name]
+    x_1 = noise(model)
+    expected, _ = pipeline_latents(model, x_1)
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(1)
+        if len(calls) == STEPS:
+            raise InterruptedError
+
+    block = getattr(model.pipe.transformer, model.family.block_lists[0].name)[0]
+    handle = block.register_forward_pre_hook(fail)
+    with pytest.raises(InterruptedError):
+        pipeline_latents(model, x_1)
+    handle.remove()
+    assert model.conditioning is None or not model.conditioning.is_given
+    assert torch.equal(pipeline_latents(model, x_1)[0], expected)
+
+
+def test_a_pipeline_that_takes_two_passes_of_a_distilled_student_is_stopped(students):
+    pipe = students["wan"].pipe
+    with pytest.raises(UserError, match="two passes a step") as caught:
+        pipe("a red circle", num_inference_steps=STEPS, output_type="latent", **SIZE)  # Wan's own guidance_scale is 5
+    assert "guidance_scale=1.0" in caught.value.hint

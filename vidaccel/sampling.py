@@ -1,19 +1,23 @@
-"""Prompts through a diffusers pipeline, unchanged, with what happened on the way counted and timed.
+"""Videos: prompts through a diffusers pipeline, unchanged, with what happened on the way counted and timed; and the
+pipeline's loop laid bare, for collection, schedule search and evaluation. Both end in the same latents (test).
 
-B videos, T frames, H height, W width
+B videos, C channels, T frames, H height, W width; of pixels in `generate`, of latents in `sample`
 """
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, guidance_in_force, set_guidance, unknown_words
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -53,6 +57,8 @@ def generate(loaded: LoadedPipeline, prompts: list[str], config: GenerateConfig,
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     set_guidance(loaded, **guidance)
+    if loaded.hook:
+        loaded.hook.instantaneous = config.instantaneous
     loaded.pipe.set_progress_bar_config(disable=True)
     steps, (scale, two_pass) = arguments["num_inference_steps"], guidance_in_force(loaded, **guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -64,6 +70,35 @@ def generate(loaded: LoadedPipeline, prompts: list[str], config: GenerateConfig,
         raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     return Generated((frames * 255).round().astype(np.uint8), steps, passes.count, scale, seconds)
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    x_1: Tensor,
+    text: Text,
+    grid: Tensor,
+    g: Tensor | None = None,
+    after_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Latents x_0 from noise x_1, both [B, C, T, H, W], by one step of Euler's method between neighbours of the grid.
+
+    Args:
+        velocity: called with x, t, text, r, the time it goes down to, and g; a model without r ignores it.
+        x_1: noise, in the model's dtype.
+        text: embeddings of the prompts.
+        grid: [steps + 1] times from 1 down to 0, float32, as `step_grid` gives them.
+        g: [B] guidance scales, for a model that embeds them.
+        after_step: told, after each step, its index, the latents it started from and their velocity.
+    """
+    x, grid = x_1, grid.to(x_1.device)
+    for index, (t, r) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        u = velocity(x, t.expand(len(x)), text, r=r.expand(len(x)), g=g)
+        x_r = (x.float() - (t - r) * u).to(u.dtype)  # the dtypes of the pipelines' scheduler
+        if after_step:
+            after_step(index, x, u)
+        x = x_r
+    return x
 
 
 def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:

@@ -36,14 +36,15 @@ def call_arguments(
         steps: denoising steps, at least 1.
         guidance: classifier-free guidance (CFG) scale, at least 1, which is none.
         two_pass: True runs the transformer with and without the prompt at each step, False once with the scale
-            embedded; None takes two passes unless the transformer embeds its guidance.
+            embedded; None takes two passes unless the model embeds its guidance.
         num_frames: frames, 4k + 1 for the usual autoencoders.
         height: pixels.
         width: pixels.
 
     Raises:
         UserError: a value out of range (the message names the nearest valid sizes), guidance that one pass cannot
-            follow, or a setting in the model's run.json that its pipeline does not take.
+            follow, two passes of a student that embeds its guidance, or a setting in the model's run.json that its
+            pipeline does not take.
     """
     pipe, rule = loaded.pipe, loaded.family.guidance
     steps = _given(steps, loaded, "steps")
@@ -65,21 +66,29 @@ def call_arguments(
 
 
 def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None) -> None:
-    """Set the scale where the pipeline itself holds it, in a guider; nothing for those that take it as an argument.
+    """Set the scale where it is no call argument: in a pipeline's guider, in the hook of a student that embeds it.
 
     Arguments and errors are those of `call_arguments`.
     """
+    guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    if loaded.hook:
+        loaded.hook.guidance = guidance
     if attribute := loaded.family.guidance.guider:
-        guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
         guider = getattr(loaded.pipe, attribute)
-        setattr(loaded.pipe, attribute, guider.new(guidance_scale=float(guidance), enabled=two_pass))
+        setattr(loaded.pipe, attribute, guider.new(guidance_scale=guidance, enabled=two_pass))
 
 
 def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
     """The scale that the arguments of `call_arguments` lead to, and whether it is reached by two passes a step."""
     transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
-    embeds = bool(loaded.family.g_config and transformer.config[loaded.family.g_config])
+    distilled = loaded.conditioning is not None and "g" in loaded.conditioning.config.embeds
+    embeds = distilled or bool(loaded.family.g_config and transformer.config[loaded.family.g_config])
     two_pass = loaded.call.get("two_pass", not embeds) if two_pass is None else two_pass
+    if two_pass and distilled:
+        raise UserError(
+            f"two_pass=true has no meaning here: this {loaded.family.title} student makes guided videos in one pass",
+            "leave two_pass out; guidance=... still sets the scale",
+        )
     if not two_pass and not embeds:
         if guidance is not None and guidance != 1:
             raise UserError(
@@ -109,7 +118,12 @@ def neighbours(value: int, step: int, first: int) -> list[int]:
 
 def check_sizes(loaded: LoadedPipeline, *, num_frames: int, height: int, width: int) -> None:
     """`UserError` naming the nearest valid values unless the pipeline can make a video of this size."""
-    frame_step, size_step = size_steps(loaded)
+    refuse_misfits(loaded.family.title, size_steps(loaded), num_frames=num_frames, height=height, width=width)
+
+
+def refuse_misfits(title: str, size_steps: tuple[int, int], *, num_frames: int, height: int, width: int) -> None:
+    """`check_sizes` for a model called `title`, by what the function `size_steps` gives for it."""
+    frame_step, size_step = size_steps
     rules = {
         "num_frames": (num_frames, frame_step, 1, f"{frame_step}k + 1 frames"),
         "height": (height, size_step, size_step, f"multiples of {size_step} pixels"),
@@ -119,7 +133,7 @@ def check_sizes(loaded: LoadedPipeline, *, num_frames: int, height: int, width: 
         valid = neighbours(value, step, first)
         if value not in valid:
             raise UserError(
-                f"{name}={value} does not fit: this {loaded.family.title} makes {rule}",
+                f"{name}={value} does not fit: this {title} makes {rule}",
                 f"nearest valid: {' or '.join(map(str, valid))}",
             )
 

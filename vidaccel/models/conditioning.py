@@ -92,7 +92,6 @@ class Conditioning(nn.Module):
         Raises:
             UserError: the weights are of another family or width.
         """
-        embedder = transformer.get_submodule(family.timestep_embedder)
         width = embedding_width(transformer, family)
         if (family.name, width) != (self.config.family, self.config.width):
             raise UserError(
@@ -100,10 +99,16 @@ class Conditioning(nn.Module):
                 f"and this transformer is {family.name} of width {width}",
                 "take the conditioning/ folder that was saved with this transformer",
             )
-        for key, hook in list(embedder._forward_hooks.items()):
+        self.detach(transformer, family)
+        return transformer.get_submodule(family.timestep_embedder).register_forward_hook(self._add)
+
+    @staticmethod
+    def detach(transformer: nn.Module, family: DiTFamily) -> None:
+        """Take off whichever conditioning the transformer carries."""
+        hooks = transformer.get_submodule(family.timestep_embedder)._forward_hooks
+        for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), Conditioning):
-                del embedder._forward_hooks[key]
-        return embedder.register_forward_hook(self._add)
+                del hooks[key]
 
     @property
     def is_given(self) -> bool:
@@ -123,7 +128,7 @@ class Conditioning(nn.Module):
         if self._given is None:
             raise RuntimeError(f"this transformer wants {', '.join(self.config.embeds)}: call it under `given`")
         device = next(self.parameters()).device
-        return output + self(**{name: number.to(device) for name, number in self._given.items()}).to(output)
+        return output + self(**{name: self._given[name].to(device) for name in self.config.embeds}).to(output)
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -8,17 +8,20 @@ names the file.
 import importlib
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.conditioning import WEIGHTS_FILE as CONDITIONING_WEIGHTS
 from vidaccel.models.family import DiTFamily
 
 LIBRARIES = ("diffusers", "transformers")
@@ -72,6 +75,10 @@ class ModelFolder:
     """Name of its diffusers pipeline class."""
     components: dict[str, Component]
     """The components it lists, without those listed as null."""
+    conditioning: Path | None = None
+    """The folder of a student's added embeddings of r and g."""
+    lora: Path | None = None
+    """The folder of the adapter that makes a student of its transformer."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,20 +115,24 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_component(component: Component) -> None:
-    """`UserError` unless the component's config and, where it has any, its weights are there and whole."""
+def check_component(component: Component, *, any_class: bool = True) -> None:
+    """`UserError` unless the component's config and, where it has any, its weights are there and whole.
+
+    A scheduler's config may be of `any_class`, because the schedulers of diffusers read each other's.
+    """
     folder = component.folder
     if not folder.is_dir():
         raise UserError(f"{folder} is missing", f"model_index.json lists it: {COPY_AGAIN}")
     config = read_json(folder / component.config_name)
     for path in folder.glob("*.json"):
         read_json(path)
+    found = config.get("_class_name", component.cls.__name__)
+    if found != component.cls.__name__ and (component.is_module or not any_class):
+        raise UserError(
+            f"{folder / component.config_name} belongs to a {found}, not a {component.cls.__name__}",
+            "the folder is a mixture of two models: copy or download it again",
+        )
     if component.is_module:
-        if (found := config.get("_class_name", component.cls.__name__)) != component.cls.__name__:
-            raise UserError(
-                f"{folder / component.config_name} belongs to a {found}, not a {component.cls.__name__}",
-                "the folder is a mixture of two models: copy or download it again",
-            )
         _check_weights(component)
 
 
@@ -174,7 +185,38 @@ def read_pipeline_folder(path: Path) -> ModelFolder:
     _check_denoisers(components, family, index_file)
     for component in components.values():
         check_component(component)
-    return ModelFolder(path, family, pipeline, components)
+    return with_student_parts(ModelFolder(path, family, pipeline, components), path)
+
+
+def with_own_parts(base: ModelFolder, path: Path) -> ModelFolder:
+    """The pipeline `base` with the parts that the folder `path` of a student brings itself.
+
+    They are a transformer (then the whole folder is one), or an adapter in lora/; conditioning/; and scheduler/.
+    """
+    components = dict(base.components)
+    if (path / "config.json").exists():
+        name = base.family.denoisers[0].attribute
+        components[name] = replace(components[name], folder=path)
+        check_component(components[name])
+    if (path / "scheduler").exists():
+        components["scheduler"] = Component("scheduler", FlowMatchEulerDiscreteScheduler, path / "scheduler")
+        check_component(components["scheduler"], any_class=False)
+    contents = with_student_parts(replace(base, components=components), path)
+    if contents.conditioning is None and contents.lora:  # an adapter leaves the base the model that it was
+        return replace(contents, conditioning=base.conditioning)
+    return contents
+
+
+def with_student_parts(contents: ModelFolder, path: Path) -> ModelFolder:
+    """With the conditioning and the adapter that lie in `path`, whose weights are there and whole."""
+    parts: dict[str, Path | None] = {"conditioning": None, "lora": None}
+    for name, weights in (("conditioning", CONDITIONING_WEIGHTS), ("lora", LORA_WEIGHTS)):
+        if (path / name).exists():
+            parts[name] = path / name
+            if not (path / name / weights).is_file():
+                raise UserError(f"{path / name / weights} is missing", COPY_AGAIN)
+            safetensors_header(path / name / weights)
+    return replace(contents, **parts)
 
 
 def _component(folder: Path, name: str, entry: list) -> Component:

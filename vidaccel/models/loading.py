@@ -2,30 +2,26 @@
 
 Modules are loaded one by one through their own class with `output_loading_info`, because a pipeline's
 `from_pretrained` fills weights that a file lacks with random numbers and only warns; the pipeline class then takes the
-modules and loads the rest.
+modules and loads the rest. A student's conditioning is attached, its adapter merged, and a `StepHook` registered.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.errors import UserError, nearest
+from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.family import DiTFamily
-from vidaccel.models.folder import (
-    Component,
-    ModelFolder,
-    check_component,
-    read_pipeline_folder,
-    safetensors_header,
-)
+from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
+from vidaccel.models.step_hook import StepHook
+from vidaccel.models.steps import GridScheduler
+from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
 
 SHIPPED = Path(__file__).parents[1] / "sprites" / "weights"
 """Holds the folder of each model that is shipped as sprites/<name>."""
@@ -48,20 +44,31 @@ class LoadedPipeline:
     """The model's own sampling settings, by the names of `SamplingDefaults` or of the pipeline's call arguments."""
     hashes: dict[str, str]
     """SHA-256 of each weight file, "transformer/diffusion_pytorch_model.safetensors" -> hex; empty for a hub id."""
+    conditioning: Conditioning | None = None
+    """A student's added embeddings, attached to the transformer."""
+    hook: StepHook | None = None
+    """What tells the transformer r and g: only for a model that has a conditioning, or embeds r itself."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
         return self.call.get(name, getattr(self.family.defaults, name))
 
 
-def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: str = "auto") -> LoadedPipeline:
+def load_pipeline(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    given: Mapping[str, torch.nn.Module] | None = None,
+) -> LoadedPipeline:
     """Load a model after checking that it is whole and supported.
 
     Args:
-        model: a diffusers pipeline folder; a transformer folder whose run.json names its "pipeline"; a hub id; or
-            sprites/<name> for a shipped model.
+        model: a diffusers pipeline folder, plain or a student's; a folder of a transformer or an adapter (lora/) whose
+            run.json names its "pipeline"; a hub id; or sprites/<name> for a shipped model.
         device: "cpu", "cuda", or "auto" (cuda if there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (as stored on cuda, float32 on a CPU).
+        given: modules to take instead of loading them, by component name, such as those of a pipeline in memory.
 
     Raises:
         UserError: the model cannot be found, is broken, foreign or a pickle, or the device is not there.
@@ -69,18 +76,16 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: str = "auto"
     target = resolve_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
-    folder = _local_folder(model)
-    if folder is None:
-        contents, call, hashes = read_pipeline_folder(_download(str(model))), {}, {}
-    else:
-        contents, call, hashes = _read_local(folder)
-    modules = {
-        component.name: _load_module(component, _dtype(component, dtype, target))
-        for component in contents.components.values()
-        if component.is_module
-    }
-    pipe = _assemble(contents, modules).to(target)
-    return LoadedPipeline(pipe, contents.family, str(folder or model), call, hashes)
+    files = read_model(model)
+    modules = dict(given or {})
+    for component in files.contents.components.values():
+        if component.is_module and component.name not in modules:
+            modules[component.name] = load_module(component, _dtype(component, dtype, target))
+    if files.contents.lora:
+        merge_adapter(modules[files.contents.family.denoisers[0].attribute], files.contents.lora)
+    pipe = _assemble(files.contents, modules).to(target)
+    loaded = LoadedPipeline(pipe, files.contents.family, files.source, files.call, files.hashes)
+    return _as_saved(loaded, files.contents)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -129,35 +134,54 @@ def _download(hub_id: str) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{hub_id} is neither a folder here nor a model that the hub gave us: {_one_line(error)}",
+            f"{hub_id} is neither a folder here nor a model that the hub gave us: {one_line(error)}",
             "check the path; for a hub id check the spelling, the network and, for a gated model, `hf auth login`",
         ) from error
 
 
-def _read_local(folder: Path) -> tuple[ModelFolder, dict[str, Any], dict[str, str]]:
-    """The checked contents of a local model folder, its own call settings and the hashes of its weights.
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk, checked, before any weight is read."""
 
-    A transformer folder is read as the pipeline named in its run.json with that one component replaced.
-    """
-    if (folder / "model_index.json").exists() or not (folder / "config.json").exists():
-        contents, runs = read_pipeline_folder(folder), {folder: _run(folder)}
-    else:
-        contents, runs = _read_transformer(folder)
+    source: str
+    """The local folder or hub id."""
+    contents: ModelFolder
+    call: dict[str, Any]
+    """As in `LoadedPipeline`."""
+    hashes: dict[str, str]
+    """As in `LoadedPipeline`."""
+
+
+def read_model(model: str | Path) -> ModelFiles:
+    """The files of what `load_pipeline` calls a model; errors as there."""
+    folder = _local_folder(model)
+    if folder is None:
+        return ModelFiles(str(model), read_pipeline_folder(_download(str(model))), {}, {})
+    contents, runs = _read_local(folder)
     for root, run in runs.items():
         verify_files(root, run)
     vouched = {root / name: digest for root, run in runs.items() for name, digest in run["files"].items()}
+    weights = {component.name: component.weight_files for component in contents.components.values()}
+    for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
+        weights[name] = sorted(part.glob("*.safetensors")) if part else []
     hashes = {
-        f"{component.name}/{file.name}": vouched.get(file) or sha256_file(file)
-        for component in contents.components.values()
-        for file in component.weight_files
+        f"{name}/{file.name}": vouched.get(file) or sha256_file(file)
+        for name, weight_files in weights.items()
+        for file in weight_files
     }
     call = {name: value for run in runs.values() for name, value in run.get("call", {}).items()}
-    return contents, call, hashes
+    return ModelFiles(str(folder), contents, call, hashes)
 
 
-def _read_transformer(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
-    """The pipeline that a transformer folder belongs to, with this transformer, and the run.json of both."""
+def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
+    """The contents of a local model folder, and the run.json of each folder that had a part in it.
+
+    The folder of a transformer or an adapter is read as the pipeline named in its run.json with that part replaced.
+    """
     run = _run(folder)
+    alone = (folder / "config.json").exists() or (folder / "lora").exists()
+    if (folder / "model_index.json").exists() or not alone:
+        return read_pipeline_folder(folder), {folder: run}
     if "pipeline" not in run:
         raise UserError(
             f"{folder} holds a single model and does not say which pipeline it belongs to",
@@ -165,60 +189,62 @@ def _read_transformer(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, A
         )
     beside = folder / run["pipeline"]
     base = beside if beside.is_dir() else _local_folder(run["pipeline"])
-    contents = read_pipeline_folder(base or _download(run["pipeline"]))
-    transformer = replace(contents.components[contents.family.denoisers[0].attribute], folder=folder)
-    check_component(transformer)
-    contents = replace(contents, components=contents.components | {transformer.name: transformer})
+    contents = with_own_parts(read_pipeline_folder(base or _download(run["pipeline"])), folder)
+    expected = run.get("parents", {}).get("pipeline")
+    if expected and expected != (sha256_file(base / RUN_FILE) if base and (base / RUN_FILE).exists() else None):
+        raise UserError(
+            f"{base or run['pipeline']} is no longer the model that {folder} was made for",
+            "put that model back in its place, or train again on the new one",
+        )
     return contents, ({base: _run(base)} if base else {}) | {folder: run}
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """run.json of a model folder; an empty one for a plain diffusers folder."""
-    for extra in ("conditioning", "lora"):
-        if (folder / extra).exists():
-            raise UserError(f"{folder / extra} needs a newer vidaccel", "choose a model that has none")
-    return read_run(folder, "model/1") if (folder / RUN_FILE).exists() else {"files": {}}
+    """run.json of a model folder; an empty one for a plain diffusers folder, which no student's is."""
+    students = any((folder / part).exists() for part in ("conditioning", "lora"))
+    return read_run(folder, "model/1") if students or (folder / RUN_FILE).exists() else {"files": {}}
 
 
-def _load_module(component: Component, dtype: torch.dtype) -> torch.nn.Module:
-    """The module with every weight from its files; `UserError` if one is missing, left over or of another shape."""
-    hint = f"weights and config.json have to be of the same {component.cls.__name__}"
-    with _reading(component.folder, hint):
-        module, info = component.cls.from_pretrained(
-            component.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # that is, list them in `info`; they are refused below
+def _as_saved(loaded: LoadedPipeline, contents: ModelFolder) -> LoadedPipeline:
+    """The pipeline made to sample as the student it holds, if it holds one."""
+    if contents.conditioning is None:
+        return as_student(loaded, None, loaded.pipe.scheduler)
+    scheduler = _grid_scheduler(loaded.pipe.scheduler, contents.conditioning)
+    return as_student(loaded, Conditioning.from_pretrained(contents.conditioning), scheduler)
+
+
+def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, scheduler: Any) -> LoadedPipeline:
+    """The pipeline made to sample with these embeddings of r and g, in place of any it has, and this scheduler."""
+    pipe, family = loaded.pipe, loaded.family
+    transformer = getattr(pipe, family.denoisers[0].attribute)
+    pipe.scheduler = scheduler
+    Conditioning.detach(transformer, family)
+    if loaded.hook is not None:
+        loaded.hook.remove()
+    if conditioning is not None:
+        conditioning.to(transformer.device).attach(transformer, family)
+        if family.guidance.guider and "g" in conditioning.config.embeds:
+            guider = getattr(pipe, family.guidance.guider)
+            setattr(pipe, family.guidance.guider, guider.new(enabled=False))
+    hook = None
+    if conditioning is not None or (family.r_config and transformer.config[family.r_config]):
+        hook = StepHook(pipe, family, conditioning, loaded.default("guidance"))
+    return replace(loaded, conditioning=conditioning, hook=hook)
+
+
+def _grid_scheduler(scheduler: Any, conditioning: Path) -> GridScheduler:
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UserError(
+            f"the scheduler that goes with {conditioning} is a {type(scheduler).__name__}",
+            "a student is sampled by FlowMatchEulerDiscreteScheduler: bring its scheduler/ folder",
         )
-    files = component.weight_files
-    for problem in ("missing", "unexpected", "mismatched"):
-        names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
-        if names:
-            where = files[0] if len(files) == 1 else component.folder
-            raise UserError(f"{where} has {len(names)} {problem} weights, such as {names[0]}", hint)
-    return module
+    return GridScheduler.from_config(scheduler.config)
 
 
 def _assemble(contents: ModelFolder, modules: dict[str, torch.nn.Module]) -> DiffusionPipeline:
     """The pipeline of these modules with the tokenizers, scheduler and guider of the folder."""
-    with _reading(contents.path, "its tokenizer or scheduler is broken: copy or download the folder again"):
+    scheduler = contents.components["scheduler"]
+    with reading(contents.path, "its tokenizer or scheduler is broken: copy or download the folder again"):
+        if scheduler.folder.parent != contents.path:
+            modules = modules | {"scheduler": scheduler.cls.from_pretrained(scheduler.folder)}
         return getattr(diffusers, contents.pipeline).from_pretrained(contents.path, local_files_only=True, **modules)
-
-
-@contextmanager
-def _reading(folder: Path, hint: str) -> Iterator[None]:
-    """Turn what diffusers, transformers and tokenizers raise about a folder into a `UserError`.
-
-    That can be anything: a wrong value in a config surfaces as TypeError, KeyError, a dataclass error or, from the
-    Rust of tokenizers, a plain Exception. The original is chained.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{folder} does not load: {_one_line(error)}", hint) from error
-
-
-def _one_line(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {error}", 300)

@@ -1,0 +1,46 @@
+"""Students of tiny pipelines, made of random weights by the function that saves real ones."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.artefacts import write_run
+from vidaccel.models.conditioning import Conditioning, new_conditioning
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.student import save_student
+
+STARTED = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def save_teacher(folder: Path, family: str, **options: bool) -> Path:
+    """A tiny pipeline folder that says how it is called: 32 x 32 pixels, 5 frames, 6 steps, guidance 3."""
+    tiny_pipeline(family, **options).save_pretrained(folder)
+    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {}) | {"steps": 6, "guidance": 3.0, "fps": 8}
+    write_run(folder, format="model/1", command="test", config={}, seed=0, started=STARTED, call=call)
+    return folder
+
+
+def trained(loaded: LoadedPipeline, embeds: tuple[str, ...] = ("r", "g"), **config: object) -> Conditioning:
+    """Embeddings that matter, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        conditioning = new_conditioning(loaded.pipe.transformer, loaded.family, embeds, **config)
+        for embedder in conditioning.embedders.values():
+            torch.nn.init.normal_(embedder.linear_2.weight, std=0.1)
+    return conditioning
+
+
+def save(folder: Path, loaded: LoadedPipeline, conditioning: Conditioning | None, **changes: object) -> Path:
+    """A student with its teacher's transformer, for 4 steps of shift 2 with guidance 4."""
+    settings = {"transformer": loaded.pipe.transformer, "steps": 4, "guidance": 4.0, "shift": 2.0, "command": "test"}
+    settings |= {"config": {}, "seed": 0, "started": STARTED} | changes
+    save_student(folder, loaded, conditioning=conditioning, **settings)
+    return folder
+
+
+def student(folder: Path, family: str, embeds: tuple[str, ...] = ("r", "g"), **options: bool) -> Path:
+    """A whole student in `folder`/student, its teacher in `folder`/teacher."""
+    loaded = load_pipeline(save_teacher(folder / "teacher", family, **options))
+    return save(folder / "student", loaded, trained(loaded, embeds) if embeds else None)

@@ -1,0 +1,79 @@
+"""What a student's transformer is told before each pass and its pipeline does not know of: r, and the scale g.
+
+A diffusers `ModelHook` on the transformer asks the pipeline's scheduler, by position, which step is being taken, so
+that the stock pipeline samples a student when it is simply called. It supplies what is missing and nothing else: who
+calls the transformer with numbers of their own, as `Velocity` does, is left alone.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from vidaccel.errors import UserError
+from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.family import DiTFamily
+from vidaccel.models.steps import current_step
+
+NAME = "vidaccel_step"
+
+
+class StepHook(ModelHook):
+    """Registered on the pipeline's transformer until `remove()`."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, family: DiTFamily, conditioning: Conditioning | None, guidance: float = 1.0
+    ):
+        """`conditioning` is attached already; where the model has an argument for r, that is supplied as well."""
+        super().__init__()
+        self.guidance = guidance
+        """Scale g of the passes to come, for a conditioning that embeds it."""
+        self.instantaneous = False
+        """r = t at every step: a student of mean velocities then gives the instantaneous ones."""
+        self._pipe, self._conditioning = pipe, conditioning
+        self._transformer = getattr(pipe, family.denoisers[0].attribute)
+        native = bool(family.r_config and self._transformer.config[family.r_config])
+        self._r_argument = family.r_argument if native else None
+        self._last: tuple[Tensor, int] | None = None
+        HookRegistry.check_if_exists_or_initialize(self._transformer).register_hook(self, NAME)
+
+    def remove(self) -> None:
+        HookRegistry.check_if_exists_or_initialize(self._transformer).remove_hook(NAME, recurse=False)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        conditioning = self._conditioning if self._conditioning and not self._conditioning.is_given else None
+        r_argument = self._r_argument if kwargs.get(self._r_argument) is None else None
+        if not conditioning and not r_argument:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        timestep = kwargs["timestep"]
+        numbers = {
+            name: timestep.new_full(timestep.shape, n, dtype=torch.float32) for name, n in self._numbers().items()
+        }
+        if r_argument:
+            kwargs[r_argument] = (1000 * numbers["r"]).to(timestep.dtype)
+        with conditioning.given(**numbers) if conditioning else nullcontext():
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    def _numbers(self) -> dict[str, float]:
+        """r and g of the step that the pipeline is about to take."""
+        scheduler = self._pipe.scheduler
+        step = current_step(scheduler)
+        if self._conditioning and "g" in self._conditioning.config.embeds:
+            self._refuse_second_pass(scheduler.timesteps, step.index)
+        return {"r": step.t if self.instantaneous else step.r, "g": self.guidance}
+
+    def _refuse_second_pass(self, timesteps: Tensor, index: int) -> None:
+        """A generation has a tensor of timesteps of its own, so the first step after an aborted one is not a second."""
+        if self._last is not None and self._last[0] is timesteps and self._last[1] == index:
+            raise UserError(
+                "the pipeline makes two passes a step, and this student embeds its guidance in one",
+                "switch the pipeline's own guidance off (guidance_scale=1.0) and set the scale on the student's hook",
+            )
+        self._last = timesteps, index
+
+    def __deepcopy__(self, memo: dict) -> "StepHook":
+        # diffusers' hooks close over the module they were registered on: a copy's forward would run the original.
+        raise TypeError("a transformer with a StepHook cannot be copied: remove() the hook, or load the model again")
