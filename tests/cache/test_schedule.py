@@ -1,0 +1,168 @@
+"""Schedules: the search against brute force, and files that come back as they were."""
+
+import json
+import math
+import random
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vidaccel.cache.schedule import (
+    PUBLISHED,
+    Schedule,
+    evenly,
+    every,
+    measure_costs,
+    pick,
+    read_schedules,
+    search,
+    write_schedules,
+)
+from vidaccel.errors import UserError
+
+
+def total(full_steps, costs, carry):
+    ends = (*full_steps[1:], len(costs))
+    return sum(costs[i][j] * carry[j] for i, j in zip(full_steps, ends, strict=True))
+
+
+def brute_force(costs, carry, budget):
+    lists = [(0, *rest) for rest in combinations(range(1, len(costs)), budget - 1)]
+    return min(total(full_steps, costs, carry) for full_steps in lists)
+
+
+@st.composite
+def problems(draw):
+    steps = draw(st.integers(1, 8))
+    cost = st.one_of(st.integers(0, 20).map(float), st.just(math.inf))
+    row = st.lists(cost, min_size=steps + 1, max_size=steps + 1)
+    costs = draw(st.lists(row, min_size=steps, max_size=steps))
+    return costs, draw(st.lists(st.integers(1, 5).map(float), min_size=steps + 1, max_size=steps + 1))
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_the_search_finds_the_cheapest_list_of_every_budget(problem):
+    costs, carry = problem
+    found = search(costs, carry)
+    for budget in range(1, len(costs) + 1):
+        best = brute_force(costs, carry, budget)
+        assert (budget in found) == math.isfinite(best)
+        if budget in found:
+            schedule = found[budget]
+            assert schedule.budget == budget and schedule.expected_error == best
+            assert total(schedule.full_steps, costs, carry) == best
+
+
+def test_a_search_worked_out_by_hand():
+    # A stretch costs the square of its predicted steps, except that none may cross step 3.
+    costs = [[math.inf if i < 3 < j else float((j - i - 1) ** 2) for j in range(7)] for i in range(6)]
+    found = search(costs, shift=5.0)
+    assert set(found) == {2, 3, 4, 5, 6}
+    assert found[2] == Schedule(6, (0, 3), "search", 5.0, 8.0)
+    assert found[4].full_steps in {(0, 1, 3, 4), (0, 1, 3, 5), (0, 2, 3, 4), (0, 2, 3, 5)}
+    assert found[6].expected_error == 0
+
+
+def test_an_error_that_grows_later_is_avoided_early():
+    costs = [[float(j - i - 1) for j in range(5)] for i in range(4)]
+    assert search(costs, [1, 10, 10, 1, 1])[3].full_steps == (0, 1, 2)
+    assert search(costs, [1, 1, 1, 10, 10])[3].full_steps == (0, 2, 3)
+
+
+def test_fifty_steps_are_searched_whole():
+    draw = random.Random(0)
+    costs = [[draw.random() * (j - i) for j in range(51)] for i in range(50)]
+    found = search(costs)
+    assert set(found) == set(range(1, 51))
+    for schedule in found.values():
+        assert schedule.expected_error == pytest.approx(total(schedule.full_steps, costs, [1] * 51))
+
+
+@pytest.mark.parametrize("costs", [[[0.0, math.nan]], [[0.0, -1.0]], [[0.0]], [[0.0, 1.0, 2.0]]])
+def test_costs_that_make_no_sense_are_refused(costs):
+    with pytest.raises(ValueError, match="cost"):
+        search(costs)
+
+
+def test_costs_are_means_over_trajectories_and_unmeasured_stretches_are_not_used():
+    def tripling(i):
+        return (3.0**n for n in range(1, 3))  # of stretches of at most two predicted steps
+
+    costs = measure_costs(4, [tripling, lambda i: [4.0, 8.0, 16.0]])
+    inf = math.inf
+    assert costs == [
+        [inf, 0, 3.5, 8.5, inf],
+        [inf, inf, 0, 3.5, 8.5],
+        [inf, inf, inf, 0, 3.5],
+        [inf, inf, inf, inf, 0],
+    ]
+    assert search(costs)[2].full_steps == (0, 2)
+
+
+def test_lists_at_intervals():
+    assert every(20, 4).full_steps == evenly(20, 5).full_steps == (0, 4, 8, 12, 16)
+    assert every(5, 2).full_steps == (0, 2, 4)
+    assert evenly(20, 8).full_steps == (0, 2, 5, 7, 10, 12, 15, 17)
+    assert evenly(6, 6).full_steps == tuple(range(6)) and evenly(6, 1).full_steps == (0,)
+    for wrong in (lambda: every(5, 0), lambda: evenly(5, 6), lambda: evenly(5, 0)):
+        with pytest.raises(UserError):
+            wrong()
+
+
+def test_the_published_lists_are_lists():
+    for (steps, budget), full_steps in PUBLISHED.items():
+        assert Schedule(steps, full_steps).budget == budget
+
+
+def test_a_file_of_schedules_comes_back(tmp_path):
+    made = {2: Schedule(8, (0, 3), "search", 5.0, 0.25), 4: Schedule(8, PUBLISHED[8, 4])}
+    write_schedules(tmp_path / "schedule.json", made)
+    assert read_schedules(tmp_path / "schedule.json") == made
+    assert json.loads((tmp_path / "schedule.json").read_text())["2"] == {
+        "steps": 8,
+        "shift": 5.0,
+        "full_steps": [0, 3],
+        "budget": 2,
+        "how": "search",
+        "expected_error": 0.25,
+    }
+    assert pick(made, 4) is made[4]
+    with pytest.raises(UserError, match="no schedule has 3 full steps\nhint: budget= takes one of: 2, 4"):
+        pick(made, 3)
+    with pytest.raises(UserError, match="no budget was given"):
+        pick(made, None)
+
+
+def test_a_file_of_one_schedule_needs_no_key(tmp_path):
+    entry = {"steps": 8, "shift": 5.0, "full_steps": [0, 3], "budget": 2, "how": "list", "expected_error": None}
+    (tmp_path / "schedule.json").write_text(json.dumps(entry))
+    schedules = read_schedules(tmp_path / "schedule.json")
+    assert pick(schedules, None) == Schedule(8, (0, 3), shift=5.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no schedule"),
+        ("[]", "is no schedule"),
+        ('{"8": 3}', "is no schedule"),
+        ('{"format": "schedule/2"}', "of format schedule/2"),
+        ('{"3": {"steps": 8, "full_steps": [0, 3], "budget": 3}}', "2 full steps under budget 3"),
+        ('{"2": {"steps": 8, "full_steps": [0, 3], "budget": 2, "pace": 1}}', "pace"),
+        ('{"2": {"steps": 8, "full_steps": [3, 0], "budget": 2}}', "not in order"),
+        ('{"2": {"steps": 8, "full_steps": [0, 3], "budget": 2, "how": "guess"}}', "made by 'guess'"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content, message):
+    path = tmp_path / "schedule.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_schedules(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_schedules(tmp_path / "schedule.json")

@@ -1,0 +1,171 @@
+"""Which steps are full: listed, evenly spread, or found by dynamic programming on measured costs.
+
+    schedule.json    {"format": "schedule/1", "<budget>": {"steps", "shift", "full_steps", "budget", "how",
+                     "expected_error"}, ...}, or one of the inner objects alone
+
+The budget of a schedule is the number of its full steps. Budgets are found for a whole range at once, because the
+program for the largest holds those for all smaller ones.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from vidaccel.artefacts import write_json
+from vidaccel.cache.policy import check_full_steps
+from vidaccel.errors import UserError
+
+FORMAT = "schedule/1"
+HOW = ("list", "every", "search")
+
+PUBLISHED: dict[tuple[int, int], tuple[int, ...]] = {
+    (20, 10): (0, 1, 2, 5, 9, 11, 13, 15, 17, 19),
+    (20, 8): (0, 1, 2, 5, 9, 13, 17, 19),
+    (8, 4): (0, 2, 4, 7),
+}
+"""Full steps by (steps, budget), from the authors' released inference code (method.md, section 3); the last is
+image-to-video."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Full steps of one grid."""
+
+    steps: int
+    """Steps of the grid."""
+    full_steps: tuple[int, ...]
+    """Positions of the full ones, rising from 0."""
+    how: str = "list"
+    """How it was come by: list, every or search."""
+    shift: float | None = None
+    """Shift of the grid it was searched on."""
+    expected_error: float | None = None
+    """What the search expects it to cost, in the unit of the costs."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_steps", check_full_steps(self.full_steps, self.steps))
+        if self.how not in HOW:
+            raise UserError(f"a schedule made by {self.how!r}", f"known are {', '.join(HOW)}")
+
+    @property
+    def budget(self) -> int:
+        """The number of full steps."""
+        return len(self.full_steps)
+
+
+def every(steps: int, n: int) -> Schedule:
+    """Every n-th step, from 0."""
+    if n < 1:
+        raise UserError(f"every {n} steps", "1 makes every step full")
+    return Schedule(steps, tuple(range(0, steps, n)), "every")
+
+
+def evenly(steps: int, budget: int) -> Schedule:
+    """`budget` full steps as evenly spread as whole numbers allow; every-N where N divides the steps."""
+    if not 1 <= budget <= steps:
+        raise UserError(f"{budget} full steps of {steps}", f"take 1 to {steps}")
+    return Schedule(steps, tuple(i * steps // budget for i in range(budget)), "every")
+
+
+def search(
+    costs: Sequence[Sequence[float]], carry: Sequence[float] | None = None, *, shift: float | None = None
+) -> dict[int, Schedule]:
+    """The cheapest schedule of every budget 1 to S, exactly, in O(S^3).
+
+    Args:
+        costs: [S][S + 1]; costs[i][j] is the error made by a stretch that is full at step i and predicted up to the
+            next full step j, or to the end where j = S. Infinite where a stretch is not to be used; entries with
+            j <= i are not read. Errors of stretches add, so that what is minimised is their (weighted) sum.
+        carry: [S + 1] weights; carry[j] is how large in the final latent an error of 1 has become that is there when
+            step j begins. 1 throughout unless given.
+        shift: of the grid the costs were measured on.
+
+    A budget that only stretches of infinite cost could keep to is left out.
+    """
+    steps = len(costs)
+    weights = [1.0] * (steps + 1) if carry is None else carry
+    _check_costs(costs, weights)
+    # best[i]: least cost from full step i to the end with the full steps left, and the steps it takes.
+    best: list[tuple[float, tuple[int, ...]]] = [(costs[i][steps] * weights[steps], (i,)) for i in range(steps)]
+    found = {}
+    for budget in range(1, steps + 1):
+        error, full_steps = best[0]
+        if math.isfinite(error):
+            found[budget] = Schedule(steps, full_steps, "search", shift, error)
+        best = [
+            min(
+                ((costs[i][j] * weights[j] + best[j][0], (i, *best[j][1])) for j in range(i + 1, steps)),
+                default=(math.inf, (i,)),
+            )
+            for i in range(steps)
+        ]
+    return found
+
+
+def measure_costs(steps: int, trajectories: Iterable[Callable[[int], Iterable[float]]]) -> list[list[float]]:
+    """The costs that `search` takes, averaged over trajectories.
+
+    Args:
+        steps: S.
+        trajectories: each is a function of a full step i that yields the error after 1, 2, ... predicted steps behind
+            it: of stretches that end at i + 2, i + 3, ... It may stop early; longer stretches are then not used.
+    """
+    measured = [[list(islice(stretch(i), steps - 1 - i)) for i in range(steps)] for stretch in trajectories]
+    costs = [[math.inf] * (steps + 1) for _ in range(steps)]
+    for i, row in enumerate(costs):
+        row[i + 1] = 0.0
+        for n, errors in enumerate(zip(*(lists[i] for lists in measured), strict=False)):
+            row[i + 2 + n] = sum(errors) / len(errors)
+    return costs
+
+
+def write_schedules(path: str | Path, schedules: Mapping[int, Schedule]) -> None:
+    """schedule.json, keyed by budget."""
+    entries = {str(budget): asdict(s) | {"budget": s.budget} for budget, s in sorted(schedules.items())}
+    write_json(path, {"format": FORMAT, **entries})
+
+
+def read_schedules(path: str | Path) -> dict[int, Schedule]:
+    """The schedules of a file by budget; `UserError` naming the file and what is wrong with it."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+        if (made_as := content.pop("format", FORMAT)) != FORMAT:
+            raise UserError(f"{path} is of format {made_as}", f"this vidaccel reads {FORMAT}")
+        entries = [content] if "full_steps" in content else content.values()
+        schedules = [_schedule(**entry) for entry in entries]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "give the path of a schedule.json") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no schedule: {error}", "search it again, or list full_steps=") from error
+    return {schedule.budget: schedule for schedule in schedules}
+
+
+def pick(schedules: Mapping[int, Schedule], budget: int | None) -> Schedule:
+    """The schedule of a budget, or the only one there is; `UserError` naming those there are."""
+    if budget is None and len(schedules) == 1:
+        return next(iter(schedules.values()))
+    if budget not in schedules:
+        there = ", ".join(map(str, sorted(schedules))) or "none"
+        asked = "no budget was given" if budget is None else f"no schedule has {budget} full steps"
+        raise UserError(asked, f"budget= takes one of: {there}")
+    return schedules[budget]
+
+
+def _schedule(budget: int, **fields) -> Schedule:
+    schedule = Schedule(**fields)
+    if schedule.budget != budget:
+        raise ValueError(f"{schedule.budget} full steps under budget {budget}")
+    return schedule
+
+
+def _check_costs(costs: Sequence[Sequence[float]], weights: Sequence[float]) -> None:
+    steps = len(costs)
+    if any(len(row) != steps + 1 for row in costs) or len(weights) != steps + 1:
+        raise ValueError(f"costs are [{steps}][{steps + 1}] and carry is [{steps + 1}] for {steps} steps")
+    used = [costs[i][j] * weights[j] for i in range(steps) for j in range(i + 1, steps + 1)]
+    if any(math.isnan(cost) or cost < 0 for cost in used):
+        raise ValueError("a cost is negative or not a number")
