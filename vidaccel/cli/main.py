@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from vidaccel import __version__
-from vidaccel.cli.collect_features import collect_features
 from vidaccel.cli.benchmark import benchmark
+from vidaccel.cli.collect_features import collect_features
 from vidaccel.cli.distill import distill
 from vidaccel.cli.generate import generate
 

@@ -1,0 +1,180 @@
+"""Plans of the published models: the numbers that method.md reports, and refusals."""
+
+import pytest
+
+from vidaccel.bench.plan import passes, plan
+from vidaccel.bench.sizes import meta_transformer, rows
+from vidaccel.config import BenchmarkConfig, MethodConfig, conf_root, load
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import FAMILIES
+
+SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
+PARAMETERS = {"hunyuan_video": 12.821, "hunyuan_video_15": 8.327, "wan_1.3b": 1.419, "wan_14b": 14.288}
+"""Published, 10^9."""
+
+
+def benchmark(conf: str, *overrides: str) -> BenchmarkConfig:
+    return load("benchmark", BenchmarkConfig, conf, overrides)
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, dict]:
+    return {name: plan(benchmark(name)) for name in SHIPPED}
+
+
+@pytest.fixture(scope="module")
+def hunyuan(plans) -> dict[str, dict]:
+    """Runs of HunyuanVideo at 129 x 704 x 704, by method."""
+    runs = plans["hunyuan_video"]["runs"]
+    return {run["method"]: run for run in runs if run["size"] == {"num_frames": 129, "height": 704, "width": 704}}
+
+
+def test_every_family_has_a_plan(plans, schema):
+    assert {run["family"] for results in plans.values() for run in results["runs"]} == FAMILIES.keys()
+    for name, results in plans.items():
+        schema.validate(results)
+        config = benchmark(name)
+        assert len(results["runs"]) == len(config.methods) * len(config.sizes)
+        assert len({run["id"] for run in results["runs"]}) == len(results["runs"])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_published_ones(plans, name):
+    run = plans[name]["runs"][0]
+    assert run["parameters"] / 1e9 == pytest.approx(PARAMETERS[name], rel=5e-3)
+    assert run["plan"]["weight_bytes"] == 2 * run["parameters"]
+
+
+def test_hunyuan_video_as_published(hunyuan):
+    run = hunyuan["predictor-8-of-20"]
+    assert run["plan"]["tokens"] == {"video": 33 * 44 * 44, "text": 256}
+    assert 11.8 <= run["speedup"]["ideal"] <= 12.0
+    full, predicted = (sum(run["plan"][kind].values()) for kind in ("full_pass", "other_pass"))
+    assert predicted / full == pytest.approx(0.036, abs=0.002)
+    assert run["speedup"]["ideal"] == pytest.approx(100 / (8 + 12 * predicted / full), rel=1e-12)
+    assert run["cache_bytes"] == pytest.approx(0.39e9, rel=0.02)
+    assert hunyuan["predictor-4-of-8"]["speedup"]["ideal"] == pytest.approx(24, rel=0.02)
+    predictor = run["parameters"] - hunyuan["cfg-50"]["parameters"]
+    assert predictor / hunyuan["cfg-50"]["parameters"] < 0.04
+
+
+def test_caches_as_published(hunyuan):
+    ideal = {name: run["speedup"]["ideal"] for name, run in hunyuan.items()}
+    assert ideal["fora-6"] == pytest.approx(11.1, abs=0.05)
+    assert ideal["taylorseer-6"] == pytest.approx(9.09, abs=0.05)
+    assert hunyuan["pab-5"]["cache_bytes"] == pytest.approx(24.1e9, rel=0.03)  # what peak memory rose by
+    assert hunyuan["taylorseer-6"]["cache_bytes"] == 2 * hunyuan["fora-6"]["cache_bytes"]
+    measured = {"pab-5": 5.34, "pab-8": 6.46, "fora-3": 4.35, "fora-6": 8.01, "taylorseer-3": 4.31}
+    assert all(0.7 < measured[name] / ideal[name] < 1 for name in measured)
+
+
+def test_steps_alone_divide_the_baseline(hunyuan):
+    expected = {"cfg-50": 1, "cfg-distilled-50": 2, "student-20": 5, "student-10": 10, "student-8": 12.5}
+    assert {name: hunyuan[name]["speedup"]["ideal"] for name in expected} == expected
+    assert all(hunyuan[name]["cache_bytes"] == 0 and hunyuan[name]["plan"]["other_pass"] is None for name in expected)
+
+
+def test_memory_adds_up(plans):
+    for results in plans.values():
+        for run in results["runs"]:
+            costs = run["plan"]
+            parts = costs["weight_bytes"] + costs["activation_bytes"] + run["cache_bytes"]
+            assert costs["peak_memory_bytes"] == parts
+
+
+def test_passes():
+    def counted(**settings):
+        found = passes(MethodConfig(**settings))
+        return found.full, found.predicted, found.skipped
+
+    assert counted(steps=50, two_pass=True) == (100, 0, 0)
+    assert counted(steps=8, full_steps=[0, 2, 4, 7]) == (4, 4, 0)
+    assert counted(steps=8, every=3, between="trunk") == (3, 0, 5)
+    assert counted(steps=8, every=3, between="attention", two_pass=True) == (6, 0, 10)
+
+
+def test_two_passes_a_step_keep_two_caches():
+    methods = {
+        name: MethodConfig(steps=4, every=2, between="branches", two_pass=two_pass)
+        for name, two_pass in (("one", False), ("two", True))
+    }
+    shallow = {"num_layers": 1, "num_single_layers": 1}
+    config = BenchmarkConfig(transformer=shallow, methods=methods, baseline="two", sizes=[[5, 64, 64]])
+    two, one = plan(config)["runs"]
+    assert two["cache_bytes"] == 2 * one["cache_bytes"] > 0
+    assert one["speedup"]["ideal"] == 2
+
+
+def test_the_shipped_model_is_read_from_its_folder():
+    assert meta_transformer(benchmark("sprites")).config.num_attention_heads == 4
+
+
+def test_the_baseline_is_always_there():
+    assert list(benchmark("hunyuan_video", "only=[student-8]").wanted()) == ["cfg-50", "student-8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["only=[studnt-8]"], 'there is no method "studnt-8"', 'did you mean "student-8"?'),
+        (["baseline=cfg"], 'there is no method "cfg"', 'did you mean "cfg-50"?'),
+        (["family=hunyuan"], "no model family is called hunyuan", "hunyuan_video"),
+        (["sizes=[[129, 704, 700]]"], "width=700 does not fit: this HunyuanVideo makes multiples of 16", "688 or 704"),
+        (["sizes=[[128, 704, 704]]"], "num_frames=128 does not fit", "125 or 129"),
+        (["transformer={num_layer: 3}"], "takes no num_layer", 'did you mean "num_layers"?'),
+        (["transformer={num_layers: many}"], "cannot be built", "mend"),
+        (["text_tokens={glyphs: 3}"], "text_tokens is for prompt, glyphs; HunyuanVideo has prompt", "prompt: 256"),
+        (["model=nowhere"], "nowhere/transformer/config.json is missing", "copy"),
+        (["family=wan", "model=sprites/teacher"], "is of a HunyuanVideoTransformer3DModel", "family"),
+    ],
+)
+def test_refusals(overrides, message, hint):
+    with pytest.raises(UserError) as error:
+        plan(benchmark("hunyuan_video", *overrides))
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"every": 0},
+        {"order": -1},
+        {"between": "magic"},
+        {"weights": "pupil"},
+        {"steps": 4, "full_steps": []},
+        {"steps": 4, "full_steps": [1, 2]},
+        {"steps": 4, "full_steps": [0, 2, 1]},
+        {"steps": 4, "full_steps": [0, 1, 1]},
+        {"steps": 4, "full_steps": [0, 4]},
+        {"full_steps": [0], "every": 2},
+    ],
+    ids=str,
+)
+def test_settings_of_a_method(settings):
+    with pytest.raises(UserError, match="is not possible"):
+        MethodConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sizes": []},
+        {"sizes": [[5, 64]]},
+        {"sizes": [[5, 64, 0]]},
+        {"compression": [4]},
+        {"predictor_blocks": 0},
+        {"text_tokens": {"prompt": 0}},
+        {"dtype": "float8"},
+    ],
+    ids=str,
+)
+def test_settings_of_the_benchmark(settings):
+    with pytest.raises(UserError, match="is not possible"):
+        BenchmarkConfig(**settings)
+
+
+def test_frames_that_patches_of_time_split_evenly():
+    config = benchmark("wan_1.3b")
+    assert rows(config, meta_transformer(config), (81, 480, 832))["video"] == 21 * 30 * 52

@@ -1,0 +1,116 @@
+"""The form of results.json, and the environment in it."""
+
+import copy
+import importlib.metadata
+import subprocess
+
+import pytest
+import torch
+from jsonschema import ValidationError
+
+from vidaccel.bench.environment import commit, cpu_model, environment
+
+SECONDS = {"median": 24.6, "p25": 24.5, "p75": 24.9, "rounds": 5}
+RUN = {
+    "method": "predictor-8-of-20",
+    "family": "hunyuan_video",
+    "on": "student",
+    "id": "predictor-8-of-20/student/17x64x64",
+    "settings": {"steps": 20},
+    "size": {"num_frames": 17, "height": 64, "width": 64},
+    "prompts": 4,
+    "seeds": [0, 1, 2, 3],
+    "steps": 20,
+    "full_steps": [0, 1, 2, 5, 9, 13, 17, 19],
+    "passes": {"full": 8, "predicted": 12, "skipped": 0},
+    "denoise_seconds": SECONDS,
+    "end_to_end_seconds": SECONDS,
+    "speedup": {"measured": 11.8, "ideal": 11.9, "measured_over_ideal": 0.99},
+    "flops": 12345678,
+    "peak_memory_bytes": 10**9,
+    "cache_bytes": 57344,
+    "parameters": 9371000,
+    "semantic": 69.3,
+    "quality": 81.1,
+    "total": 78.8,
+    "dimensions": {"subject_consistency": 91.0},
+    "fidelity": {"latent_relative_l2": 0.12, "psnr_db": 31.0, "ssim": None},
+    "intervals": {"total": [77.9, 79.6]},
+    "error": None,
+}
+
+
+def results(**changes) -> dict:
+    run = copy.deepcopy(RUN) | changes
+    return {"schema": 1, "environment": environment("cpu"), "baseline": "cfg-50", "runs": [run]}
+
+
+def test_a_measured_run_fits(schema):
+    schema.validate(results())
+
+
+def test_a_failed_run_fits(schema):
+    unmeasured = dict.fromkeys(("denoise_seconds", "end_to_end_seconds", "total", "fidelity", "flops"))
+    schema.validate(results(**unmeasured, error="CUDA out of memory"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"on": "pupil"},
+        {"steps": 0},
+        {"steps": "20"},
+        {"full_steps": [0, 0]},
+        {"passes": {"full": 8}},
+        {"passes": {"full": 8, "predicted": -1, "skipped": 0}},
+        {"denoise_seconds": SECONDS | {"rounds": 1}},
+        {"denoise_seconds": 24.6},
+        {"flops": -1},
+        {"intervals": {"total": [1.0]}},
+        {"speed": 11.8},
+    ],
+    ids=str,
+)
+def test_a_wrong_run_does_not_fit(schema, changes):
+    with pytest.raises(ValidationError):
+        schema.validate(results(**changes))
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_every_field_of_a_run_is_needed(schema, name):
+    wrong = results()
+    del wrong["runs"][0][name]
+    with pytest.raises(ValidationError, match=name):
+        schema.validate(wrong)
+
+
+def test_environment_of_this_process():
+    found = environment("cpu")
+    assert found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["cpu"]
+
+
+def test_cpu_model_is_linuxs(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nprocessor\t: 1\nmodel name\t: A CPU @ 2 GHz\n")
+    assert cpu_model(file) == "A CPU @ 2 GHz"
+    file.write_text("processor\t: 0\n")
+    assert cpu_model(file) == cpu_model(tmp_path / "nowhere") != ""
+
+
+def test_commit_of_a_checkout(tmp_path):
+    def git(*words):
+        done = subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert commit(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")
+    git("tag", "v1")
+    assert commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"

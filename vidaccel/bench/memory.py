@@ -1,0 +1,107 @@
+"""Bytes that a pass holds: what caches keep, and the activations of a block as it runs on the meta device.
+
+Activations are what lives inside one block beside the weights, at its highest, as the stock model runs with an
+attention that stores no scores (flash attention and its like). Embedders and head hold less, and the blocks run one
+after another. HunyuanVideo-1.5's stock block makes a mask of every pair of tokens, three times over, and that is most
+of what it holds. A GPU's allocator adds its rounding.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vidaccel.bench.flops import width
+from vidaccel.bench.work import WORK, Argument
+from vidaccel.models.family import BlockList, DiTFamily
+
+
+def cache_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that each kind of cheap pass keeps from one full pass, by the names that `MethodConfig.between` knows.
+
+    `predictor` and `trunk` keep the tokens that leave the trunk; `branches` and `attention` keep tokens of every block.
+    """
+    work = WORK[family.name]
+    depths = {name: len(model.get_submodule(name)) for name in work.blocks}
+    kept = {
+        "trunk": sum(rows[stream] for stream in work.fusions),
+        "branches": sum(depths[name] * rows[s] for name, block in work.blocks.items() for s in block.branches),
+        "attention": sum(depths[name] * rows[q] for name, block in work.blocks.items() for q, _ in block.attentions),
+    }
+    size = {kind: tokens * width(model) * dtype.itemsize for kind, tokens in kept.items()}
+    return size | {"predictor": size["trunk"]}
+
+
+def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:
+    """Most bytes alive at once in a block of a `model` on the meta device, arguments included."""
+    return max(_block_bytes(model, family, block_list, rows) for block_list in family.block_lists)
+
+
+def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]) -> int:
+    block = model.get_submodule(block_list.name)[0]
+    with torch.no_grad(), LiveBytes() as live, FusedAttention():
+        block(*block_arguments(model, family, block_list, rows))
+    return live.peak
+
+
+def block_arguments(
+    model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
+) -> Iterator[Tensor | tuple[Tensor, ...]]:
+    """The arguments of a block's call in order, one video, empty, on the device and in the dtype of the model."""
+    D, like = width(model), next(model.parameters())
+    tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
+    known = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
+    known |= WORK[family.name].blocks[block_list.name].arguments
+    sizes = {**rows, "width": D, "head": model.config.attention_head_dim}
+    for name in block_list.arguments:
+        argument = known[name]
+        shape = [sizes.get(size, size) for size in argument.shape]
+        dtype = like.dtype if argument.dtype == "model" else getattr(torch, argument.dtype)
+        tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
+        yield tensors if argument.copies > 1 else tensors[0]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations inside make, until the last tensor that shares them is gone.
+
+    It sees any device, meta included, which torch's own allocator statistics do not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight makes nothing
+        for storage in _storages(result):
+            if storage._cdata not in known:
+                self._follow(storage)
+        self.peak = max(self.peak, sum(self._live.values()))
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            weakref.finalize(storage, self._live.pop, key)
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class FusedAttention(TorchFunctionMode):
+    """Answers attention with an empty tensor of its result's size, which is all that a fused kernel allocates."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(kwargs["query"] if "query" in kwargs else args[0])
+        return func(*args, **kwargs)

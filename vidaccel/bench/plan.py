@@ -1,0 +1,140 @@
+"""`benchmark --plan`: what every method costs on a model and video size, without weights and without running it.
+
+Speedups are ideal: the baseline's FLOPs over the method's. The result has the form of results.json, with null for
+all that only a run can tell, and `plan` for what a plan adds. Text encoders and autoencoder are left out, and so is the
+student's embedding of r (0.1 % of the parameters, one row a pass).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from vidaccel.bench.environment import environment
+from vidaccel.bench.flops import PassFlops, parameters, pass_flops, predictor_parameters
+from vidaccel.bench.memory import activation_bytes, cache_bytes
+from vidaccel.bench.sizes import Size, meta_transformer, planned_family, rows
+from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.models.family import DiTFamily
+from vidaccel.models.loading import DTYPES
+
+SCHEMA = 1
+"""Version of results.json."""
+MEASURED = (
+    "prompts",
+    "seeds",
+    "denoise_seconds",
+    "end_to_end_seconds",
+    "peak_memory_bytes",
+    "semantic",
+    "quality",
+    "total",
+    "dimensions",
+    "fidelity",
+    "intervals",
+    "error",
+)
+"""Fields of a run that are null until it is run."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How many forward passes of the transformer one video takes."""
+
+    full: int
+    predicted: int
+    """With the learned predictor in the trunk's place."""
+    skipped: int
+    """With a cache in the place of the trunk or parts of it."""
+
+
+@dataclass(frozen=True)
+class SizeCosts:
+    """What one pass costs on a video of one size."""
+
+    size: Size
+    video_tokens: int
+    text_tokens: int
+    flops: dict[str, PassFlops]
+    """Of a pass, by kind: `full`, or one of `MethodConfig.between`."""
+    cache: dict[str, int]
+    """Bytes kept of a full pass, by `MethodConfig.between`."""
+    activations: int
+    """Bytes."""
+
+
+def plan(config: BenchmarkConfig) -> dict[str, Any]:
+    """Every wanted method on every size, as results.json.
+
+    Raises:
+        UserError: settings that the family cannot follow, or methods that are not there.
+    """
+    methods, family, model = config.wanted(), planned_family(config), meta_transformer(config)
+    weights = {"model": parameters(model), "predictor": predictor_parameters(model, family, config.predictor_blocks)}
+    runs = []
+    for size in config.sizes:
+        costs = size_costs(config, family, model, tuple(size))
+        baseline = method_flops(methods[config.baseline], costs)
+        for name, method in methods.items():
+            runs.append(_run(name, method, config, costs, weights, baseline))
+    return {"schema": SCHEMA, "environment": environment("meta"), "baseline": config.baseline, "runs": runs}
+
+
+def size_costs(config: BenchmarkConfig, family: DiTFamily, model: nn.Module, size: Size) -> SizeCosts:
+    """What one pass costs; `UserError` for a size the model cannot make."""
+    streams = rows(config, model, size)
+    return SizeCosts(
+        size,
+        streams["video"],
+        streams["text"],
+        pass_flops(model, family, streams, config.predictor_blocks),
+        cache_bytes(model, family, streams, DTYPES[config.dtype]),
+        activation_bytes(model, family, streams),
+    )
+
+
+def passes(method: MethodConfig) -> Passes:
+    """Passes of one video."""
+    each, full = 1 + method.two_pass, len(method.schedule())
+    others = {"predicted" if method.between == "predictor" else "skipped": each * (method.steps - full)}
+    return Passes(**{"full": each * full, "predicted": 0, "skipped": 0} | others)
+
+
+def method_flops(method: MethodConfig, costs: SizeCosts) -> int:
+    """FLOPs of denoising one video."""
+    count, full, other = passes(method), costs.flops["full"], costs.flops[method.between]
+    return count.full * full.total + (count.predicted + count.skipped) * other.total
+
+
+def _run(
+    name: str, method: MethodConfig, config: BenchmarkConfig, costs: SizeCosts, weights: dict[str, int], baseline: int
+) -> dict[str, Any]:
+    count, flops = passes(method), method_flops(method, costs)
+    caches = count.predicted + count.skipped > 0
+    # each of two passes a step has a context, and a cache, of its own
+    cache = costs.cache[method.between] * (1 + method.order) * (1 + method.two_pass) if caches else 0
+    held = weights["model"] + (weights["predictor"] if count.predicted else 0)
+    weight_bytes = held * DTYPES[config.dtype].itemsize
+    return dict.fromkeys(MEASURED) | {
+        "method": name,
+        "family": config.family,
+        "on": method.weights,
+        "id": "/".join([name, method.weights, "x".join(map(str, costs.size))]),
+        "settings": asdict(method),
+        "size": dict(zip(("num_frames", "height", "width"), costs.size, strict=True)),
+        "steps": method.steps,
+        "full_steps": method.schedule(),
+        "passes": asdict(count),
+        "speedup": {"measured": None, "ideal": baseline / flops, "measured_over_ideal": None},
+        "flops": flops,
+        "cache_bytes": cache,
+        "parameters": held,
+        "plan": {
+            "tokens": {"video": costs.video_tokens, "text": costs.text_tokens},
+            "full_pass": asdict(costs.flops["full"]),
+            "other_pass": asdict(costs.flops[method.between]) if caches else None,
+            "weight_bytes": weight_bytes,
+            "activation_bytes": costs.activations,
+            "peak_memory_bytes": weight_bytes + costs.activations + cache,
+        },
+    }

@@ -1,0 +1,96 @@
+"""A full-size transformer without weights, and how many tokens a video of a size is to it."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from vidaccel.bench.work import WORK
+from vidaccel.config import BenchmarkConfig
+from vidaccel.errors import UserError, nearest
+from vidaccel.models.call import refuse_misfits
+from vidaccel.models.catalog import FAMILIES
+from vidaccel.models.family import DiTFamily
+from vidaccel.models.folder import read_json
+from vidaccel.models.loading import DTYPES, SHIPPED
+
+Size = tuple[int, int, int]
+"""Frames, height and width of a video in pixels."""
+
+
+def planned_family(config: BenchmarkConfig) -> DiTFamily:
+    """The record of `config.family`; `UserError` for a name that has none."""
+    if config.family not in FAMILIES:
+        raise UserError(f"no model family is called {config.family}", nearest(config.family, FAMILIES))
+    return FAMILIES[config.family]
+
+
+def meta_transformer(config: BenchmarkConfig) -> nn.Module:
+    """The configured transformer on the meta device, in the configured dtype.
+
+    Raises:
+        UserError: the class does not take one of the arguments, or not such a value.
+    """
+    cls = getattr(diffusers, planned_family(config).transformer)
+    arguments = _arguments(config.model, cls) if config.model else config.transformer
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"transformer: {cls.__name__} takes no {name}", nearest(name, known))
+    try:
+        with torch.device("meta"):
+            return cls(**arguments).to(DTYPES[config.dtype]).eval()
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformer: {cls.__name__} cannot be built: {reason}", "mend those values") from error
+
+
+def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int]:
+    """Rows of each stream (work.py) for one video of `size`.
+
+    Raises:
+        UserError: the model makes no video of this size (the hint names the nearest), or a text's length is not set.
+    """
+    family = planned_family(config)
+    _check_texts(family, config.text_tokens)
+    frame_step, pixel_step = config.compression
+    patch = _patch(model)
+    size_steps = frame_step, math.lcm(family.size_multiple, pixel_step * patch[1], pixel_step * patch[2])
+    frames, height, width = size
+    refuse_misfits(family.title, size_steps, num_frames=frames, height=height, width=width)
+    latent = (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
+    video = math.prod(extent // step for extent, step in zip(latent, patch, strict=True))
+    text = sum(config.text_tokens.values())
+    return {"one": 1, "video": video, "text": text, "all": video + text, **config.text_tokens}
+
+
+def _check_texts(family: DiTFamily, given: dict[str, int]) -> None:
+    work = WORK[family.name]
+    streams = {stream for _, stream in work.layers} - {"one", "video", "text", "all"}
+    if given.keys() != streams:
+        raise UserError(
+            f"text_tokens is for {', '.join(given) or 'nothing'}; {family.title} has {', '.join(sorted(streams))}",
+            "give the length of each: text_tokens: {" + ", ".join(f"{name}: 256" for name in sorted(streams)) + "}",
+        )
+
+
+def _patch(model: nn.Module) -> tuple[int, int, int]:
+    """Latent frames, height and width of a token."""
+    patch = model.config.patch_size
+    return (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def _arguments(model: str, cls: type) -> dict[str, Any]:
+    """What the transformer of a model folder was built with."""
+    folder = SHIPPED / model.removeprefix("sprites/") if model.startswith("sprites/") else Path(model).expanduser()
+    file = folder / "transformer" / "config.json"
+    settings = read_json(file)
+    if settings.get("_class_name") != cls.__name__:
+        raise UserError(
+            f"{file} is of a {settings.get('_class_name')}, where the family has {cls.__name__}", "set family=..."
+        )
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
