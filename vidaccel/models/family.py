@@ -125,5 +125,7 @@ class DiTFamily:
     """Transformer config key that is true when it was built with an embedding of g; None if the class has none."""
     g_argument: str | None = None
     """The transformer's forward argument that then takes 1000 g."""
+    batched_autoencoder: bool = True
+    """Whether the autoencoder takes several videos at once."""
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""

@@ -202,7 +202,8 @@ def encode_clips(
     started = datetime.now(UTC)
     source = RenderedScenes(config.clips, config.seed) if clips is None else FolderClips(clips)
     autoencoder.register_to_config(scaling_factor=1.0)
-    spread = encode_videos(autoencoder, torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])).std()
+    clips = torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])
+    spread = encode_videos(autoencoder, clips, ENCODE_BATCH).std()
     autoencoder.register_to_config(scaling_factor=round(1 / float(spread), 6))
     untrained = build_transformer(config.teacher, config.autoencoder.latent_channels, config.text.width)
     pipe = assemble(
