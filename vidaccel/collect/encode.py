@@ -55,8 +55,8 @@ def encode_videos(autoencoder: nn.Module, videos: Tensor, at_once: int = 1) -> T
     """Videos [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T', H', W'] in the transformer's units, float32.
 
     The posterior's mean, centred and scaled by the autoencoder's own statistics where it has them (Wan), else times its
-    scaling factor (both HunyuanVideos). `at_once` videos go through the autoencoder together: memory limits that, and on
-    a CPU small ones alone are four times slower (PyTorch then takes its unoptimised convolution).
+    scaling factor (both HunyuanVideos). `at_once` videos go through the autoencoder together: memory limits that, and
+    small ones alone are four times slower on a CPU (PyTorch then takes its unoptimised convolution).
     """
     parts = videos.to(autoencoder.device, autoencoder.dtype).split(at_once)
     mean = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts]).float()
