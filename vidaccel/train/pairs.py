@@ -1,0 +1,134 @@
+"""Predicted steps to learn from: where the student is when one is due, and what it would say there itself.
+
+noised       the full step at (t, r) and the predicted one at (t', r') see one clip and noise (method.md, section 3)
+trajectory   the full step is one of the student's own sampling; predicted steps lead from it to the one that is learnt,
+             so that the predictor meets the states that its own errors lead to
+
+B batch, S steps, C channels, T frames, H and W latent pixels
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidaccel.cache.trunk import Trunk
+from vidaccel.models.velocity import Text, Velocity
+from vidaccel.predictor.forecasters import Cached, Forecaster
+from vidaccel.train.meanflow import sample_interval_ends
+
+
+class Times(NamedTuple):
+    """A step from t down to r, [B] each."""
+
+    t: Tensor
+    r: Tensor
+
+    def to(self, device: torch.device) -> "Times":
+        return Times(self.t.to(device), self.r.to(device))
+
+
+class Pair(NamedTuple):
+    """A predicted step, and the student's answer to it."""
+
+    x: Tensor
+    """[B, C, T, H, W]."""
+    times: Times
+    text: Text
+    g: Tensor | None
+    """[B] for a student that embeds its guidance."""
+    target: Tensor
+    """u(x, r, t) of the student, [B, C, T, H, W]."""
+    memory: tuple[Cached, ...]
+    """What the full step before left."""
+
+    def stepped(self, u: Tensor) -> Tensor:
+        """Where a sampler's step with u ends."""
+        return stepped(self.x, self.times, u)
+
+
+def stepped(x: Tensor, times: Times, u: Tensor) -> Tensor:
+    """x - (t - r) u: one step of the sampler."""
+    return x - _per_sample(times.t - times.r) * u
+
+
+def restricted_times(count: int, restrict: float, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
+    """Full and predicted step: t ~ U(0, 1), r = max(0, t - U(0, restrict)), and both U(0, lag) later, or at 0."""
+    t = torch.rand(count, generator=generator)
+    r = sample_interval_ends(t, restrict, 0.0, generator)
+    passed = lag * torch.rand(count, generator=generator)
+    return Times(t, r), Times((t - passed).clamp(min=0.0), (r - passed).clamp(min=0.0))
+
+
+def grid_times(count: int, grid: Tensor, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
+    """Full and predicted step: two of a grid [S + 1], neighbours or at most `lag` apart; all such are as likely."""
+    steps = len(grid) - 1
+    near = [(i, j) for i in range(steps) for j in range(i + 1, steps) if j == i + 1 or grid[i] - grid[j] <= lag]
+    full, predicted = torch.tensor(near)[torch.randint(len(near), (count,), generator=generator)].T
+    return Times(grid[full], grid[full + 1]), Times(grid[predicted], grid[predicted + 1])
+
+
+@torch.no_grad()
+def noised_pair(
+    student: Velocity,
+    trunk: Trunk,
+    x_0: Tensor,
+    eps: Tensor,
+    text: Text,
+    g: Tensor | None,
+    full: Times,
+    predicted: Times,
+) -> Pair:
+    """Clips x_0 under the noise eps, both [B, C, T, H, W], at the times of a full and of a predicted step."""
+    with trunk.full():
+        student(_noised(x_0, eps, full.t), full.t, text, r=full.r, g=g)
+    x = _noised(x_0, eps, predicted.t)
+    target = student(x, predicted.t, text, r=predicted.r, g=g)
+    return Pair(x, predicted, text, g, target, trunk.memory())
+
+
+@torch.no_grad()
+def trajectory_pair(
+    student: Velocity,
+    trunk: Trunk,
+    forecaster: Forecaster,
+    x: Tensor,
+    first: Tensor,
+    length: int,
+    grid: Tensor,
+    text: Text,
+    g: Tensor | None,
+    stored: tuple[Tensor, Cached] | None = None,
+) -> Pair:
+    """The last of `length` predicted steps in a row.
+
+    Args:
+        x: latents [B, C, T, H, W] at the full steps, as full runs of the student have them.
+        first: the full steps [B], each below S - length.
+        grid: the runs' times [S + 1].
+        stored: u at the full steps and what they left, where that is kept; else they are run.
+    """
+
+    def at(step: int) -> Times:
+        return Times(grid[first + step], grid[first + step + 1])
+
+    if stored is None:
+        with trunk.full():
+            u = student(x, at(0).t, text, r=at(0).r, g=g)
+        memory = trunk.memory()
+    else:
+        u, memory = stored[0], stored[1:]
+    x = stepped(x, at(0), u)
+    for step in range(1, length):
+        with trunk.predicted(forecaster, memory=memory):
+            x = stepped(x, at(step), student(x, at(step).t, text, r=at(step).r, g=g))
+    times = at(length)
+    return Pair(x, times, text, g, student(x, times.t, text, r=times.r, g=g), memory)
+
+
+def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    return (1 - _per_sample(t)) * x_0 + _per_sample(t) * eps
+
+
+def _per_sample(number: Tensor) -> Tensor:
+    return number.view(-1, 1, 1, 1, 1)
