@@ -46,6 +46,16 @@ def test_rendered_scenes_of_the_shipped_model():
     assert tensors.keys() == {"latent", "prompt_embeds", "prompt_mask", "pooled"}
 
 
+def test_runs_of_the_model_on_the_captions(model, clips):
+    result = run(f"model={model}", f"data={clips}", "kind=trajectory", "steps=2", "batch_size=3", "-o", "runs")
+    assert result.exit_code == 0, result.output
+    runs = ShardFolder("runs", kind="trajectory")
+    tensors, record = runs[4]
+    assert len(runs) == 5 and record["caption"] == CAPTIONS[4]
+    assert (record["seed"], record["steps"], record["guidance"], record["shift"]) == (4, 2, 3.0, 5.0)
+    assert tensors["x"].shape == tensors["velocity"].shape == (2, 4, 2, 4, 4) and tensors["times"].shape == (3,)
+
+
 def test_a_dry_run_says_how_much_and_writes_nothing(model, clips, tmp_path):
     result = run(f"model={model}", f"data={clips}", "--dry-run")
     assert result.exit_code == 0 and result.stdout.startswith("5 samples of "), result.output
@@ -63,6 +73,9 @@ def test_a_dry_run_says_how_much_and_writes_nothing(model, clips, tmp_path):
         (["--dry-run", "clip=3"], 'did you mean "clips"?'),
         (["--dry-run", "store=float8"], "store is one of float32, bfloat16, float16"),
         (["--dry-run", "clips=0"], "clips must be at least 1"),
+        (["--dry-run", "kind=both"], "kind is encoded or trajectory"),
+        (["--dry-run", "cache=true"], "cache goes with kind=trajectory"),
+        (["--dry-run", "guidance=0.5"], "guidance is a number from 1 up"),
         (["--dry-run", "model=nowhere/at-all"], "nowhere/at-all"),
         (["--dry-run", "data=missing"], "missing is not a folder of clips"),
         (["--dry-run", "max_gigabytes=1e-9"], "are more than max_gigabytes"),

@@ -32,7 +32,8 @@ def collect_features(
     if output is not None:
         check_writable(output / "index.json")
     quiet_libraries()
-    from vidaccel.collect.folder import collect, job_of, plan
+    from vidaccel.collect.job import collect, plan
+    from vidaccel.collect.kinds import job_of
     from vidaccel.models.loading import load_pipeline
 
     job = job_of(load_pipeline(config.model, device=device, dtype=config.dtype), config)

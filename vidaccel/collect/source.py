@@ -132,12 +132,7 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> Source:
         UserError: the model cannot make videos of this size, the folder has too few usable clips, or there is no folder
             and the model does not understand rendered scenes.
     """
-    size = {
-        name: loaded.default(name) if getattr(config, name) is None else getattr(config, name)
-        for name in ("num_frames", "height", "width")
-    }
-    fps = config.fps or loaded.default("fps")
-    check_sizes(loaded, **size)
+    size, fps = size_of(loaded, config), config.fps or loaded.default("fps")
     if config.data is not None:
         return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
     if not knows_sprites(loaded):
@@ -151,6 +146,15 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> Source:
             "leave num_frames, height, width and fps out, or give a folder of videos: data=FOLDER",
         )
     return RenderedScenes(config.clips, config.seed)
+
+
+def size_of(loaded: LoadedPipeline, config: CollectConfig) -> dict[str, int]:
+    """num_frames, height and width of the videos, as `config` names them or else the model; `UserError` if it cannot
+    make such."""
+    names = ("num_frames", "height", "width")
+    size = {name: loaded.default(name) if getattr(config, name) is None else getattr(config, name) for name in names}
+    check_sizes(loaded, **size)
+    return size
 
 
 def knows_sprites(loaded: LoadedPipeline) -> bool:

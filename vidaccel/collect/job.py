@@ -1,0 +1,103 @@
+"""The making of a feature folder: how large it will be, and its writing, whatever its kind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vidaccel import config as configuration
+from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
+from vidaccel.collect.folder import FORMAT
+from vidaccel.config import CollectConfig
+from vidaccel.data.shards import Sample, sample_bytes, write_shards
+from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.progress import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a feature folder will hold."""
+
+    loaded: LoadedPipeline
+    config: CollectConfig
+    count: int
+    """Samples."""
+    compute: Callable[[list[int]], list[Sample]]
+    """Consecutive indices, at most the config's batch size, to their samples."""
+    made_with: dict[str, str]
+    """SHA-256 of each weight file that had a part in it."""
+    settings: dict[str, Any]
+    """What else the samples depend on, as JSON can hold it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a feature folder will be, told by its first sample."""
+
+    count: int
+    sample_bytes: int
+
+    def __str__(self) -> str:
+        total = decimal_bytes(self.count * self.sample_bytes)
+        return f"{self.count} samples of {decimal_bytes(self.sample_bytes)}, {total} in all"
+
+
+def plan(job: Job) -> Plan:
+    """Computes one sample.
+
+    Raises:
+        UserError: the folder would be larger than the config's `max_gigabytes`.
+    """
+    with Progress("measuring one sample", total=1) as bar:
+        planned = Plan(job.count, sample_bytes(job.compute([0])[0]))
+        bar.advance()
+    limit = job.config.max_gigabytes
+    if limit is not None and planned.count * planned.sample_bytes > limit * 1e9:
+        raise UserError(
+            f"{planned} are more than max_gigabytes={limit:g}", "collect fewer or smaller samples, or raise the limit"
+        )
+    return planned
+
+
+def collect(job: Job, folder: Path) -> None:
+    """Write the folder, going on where an earlier, killed run was.
+
+    Raises:
+        UserError: the folder was begun with another model, other clips or other settings, or cannot be written.
+    """
+    started, loaded, config = datetime.now(UTC), job.loaded, job.config
+    hub = {} if loaded.hashes else {"model": loaded.source}  # nothing else tells two hub models apart
+    write_shards(
+        folder,
+        job.compute,
+        count=job.count,
+        kind=config.kind,
+        settings=job.made_with | hub | job.settings,
+        per_shard=config.per_shard,
+        batch_size=config.batch_size,
+        title=f"collecting {config.kind}",
+    )
+    model_run = Path(loaded.source) / RUN_FILE
+    write_run(
+        folder,
+        format=FORMAT,
+        command="vidaccel collect-features",
+        config=configuration.to_dict(config),
+        seed=config.seed,
+        started=started,
+        parents={"model": sha256_file(model_run)} if model_run.is_file() else {},
+        kind=config.kind,
+        made_with=job.made_with,
+    )
+
+
+def decimal_bytes(count: int) -> str:
+    """1234567 as 1.23 MB."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"

@@ -1,0 +1,34 @@
+"""The kinds of feature folder (formats.md): which samples each consists of."""
+
+from vidaccel.collect.encode import encode_samples, text_settings
+from vidaccel.collect.job import Job
+from vidaccel.collect.source import Source, open_source
+from vidaccel.collect.trajectory import running
+from vidaccel.config import CollectConfig
+from vidaccel.data.shards import Sample
+from vidaccel.models.identity import encoder_hashes
+from vidaccel.models.loading import LoadedPipeline
+
+
+def job_of(loaded: LoadedPipeline, config: CollectConfig) -> Job:
+    """What `config` asks for.
+
+    Raises:
+        UserError: what `open_source` raises, or sampling settings that the model cannot follow.
+    """
+    kinds = {"encoded": encoding, "trajectory": running}
+    return kinds[config.kind](loaded, open_source(loaded, config), config)
+
+
+def encoding(loaded: LoadedPipeline, source: Source, config: CollectConfig) -> Job:
+    """These clips, encoded."""
+    if config.tiling:
+        loaded.pipe.vae.enable_tiling()
+
+    def compute(indices: list[int]) -> list[Sample]:
+        videos, records = zip(*(source[i] for i in indices), strict=True)
+        return encode_samples(loaded, videos, records, config.store)
+
+    settings = {"store": config.store, "dtype": str(loaded.pipe.vae.dtype), "tiling": config.tiling}
+    settings |= {"text": text_settings(loaded)} | source.identity
+    return Job(loaded, config, len(source), compute, encoder_hashes(loaded), settings)
