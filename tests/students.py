@@ -1,12 +1,15 @@
 """Students of tiny pipelines, made of random weights by the function that saves real ones."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
-from vidaccel.artefacts import write_run
+from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
+from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.student import save_student
@@ -44,3 +47,23 @@ def student(folder: Path, family: str, embeds: tuple[str, ...] = ("r", "g"), **o
     """A whole student in `folder`/student, its teacher in `folder`/teacher."""
     loaded = load_pipeline(save_teacher(folder / "teacher", family, **options))
     return save(folder / "student", loaded, trained(loaded, embeds) if embeds else None)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its name relative to the folder."""
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def vouch(folder: Path) -> None:
+    """run.json made to describe the files as they are."""
+    run = json.loads((folder / RUN_FILE).read_text())
+    run["files"] = {name: digest for name, digest in contents(folder).items() if name != RUN_FILE}
+    (folder / RUN_FILE).write_text(json.dumps(run))
+
+
+def refused(folder: Path) -> UserError:
+    """The error that loading ends in, after checking that it is one line with a hint."""
+    with pytest.raises(UserError) as caught:
+        load_pipeline(folder)
+    assert "\n" not in caught.value.message and caught.value.hint
+    return caught.value

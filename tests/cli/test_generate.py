@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from decord import VideoReader
+from peft import LoraConfig
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.students import save, student, trained
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
+from vidaccel.models.loading import load_pipeline
 
 QUICK = ["steps=2", *(f"{name}={value}" for name, value in SIZE.items())]
 
@@ -59,15 +62,61 @@ def test_every_family_makes_a_video(models, family):
 
 def test_json_says_what_was_made(models):
     model = models["hunyuan_video"]
-    result = run("a red circle", f"model={model}", "--seed", "7", "--json", "--sheet", "sheet.png", "two_pass=null")
+    result = run(
+        "a red circle",
+        f"model={model}",
+        "--seed",
+        "7",
+        "--json",
+        "--sheet",
+        "sheet.png",
+    )
     made = json.loads(result.stdout)
     assert made["files"] == ["out.mp4"]
-    assert (made["seed"], made["steps"], made["passes"], made["guidance"]) == (7, 50, 100, 3.0)
+    assert (made["seed"], made["steps"], made["passes"], made["guidance"]) == (7, 2, 4, 3.0)
     assert made["size"] == [5, 32, 32]
     assert set(made["seconds"]) == {"load", "text", "denoise", "decode", "write"}
     weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
     assert made["hashes"]["transformer/diffusion_pytorch_model.safetensors"] == sha256_file(weights)
     assert Image.open("sheet.png").width >= 5 * 32
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> dict[str, Path]:
+    """One of its own weights, made for 4 steps with guidance 4, and one that is an adapter of its teacher."""
+    root = tmp_path_factory.mktemp("students")
+    made = {"student": student(root, "hunyuan_video")}
+    teacher = load_pipeline(root / "teacher")
+    adapter = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    teacher.pipe.transformer.add_adapter(adapter)
+    return made | {"adapter": save(root / "adapter", teacher, trained(teacher))}
+
+
+@pytest.mark.parametrize("kind", ["student", "adapter"])
+def test_a_student_is_a_model_like_any_other(students, kind):
+    result = run("a red circle", f"model={students[kind]}", "-o", "out.mp4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("out.mp4: 5 frames 32x32; 4 steps, 4 passes, guidance 4;")
+    made = json.loads(run("a red circle", f"model={students[kind]}", "steps=2", "guidance=7", "--json").stdout)
+    assert (made["steps"], made["passes"], made["guidance"]) == (2, 2, 7.0)
+    assert "conditioning/model.safetensors" in made["hashes"]
+    assert ("lora/pytorch_lora_weights.safetensors" in made["hashes"]) == (kind == "adapter")
+
+
+def test_a_shipped_student_takes_one_yaml(students, monkeypatch):
+    monkeypatch.setattr("vidaccel.models.loading.SHIPPED", students["student"].parent)
+    Path("student.yaml").write_text("model: sprites/student\n")
+    Path("cfg.yaml").write_text("model: sprites/student\nsteps: 6\ninstantaneous: true\n")
+    assert ": 5 frames 32x32; 4 steps, 4 passes" in run("a red circle", "--conf", "student.yaml", "-o", "a.gif").stdout
+    assert ": 5 frames 32x32; 6 steps, 6 passes" in run("a red circle", "--conf", "cfg.yaml", "-o", "b.gif").stdout
+    assert run("a red circle", "--conf", "student.yaml", "steps=6", "-o", "c.gif").exit_code == 0
+    assert Path("b.gif").read_bytes() != Path("c.gif").read_bytes()  # r = t is another model
+
+
+def test_two_passes_of_a_student_are_refused(students):
+    result = run("a red circle", f"model={students['student']}", "two_pass=true")
+    assert result.exit_code == 2
+    assert "two_pass=true has no meaning" in result.stderr and "hint: leave two_pass out" in result.stderr
 
 
 def test_a_file_of_prompts_makes_a_folder_of_videos(models):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.students import save_teacher
 from tests.tiny import tiny_pipeline
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,10 @@ def saved(tmp_path_factory) -> Callable[[str], Path]:
 def broken(saved, tmp_path) -> Path:
     """A copy of the tiny HunyuanVideo folder, for a test to break."""
     return Path(shutil.copytree(saved("hunyuan_video"), tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> dict[str, LoadedPipeline]:
+    """Tiny teachers loaded from their folders, for tests that change neither."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {name: load_pipeline(save_teacher(root / name, name)) for name in ("hunyuan_video", "wan")}

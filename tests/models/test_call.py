@@ -10,7 +10,9 @@ from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline, word_tokeniz
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, check_sizes, neighbours, set_guidance, size_steps, unknown_words
 from vidaccel.models.catalog import FAMILIES
-from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.conditioning import new_conditioning
+from vidaccel.models.loading import LoadedPipeline, as_student
+from vidaccel.models.steps import GridScheduler
 
 
 def load(family: str, call: dict | None = None, **options: bool) -> LoadedPipeline:
@@ -51,6 +53,22 @@ def test_an_embedded_scale_takes_one_pass_and_reaches_the_transformer():
     assert passes(loaded, guidance=4.0) == 2 and set(seen) == {4000.0}
     seen.clear()
     assert passes(loaded, guidance=4.0, two_pass=True) == 4 and set(seen) == {1000.0}
+
+
+def test_a_student_that_embeds_its_guidance_takes_one_pass():
+    teacher = load("wan")
+    conditioning = new_conditioning(teacher.pipe.transformer, teacher.family, ("g",))
+    loaded = as_student(teacher, conditioning, GridScheduler(shift=3.0))
+    assert loaded.hook.guidance == 5.0
+    assert passes(loaded, guidance=4.0) == 2 and loaded.hook.guidance == 4.0
+    assert passes(loaded) == 2 and loaded.hook.guidance == 5.0
+    with pytest.raises(UserError, match="two_pass=true has no meaning") as caught:
+        call_arguments(loaded, guidance=4.0, two_pass=True, **SIZE)
+    assert "guidance=" in caught.value.hint
+    with pytest.raises(UserError, match="two_pass=true has no meaning"):
+        call_arguments(replace(loaded, call={"two_pass": True}), **SIZE)
+    plain = as_student(loaded, None, GridScheduler(shift=3.0))
+    assert plain.conditioning is None and plain.hook is None and passes(plain, guidance=4.0) == 4
 
 
 def test_guidance_that_one_pass_cannot_follow_is_refused(pipelines):

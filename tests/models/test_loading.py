@@ -300,9 +300,9 @@ def not_a_model(folder: Path) -> str:
     return "predictor/1"
 
 
-def conditioning(folder: Path) -> str:
+def student_without_run_json(folder: Path) -> str:
     (folder / "conditioning").mkdir()
-    return "conditioning"
+    return "has no run.json"
 
 
 BREAKS = [
@@ -336,7 +336,7 @@ BREAKS = [
     sha_mismatch,
     listed_file_missing,
     not_a_model,
-    conditioning,
+    student_without_run_json,
 ]
 
 
