@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from vidaccel.config import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.train import metrics as metrics_module
+from vidaccel.train.average import Average
 from vidaccel.train.loop import TrainingFailed, generator_for, learning_rate, train
 
 CONFIG = TrainConfig(
@@ -236,6 +238,74 @@ def test_frozen_weights_stay_and_tied_weights_stay_tied(tmp_path):
         torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
 
 
+def test_metrics_are_those_of_the_whole_step(tmp_path):
+    """Passes 2n and 2n + 1 make step n."""
+    run(tmp_path, config=replace(CONFIG, log_every=1))
+    assert [line["index"] for line in metrics(tmp_path)] == [2 * n + 0.5 for n in range(CONFIG.steps)]
+
+
+class Once(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *arguments):
+        self.calls += 1
+        return self.inner(*arguments)
+
+
+def test_recomputed_activations_give_the_same_training(tmp_path):
+    from tests.tiny import tiny_pipeline  # here, or it slows the processes that are forked below
+
+    def trained(checkpointing):
+        model = tiny_pipeline("wan").transformer
+        model.blocks[0] = Once(model.blocks[0])
+
+        def loss(model, index, generator):
+            x, text = torch.randn(1, 4, 2, 4, 4, generator=generator), torch.randn(1, 6, 32, generator=generator)
+            return model(x, torch.full((1,), 500.0), text, return_dict=False)[0].square().mean(), {}
+
+        config = replace(CONFIG, steps=3, log_every=1, checkpointing=checkpointing)
+        run(tmp_path / str(checkpointing), loss, config, model)
+        return model.blocks[0].calls, model.state_dict(), metrics(tmp_path / str(checkpointing))
+
+    (once, kept, kept_metrics), (twice, again, again_metrics) = trained(False), trained(True)
+    assert (once, twice) == (6, 12)
+    torch.testing.assert_close(again, kept, rtol=1e-6, atol=1e-7)
+    for a, b in zip(again_metrics, kept_metrics, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_a_model_that_cannot_recompute_activations_says_so(tmp_path):
+    with pytest.raises(UserError, match="Sequential cannot compute activations again") as error:
+        run(tmp_path, config=replace(CONFIG, checkpointing=True))
+    assert error.value.hint == "set checkpointing=false"
+
+
+def test_half_precision_and_frozen_models_are_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="0.weight is torch.bfloat16: what is trained has to be float32"):
+        run(tmp_path, model=tiny().bfloat16())
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        run(tmp_path, model=tiny().requires_grad_(False))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frozen_part_may_be_in_half_precision_and_is_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3).bfloat16().requires_grad_(False), tiny())
+
+    def loss(model, index, generator):
+        x = torch.randn(4, 3, generator=generator)
+        return model[1](model[0](x.bfloat16()).float()).square().mean(), {}
+
+    run(tmp_path, loss, model=model)
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    names = [f"1.{i}.{name}" for i in (0, 3) for name in ("bias", "weight")]
+    assert sorted(load_file(newest / "model.safetensors")) == names
+    assert sorted(load_file(newest / "ema.safetensors")) == names
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
     dtypes = set()
 
@@ -250,6 +320,94 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
     assert dtypes == {torch.bfloat16}
     assert {p.dtype for p in (*model.parameters(), *average.parameters())} == {torch.float32}
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+# Averaged weights: evaluated, sampled, put away again
+
+
+def valued(*values: float, seen: list | None = None):
+    """An evaluation that returns these in turn, and notes the weights it finds."""
+    following = iter(values)
+
+    def evaluate(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        if seen is not None:
+            seen.append([p.detach().clone() for p in model.parameters()])
+        torch.rand(3)  # what is drawn here must not matter
+        return next(following)
+
+    return evaluate
+
+
+def test_evaluation_and_samples_see_averages_and_leave_no_trace(tmp_path, straight):
+    """At steps 4, 8, ... the average is what ema.safetensors of those steps holds, and training goes on as if nothing
+    had happened, to the bit."""
+    model, evaluated, sampled = tiny(), [], []
+
+    def sample(step):
+        sampled.append((step, {name: p.detach().clone() for name, p in model.named_parameters()}))
+
+    config = replace(CONFIG, evaluate_every=4, sample_every=5)
+    run(tmp_path, config=config, model=model, evaluate=valued(5, 4, 4, 4, 4, seen=evaluated), sample=sample)
+    assert [step for step, _ in sampled] == [5, 10, 15, 20]
+    for step, index in ((15, 2), (20, 3)):
+        saved = load_file(tmp_path / "checkpoints" / f"step-{step:08d}" / "ema.safetensors")
+        assert all(torch.equal(a, saved[name]) for name, a in sampled[index][1].items())
+    assert all(torch.equal(a, b) for a, b in zip(evaluated[4], sampled[3][1].values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(evaluated[4], model.parameters(), strict=True))
+    ours = outcome(tmp_path)
+    for checkpoint in ("step-00000015", "step-00000020"):
+        assert ours[checkpoint][1:] == straight[checkpoint][1:]
+    evaluations = {line["step"]: line.pop("evaluation") for line in ours["metrics"] if "evaluation" in line}
+    assert evaluations == {4: 5, 8: 4, 12: 4, 16: 4, 20: 4}
+    assert ours["metrics"] == straight["metrics"]
+
+
+def test_exchanged_weights_come_back_bit_for_bit():
+    model = tiny().eval()
+    average = Average(model, model.parameters(), 0.9)
+    for step in range(3):
+        for p in model.parameters():
+            p.data += 0.1
+        average.update(step)
+    weights, averages = [p.detach().clone() for p in model.parameters()], [t.clone() for t in average.tensors]
+    with average.in_place():
+        assert all(torch.equal(p, a) for p, a in zip(model.parameters(), averages, strict=True))
+    assert model.training
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert all(torch.equal(t, a) for t, a in zip(average.tensors, averages, strict=True))
+    with pytest.raises(KeyboardInterrupt), average.in_place():
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_two(tmp_path):
+    """Best at step 4, which no checkpoint fell on."""
+    run(tmp_path, config=replace(CONFIG, evaluate_every=4), evaluate=valued(3, 4, math.nan, 5, 6))
+    assert checkpoints(tmp_path) == [4, 15, 20]
+    state = json.loads((tmp_path / "checkpoints" / "step-00000020" / "state.json").read_text())
+    assert (state["best"], state["best_step"]) == (3, 4)
+
+
+def test_a_better_checkpoint_takes_the_place_of_the_best(tmp_path):
+    run(tmp_path, config=replace(CONFIG, evaluate_every=4), evaluate=valued(3, 2, 1, 1, 5))
+    assert checkpoints(tmp_path) == [12, 15, 20]
+
+
+def test_the_best_is_known_after_a_resume(tmp_path):
+    config = replace(CONFIG, evaluate_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupting_at(23), config, evaluate=valued(3, 4))
+    run(tmp_path, config=config, evaluate=valued(4, 5, 6))
+    assert checkpoints(tmp_path) == [4, 15, 20]
+    assert [line.get("evaluation") for line in metrics(tmp_path) if line["step"] % 4 == 0] == [3, 4, 4, 5, 6]
+
+
+def test_an_evaluation_that_falls_on_a_bad_step_is_made_after_the_next_good_one(tmp_path):
+    config = replace(CONFIG, evaluate_every=4, log_every=1)
+    run(tmp_path, spoilt(6, 7, 8), config, evaluate=valued(5, 6, 7, 8, 9))
+    assert [line["step"] for line in metrics(tmp_path) if "evaluation" in line] == [6, 8, 12, 16, 20]
 
 
 # What is left behind, and going on from it
@@ -355,7 +513,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert script.returncode == 0, script.stderr
     killed, status = map(int, script.stdout.split())
@@ -431,6 +589,15 @@ def test_other_settings_are_not_continued(tmp_path, straight):
     assert "learning_rate was 0.01, now 0.02; seed was 3, now 4; steps was 20, now 30" in error.value.message
     assert "another folder" in error.value.hint
     assert outcome(tmp_path) == straight
+
+
+def test_settings_that_the_loop_does_not_know_are_compared_too(tmp_path):
+    run(tmp_path, settings={"loss": {"weights": [1, 0.5], "kind": "huber"}, "data": "abc"})
+    run(tmp_path, settings={"loss": {"weights": (1, 0.5), "kind": "huber"}, "data": "abc"})  # a tuple is JSON's list
+    with pytest.raises(UserError) as error:
+        run(tmp_path, settings={"loss": {"weights": [1, 0.25], "kind": "huber"}, "text": "abc"})
+    expected = "settings.data was 'abc', now None; settings.loss.weights was [1, 0.5], now [1, 0.25]; settings.text was"
+    assert expected in error.value.message
 
 
 def test_another_model_is_not_continued(tmp_path, straight):

@@ -22,15 +22,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 
+from tests.tiny import tiny_pipeline
 from tests.train.test_loop import interrupting_at, metrics, small_disk
 from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.loop import train
+from vidaccel.train.lora import add_lora, save_lora
 from vidaccel.train.parallel import full_state, mean, on_first, processes, rank, shard, shared_folder, world
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])  # FSDP imports the former, for seconds
@@ -141,6 +144,32 @@ def test_two_processes_equal_two_passes_of_one(tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
     together = torch.load(tmp_path / "two" / "trained-0.pt")
     torch.testing.assert_close(together, alone.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+LORA = replace(CONFIG, steps=3, checkpointing=True, lora_rank=2)
+
+
+def train_adapters(folder: Path, config: TrainConfig) -> None:
+    model = tiny_pipeline("wan").transformer
+    add_lora(model, model.blocks, config.lora_rank, seed=1)
+    shard(model, model.blocks)
+
+    def loss(model, index, generator):
+        x, text = torch.randn(1, 4, 2, 4, 4, generator=generator), torch.randn(1, 6, 32, generator=generator)
+        return model(x, torch.full((1,), 500.0), text, return_dict=False)[0].square().mean(), {}
+
+    train(model, loss, config, folder, seed=3, title="adapters", settings={})
+    save_lora(model, folder / "lora")
+
+
+def test_adapters_and_recomputed_activations_are_sharded_too(tmp_path):
+    in_two(train_adapters, tmp_path / "two", LORA)
+    train_adapters(tmp_path / "one", replace(LORA, accumulate=2, checkpointing=False))
+    two, one = (load_file(next((tmp_path / name / "lora").iterdir())) for name in ("two", "one"))
+    assert any(tensor.abs().max() > 0 for name, tensor in one.items() if "lora_B" in name)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def collectives(folder: Path) -> None:
