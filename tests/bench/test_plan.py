@@ -1,12 +1,17 @@
 """Plans of the published models: the numbers that method.md reports, and refusals."""
 
+import json
+from inspect import signature
+
 import pytest
 
+from tests.tiny import tiny_pipeline
 from vidaccel.bench.plan import passes, plan
 from vidaccel.bench.sizes import meta_transformer, rows
 from vidaccel.config import BenchmarkConfig, MethodConfig, conf_root, load
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import FAMILIES
+from vidaccel.models.loading import SHIPPED as SHIPPED_MODELS
 
 SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
 PARAMETERS = {"hunyuan_video": 12.821, "hunyuan_video_15": 8.327, "wan_1.3b": 1.419, "wan_14b": 14.288}
@@ -105,8 +110,29 @@ def test_two_passes_a_step_keep_two_caches():
     assert one["speedup"]["ideal"] == 2
 
 
-def test_the_shipped_model_is_read_from_its_folder():
-    assert meta_transformer(benchmark("sprites")).config.num_attention_heads == 4
+def test_the_shipped_model_is_planned_as_it_is_called():
+    config, folder = benchmark("sprites"), SHIPPED_MODELS / "teacher"
+    call = json.loads((folder / "run.json").read_text())["call"]
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    assert config.sizes == [[call["num_frames"], call["height"], call["width"]]]
+    assert config.text_tokens == {"prompt": call["max_sequence_length"]}
+    assert config.compression == [vae["temporal_compression_ratio"], vae["spatial_compression_ratio"]]
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    assert meta_transformer(config).config.num_single_layers == transformer["num_single_layers"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_are_planned_as_their_pipelines_call_them(name):
+    config = benchmark(name)
+    pipe, defaults = tiny_pipeline(config.family), FAMILIES[config.family].defaults
+    if config.family == "hunyuan_video_15":
+        lengths = (pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens)
+        expected = dict(zip(("prompt", "glyphs", "image"), lengths, strict=True))
+    else:
+        expected = {"prompt": signature(type(pipe).__call__).parameters["max_sequence_length"].default}
+    assert config.text_tokens == expected
+    assert config.compression == [pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial]
+    assert [defaults.num_frames, defaults.height, defaults.width] in config.sizes
 
 
 def test_the_baseline_is_always_there():
