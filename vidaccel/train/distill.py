@@ -8,32 +8,32 @@ B batch, C channels, T frames, H and W latent pixels
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, check_writable, sha256_file
-from vidaccel.collect.encode import LATENT, batch, encode_texts
+from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.folder import open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config import CollectConfig, DistillConfig, GenerateConfig
-from vidaccel.data.shards import ShardFolder
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
-from vidaccel.models.conditioning import new_conditioning
+from vidaccel.models.conditioning import Conditioning, new_conditioning
+from vidaccel.models.family import DiTFamily
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.steps import GridScheduler
 from vidaccel.models.student import save_student
-from vidaccel.models.velocity import Text, Velocity
+from vidaccel.models.velocity import Velocity
 from vidaccel.sampling import generate
-from vidaccel.train import jvp, meanflow
-from vidaccel.train.cfg_distill import cfg_loss, sample_guidance
-from vidaccel.train.flow_matching import sample_times
+from vidaccel.train import meanflow
 from vidaccel.train.loop import generator_for, train
+from vidaccel.train.objective import LOSSES, Data, Distillation, say_what_is_trained_on
 from vidaccel.train.parallel import full_state, processes, rank, shard, world
 
 log = logging.getLogger(__name__)
@@ -42,35 +42,6 @@ EVALUATION_INDEX = 10**9
 """Index of the first of them: further than any training goes."""
 SHEET_PROMPTS = 4
 """Of a sheet for which the user names none."""
-
-Data = ShardFolder | EncodedSource
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What a loss is computed from."""
-
-    config: DistillConfig
-    teacher: Velocity
-    student: Velocity
-    data: Data
-    empty: Text
-    """The unconditional text [1, ...]."""
-    shift: float
-
-    def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Text]:
-        """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
-        size, device = self.config.train.batch_size, next(self.student.parameters()).device
-        positions = (self.data.at(index * size + i, self.config.seed) for i in range(size))
-        text = batch([self.data[i][0] for i in positions], device, torch.float32)
-        x_0 = text.pop(LATENT)
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        if self.config.times == "uniform":
-            t = torch.rand(size, generator=generator)
-        else:
-            t = sample_times(size, self.shift, generator)
-        g = sample_guidance(size, *self.config.guidance_range, generator)
-        return x_0, eps, t.to(device), g.to(device), text
 
 
 def distill(config: DistillConfig, output: Path, device: str = "auto") -> None:
@@ -91,6 +62,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     loaded = load_pipeline(config.teacher, device=device, dtype="float32")
     _check_teacher(loaded, config)
     data, made_of = open_data(loaded, config)
+    torch.manual_seed(config.seed)  # for the first layers of new embeddings
     copy = student_of(loaded, config)
     setting = Distillation(
         config,
@@ -100,15 +72,16 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         empty=encode_texts(loaded, [""]),
         shift=shift_of(loaded, config),
     )
-    blocks = _blocks(copy)
+    blocks = _blocks(setting.student.transformer, loaded.family)
     if config.train.lora_rank:
         from vidaccel.train import lora  # wants peft, which the extra `train` brings
 
-        lora.add_lora(setting.student.transformer, blocks, config.train.lora_rank)
+        lora.add_lora(setting.student.transformer, blocks, config.train.lora_rank, config.seed)
     if config.method == "mean_velocity":
-        _say_what_is_trained_on(setting)
-    shard(setting.student, blocks)
-    shard(setting.teacher, _blocks(loaded))
+        say_what_is_trained_on(setting)
+    parts = [part for part in (setting.student.transformer, setting.student.conditioning) if part]
+    shard(setting.student, [*blocks, *parts])  # the parts on their own too: a pipeline calls them without the student
+    shard(setting.teacher, _blocks(setting.teacher.transformer, loaded.family))
     loss = LOSSES[config.method](setting)
     train(
         setting.student,
@@ -197,78 +170,8 @@ def shift_of(loaded: LoadedPipeline, config: DistillConfig) -> float:
     return config.shift or own.get("shift") or own.get("flow_shift") or loaded.family.defaults.shift
 
 
-def _blocks(loaded: LoadedPipeline) -> list[nn.Module]:
-    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
-    return [block for blocks in loaded.family.block_lists for block in getattr(transformer, blocks.name)]
-
-
-def _cfg(setting: Distillation) -> Callable:
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
-        x_0, eps, t, g, text = setting.draw(index, generator)
-        return cfg_loss(model, setting.teacher, _noised(x_0, eps, t), t, g, text, setting.empty), {}
-
-    return loss
-
-
-def _mean_velocity(setting: Distillation) -> Callable:
-    config, steps = setting.config.mean_velocity, setting.config.train.steps
-    per_step = setting.config.train.accumulate * world()
-    widest = meanflow.widest_interval(setting.config.sample_steps, setting.shift)
-
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
-        x_0, eps, t, g, text = setting.draw(index, generator)
-        restrict = meanflow.restrict_at(config, widest, min(1.0, index / (steps * per_step)))
-        r = meanflow.sample_interval_ends(t.cpu(), restrict, config.equal_share, generator).to(t)
-        x = _noised(x_0, eps, t)
-        teacher, student = _bound(setting.teacher, text, g), _bound(model, text, g)
-        if config.target == "rollout":
-            target = meanflow.rollout_target(lambda x, t: teacher(x, t, t), x, t, r, config.substeps)
-        else:
-            v = teacher(x, t, t).detach() if config.velocity == "teacher" else eps - x_0
-            warmup = min(1.0, index / per_step / config.tangent_warmup) if config.tangent_warmup else 1.0
-            target = meanflow.derivative_target(student, v, x, t, r, config, warmup)
-        error, left_out = meanflow.weighted_error(student(x, t, r), target, config.error_power, config.error_constant)
-        return error, {"restrict": restrict, "left_out": float(left_out)}
-
-    return loss
-
-
-def _bound(model: nn.Module, text: Text, g: Tensor) -> meanflow.MeanVelocity:
-    """u(x, t, r) of a Velocity with its text, and its scale where it embeds one."""
-    scale = g if model.embeds("g") else None
-    return lambda x, t, r: model(x, t, text, r=r, g=scale)
-
-
-def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    at = t.view(-1, 1, 1, 1, 1)
-    return (1 - at) * x_0 + at * eps
-
-
-LOSSES = {"cfg": _cfg, "mean_velocity": _mean_velocity}
-
-
-def _say_what_is_trained_on(setting: Distillation) -> None:
-    """How wide the grid's intervals are, and, before a training on Du/Dt, what the student is about to see."""
-    config, steps = setting.config.mean_velocity, setting.config.sample_steps
-    widest = meanflow.widest_interval(steps, setting.shift)
-    restrict = meanflow.restrict_at(config, widest, 0.0)
-    log.info("%d steps, shift %g: widest interval %.2f; R starts at %.2f", steps, setting.shift, widest, restrict)
-    if config.target == "rollout":
-        return
-    x_0, eps, t, g, text = setting.draw(0, generator_for(setting.config.seed, 0))
-    x, r = _noised(x_0, eps, t), (t - restrict).clamp(min=0.0)
-    student = _bound(setting.student, text, g)
-    missing = jvp.missing_memory(student, x, t, r, config.kernels)
-    if missing and config.derivative == "exact":
-        needed, free = (count / 2**30 for count in missing)
-        raise UserError(
-            f"the exact derivative would need {needed:.1f} GiB for attention, and {free:.1f} GiB are free",
-            "set mean_velocity.derivative=finite_difference, or run on a GPU with mean_velocity.kernels=fused",
-        )
-    with torch.no_grad():
-        v = _bound(setting.teacher, text, g)(x, t, t)
-    check = jvp.check_derivatives(student, x, t, r, v, config.difference_step, config.kernels, with_exact=not missing)
-    log.info("before training: %s", check)
+def _blocks(transformer: nn.Module, family: DiTFamily) -> list[nn.Module]:
+    return [block for blocks in family.block_lists for block in getattr(transformer, blocks.name)]
 
 
 def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
@@ -290,41 +193,40 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) 
 def _save(
     config: DistillConfig, loaded: LoadedPipeline, copy: LoadedPipeline, setting: Distillation, output: Path, started
 ) -> None:
-    student = setting.student
+    student = setting.student if world() == 1 else _gathered(setting.student, config)
+    if student is None:
+        return
     if config.train.lora_rank and config.merge_lora:
         from vidaccel.train import lora
 
         lora.merge_lora(student.transformer)
-    transformer, conditioning = student.transformer, student.conditioning
-    if world() > 1:
-        transformer, conditioning = _gathered(student)
-    if rank() == 0:
-        save_student(
-            output,
-            loaded,
-            transformer,
-            conditioning,
-            steps=config.sample_steps,
-            guidance=copy.call["guidance"],
-            shift=setting.shift,
-            command="vidaccel distill",
-            config=configuration.to_dict(config),
-            seed=config.seed,
-            started=started,
-        )
+    save_student(
+        output,
+        loaded,
+        student.transformer,
+        student.conditioning,
+        steps=config.sample_steps,
+        guidance=copy.call["guidance"],
+        shift=setting.shift,
+        command="vidaccel distill",
+        config=configuration.to_dict(config),
+        seed=config.seed,
+        started=started,
+    )
 
 
-def _gathered(student: Velocity) -> tuple[nn.Module | None, nn.Module | None]:
-    """Whole copies of a sharded student's parts, in process 0; every process has to call it."""
+def _gathered(student: Velocity, config: DistillConfig) -> Velocity | None:
+    """A whole copy of a sharded student in process 0, None in the others; every process has to call it."""
     state = full_state(student)
     if rank():
-        return None, None
-    parts = []
-    for name, part in (("transformer", student.transformer), ("conditioning", student.conditioning)):
-        with torch.device("meta"):
-            whole = type(part)(part.config) if name == "conditioning" else type(part).from_config(part.config)
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        whole.load_state_dict(own, assign=True)
-        parts.append(whole)
-    return tuple(parts)
+        return None
+    own, family = student.conditioning, student.family
+    with torch.device("meta"):
+        transformer = getattr(diffusers, family.transformer).from_config(student.transformer.config)
+        whole = Velocity(transformer, family, Conditioning(own.config) if own else None)
+    if config.train.lora_rank:
+        from vidaccel.train import lora
+
+        lora.add_lora(transformer, _blocks(transformer, family), config.train.lora_rank, config.seed)
+    whole.load_state_dict(state, assign=True)
+    return whole
