@@ -7,9 +7,11 @@ from typing import ClassVar
 import pytest
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
+from accelerate.utils import LoggerType
 
 from tests.train.test_loop import CONFIG, interrupting_at, metrics, outcome, run, spoilt
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.train.metrics import check_trackers
 
 
 class Notebook(GeneralTracker):
@@ -88,3 +90,8 @@ def test_a_missing_tracker_stops_before_training(tmp_path, monkeypatch, name, me
         run(tmp_path, config=replace(CONFIG, trackers=[name]))
     assert {"tensorbord": 'did you mean "tensorboard"', "wandb": "pip install wandb"}[name] in error.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_installed_tracker_is_accepted(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    check_trackers(["wandb"])

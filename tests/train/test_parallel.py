@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from tests.tiny import tiny_pipeline
 from tests.train.test_loop import interrupting_at, metrics, small_disk
+from tests.train.test_metrics import Notebook
 from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.loop import train
@@ -206,6 +208,17 @@ def test_without_torchrun_there_is_one(monkeypatch):
     assert not isinstance(model.weight, DTensor)
     assert mean([math.nan, 1.0])[1] == 1.0
     assert torch.equal(full_state(model)["weight"], model.weight)
+
+
+def tracked(folder: Path) -> None:
+    LOGGER_TYPE_TO_CLASS["notebook"] = Notebook
+    run(folder, config=replace(CONFIG, trackers=["notebook"]))
+    assert len(Notebook.pages) == (2 + CONFIG.steps + 1 if rank() == 0 else 0)
+
+
+def test_one_process_writes_what_is_measured(tmp_path):
+    in_two(tracked, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 # Averaged weights in place

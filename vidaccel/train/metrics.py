@@ -63,10 +63,11 @@ def check_trackers(names: Sequence[str]) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
+    installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f'there is no tracker "{name}"', nearest(name, LOGGER_TYPE_TO_CLASS))
-        if name in LoggerType.list() and name not in get_available_trackers():
+        if name in LoggerType.list() and name not in installed:
             raise UserError(f"trackers: {name} is not installed", f"pip install {name}, or leave it out")
 
 
