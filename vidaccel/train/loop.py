@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def train(
     settings: Mapping[str, Any],
     evaluate: Callable[[nn.Module], float] | None = None,
     sample: Callable[[int], None] | None = None,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> nn.Module:
     """Trains the parameters of `model` that require gradients, from the newest checkpoint in `folder` if there is one.
 
@@ -66,6 +68,8 @@ def train(
         evaluate: of the model with averaged weights, without gradients; lower is better. Called every `evaluate_every`
             steps, in every process, and averaged over them. The best checkpoint is kept.
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place.
+        rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
+            scaled down by their own norm: two parts that work against each other are trained as if apart.
 
     Raises:
         UserError: the checkpoints belong to other settings or another model, one of their files is damaged, a new one
@@ -74,7 +78,7 @@ def train(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(model, trained, config)
-    optimizer = _adamw(trained, config)
+    optimizer = _adamw(trained, config, rates)
     average = Average(model, trained.values(), config.ema_decay)
     identity = _identity(seed, config, settings)
     checkpoints = Checkpoints(folder, identity, _tensors(trained, average, optimizer))
@@ -90,9 +94,9 @@ def train(
     with metrics, Progress(title, total=config.steps, done=state.step, shown=rank() == 0) as progress:
         for step in range(state.step, config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = group["rate"] * learning_rate(config, step)
             value, measured = _accumulate(model, loss, config, step, seed)
-            norm = _clip(trained.values(), config.clip_norm)
+            norm = math.hypot(*(_clip(group["params"], config.clip_norm) for group in optimizer.param_groups))
             good = math.isfinite(value) and math.isfinite(norm)
             if good:
                 optimizer.step()
@@ -163,10 +167,20 @@ def _recomputing(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
 
 
-def _adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with its moments made at once, not at the first step: a checkpoint is loaded into tensors that exist."""
+def _adamw(trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
+    """AdamW with its moments made at once, not at the first step: a checkpoint is loaded into tensors that exist.
+
+    A group for each of `rates` that has parameters, and one for all others.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        part = name.partition(".")[0]
+        groups.setdefault(part if part in rates else "", []).append(p)
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+        [{"params": parameters, "rate": rates.get(part, 1.0)} for part, parameters in groups.items()],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.99),
     )
     for p in trained.values():
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}

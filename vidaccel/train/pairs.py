@@ -7,15 +7,25 @@ trajectory   the full step is one of the student's own sampling; predicted steps
 B batch, S steps, C channels, T frames, H and W latent pixels
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.encode import LATENT, batch
+from vidaccel.collect.source import EncodedSource
+from vidaccel.collect.trajectory import CACHES
+from vidaccel.config import PredictorConfig
+from vidaccel.data.shards import ShardFolder
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.predictor.forecasters import Cached, Forecaster
+from vidaccel.train.cfg_distill import sample_guidance
+from vidaccel.train.loop import generator_for
 from vidaccel.train.meanflow import sample_interval_ends
+
+Data = ShardFolder | EncodedSource
 
 
 class Times(NamedTuple):
@@ -23,9 +33,6 @@ class Times(NamedTuple):
 
     t: Tensor
     r: Tensor
-
-    def to(self, device: torch.device) -> "Times":
-        return Times(self.t.to(device), self.r.to(device))
 
 
 class Pair(NamedTuple):
@@ -45,6 +52,69 @@ class Pair(NamedTuple):
     def stepped(self, u: Tensor) -> Tensor:
         """Where a sampler's step with u ends."""
         return stepped(self.x, self.times, u)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the forward passes of a training learn from, as its settings say."""
+
+    student: Velocity
+    trunk: Trunk
+    predictor: Forecaster
+    data: Data
+    """Encoded clips, or trajectories."""
+    config: PredictorConfig
+    grid: Tensor
+    """Times [S + 1] of the steps that the predictor is for."""
+    guidance: float
+    """Scale where the settings name no range of them."""
+    restrict: float
+    """Widest interval t - r."""
+    seed: int
+    """Of the order in which data is drawn."""
+
+    def draw(self, index: int, count: int, step: int, generator: torch.Generator) -> Pair:
+        """B = `count` samples for forward pass `index` of optimiser step `step`."""
+        samples = [self.data[self.data.at(index * count + i, self.seed)][0] for i in range(count)]
+        if self.config.pairs == "data":
+            return self._noised(samples, generator)
+        return self._met(samples, step, generator)
+
+    def _noised(self, samples: list[dict[str, Tensor]], generator: torch.Generator) -> Pair:
+        text = batch(samples, self.grid.device, torch.float32)
+        x_0 = text.pop(LATENT)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        count, lag = len(samples), self.config.lag
+        if self.config.intervals == "grid":
+            times = grid_times(count, self.grid.cpu(), lag, generator)
+        else:
+            times = restricted_times(count, self.restrict, lag, generator)
+        full, predicted = (Times(*(end.to(x_0) for end in step)) for step in times)
+        return noised_pair(self.student, self.trunk, x_0, eps, text, self._scales(count, generator), full, predicted)
+
+    def _met(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
+        steps = len(self.grid) - 1
+        # All processes take as many passes in a step, or those that share weights would wait for each other.
+        longest = min(self.config.longest, steps - 1)
+        length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
+        first = torch.randint(steps - length, (len(samples),), generator=generator)
+        along = ("x", "velocity", *CACHES.values())
+        chosen = [
+            {name: tensor[i] if name in along else tensor for name, tensor in sample.items() if name != "times"}
+            for sample, i in zip(samples, first, strict=True)
+        ]
+        text = batch(chosen, self.grid.device, torch.float32)
+        x, u = text.pop("x"), text.pop("velocity")
+        tokens = {name: text.pop(stored) for name, stored in CACHES.items() if stored in text}
+        stored = (u, Cached(tokens, None)) if tokens else None
+        g, first = self._scales(len(samples), generator), first.to(self.grid.device)
+        return trajectory_pair(self.student, self.trunk, self.predictor, x, first, length, self.grid, text, g, stored)
+
+    def _scales(self, count: int, generator: torch.Generator) -> Tensor | None:
+        if not self.student.embeds("g"):
+            return None
+        low, high = self.config.guidance_range or (self.guidance, self.guidance)
+        return sample_guidance(count, low, high, generator).to(self.grid.device)
 
 
 def stepped(x: Tensor, times: Times, u: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""One forward pass of a predictor's training: a predicted step, how far off it is, and whether it can be told apart.
+
+What is trained at all are the predictor and, in the second stage, the discriminator, in one loss with one backward
+pass: the discriminator is taught on features that are cut off, the predictor by a discriminator that is frozen, so that
+neither sees the other's gradients. The student between them lets gradients through and stays as it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidaccel.cache.trunk import Trunk
+from vidaccel.config import DiscriminatorConfig
+from vidaccel.models.velocity import Velocity
+from vidaccel.predictor.forecasters import Forecaster
+from vidaccel.train.discriminator import (
+    Discriminator,
+    discriminator_hinge,
+    predictor_hinge,
+    token_grid,
+    trunk_features,
+)
+from vidaccel.train.pairs import Pair
+
+Draw = Callable[[int, torch.Generator], Pair]
+"""(index of the forward pass, its generator) -> what it learns from."""
+
+
+class Lesson(nn.Module):
+    """Predictor and discriminator, beside the frozen student whose trunk they are for."""
+
+    def __init__(
+        self,
+        student: Velocity,
+        trunk: Trunk,
+        predictor: nn.Module,
+        draw: Draw,
+        reuse: Forecaster,
+        discriminator: Discriminator | None = None,
+        config: DiscriminatorConfig | None = None,
+    ):
+        super().__init__()
+        self.student, self.predictor, self.discriminator = student, predictor, discriminator
+        self.trunk, self.draw, self.reuse, self.config = trunk, draw, reuse, config
+
+    def train(self, mode: bool = True) -> "Lesson":
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def forward(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The loss, and what is worth knowing: the squared error, and that of giving the cached tokens again."""
+        pair = self.draw(index, generator)
+        u = self._predicted(pair, self.predictor)
+        error = F.mse_loss(u.float(), pair.target.float())
+        with torch.no_grad():
+            reused = F.mse_loss(self._predicted(pair, self.reuse).float(), pair.target.float())
+        measured = {"mse": error.item(), "reuse": reused.item()}
+        if self.discriminator is None:
+            return error, measured
+        adversarial, judged = self._judged(pair, u)
+        return error + adversarial, measured | judged
+
+    def _predicted(self, pair: Pair, forecaster: Forecaster) -> Tensor:
+        with self.trunk.predicted(forecaster, memory=pair.memory):
+            return self.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
+
+    def _judged(self, pair: Pair, u: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """L_D and the adversarial part of L_P, of where a step with u ends and where the student's own does."""
+        grid = token_grid(self.student.transformer, pair.x)
+        ours = self._features(pair, u)
+        with torch.no_grad():
+            theirs = self._features(pair, pair.target)
+        told = discriminator_hinge(
+            self.discriminator(theirs, grid), self.discriminator([tokens.detach() for tokens in ours], grid)
+        )
+        fooled = predictor_hinge(self.discriminator(ours, grid, frozen=True))
+        loss = told + self.config.weight * fooled
+        return loss, {"discriminator": told.item(), "adversarial": fooled.item()}
+
+    def _features(self, pair: Pair, u: Tensor) -> list[Tensor]:
+        return trunk_features(self.student, self.config.depths, pair.stepped(u), pair.times.r, pair.text, pair.g)
