@@ -231,6 +231,8 @@ class DistillConfig:
     """The model to distil: shipped, a local folder, or a hub id."""
     features: str | None = None
     """A folder of encoded clips from `vidaccel collect-features`; null encodes while training."""
+    on_damage: str = "stop"
+    """At a damaged shard of it: `stop`, or `skip` to go on without."""
     data: str | None = None
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
@@ -256,6 +258,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _require(self.method in ("cfg", "mean_velocity"), "method", self.method, "is cfg or mean_velocity")
+        _require(self.on_damage in ("stop", "skip"), "on_damage", self.on_damage, "is stop or skip")
         _require(self.times in ("uniform", "logit_normal"), "times", self.times, "is uniform or logit_normal")
         for key in ("clips", "sample_steps"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
@@ -283,7 +286,7 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         rising = self.depths == sorted(set(self.depths)) and bool(self.depths)
         rule = "rises within (0, 1], without repetition"
-        _require(rising and 0 < self.depths[0] and self.depths[-1] <= 1, "depths", self.depths, rule)
+        _require(rising and self.depths[0] > 0 and self.depths[-1] <= 1, "depths", self.depths, rule)
         _require(min(self.scales, default=0) >= 1, "scales", self.scales, "are one or more numbers from 1 up")
         _require(self.width >= 1, "width", self.width, "must be at least 1")
         for key in ("learning_rate", "weight"):
@@ -353,8 +356,9 @@ class PredictorConfig:
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         _require(self.steps is None or self.steps >= 2, "steps", self.steps, "must be at least 2, or null")
         _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
-        _require(self.restrict is None or 0 < self.restrict <= 1, "restrict", self.restrict, "must be in (0, 1], or null")
         _require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")
+        widest = self.restrict
+        _require(widest is None or 0 < widest <= 1, "restrict", widest, "must be in (0, 1], or null")
         g = self.guidance
         _require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
         scales = self.guidance_range

@@ -21,6 +21,7 @@ from vidaccel.artefacts import RUN_FILE, check_writable, sha256_file
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.folder import open_features
 from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import CollectConfig, DistillConfig, GenerateConfig
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
@@ -70,7 +71,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         student=velocity_of(copy).requires_grad_(True),
         data=data,
         empty=encode_texts(loaded, [""]),
-        shift=shift_of(loaded, config),
+        shift=config.shift or shift_of(loaded),
     )
     blocks = _blocks(setting.student.transformer, loaded.family)
     if config.train.lora_rank:
@@ -105,14 +106,14 @@ def _resolved(config: DistillConfig) -> DistillConfig:
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
-    elsewhere = {"train", "prompts", "features", "data", "clips", "seed", "guidance", "merge_lora"}
+    elsewhere = {"train", "prompts", "features", "on_damage", "data", "clips", "seed", "guidance", "merge_lora"}
     return {key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere}
 
 
 def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict]:
     """The encoded clips to train on, and what tells them from others."""
     if config.features is not None:
-        features = open_features(config.features, "encoded", loaded.hashes)
+        features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
         return features, {"features": sha256_file(features.folder / RUN_FILE)}
     clips = CollectConfig(model=config.teacher, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)
@@ -128,7 +129,7 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     transformer = getattr(copy.pipe, attribute)
     wanted = ["g"] if config.method == "cfg" else ["r", *(["g"] if velocity_of(loaded).embeds("g") else [])]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
-    trained = {"shift": shift_of(loaded, config), "steps": config.sample_steps}
+    trained = {"shift": config.shift or shift_of(loaded), "steps": config.sample_steps}
     if config.method == "mean_velocity":
         widest = meanflow.widest_interval(config.sample_steps, trained["shift"])
         trained["restrict"] = meanflow.restrict_at(config.mean_velocity, widest, 1.0)
@@ -162,12 +163,6 @@ def velocity_of(loaded: LoadedPipeline) -> Velocity:
     """u(x, r, t) of a loaded pipeline's transformer."""
     transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
     return Velocity(transformer, loaded.family, loaded.conditioning)
-
-
-def shift_of(loaded: LoadedPipeline, config: DistillConfig) -> float:
-    """Shift of the student's step grid: the one asked for, else the teacher's scheduler's, else the family's."""
-    own = loaded.pipe.scheduler.config
-    return config.shift or own.get("shift") or own.get("flow_shift") or loaded.family.defaults.shift
 
 
 def _blocks(transformer: nn.Module, family: DiTFamily) -> list[nn.Module]:
