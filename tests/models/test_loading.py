@@ -57,7 +57,11 @@ def test_a_saved_pipeline_loads_and_makes_the_same_video(family, saved):
     assert frames.shape == (SIZE["num_frames"], SIZE["height"], SIZE["width"], 3)
     assert np.isfinite(frames).all() and frames.std() > 0
     original = LoadedPipeline(tiny_pipeline(family), loaded.family, "", {}, {})
-    assert np.array_equal(frames, video(original))
+    weights = loaded.pipe.transformer.state_dict()
+    for name, weight in original.pipe.transformer.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    # Not bit for bit: weights mapped from a file lie at odd addresses, for which a CPU may choose another kernel.
+    np.testing.assert_allclose(frames, video(original), atol=1e-5)
 
 
 def test_shipped_names_resolve_to_the_package(saved, monkeypatch, tmp_path):
