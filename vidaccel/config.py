@@ -396,6 +396,8 @@ class AutoencoderTraining:
     """Weight of the absolute error beside the squared one; it sharpens what is nearly right."""
     gradient_weight: float = 1.0
     """Weight of the squared error of spatial differences, which keeps edges sharp."""
+    freeze_encoder: bool = False
+    """Train the decoder alone, so that latents, and a transformer trained on them, stay what they are."""
     images: TrainConfig = field(default_factory=TrainConfig)
     """The first stage; its batch size counts crops. With 0 steps it is left out, as when a trained model goes on."""
     clips: TrainConfig = field(default_factory=TrainConfig)

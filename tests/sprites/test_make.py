@@ -80,6 +80,17 @@ def test_a_model_goes_on_from_its_weights(made, tmp_path):
     assert stages[-1]["step"] == 1
 
 
+def test_the_decoder_alone_goes_on(made, tmp_path):
+    left = ["text.train.steps=0", "autoencoder.images.steps=0", "teacher.shallow.steps=0", "teacher.train.steps=0"]
+    run("make", "-o", tmp_path, *MICRO, *left, f"start={made / 'model'}", "autoencoder.freeze_encoder=true")
+    old, new = (load_pipeline(f / "model") for f in (made, tmp_path))
+    weights = new.pipe.vae.state_dict()
+    changed = {name for name, weight in old.pipe.vae.state_dict().items() if not torch.equal(weights[name], weight)}
+    assert changed
+    assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+    assert old.hashes[WEIGHTS[-1]] == new.hashes[WEIGHTS[-1]]
+
+
 def test_other_widths_cannot_go_on(made, tmp_path):
     other = ["teacher.shallow.steps=0", "teacher.head_dim=32", f"start={made / 'model'}"]
     left = ["text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0"]

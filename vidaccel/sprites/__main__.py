@@ -171,6 +171,9 @@ def train_autoencoder(
     model = build_autoencoder(settings).to(device)
     if start:
         _go_on(model, start.pipe.vae, config.start)
+    if settings.freeze_encoder:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
     shaping = _shaping(settings, data=config.data, start=_digest(model) if start else None)
     of_first = {key: value for key, value in shaping.items() if key != "excerpts"}
     stage = partial(train, seed=config.seed)
