@@ -14,7 +14,6 @@ from vidaccel.cache.schedule import (
     Schedule,
     evenly,
     every,
-    measure_costs,
     pick,
     read_schedules,
     search,
@@ -85,21 +84,6 @@ def test_fifty_steps_are_searched_whole():
 def test_costs_that_make_no_sense_are_refused(costs):
     with pytest.raises(ValueError, match="cost"):
         search(costs)
-
-
-def test_costs_are_means_over_trajectories_and_unmeasured_stretches_are_not_used():
-    def tripling(i):
-        return (3.0**n for n in range(1, 3))  # of stretches of at most two predicted steps
-
-    costs = measure_costs(4, [tripling, lambda i: [4.0, 8.0, 16.0]])
-    inf = math.inf
-    assert costs == [
-        [inf, 0, 3.5, 8.5, inf],
-        [inf, inf, 0, 3.5, 8.5],
-        [inf, inf, inf, 0, 3.5],
-        [inf, inf, inf, inf, 0],
-    ]
-    assert search(costs)[2].full_steps == (0, 2)
 
 
 def test_lists_at_intervals():

@@ -9,9 +9,8 @@ program for the largest holds those for all smaller ones.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 from vidaccel.artefacts import write_json
@@ -103,23 +102,6 @@ def search(
             for i in range(steps)
         ]
     return found
-
-
-def measure_costs(steps: int, trajectories: Iterable[Callable[[int], Iterable[float]]]) -> list[list[float]]:
-    """The costs that `search` takes, averaged over trajectories.
-
-    Args:
-        steps: S.
-        trajectories: each is a function of a full step i that yields the error after 1, 2, ... predicted steps behind
-            it: of stretches that end at i + 2, i + 3, ... It may stop early; longer stretches are then not used.
-    """
-    measured = [[list(islice(stretch(i), steps - 1 - i)) for i in range(steps)] for stretch in trajectories]
-    costs = [[math.inf] * (steps + 1) for _ in range(steps)]
-    for i, row in enumerate(costs):
-        row[i + 1] = 0.0
-        for n, errors in enumerate(zip(*(lists[i] for lists in measured), strict=False)):
-            row[i + 2 + n] = sum(errors) / len(errors)
-    return costs
 
 
 def write_schedules(path: str | Path, schedules: Mapping[int, Schedule]) -> None:

@@ -155,7 +155,8 @@ class Trunk:
 
     def _contexts_moved(self) -> None:
         """`cache_context` keeps a list of the hooked modules that it tells."""
-        HookRegistry.check_if_exists_or_initialize(self.transformer).invalidate_child_registries_cache()
+        if hasattr(self.transformer, "_diffusers_hook"):
+            self.transformer._diffusers_hook.invalidate_child_registries_cache()
 
     def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
         if self.now is not None:  # a KeyboardInterrupt passes `_end` by

@@ -21,6 +21,8 @@ class BlockList:
     token-replace (image-to-video) blocks use."""
     returns: tuple[str, ...]
     """What a block gives back, by the same names: one name is a bare tensor, several are a tuple in this order."""
+    joint: bool = False
+    """Whether text tokens go through the same weights as video tokens, as one sequence [video; text]."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ HUNYUAN_VIDEO = DiTFamily(
             "single_transformer_blocks",
             arguments=(*TOKENS, "temb", "attention_mask", "image_rotary_emb"),
             returns=TOKENS,
+            joint=True,
         ),
     ),
     timestep_embedder="time_text_embed.timestep_embedder",

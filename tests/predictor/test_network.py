@@ -1,0 +1,262 @@
+"""The learned predictor: built from the family's own blocks, near reuse before training, saved and loaded whole."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import BUILDERS, tiny_pipeline
+from vidaccel.cache.trunk import Trunk
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.fuse import FUSED_BLOCKS, fuse
+from vidaccel.models.velocity import Velocity
+from vidaccel.predictor.network import FLAT, SLOPE, Fusion, Predictor, new_predictor
+
+FAMILIES = sorted(BUILDERS)
+
+
+def student(name, **options):
+    pipe = tiny_pipeline(name, **options)
+    return pipe.transformer, family_of_pipeline(type(pipe).__name__)
+
+
+def inputs(transformer, family, batch=2, lengths=(5, 3)):
+    """Arguments of `Velocity`, texts of two lengths."""
+    draw = torch.Generator().manual_seed(1)
+    config, text = transformer.config, {}
+    for tensor in family.text_tensors:
+        if "mask" in tensor.stored:
+            text[tensor.stored] = torch.arange(6) < torch.tensor(lengths[:batch])[:, None]
+        else:
+            shape = (batch, 32) if tensor.stored == "pooled" else (batch, 6, 32)
+            text[tensor.stored] = torch.randn(shape, generator=draw)
+    x = torch.randn(batch, config.out_channels, 2, 4, 4, generator=draw)
+    return x, torch.linspace(0.5, 0.7, batch), text
+
+
+@torch.no_grad()
+def predicted(transformer, family, predictor, x, t, text, full_from=None):
+    """u of a predicted step behind a full one, and that of reusing what it left."""
+    velocity = Velocity(transformer, family)
+    with Trunk(transformer, family) as trunk:
+        with trunk.full():
+            velocity(x if full_from is None else full_from, t, text)
+        with trunk.predicted(predictor):
+            u = velocity(x, t, text)
+        with trunk.predicted(lambda arguments, memory, t: memory[0].tokens):
+            return u, velocity(x, t, text)
+
+
+def cached(transformer, family):
+    with torch.no_grad(), Trunk(transformer, family) as trunk, trunk.full():
+        Velocity(transformer, family)(*inputs(transformer, family))
+        return trunk.memory()[0].tokens
+
+
+def made(name, **made_for):
+    transformer, family = student(name)
+    return transformer, family, new_predictor(transformer, family, cached(transformer, family), **made_for)
+
+
+def test_silu_is_straightest_where_the_fusion_starts():
+    at = torch.tensor(FLAT, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.nn.functional.silu(at), at, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, at)
+    assert slope.item() == pytest.approx(SLOPE, abs=1e-7) and bend.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_new_fusion_gives_the_cache_back_whatever_its_scale():
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-2, 3, 16)
+    cache = torch.randn(2, 200, 16, generator=draw) * scale + 5 * scale
+    fusion = Fusion(16)
+    fusion.start_as_reuse(cache)
+    with torch.no_grad():
+        out = fusion(torch.randn(2, 200, 16, generator=draw), cache, "reference")
+    error = (out - cache).std((0, 1)) / cache.std((0, 1))
+    assert error.max() < 0.06
+
+
+def test_a_channel_that_never_changes_does_no_harm():
+    fusion = Fusion(3)
+    cache = torch.tensor([[[1.0, 7.0, -1.0], [2.0, 7.0, 4.0], [3.0, 7.0, 0.0]]])
+    fusion.start_as_reuse(cache)
+    with torch.no_grad():
+        torch.testing.assert_close(fusion(torch.zeros(1, 3, 3), cache, "reference"), cache, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_starts_near_reuse_and_every_weight_learns(name):
+    transformer, family, predictor = made(name)
+    x, t, text = inputs(transformer, family)
+    before = inputs(transformer, family)[0] + 0.5
+    u, reused = predicted(transformer, family, predictor, x, t, text, full_from=before)
+    assert (u - reused).norm() < 0.1 * reused.norm()
+    transformer.requires_grad_(False)
+    optimizer = torch.optim.SGD(predictor.parameters(), lr=1e-2)
+    velocity, touched = Velocity(transformer, family), set()
+    with Trunk(transformer, family) as trunk:
+        for _ in range(3):  # layers behind a zero one see a gradient once it has moved
+            with torch.no_grad(), trunk.full():
+                velocity(before, t, text)
+            with trunk.predicted(predictor):
+                velocity(x, t, text).square().mean().backward()
+            touched |= {n for n, p in predictor.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+            optimizer.step()
+            optimizer.zero_grad()
+    silent = {n for n, _ in predictor.named_parameters()} - touched
+    # What only makes the text that leaves the last block, which no head reads.
+    text_only = ("context", "to_add_out", "add_q_proj", "norm_added_q")
+    assert {n for n in silent if not (n.startswith("blocks.1.") and any(part in n for part in text_only))} == set()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_blocks_are_the_trunks_own_and_hold_nothing_of_it(name):
+    transformer, family, predictor = made(name, blocks=1)
+    kind = family.block_lists[-1]
+    original = getattr(transformer, kind.name)[-1]
+    (block,) = predictor.blocks
+    assert type(block) is type(original)
+    same = {key for key, weight in block.state_dict().items() if torch.equal(weight, original.state_dict()[key])}
+    zero = {key for key, weight in block.state_dict().items() if not weight.any()}
+    assert same | zero == set(block.state_dict()) and len(same) > len(zero) > 0
+    pointers = {weight.data_ptr() for weight in transformer.state_dict().values()}
+    assert pointers.isdisjoint(weight.data_ptr() for weight in predictor.state_dict().values())
+    assert all("forward" not in vars(module) for module in predictor.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_with_zeroed_outputs_are_the_identity(name):
+    transformer, family, predictor = made(name, blocks=1)
+    tokens = cached(transformer, family)
+    seen = []
+    with Trunk(transformer, family) as trunk:
+        velocity = Velocity(transformer, family)
+        with trunk.full():
+            velocity(*inputs(transformer, family))
+        with trunk.predicted(lambda arguments, memory, t: seen.append(arguments) or memory[0].tokens):
+            velocity(*inputs(transformer, family))
+    out = predictor.blocks[0](*(seen[0] | tokens).values())
+    for name_, value in zip(family.block_lists[-1].returns, out if isinstance(out, tuple) else (out,), strict=True):
+        assert torch.equal(value, tokens[name_])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_the_formula_of_the_method(name):
+    transformer, family, predictor = made(name, blocks=2)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    x, t, text = inputs(transformer, family)
+    seen = []
+
+    def spy(arguments, memory, time):
+        seen.append((arguments, memory[0].tokens, predictor(arguments, memory, time)))
+        return seen[0][2]
+
+    predicted(transformer, family, spy, x, t, text)
+    arguments, tokens, out = seen[0]
+    values = dict(arguments)
+    for key in tokens:
+        fusion = predictor.fusions["tokens" if name == "hunyuan_video" else key]
+        both = torch.cat([arguments[key], tokens[key]], dim=-1)
+        values[key] = fusion.outer(torch.nn.functional.silu(fusion.inner(both)))
+    for block in predictor.blocks:
+        left = block(*values.values())
+        values |= zip(tokens, left if isinstance(left, tuple) else (left,), strict=True)
+    assert len(predictor.fusions) == (2 if name == "hunyuan_video_15" else 1)
+    for key in tokens:
+        torch.testing.assert_close(out[key], values[key])
+
+
+def test_a_predictor_is_made_under_a_hook_too():
+    transformer, family = student("wan")
+    tokens = cached(transformer, family)
+    plain = new_predictor(transformer, family, tokens)
+    with Trunk(transformer, family):
+        hooked = new_predictor(transformer, family, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), hooked.parameters(), strict=True))
+    assert all("forward" not in vars(module) for module in hooked.modules())
+
+
+def test_more_blocks_than_the_trunk_has_are_refused():
+    transformer, family = student("wan")
+    tokens = cached(transformer, family)
+    for blocks in (0, 3):
+        with pytest.raises(UserError, match=f"predictor of {blocks} blocks\nhint: the trunk's last list has 2"):
+            new_predictor(transformer, family, tokens, blocks=blocks)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_and_loaded_it_gives_the_same(name, tmp_path):
+    transformer, family, predictor = made(name, steps=20, shift=5.0, student="ab" * 32)
+    predictor.save_pretrained(tmp_path)
+    loaded = Predictor.from_pretrained(tmp_path)
+    assert loaded.config == predictor.config and not loaded.training
+    x, t, text = inputs(transformer, family)
+    expected, _ = predicted(transformer, family, predictor.eval(), x, t, text)
+    got, _ = predicted(transformer, family, loaded, x, t, text)
+    assert torch.equal(got, expected)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert (record["family"], record["blocks"], record["steps"], record["shift"]) == (name, 2, 20, 5.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text('{"family": "wan"}'),
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"blocks": 2', '"blocks": 1')
+        ),
+        lambda folder: (folder / "run.json").write_text('{"format": "predictor/1", "files": {"config.json": "00"}}'),
+        lambda folder: (folder / "run.json").write_text('{"format": "model/1", "files": {}}'),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage, tmp_path):
+    made("wan")[2].save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Predictor.from_pretrained(tmp_path)
+
+
+def test_another_family_width_or_student_is_refused():
+    transformer, family, predictor = made("wan", student="ab" * 32)
+    other, other_family = student("hunyuan_video")
+    predictor.check_fits(transformer, family, "ab" * 32)
+    with pytest.raises(UserError, match="is for wan of width 24, and this is hunyuan_video of width 24"):
+        predictor.check_fits(other, other_family, "ab" * 32, force=True)
+    predictor.config = replace(predictor.config, width=48)
+    with pytest.raises(UserError, match="is for wan of width 48, and this is wan of width 24"):
+        predictor.check_fits(transformer, family, "ab" * 32, force=True)
+    predictor.config = replace(predictor.config, width=24)
+    with pytest.raises(UserError, match="student abababababab, and this is another one\nhint: .*force=True"):
+        predictor.check_fits(transformer, family, "cd" * 32)
+    with pytest.raises(UserError, match="whose weight files are not known"):
+        predictor.check_fits(transformer, family)
+    predictor.check_fits(transformer, family, "cd" * 32, force=True)
+    with pytest.raises(UserError, match="for the family 'moon'"):
+        replace(predictor.config, family="moon")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_runs_as_the_trunk_is_run(name):
+    transformer, family, predictor = made(name)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    x, t, text = inputs(transformer, family)
+    expected, _ = predicted(transformer, family, predictor, x, t, text)
+    with fuse(transformer, "reference"):
+        predictor.run_like(transformer)
+        assert all(type(block) in FUSED_BLOCKS.values() for block in predictor.blocks)
+        got, _ = predicted(transformer, family, predictor, x, t, text)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    transformer.to(torch.bfloat16)
+    types = {parameter.dtype for parameter in predictor.run_like(transformer).parameters()}
+    assert types == {torch.bfloat16}
