@@ -4,12 +4,17 @@ A forecaster takes the place of the whole trunk on a predicted step: from the to
 tokens that left the last one on earlier full steps it makes the tokens that leave now. Video tokens are called
 `hidden_states`, text tokens `encoder_hidden_states`, as diffusers' blocks call them.
 
+These are the published ideas (FORA 2407.01425, TaylorSeer 2503.06923, LinCa) carried over to the trunk boundary, where
+they keep one set of tokens a full pass and not one a layer.
+
 B batch, N tokens, D width
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Tokens = dict[str, Tensor]
 """Tokens [B, N, D] by the name that blocks know them by."""
@@ -38,3 +43,94 @@ class Forecaster(Protocol):
             memory: the latest full passes of the same context, newest first, 1 to `history` of them.
             t: time of this pass, as in `Cached`.
         """
+
+
+class Reuse:
+    """The tokens of the last full pass once more."""
+
+    history = 1
+
+    def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+        return memory[0].tokens
+
+
+class Taylor:
+    """The polynomial in t through the last `order` + 1 full passes, carried on; of lower order while there are fewer.
+
+    At order 1, TaylorSeer's best, it is its forecast h_0 + (t - t_0) (h_0 - h_1) / (t_0 - t_1), but for the distances:
+    they are times and not counts of steps, because tokens depend on the time and full steps may be anywhere on a grid
+    that is not even in it. Above order 1 it is exact on polynomials, which finite differences divided by factorials
+    are not.
+    """
+
+    def __init__(self, order: int = 1):
+        if order < 1:
+            raise ValueError(f"order {order}: 1 or more; 0 is Reuse")
+        self.history = order + 1
+
+    def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+        times = [cached.t for cached in memory]
+        if any(time is None for time in (t, *times)):
+            raise ValueError("Taylor has to know the time of each pass: trunk.full(t=...), trunk.predicted(..., t=...)")
+        latest = memory[0].tokens
+        forecast = dict(latest)
+        for k, cached in enumerate(memory[1:], start=1):
+            weight = _lagrange(t, times, k).reshape(-1, 1, 1)
+            for name, tokens in latest.items():
+                forecast[name] = forecast[name] + weight.to(tokens) * (cached.tokens[name] - tokens)
+        return forecast
+
+
+def _lagrange(t: Tensor, times: list[Tensor], k: int) -> Tensor:
+    """Weight at t of the k-th value in the polynomial through values at these times; all weights add up to 1."""
+    weight = torch.ones_like(t)
+    for i, other in enumerate(times):
+        if i != k:
+            weight = weight * (t - other) / (times[k] - other)
+    return weight
+
+
+class LinearMap(nn.Module):
+    """Cached tokens plus a linear map of [entering tokens; cached tokens; 1], one for video and one for text."""
+
+    history = 1
+
+    def __init__(self, weights: Tokens):
+        """`weights` are [D, 2 D + 1] by the name of the tokens."""
+        super().__init__()
+        for name, weight in weights.items():
+            self.register_buffer(name, weight)
+
+    def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+        cached = memory[0].tokens
+        return {
+            name: cached[name] + _features(arguments[name], cached[name]) @ getattr(self, name).mT for name in cached
+        }
+
+
+def fit_linear(samples: Iterable[tuple[Tokens, Tokens, Tokens]], ridge: float = 1e-2) -> LinearMap:
+    """The `LinearMap` of least squared error, by its normal equations in float64.
+
+    Args:
+        samples: (tokens that enter on a step, tokens cached on the full step before, tokens that should leave), as many
+            as there are; only their [2 D + 1, 2 D + 1] sums are kept. Names are those of the second.
+        ridge: penalty on the square of a weight, as a share of its feature's own sum of squares. It pulls towards
+            reuse, which is no weight at all.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for entering, cached, leaving in samples:
+        for name, tokens in cached.items():
+            features = _features(entering[name], tokens).flatten(0, 1).double()
+            change = (leaving[name] - tokens).flatten(0, 1).double()
+            gram, moment = sums.get(name, (0, 0))
+            sums[name] = gram + features.mT @ features, moment + features.mT @ change
+    weights = {}
+    for name, (gram, moment) in sums.items():
+        penalty = torch.diag(ridge * gram.diagonal())
+        weights[name] = torch.linalg.solve(gram + penalty, moment).mT.to(cached[name])
+    return LinearMap(weights)
+
+
+def _features(entering: Tensor, cached: Tensor) -> Tensor:
+    """[B, N, 2 D + 1]."""
+    return torch.cat([entering, cached, torch.ones_like(cached[..., :1])], dim=-1)
