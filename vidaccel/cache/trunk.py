@@ -68,6 +68,8 @@ class Trunk:
         self.transformer, self.family, self.history = transformer, family, history
         self.choose: Callable[[], Mode] | None = None
         """Asked before a pass for which no mode is in force. It may call `reset`."""
+        self.full_passes, self.predicted_passes = 0, 0
+        """Passes of either mode that went well."""
         self.now: Pass | None = None
         self._mode: Mode | None = None
         self._memory: dict[str, tuple[Cached, ...]] = {}
@@ -184,9 +186,18 @@ class Trunk:
         self._release_checkpoints = _nothing
         if output is None:
             self.reset()
-        elif now is not None and now.final:
+        elif now is not None:
+            self._keep(now)
+
+    def _keep(self, now: Pass) -> None:
+        """Count a pass that went well, and remember what it left."""
+        if now.forecaster is None:
+            self.full_passes += 1
+        else:
+            self.predicted_passes += 1
+        if now.final:
             self._memory.pop(now.context, None)
-        elif now is not None and now.left:
+        elif now.left:
             self._memory[now.context] = (Cached(now.left, now.t), *self._memory[now.context])
 
     def _bind_checkpoints(self, now: Pass) -> None:

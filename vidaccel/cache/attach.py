@@ -1,0 +1,181 @@
+"""Predicted steps in a diffusers pipeline that is called as ever.
+
+    with attach(pipe, predictor="runs/predictor", steps=20, full_steps=[0, 1, 2, 5, 9, 13, 17, 19]) as attachment:
+        video = pipe("a cat on a surfboard", num_inference_steps=20).frames[0]
+    attachment.full_passes, attachment.predicted_passes
+
+Which step a pass belongs to is asked of the pipeline's scheduler, by position. A generation begins where the scheduler
+has new timesteps, so whatever ended the one before, nothing of it is used; the cache of a context is freed with its
+last step, before the video is decoded. CPU offload may be enabled before or after, sequential offload before.
+"""
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from vidaccel.artefacts import sha256_file
+from vidaccel.cache.policy import FullSteps, Policy
+from vidaccel.cache.schedule import Schedule, pick, read_schedules
+from vidaccel.cache.trunk import Mode, Trunk
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.family import DiTFamily
+from vidaccel.models.identity import student_hash
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.steps import current_step
+from vidaccel.predictor.checkpoint import SCHEDULE_FILE
+from vidaccel.predictor.forecasters import Forecaster, Reuse, Taylor
+from vidaccel.predictor.network import Predictor
+
+ZOO = {"reuse": Reuse, "taylor": Taylor}
+"""Forecasters that need nothing but their name."""
+
+
+def attach(
+    pipe: DiffusionPipeline | LoadedPipeline,
+    *,
+    predictor: str | Path | Forecaster,
+    steps: int | None = None,
+    full_steps: list[int] | None = None,
+    budget: int | None = None,
+    schedule: str | Path | Schedule | None = None,
+    force: bool = False,
+) -> "Attachment":
+    """Let a forecaster stand in for the transformer's blocks on all but the full steps.
+
+    Args:
+        pipe: of a supported family, on its device.
+        predictor: the folder of a trained one, "reuse", "taylor", or any forecaster, taken as it is.
+        steps: denoising steps that the pipeline will be called with; needed with `full_steps`.
+        full_steps: positions of the full steps, rising from 0.
+        budget: how many full steps, where schedules for several are at hand.
+        schedule: a schedule, or a file of them; left out with `full_steps`, it is the predictor's own.
+        force: take a predictor that was trained for another student.
+
+    Returns:
+        What takes it off again: by `detach()` or at the end of a `with` block. The pipeline is then as it was.
+
+    Raises:
+        UserError: the pipeline is attached already, the predictor is not for it, or the full steps make no sense.
+    """
+    loaded = pipe if isinstance(pipe, LoadedPipeline) else None
+    pipe = loaded.pipe if loaded else pipe
+    family = family_of_pipeline(type(pipe).__name__)
+    chosen = _schedule(predictor, steps, full_steps, budget, schedule)
+    forecaster = _forecaster(predictor)
+    if isinstance(forecaster, Predictor):
+        student = student_hash(loaded) if loaded else _student_of(pipe, family)
+        for denoiser in family.denoisers:
+            forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
+        if forecaster is not predictor:
+            forecaster.run_like(getattr(pipe, family.denoisers[0].attribute)).to(pipe._execution_device)
+    return Attachment(pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps))
+
+
+class Attachment:
+    """A pipeline under a policy, until `detach()`; also a context manager."""
+
+    def __init__(self, pipe: DiffusionPipeline, family: DiTFamily, forecaster: Forecaster, policy: Policy):
+        """Raises `UserError` as `Trunk.attach` does."""
+        self._pipe, self._forecaster, self._policy = pipe, forecaster, policy
+        self._timesteps: Tensor | None = None
+        self._index, self._unnamed = 0, 0
+        transformers = [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
+        self._trunks = [Trunk(transformer, family, forecaster.history) for transformer in transformers]
+        with ExitStack() as stack:
+            for trunk in self._trunks:
+                stack.enter_context(trunk)
+                trunk.choose = partial(self._choose, trunk)
+            self._attached = stack.pop_all()
+
+    @property
+    def full_passes(self) -> int:
+        """Passes that ran the trunk since it was attached; two a step under two-pass guidance."""
+        return sum(trunk.full_passes for trunk in self._trunks)
+
+    @property
+    def predicted_passes(self) -> int:
+        """Passes that the forecaster answered since it was attached."""
+        return sum(trunk.predicted_passes for trunk in self._trunks)
+
+    def detach(self) -> None:
+        """Leave the pipeline as it was; a second call does nothing."""
+        self._attached.close()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+    def _choose(self, trunk: Trunk) -> Mode:
+        """The mode of the pass that is about to begin."""
+        step = current_step(self._pipe.scheduler)
+        self._follow(self._pipe.scheduler.timesteps, step.index)
+        context = trunk.open.name
+        if context is None:
+            # Guidance by two passes in a pipeline that opens no contexts: they are told apart by their order.
+            context = f"pass {self._unnamed}"
+            self._unnamed += 1
+        forecaster = None if self._policy(step, context) else self._forecaster
+        return Mode(forecaster, torch.tensor(step.t), context=context, final=step.index == step.count - 1)
+
+    def _follow(self, timesteps: Tensor, index: int) -> None:
+        """Start anew with a generation, which has timesteps of its own, and count anew with a step."""
+        if timesteps is not self._timesteps or index < self._index:
+            for trunk in self._trunks:
+                trunk.reset()
+            self._timesteps, self._unnamed = timesteps, 0
+        if index != self._index:
+            self._index, self._unnamed = index, 0
+
+
+def _schedule(predictor, steps, full_steps, budget, schedule) -> Schedule:
+    """The one that these arguments of `attach` mean."""
+    if full_steps is not None:
+        if budget is not None or schedule is not None:
+            raise UserError(
+                "full_steps= came with budget= or schedule=", "full_steps= says it all: leave the others out"
+            )
+        if steps is None:
+            raise UserError("full_steps= came without steps=", "pass the number of denoising steps as well")
+        return Schedule(steps, tuple(full_steps))
+    if schedule is None and isinstance(predictor, str | Path) and predictor not in ZOO:
+        schedule = Path(predictor) / SCHEDULE_FILE
+    if schedule is None:
+        raise UserError("nothing says which steps are full", "pass full_steps= and steps=, or schedule=")
+    if not isinstance(schedule, Schedule):
+        schedule = pick(read_schedules(schedule), budget)
+    elif budget not in (None, schedule.budget):
+        raise UserError(f"budget={budget}, and the schedule has {schedule.budget} full steps", "leave budget= out")
+    if steps not in (None, schedule.steps):
+        raise UserError(
+            f"steps={steps}, and the schedule is for {schedule.steps}",
+            f"sample in {schedule.steps} steps, or pass full_steps= of your own",
+        )
+    return schedule
+
+
+def _forecaster(predictor: str | Path | Forecaster) -> Forecaster:
+    if not isinstance(predictor, str | Path):
+        return predictor
+    if predictor in ZOO:
+        return ZOO[predictor]()
+    if not Path(predictor).is_dir():
+        raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
+    return Predictor.from_pretrained(predictor)
+
+
+def _student_of(pipe: DiffusionPipeline, family: DiTFamily) -> str | None:
+    """`student_hash` of a pipeline that diffusers loaded, by the files it came from; None if it was put together."""
+    source = pipe.name_or_path
+    folders = {d.attribute: f"{source}/{d.attribute}" for d in family.denoisers}
+    if source is None or any(getattr(pipe, n).config.get("_name_or_path") != f for n, f in folders.items()):
+        return None
+    files = [(name, file) for name, folder in folders.items() for file in sorted(Path(folder).glob("*.safetensors"))]
+    hashes = {f"{name}/{file.name}": sha256_file(file) for name, file in files}
+    return student_hash(LoadedPipeline(pipe, family, source, {}, hashes))
