@@ -87,6 +87,15 @@ class GenerateConfig:
     """true: two forward passes a step; false: one, with g embedded; null: two unless the model embeds g."""
     instantaneous: bool = False
     """true: a student of mean velocities is sampled as the model of instantaneous ones that it contains (r = t)."""
+    predictor: str | None = None
+    """What stands in for the transformer on the steps that are not full: the folder of a trained predictor, `reuse` or
+    `taylor`; null runs every step in full."""
+    full_steps: list[int] | None = None
+    """Positions of the full steps, from 0."""
+    budget: int | None = None
+    """Number of full steps, in place of `full_steps`: the predictor's schedule says which."""
+    schedule: str | None = None
+    """A schedule.json to take them from; null is the predictor's own."""
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None

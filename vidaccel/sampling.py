@@ -7,12 +7,14 @@ B videos, C channels, T frames, H height, W width; of pixels in `generate`, of l
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vidaccel.cache.attach import Attachment, attach
 from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, guidance_in_force, set_guidance, unknown_words
@@ -21,6 +23,9 @@ from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
+
+REFERENCE_PASSES = 100
+"""Of the reference sampler: 50 steps, with and without the prompt."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,11 @@ class Generated:
     """uint8 [B, T, H, W, 3]."""
     steps: int
     passes: int
-    """Forward passes of the transformer as they happened."""
+    """Forward passes of the transformer as they happened, predicted ones included."""
+    predicted: int
+    """Those of them in which a predictor stood in for its blocks."""
+    pass_seconds: float
+    """Median of a full pass."""
     guidance: float
     """CFG scale that was in force; 1 is none."""
     seconds: dict[str, float]
@@ -39,14 +48,43 @@ class Generated:
 
     def summary(self) -> str:
         frames, height, width = self.frames.shape[1:4]
+        passes = f"{self.passes} passes"
+        seconds = f"denoising {self.seconds['denoise']:.1f} s"
+        if self.predicted:
+            passes = f"{self.passes - self.predicted} full + {self.predicted} predicted passes"
+            seconds += f" (50 steps of two full passes take about {REFERENCE_PASSES * self.pass_seconds:.1f} s)"
         return (
-            f"{frames} frames {width}x{height}; {self.steps} steps, {self.passes} passes, guidance {self.guidance:g}; "
-            f"denoising {self.seconds['denoise']:.1f} s, decoding {self.seconds['decode']:.1f} s"
+            f"{frames} frames {width}x{height}; {self.steps} steps, {passes}, guidance {self.guidance:g}; "
+            f"{seconds}, decoding {self.seconds['decode']:.1f} s"
         )
 
 
-def generate(loaded: LoadedPipeline, prompts: list[str], config: GenerateConfig, seeds: list[int]) -> Generated:
+def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> AbstractContextManager[Attachment | None]:
+    """The pipeline with the predictor that `config` names, for the time of a `with` block; as it is, if it names none.
+
+    Raises:
+        UserError: as `attach` does, or full steps came without anything to take the place of the others.
+    """
+    if config.predictor is None:
+        for key in ("full_steps", "budget", "schedule"):
+            if getattr(config, key) is not None:
+                raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
+        return nullcontext()
+    steps = loaded.default("steps") if config.steps is None else config.steps
+    which = {"full_steps": config.full_steps, "budget": config.budget, "schedule": config.schedule}
+    return attach(loaded, predictor=config.predictor, steps=steps, **which)
+
+
+def generate(
+    loaded: LoadedPipeline,
+    prompts: list[str],
+    config: GenerateConfig,
+    seeds: list[int],
+    attachment: Attachment | None = None,
+) -> Generated:
     """Run the pipeline on a batch of prompts, each from noise drawn on the CPU by a generator with its own seed.
+
+    `attachment` is what `predicted_steps` gave, for the count.
 
     Raises:
         UserError: settings the model cannot follow, or a result that is not finite.
@@ -63,13 +101,14 @@ def generate(loaded: LoadedPipeline, prompts: list[str], config: GenerateConfig,
     steps, (scale, two_pass) = arguments["num_inference_steps"], guidance_in_force(loaded, **guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
-    with _Passes(loaded, total=steps * (1 + (two_pass and scale > 1))) as passes:
+    with _Passes(loaded, steps * (1 + (two_pass and scale > 1)), attachment) as passes:
         frames = loaded.pipe(prompts, generator=generators, output_type="np", **arguments).frames
     ended = time.perf_counter()
     if not np.isfinite(frames).all():
         raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
-    return Generated((frames * 255).round().astype(np.uint8), steps, passes.count, scale, seconds)
+    count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
+    return Generated((frames * 255).round().astype(np.uint8), steps, count, predicted, typical, scale, seconds)
 
 
 @torch.no_grad()
@@ -111,12 +150,17 @@ def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:
 
 
 class _Passes:
-    """Counts the denoisers' forward passes with hooks, notes when the first began and the last ended, shows a bar."""
+    """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
 
-    def __init__(self, loaded: LoadedPipeline, total: int):
+    def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | None):
         self._modules = [getattr(loaded.pipe, d.attribute) for d in loaded.family.denoisers]
         self._bar = Progress("denoising", total=total)
-        self.count, self.first, self.last = 0, 0.0, 0.0
+        self._attachment = attachment
+        self.full: list[float] = []
+        """Seconds of each full pass."""
+        self.predicted, self.first, self.last = 0, 0.0, 0.0
+        """Predicted passes; when the first pass began and the last one ended."""
+        self._seen = attachment.predicted_passes if attachment else 0
 
     def __enter__(self) -> "_Passes":
         self._hooks = [m.register_forward_pre_hook(self._begin) for m in self._modules]
@@ -130,10 +174,17 @@ class _Passes:
             hook.remove()
 
     def _begin(self, module, inputs) -> None:
-        self.first = self.first or time.perf_counter()
+        self._begun = time.perf_counter()
+        self.first = self.first or self._begun
 
     def _end(self, module, inputs, output) -> None:
         if output[0].is_cuda:
             torch.cuda.synchronize()
-        self.count, self.last = self.count + 1, time.perf_counter()
+        self.last = time.perf_counter()
+        # The attachment's own hook on the end of a pass was there before this one.
+        before, self._seen = self._seen, self._attachment.predicted_passes if self._attachment else 0
+        if self._seen > before:
+            self.predicted += 1
+        else:
+            self.full.append(self.last - self._begun)
         self._bar.advance()

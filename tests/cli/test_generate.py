@@ -73,7 +73,8 @@ def test_json_says_what_was_made(models):
     )
     made = json.loads(result.stdout)
     assert made["files"] == ["out.mp4"]
-    assert (made["seed"], made["steps"], made["passes"], made["guidance"]) == (7, 2, 4, 3.0)
+    assert (made["seed"], made["steps"], made["guidance"]) == (7, 2, 3.0)
+    assert made["passes"] == {"full": 4, "predicted": 0}
     assert made["size"] == [5, 32, 32]
     assert set(made["seconds"]) == {"load", "text", "denoise", "decode", "write"}
     weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -98,9 +99,43 @@ def test_a_student_is_a_model_like_any_other(students, kind):
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("out.mp4: 5 frames 32x32; 4 steps, 4 passes, guidance 4;")
     made = json.loads(run("a red circle", f"model={students[kind]}", "steps=2", "guidance=7", "--json").stdout)
-    assert (made["steps"], made["passes"], made["guidance"]) == (2, 2, 7.0)
+    assert (made["steps"], made["passes"]["full"], made["guidance"]) == (2, 2, 7.0)
     assert "conditioning/model.safetensors" in made["hashes"]
     assert ("lora/pytorch_lora_weights.safetensors" in made["hashes"]) == (kind == "adapter")
+
+
+def test_predicted_steps_are_counted_and_said(students):
+    """Two videos under one attachment, the second as it is alone."""
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    own = [f"model={students['student']}", "predictor=reuse"]
+    result = run("--prompts", "prompts.txt", "-o", "videos", *own, "full_steps=[0,2]")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("4 steps, 2 full + 2 predicted passes, guidance 4; denoising") == 2
+    assert "(50 steps of two full passes take about" in result.stdout
+    Path("schedule.json").write_text(json.dumps({"steps": 4, "full_steps": [0, 2], "budget": 2}))
+    made = json.loads(run("a blue square", *own, "schedule=schedule.json", "--seed", "1", "--json").stdout)
+    assert made["passes"] == {"full": 2, "predicted": 2}
+    assert Path("out.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
+    full = run("a blue square", own[0], "--seed", "1", "-o", "full.mp4")
+    assert "4 passes" in full.stdout
+    assert Path("full.mp4").read_bytes() != Path("out.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["full_steps=[0,2]"], "without a predictor"),
+        (["predictor=reuse"], "nothing says which steps are full"),
+        (["predictor=reuse", "full_steps=[1,2]"], "does not start at 0"),
+        (["predictor=reuse", "full_steps=[0,4]"], "there are 4 steps"),
+        (["predictor=nowhere", "full_steps=[0]"], "there is no folder nowhere"),
+    ],
+)
+def test_predicted_steps_that_cannot_be_meant(students, words, message):
+    result = run("a red circle", f"model={students['student']}", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not Path("out.mp4").exists()
 
 
 def test_a_shipped_student_takes_one_yaml(students, monkeypatch):

@@ -80,7 +80,7 @@ def _make(
     from vidaccel.data.video import contact_sheet, write_video
     from vidaccel.models.loading import load_pipeline
     from vidaccel.sampling import generate as sample
-    from vidaccel.sampling import warn_of_unknown_words
+    from vidaccel.sampling import predicted_steps, warn_of_unknown_words
 
     started = time.perf_counter()
     loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
@@ -88,14 +88,15 @@ def _make(
     for text in texts:
         warn_of_unknown_words(loaded, text)
     videos = []
-    for i, (text, file) in enumerate(zip(texts, files, strict=True)):
-        made = sample(loaded, [text], config, [config.seed + i])
-        if sheet:
-            videos.append(made.frames[0])
-        started = time.perf_counter()
-        write_video(made.frames[0], file, loaded.default("fps"))
-        seconds.update(made.seconds | {"write": time.perf_counter() - started})
-        say(f"{file}: {made.summary()}")
+    with predicted_steps(loaded, config) as attachment:
+        for i, (text, file) in enumerate(zip(texts, files, strict=True)):
+            made = sample(loaded, [text], config, [config.seed + i], attachment)
+            if sheet:
+                videos.append(made.frames[0])
+            started = time.perf_counter()
+            write_video(made.frames[0], file, loaded.default("fps"))
+            seconds.update(made.seconds | {"write": time.perf_counter() - started})
+            say(f"{file}: {made.summary()}")
     if sheet:
         contact_sheet(videos, sheet, labels=texts)
         say(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
@@ -105,7 +106,7 @@ def _make(
         "prompts": texts,
         "seed": config.seed,
         "steps": made.steps,
-        "passes": made.passes,
+        "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
         "guidance": made.guidance,
         "size": list(made.frames.shape[1:4]),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
