@@ -95,6 +95,7 @@ def test_unknown_configurations(conf, message, hint):
         ("3: 4", 'mine.yaml: there is no setting "3"'),
         ("defaults: [nowhere]", "mine.yaml: .*Could not load 'nowhere'"),
         ("model: ${nowhere}", "model: Interpolation key 'nowhere' not found"),
+        ("null: 3", "mine.yaml: a key that is no name"),
     ],
 )
 def test_broken_yamls(tmp_path, text, message):

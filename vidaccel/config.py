@@ -609,7 +609,7 @@ def load(command: str, schema: type[Schema], conf: str, overrides: Sequence[str]
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
     except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key
         raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
     _check_keys(OmegaConf.to_container(chosen), schema, path.name)
     try:
