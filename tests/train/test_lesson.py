@@ -13,22 +13,13 @@ from tests.train.test_loop import interrupting_at, outcome
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig, TrainConfig
 from vidaccel.train.discriminator import Discriminator, discriminator_hinge, predictor_hinge, token_grid, trunk_features
-from vidaccel.train.lesson import Lesson
+from vidaccel.train.lesson import Lesson, Reuse
 from vidaccel.train.loop import train
 from vidaccel.train.pairs import Pair, noised_pair, restricted_times
 
 WIDTH = 24
 CONFIG = DiscriminatorConfig(depths=[0.5, 1.0], scales=[1, 2], width=8, weight=0.5)
 TRAIN = TrainConfig(steps=4, learning_rate=1e-3, warmup=0, ema_decay=0.5, save_every=2, log_every=1)
-
-
-class Reuse:
-    """The cached tokens once more."""
-
-    history = 1
-
-    def __call__(self, arguments, memory, t):
-        return {"hidden_states": memory[0].tokens["hidden_states"]}
 
 
 class Fusion(nn.Module):
@@ -55,24 +46,22 @@ def discriminator() -> Discriminator:
 
 @pytest.fixture(params=["hunyuan_video", "wan"])
 def lesson(request):
-    """`lesson(adversarial)`: on noised pairs of two clips; its student is attached."""
+    """`lesson(adversarial)`, its student attached; `lesson.pair` and `lesson.draw` are what it learns from."""
     velocity, x_0, text = student(request.param)
     with Trunk(velocity.transformer, velocity.family) as trunk:
 
-        def draw(index, generator):
+        def of(adversarial: bool, predictor: nn.Module | None = None) -> Lesson:
+            judge = discriminator() if adversarial else None
+            return Lesson(velocity, trunk, predictor or Fusion(), judge, CONFIG)
+
+        def draw(generator) -> Pair:
             eps = torch.randn(x_0.shape, generator=generator)
             full, predicted = restricted_times(2, 0.2, 0.2, generator)
             return noised_pair(velocity, trunk, x_0, eps, text, None, full, predicted)
 
-        def of(adversarial: bool, predictor: nn.Module | None = None) -> Lesson:
-            judge = discriminator() if adversarial else None
-            return Lesson(velocity, trunk, predictor or Fusion(), draw, Reuse(), judge, CONFIG)
-
+        of.draw = draw
+        of.pair = draw(torch.Generator().manual_seed(5))
         yield of
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(5)
 
 
 def by_hand(lesson: Lesson, pair: Pair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,9 +85,8 @@ def gradients(loss: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_first_stage_is_the_squared_error(lesson):
-    first = lesson(adversarial=False)
-    loss, measured = first(0, generator())
-    pair = first.draw(0, generator())
+    first, pair = lesson(adversarial=False), lesson.pair
+    loss, measured = first(pair)
     with torch.no_grad(), first.trunk.predicted(first.predictor, memory=pair.memory):
         u = first.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
     assert loss.item() == measured["mse"] == pytest.approx(F.mse_loss(u, pair.target).item())
@@ -109,9 +97,9 @@ def test_the_first_stage_is_the_squared_error(lesson):
 
 def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(lesson):
     second = lesson(adversarial=True)
-    loss, measured = second(0, generator())
+    loss, measured = second(lesson.pair)
     loss.backward()
-    error, told, fooled = by_hand(second, second.draw(0, generator()))
+    error, told, fooled = by_hand(second, lesson.pair)
     assert loss.item() == pytest.approx((error + told + CONFIG.weight * fooled).item(), rel=1e-5)
     assert measured["discriminator"] == pytest.approx(told.item(), rel=1e-5)
     assert measured["adversarial"] == pytest.approx(fooled.item(), rel=1e-5)
@@ -130,16 +118,10 @@ def test_a_perfect_predictor_cannot_be_told_apart(lesson):
             return {"hidden_states": memory[0].tokens["hidden_states"]}
 
     second = lesson(adversarial=True, predictor=Exact())
-    plain = second.draw
-
-    def at_the_full_step(index, generator):
-        pair = plain(index, generator)
-        with torch.no_grad(), second.trunk.full():
-            second.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
-        return pair._replace(memory=second.trunk.memory())
-
-    second.draw = at_the_full_step
-    _, measured = second(0, generator())
+    pair = lesson.pair
+    with torch.no_grad(), second.trunk.full():
+        second.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
+    _, measured = second(pair._replace(memory=second.trunk.memory()))
     assert measured["mse"] == pytest.approx(0, abs=1e-10)
     assert measured["discriminator"] >= 2 - 1e-5  # max(0, 1 - D) + max(0, 1 + D) with one D
 
@@ -180,19 +162,20 @@ def load_moments(folder) -> dict[str, torch.Tensor]:
 # Training
 
 
-def call(lesson: Lesson, index: int, generator: torch.Generator):
-    return lesson(index, generator)
+def run(lesson, folder, adversarial: bool, stop: int | None = None, **changes) -> Lesson:
+    """Trains, and stops in the middle of forward pass `stop`."""
 
+    def loss(model, index, generator):
+        return model(lesson.draw(generator))
 
-def run(lesson: Lesson, folder, loss=call, **changes) -> Lesson:
-    config = replace(TRAIN, **changes)
-    return train(lesson, loss, config, folder, seed=0, title="toy", settings={}, rates={"discriminator": 10.0})
+    loss, config = loss if stop is None else interrupting_at(stop, loss), replace(TRAIN, **changes)
+    model, rates = lesson(adversarial), {"discriminator": 10.0}
+    return train(model, loss, config, folder, seed=0, title="toy", settings={}, rates=rates)
 
 
 def test_training_beats_reuse_and_leaves_the_student_alone(lesson, tmp_path):
-    first = lesson(adversarial=False)
-    before = {name: p.clone() for name, p in first.student.state_dict().items()}
-    run(first, tmp_path, steps=40, learning_rate=3e-3)
+    before = {name: p.clone() for name, p in lesson(adversarial=False).student.state_dict().items()}
+    first = run(lesson, tmp_path, False, steps=40, learning_rate=3e-3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     late = lines[-10:]
     assert sum(line["mse"] for line in late) < 0.8 * sum(line["reuse"] for line in late)
@@ -201,10 +184,10 @@ def test_training_beats_reuse_and_leaves_the_student_alone(lesson, tmp_path):
 
 
 def test_a_killed_second_stage_goes_on_bit_for_bit(lesson, tmp_path):
-    run(lesson(adversarial=True), tmp_path / "straight")
+    run(lesson, tmp_path / "straight", True)
     with pytest.raises(KeyboardInterrupt):
-        run(lesson(adversarial=True), tmp_path / "killed", interrupting_at(3, call))
-    run(lesson(adversarial=True), tmp_path / "killed")
+        run(lesson, tmp_path / "killed", True, stop=3)
+    run(lesson, tmp_path / "killed", True)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
     last = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1]
     assert {"mse", "reuse", "discriminator", "adversarial"} < json.loads(last).keys()

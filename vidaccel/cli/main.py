@@ -12,6 +12,7 @@ from vidaccel.cli.benchmark import benchmark
 from vidaccel.cli.collect_features import collect_features
 from vidaccel.cli.distill import distill
 from vidaccel.cli.generate import generate
+from vidaccel.cli.train_predictor import train_predictor
 
 app = typer.Typer(
     help="Make video diffusion transformers fast, and measure honestly what it cost.",
@@ -39,6 +40,7 @@ def _program(
 app.command(no_args_is_help=True)(generate)
 app.command(no_args_is_help=True)(benchmark)
 app.command()(collect_features)
+app.command()(train_predictor)
 app.command()(distill)
 
 

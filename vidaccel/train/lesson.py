@@ -5,8 +5,6 @@ pass: the discriminator is taught on features that are cut off, the predictor by
 neither sees the other's gradients. The student between them lets gradients through and stays as it is.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig
 from vidaccel.models.velocity import Velocity
-from vidaccel.predictor.forecasters import Forecaster
+from vidaccel.predictor.forecasters import Cached, Forecaster, Tokens
 from vidaccel.train.discriminator import (
     Discriminator,
     discriminator_hinge,
@@ -24,8 +22,14 @@ from vidaccel.train.discriminator import (
 )
 from vidaccel.train.pairs import Pair
 
-Draw = Callable[[int, torch.Generator], Pair]
-"""(index of the forward pass, its generator) -> what it learns from."""
+
+class Reuse:
+    """The cached tokens once more."""
+
+    history = 1
+
+    def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+        return memory[0].tokens
 
 
 class Lesson(nn.Module):
@@ -36,27 +40,24 @@ class Lesson(nn.Module):
         student: Velocity,
         trunk: Trunk,
         predictor: nn.Module,
-        draw: Draw,
-        reuse: Forecaster,
         discriminator: Discriminator | None = None,
         config: DiscriminatorConfig | None = None,
     ):
         super().__init__()
         self.student, self.predictor, self.discriminator = student, predictor, discriminator
-        self.trunk, self.draw, self.reuse, self.config = trunk, draw, reuse, config
+        self.trunk, self.config = trunk, config
 
     def train(self, mode: bool = True) -> "Lesson":
         super().train(mode)
         self.student.eval()
         return self
 
-    def forward(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, pair: Pair) -> tuple[Tensor, dict[str, float]]:
         """The loss, and what is worth knowing: the squared error, and that of giving the cached tokens again."""
-        pair = self.draw(index, generator)
         u = self._predicted(pair, self.predictor)
         error = F.mse_loss(u.float(), pair.target.float())
         with torch.no_grad():
-            reused = F.mse_loss(self._predicted(pair, self.reuse).float(), pair.target.float())
+            reused = F.mse_loss(self._predicted(pair, Reuse()).float(), pair.target.float())
         measured = {"mse": error.item(), "reuse": reused.item()}
         if self.discriminator is None:
             return error, measured

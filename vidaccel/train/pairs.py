@@ -26,6 +26,8 @@ from vidaccel.train.loop import generator_for
 from vidaccel.train.meanflow import sample_interval_ends
 
 Data = ShardFolder | EncodedSource
+ALONG = ("x", "velocity", *CACHES.values())
+"""What a stored trajectory has for each of its steps."""
 
 
 class Times(NamedTuple):
@@ -98,9 +100,8 @@ class Pairs:
         longest = min(self.config.longest, steps - 1)
         length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
         first = torch.randint(steps - length, (len(samples),), generator=generator)
-        along = ("x", "velocity", *CACHES.values())
         chosen = [
-            {name: tensor[i] if name in along else tensor for name, tensor in sample.items() if name != "times"}
+            {name: tensor[i] if name in ALONG else tensor for name, tensor in sample.items() if name != "times"}
             for sample, i in zip(samples, first, strict=True)
         ]
         text = batch(chosen, self.grid.device, torch.float32)

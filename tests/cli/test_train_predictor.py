@@ -1,0 +1,75 @@
+"""`vidaccel train-predictor` through real files: what it writes, what it says, and how it refuses."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.students import student
+from tests.train.test_distill import write_features
+from vidaccel.cache.schedule import read_schedules
+from vidaccel.cli.main import app
+from vidaccel.models.loading import load_pipeline
+
+TRAIN = {"steps": 2, "batch_size": 2, "warmup": 0, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a student, and features for it."""
+    folder = tmp_path_factory.mktemp("world")
+    write_features(folder / "features", load_pipeline(student(folder, "wan")))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(world: Path, *words: str):
+    small = [f"{stage}.{key}={value}" for stage in ("mse", "adversarial") for key, value in TRAIN.items()]
+    small += [f"student={world / 'student'}", "blocks=1", "discriminator.width=8", "search_prompts=2"]
+    return CliRunner().invoke(app, ["train-predictor", "--conf", "sprites", *small, *words])
+
+
+def test_trains_searches_and_says_the_schedules(world):
+    result = run(world, "--features", str(world / "features"), "-o", "predictor")
+    assert result.exit_code == 0, result.output
+    *lines, last = result.stdout.splitlines()
+    assert last == "predictor: the predictor and these schedules"
+    schedules = read_schedules("predictor/schedule.json")
+    assert [line.partition(" of 4 steps full, expected error ")[0] for line in lines] == ["1", "2", "3", "4"]
+    assert lines[3] == "4 of 4 steps full, expected error 0.000: 0 1 2 3"
+    assert all(line.endswith(": " + " ".join(map(str, schedules[i + 1].full_steps))) for i, line in enumerate(lines))
+    assert "% of the student's" in result.stderr
+
+    again = run(world, f"features={world / 'features'}", "-o", "predictor", "stage=search")
+    assert again.exit_code == 0 and again.stdout == result.stdout
+
+
+MISTAKES = {
+    "an unknown setting": (["blokcs=2"], 'did you mean "blocks"?'),
+    "an impossible stage": (["stage=seek"], "all or search"),
+    "no such student": (["student=./nowhere"], "nowhere"),
+    "no such features": (["--features", "nowhere"], "there is no folder nowhere"),
+    "depths out of order": (["discriminator.depths=[0.5,0.2]"], "rises"),
+    "nothing to search for": (["stage=search", "-o", "none"], "there is no folder none"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_a_line_and_a_hint(world, mistake):
+    words, expected = MISTAKES[mistake]
+    result = run(world, *words)
+    assert result.exit_code == 2, result.output
+    assert expected in result.stderr
+    assert "hint: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_print_conf_can_be_read_back(world):
+    printed = run(world, "--print-conf", "lag=0.1")
+    assert printed.exit_code == 0 and "lag: 0.1\n" in printed.stdout
+    Path("mine.yaml").write_text(printed.stdout)
+    back = CliRunner().invoke(app, ["train-predictor", "--conf", "mine.yaml", "--print-conf"])
+    assert back.stdout == printed.stdout

@@ -1,0 +1,42 @@
+"""`vidaccel train-predictor`: what stands in for a student's trunk on most steps, and on which of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings
+
+
+@reported
+def train_predictor(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the predictor, its schedules and checkpoints.")
+    ] = Path("runs/predictor"),
+    conf: Conf = "sprites",
+    features: Annotated[
+        Path | None, typer.Option(help="A folder from collect-features to learn from.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    print_conf: PrintConf = False,
+    debug: Debug = False,
+) -> None:
+    """Train a predictor for a student and search its schedules, going on where an earlier run was stopped.
+
+    vidaccel train-predictor --conf sprites --features runs/features -o runs/predictor
+
+    vidaccel train-predictor -o runs/predictor stage=search
+
+    On many processes: torchrun -m vidaccel train-predictor ...
+    """
+    given = [] if features is None else [f"features={features}"]
+    config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf)
+    quiet_libraries()
+    from vidaccel.train.predictor import train_predictor as run
+
+    schedules = run(config, output, device)
+    for budget, schedule in sorted(schedules.items()):
+        full = " ".join(map(str, schedule.full_steps))
+        typer.echo(f"{budget} of {schedule.steps} steps full, expected error {schedule.expected_error:.3f}: {full}")
+    typer.echo(f"{output}: the predictor and these schedules")

@@ -1,0 +1,185 @@
+"""`vidaccel train-predictor` from end to end: a student and data in, a predictor's folder with its schedules out.
+
+folder/config.json, model.safetensors   the predictor
+folder/schedule.json                    the best full steps for each budget
+folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
+"""
+
+import logging
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel import config as configuration
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_writable, read_run, sha256_file, write_run
+from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.config import PredictorConfig, TrainConfig
+from vidaccel.models.identity import student_hash
+from vidaccel.models.loading import load_pipeline
+from vidaccel.predictor.checkpoint import FORMAT, SCHEDULE_FILE
+from vidaccel.predictor.network import Predictor, new_predictor
+from vidaccel.train.discriminator import Discriminator, trunk_blocks
+from vidaccel.train.lesson import Lesson, Reuse
+from vidaccel.train.loop import generator_for, train
+from vidaccel.train.meanflow import widest_interval
+from vidaccel.train.pairs import Pairs
+from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
+from vidaccel.train.search import measured_costs, searched
+from vidaccel.train.setting import Setting, setting_of
+
+log = logging.getLogger(__name__)
+COMMAND = "vidaccel train-predictor"
+STAGES = ("mse", "adversarial")
+NOT_SHAPING = {"student", "stage", "features", "data", "clips", "on_damage", "seed", "search_prompts", *STAGES}
+"""Settings that shape no stage, or that `train` is told otherwise."""
+
+
+def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> dict[int, Schedule]:
+    """Train a predictor into the folder `output`, going on where an earlier run was stopped, and search its schedules;
+    or, for `stage=search`, search those of the predictor that is there. Returns them by budget.
+
+    Raises:
+        UserError: student, data and settings do not go together, or cannot be read or written.
+        TrainingFailed: the training did not stay finite.
+    """
+    check_writable(output / RUN_FILE)
+    with processes():
+        started = datetime.now(UTC)
+        run = read_run(output, FORMAT) if config.stage == "search" else None
+        made = Predictor.from_pretrained(output).config if run else None
+        halves = config.mse.precision == config.adversarial.precision == "bfloat16"
+        loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
+        setting = setting_of(loaded, config, made)
+        with setting.trunk:
+            if run is None:
+                _train(setting, output)
+                run = _described(setting, started)
+            schedules = _search(setting, output)
+        on_first(lambda: _finish(setting, output, run, schedules))
+        return schedules
+
+
+def _train(setting: Setting, output: Path) -> None:
+    """Both stages; leaves the predictor in `output`."""
+    config, student = setting.config, setting.student
+    torch.manual_seed(config.seed)
+    predictor, pairs = _start(setting)
+    discriminator = Discriminator(predictor.config.width, config.discriminator).to(setting.device)
+    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
+    log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
+    _shard(setting, predictor, discriminator)
+    _stage("mse", setting, pairs, Lesson(student, setting.trunk, predictor), output)
+    if config.adversarial.steps:
+        judged = Lesson(student, setting.trunk, predictor, discriminator, config.discriminator)
+        _stage("adversarial", setting, pairs, judged, output)
+    _save(predictor, output)
+
+
+def _start(setting: Setting) -> tuple[Predictor, Pairs]:
+    """A new predictor, which starts from the tokens of a first pass, and what it will learn from."""
+    config, student, sampling = setting.config, setting.student, setting.sampling
+    trained_on = student.conditioning.config.restrict if student.conditioning else None
+    restrict = config.restrict or trained_on or widest_interval(sampling.steps, sampling.shift)
+    grid = sampling.grid.to(setting.device)
+    pairs = Pairs(student, setting.trunk, Reuse(), setting.data, config, grid, sampling.guidance, restrict, config.seed)
+    with _autocast(setting, config.mse):
+        first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
+    predictor = new_predictor(
+        student.transformer,
+        student.family,
+        first.memory[0].tokens,
+        config.blocks,
+        steps=sampling.steps,
+        shift=sampling.shift,
+        student=student_hash(setting.loaded),
+    )
+    return predictor, replace(pairs, predictor=predictor)
+
+
+def _stage(name: str, setting: Setting, pairs: Pairs, lesson: Lesson, output: Path) -> None:
+    config: TrainConfig = getattr(setting.config, name)
+    passes = config.accumulate * world()
+
+    def loss(lesson: nn.Module, index: int, generator: torch.Generator):
+        return lesson(pairs.draw(index, config.batch_size, index // passes, generator))
+
+    train(
+        lesson,
+        loss,
+        config,
+        output / CHECKPOINTS / name,
+        seed=setting.config.seed + STAGES.index(name),
+        title=f"predictor, {name}",
+        settings=_shaping(setting, name),
+        rates={"discriminator": setting.config.discriminator.learning_rate / config.learning_rate},
+    )
+
+
+def _shaping(setting: Setting, name: str) -> dict[str, Any]:
+    """What shapes a stage, besides what `train` is given itself. The second goes on from the first."""
+    config = configuration.to_dict(setting.config)
+    shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
+    earlier = {} if name == "mse" else {"mse": config["mse"], "discriminator": config["discriminator"]}
+    made_of = {"data": setting.made_of, "student": student_hash(setting.loaded), **asdict(setting.sampling)}
+    return shared | earlier | made_of
+
+
+def _shard(setting: Setting, predictor: Predictor, discriminator: Discriminator) -> None:
+    """Each part on its own, because each is called on its own."""
+    student = setting.student
+    shard(student.transformer, [block for _, block in trunk_blocks(student)])
+    for part in (student.conditioning, discriminator):
+        if part is not None:
+            shard(part, [])
+    shard(predictor, predictor.blocks)
+
+
+def _save(predictor: Predictor, output: Path) -> None:
+    weights = full_state(predictor)  # every process has to call it
+    if rank() == 0:
+        whole = Predictor(predictor.config)
+        whole.load_state_dict(weights)
+        (output / RUN_FILE).unlink(missing_ok=True)
+        whole.save_pretrained(output)
+
+
+def _search(setting: Setting, output: Path) -> dict[int, Schedule]:
+    """The schedules of the predictor in `output`, run as it is when it serves."""
+    transformer = setting.student.transformer
+    predictor = Predictor.from_pretrained(output).to(setting.device)
+    predictor.check_fits(transformer, setting.loaded.family, student_hash(setting.loaded))
+    costs = measured_costs(setting, predictor.run_like(transformer))
+    return searched(costs, setting.sampling.shift)
+
+
+def _described(setting: Setting, started: datetime) -> dict[str, Any]:
+    """What run.json says of a training."""
+    folders = {"student": Path(setting.loaded.source)}
+    if setting.config.features is not None:
+        folders["features"] = Path(setting.config.features)
+    parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
+    config = configuration.to_dict(setting.config)
+    return {"config": config, "seed": setting.config.seed, "started": started.isoformat(), "parents": parents}
+
+
+def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: dict[int, Schedule]) -> None:
+    (output / RUN_FILE).unlink(missing_ok=True)
+    write_schedules(output / SCHEDULE_FILE, schedules)
+    write_run(
+        output,
+        format=FORMAT,
+        command=COMMAND,
+        config=run["config"],
+        seed=run["seed"],
+        started=datetime.fromisoformat(run["started"]),
+        parents=run["parents"],
+        searched_on=asdict(setting.sampling) | {"prompts": setting.config.search_prompts},
+    )
+
+
+def _autocast(setting: Setting, config: TrainConfig) -> torch.autocast:
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
