@@ -3,7 +3,8 @@
 The interpreter runs kernels as numpy and never sees Triton's type checks, its register allocation or its shared memory.
 This does: the launch functions of each fused.py run on meta tensors of HunyuanVideo's sizes with the launch itself
 replaced by the compiler. `python -m tests.kernels.hopper [--first] [op ...]`, outside the interpreter, prints registers
-a thread, bytes of them spilled, and shared memory; --first takes the first configuration of each kernel alone.
+a thread, bytes of them spilled, shared memory, and whether the copy engine is used; --first takes the first
+configuration of each kernel alone, and the first with tensor descriptors.
 """
 
 import re
@@ -146,10 +147,15 @@ def main(words: list[str]) -> None:
         module = __import__(f"vidaccel.kernels.{op}.fused", fromlist=["fused"])
         for recorder in record(module, launches[op]):
             if first_only and recorder.configs:
-                recorder.configs = recorder.configs[:1]
+                kinds = {config.kwargs.get("DESCRIBED", False): config for config in reversed(recorder.configs)}
+                recorder.configs = list(kinds.values())
             for name, config, compiled in compile_for_hopper(recorder):
                 registers, spilled, shared = resources(compiled)
-                print(f"{op:22}{name:12}{registers:4} registers {spilled:5} spilled {shared:6.1f} KiB  {config}")
+                engine = "copy engine" if "cp.async.bulk.tensor" in compiled.asm["ptx"] else ""
+                print(
+                    f"{op:22}{name:12}{registers:4} registers {spilled:5} spilled {shared:6.1f} KiB  "
+                    f"{engine:12}{config}"
+                )
 
 
 if __name__ == "__main__":

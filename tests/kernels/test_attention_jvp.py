@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from tests.kernels.compare import DTYPES, assert_close, double, few_examples, normal, outputs, relative_error
+from tests.kernels.compare import DEVICE, DTYPES, assert_close, double, few_examples, normal, outputs, relative_error
 from vidaccel.kernels.attention_jvp.op import AttentionTangents, attention_jvp
 
 fused = functools.partial(attention_jvp, kernels="fused")
@@ -56,6 +56,44 @@ def test_any_boolean_mask_and_rows_without_a_key():
     got = outputs(functools.partial(fused, mask=mask), inputs)
     assert_close(got, outputs(functools.partial(reference, mask=mask), double(inputs)), 1e-5)
     assert all(not tensor[:, :, 4].any() for tensor in got)
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The kernel with tensor descriptors, which the first configuration goes without."""
+    from vidaccel.kernels.attention_jvp import fused as module
+
+    chosen = [config for config in module.CONFIGS if config.kwargs["DESCRIBED"]][:1]
+    monkeypatch.setattr(module._attention, "configs", chosen)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="descriptors are for Hopper's copy engine"
+)
+@pytest.mark.parametrize(("N", "D"), [(1, 32), (64, 128), (97, 48), (130, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensor_descriptors_read_the_same(described, N, D, dtype):
+    inputs = draw(B=2, M=33, N=N, D=D, dtype=dtype)
+    lengths = torch.tensor([N, N // 2], device=inputs[0].device)
+    mask = torch.arange(N, device=inputs[0].device) < lengths[:, None]
+    assert_close(outputs(fused, inputs), outputs(reference, double(inputs)), TOLERANCE[dtype])
+    got = outputs(functools.partial(fused, mask=mask), inputs)
+    assert_close(got, outputs(functools.partial(reference, mask=mask), double(inputs)), TOLERANCE[dtype])
+
+
+def test_descriptors_are_for_rows_that_the_copy_engine_can_address(monkeypatch):
+    from vidaccel.kernels.attention_jvp import fused as module
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    named = {"q_ptr": torch.empty(0)}
+    assert module._possible(module.CONFIGS, named, ALIGNED=True) == module.CONFIGS
+    by_address = module._possible(module.CONFIGS, named, ALIGNED=False, D=64)
+    assert by_address and not any(config.kwargs["DESCRIBED"] for config in by_address)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert module._possible(module.CONFIGS, named, ALIGNED=True) == by_address
+    rows = torch.empty(1, 2, 5, 72, dtype=torch.float16)
+    assert module._aligned(rows[..., :64]) and module._aligned(rows[..., 8:])
+    assert not module._aligned(rows[..., 4:]) and not module._aligned(rows[..., :66].contiguous())
 
 
 @pytest.mark.parametrize("size", [100.0, 30.0])

@@ -27,3 +27,5 @@ def test_every_kernel_compiles_for_an_h200_without_spilling():
         "attention_jvp",
     }
     assert all(" 0 spilled" in line for line in lines), listing.stdout
+    assert all(("copy engine" in line) == ("'DESCRIBED': True" in line) for line in lines), listing.stdout
+    assert any("copy engine" in line for line in lines)

@@ -10,14 +10,21 @@ Statistics are float32 and taken in two passes over registers (mean first, then 
 mean costs no digits. A row is padded to a power of two; `valid` marks the D real entries.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
 
-def autotuned(configs: list[triton.Config], key: list[str]):
-    """`triton.autotune` with results cached on disk; in the interpreter, which cannot time, the first config alone."""
+def autotuned(configs: list[triton.Config], key: list[str], possible: Callable | None = None):
+    """`triton.autotune` with results cached on disk; in the interpreter, which cannot time, the first config alone.
+
+    `possible(configs, arguments, **constants)` says which of them can run with these arguments; by default all.
+    """
     interpreted = triton.knobs.runtime.interpret
-    return triton.autotune(configs[:1] if interpreted else configs, key=key, cache_results=not interpreted)
+    prune = {"early_config_prune": possible} if possible else None
+    chosen = configs[:1] if interpreted else configs
+    return triton.autotune(chosen, key=key, prune_configs_by=prune, cache_results=not interpreted)
 
 
 @triton.jit
