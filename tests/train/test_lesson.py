@@ -12,8 +12,9 @@ from tests.train.test_discriminator import student
 from tests.train.test_loop import interrupting_at, outcome
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig, TrainConfig
+from vidaccel.predictor.forecasters import Reuse
 from vidaccel.train.discriminator import Discriminator, discriminator_hinge, predictor_hinge, token_grid, trunk_features
-from vidaccel.train.lesson import Lesson, Reuse
+from vidaccel.train.lesson import Lesson
 from vidaccel.train.loop import train
 from vidaccel.train.pairs import Pair, noised_pair, restricted_times
 

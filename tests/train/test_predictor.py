@@ -1,6 +1,8 @@
 """A predictor's training from a student's folder to a predictor's, on tiny students."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
-from vidaccel.config import CollectConfig, DiscriminatorConfig, PredictorConfig, TrainConfig
+from vidaccel.config import CollectConfig, DiscriminatorConfig, PredictorConfig, TrainConfig, to_yaml
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
@@ -159,6 +161,29 @@ def test_bfloat16_with_activations_computed_again(world, tmp_path):
     assert set(train_predictor(config, tmp_path)) == {1, 2, 3, 4}
     assert logged(tmp_path, "adversarial")[-1]["skipped"] == 0
     assert all(p.dtype == torch.float32 for p in Predictor.from_pretrained(tmp_path).parameters())
+
+
+def test_two_processes_train_what_one_does(world, tmp_path):
+    """Student, predictor and discriminator sharded, half of each batch in each process: the same to rounding."""
+    own = replace(STAGE, steps=2, learning_rate=1e-5)
+    split = replace(own, accumulate=2)
+    train_predictor(settings(world, mse=split, adversarial=split), tmp_path / "one")
+    (tmp_path / "two.yaml").write_text(to_yaml(settings(world, mse=own, adversarial=own)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
+    command = [*launch, "train-predictor", "--conf", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the predictor and these schedules") == 1
+    for stage in module.STAGES:
+        for one, two in zip(*(logged(tmp_path / name, stage) for name in ("one", "two")), strict=True):
+            for key in one.keys() - {"seconds"}:
+                assert two[key] == pytest.approx(one[key], rel=1e-4), key
+    one, two = (Predictor.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+    one, two = (read_schedules(tmp_path / name / "schedule.json") for name in ("one", "two"))
+    for budget, schedule in one.items():
+        assert two[budget].expected_error == pytest.approx(schedule.expected_error, rel=1e-3)
 
 
 # what it learns from

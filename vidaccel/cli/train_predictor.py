@@ -39,4 +39,5 @@ def train_predictor(
     for budget, schedule in sorted(schedules.items()):
         full = " ".join(map(str, schedule.full_steps))
         typer.echo(f"{budget} of {schedule.steps} steps full, expected error {schedule.expected_error:.3f}: {full}")
-    typer.echo(f"{output}: the predictor and these schedules")
+    if schedules:
+        typer.echo(f"{output}: the predictor and these schedules")

@@ -49,10 +49,10 @@ class Head(nn.Module):
         """[B, T, H, W, D] -> [B, T, H / s, W / s]; a grid smaller than s is one place."""
         height, width = tokens.shape[2:4]
         size = min(self.scale, height), min(self.scale, width)
-        x = F.avg_pool2d(tokens.flatten(0, 1).movedim(-1, 1), size).movedim(1, -1)
+        x = F.avg_pool2d(tokens.flatten(0, 1).movedim(-1, 1), size).movedim(1, -1).unflatten(0, tokens.shape[:2])
         for layer in self.layers[:-1]:
             x = F.leaky_relu(layer(x, frozen), LEAK)
-        return self.layers[-1](x, frozen).squeeze(-1).unflatten(0, tokens.shape[:2])
+        return self.layers[-1](x, frozen).sum(-1)  # over one; sharding wants no view
 
 
 class Discriminator(nn.Module):

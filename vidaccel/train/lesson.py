@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig
 from vidaccel.models.velocity import Velocity
-from vidaccel.predictor.forecasters import Cached, Forecaster, Tokens
+from vidaccel.predictor.forecasters import Forecaster, Reuse
 from vidaccel.train.discriminator import (
     Discriminator,
     discriminator_hinge,
@@ -21,15 +21,6 @@ from vidaccel.train.discriminator import (
     trunk_features,
 )
 from vidaccel.train.pairs import Pair
-
-
-class Reuse:
-    """The cached tokens once more."""
-
-    history = 1
-
-    def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
-        return memory[0].tokens
 
 
 class Lesson(nn.Module):

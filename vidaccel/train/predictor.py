@@ -21,9 +21,10 @@ from vidaccel.config import PredictorConfig, TrainConfig
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
 from vidaccel.predictor.checkpoint import FORMAT, SCHEDULE_FILE
+from vidaccel.predictor.forecasters import Reuse
 from vidaccel.predictor.network import Predictor, new_predictor
 from vidaccel.train.discriminator import Discriminator, trunk_blocks
-from vidaccel.train.lesson import Lesson, Reuse
+from vidaccel.train.lesson import Lesson
 from vidaccel.train.loop import generator_for, train
 from vidaccel.train.meanflow import widest_interval
 from vidaccel.train.pairs import Pairs
@@ -40,7 +41,8 @@ NOT_SHAPING = {"student", "stage", "features", "data", "clips", "on_damage", "se
 
 def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> dict[int, Schedule]:
     """Train a predictor into the folder `output`, going on where an earlier run was stopped, and search its schedules;
-    or, for `stage=search`, search those of the predictor that is there. Returns them by budget.
+    or, for `stage=search`, search those of the predictor that is there. Returns them by budget; of many processes the
+    first does.
 
     Raises:
         UserError: student, data and settings do not go together, or cannot be read or written.
@@ -60,7 +62,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
                 run = _described(setting, started)
             schedules = _search(setting, output)
         on_first(lambda: _finish(setting, output, run, schedules))
-        return schedules
+        return schedules if rank() == 0 else {}
 
 
 def _train(setting: Setting, output: Path) -> None:
@@ -140,11 +142,14 @@ def _shard(setting: Setting, predictor: Predictor, discriminator: Discriminator)
 
 def _save(predictor: Predictor, output: Path) -> None:
     weights = full_state(predictor)  # every process has to call it
-    if rank() == 0:
+
+    def write() -> None:
         whole = Predictor(predictor.config)
         whole.load_state_dict(weights)
         (output / RUN_FILE).unlink(missing_ok=True)
         whole.save_pretrained(output)
+
+    on_first(write)  # the others go on when it is there
 
 
 def _search(setting: Setting, output: Path) -> dict[int, Schedule]:
