@@ -50,54 +50,41 @@ class OpenContext(StateManager):
         return self._context.name if self._context else None
 
 
-class _Block(ModelHook):
-    """What all blocks share: they run unless a forecaster is in force."""
+class BlockHook(ModelHook):
+    """On each block of a trunk: it runs, unless a forecaster is in force. The first block's then has the tokens made,
+    the others' hand theirs on.
 
-    def __init__(self, trunk: Owner, kind: BlockList, last: bool):
+    One class for all places, which asks for its place as late as it can: torch.compile makes a graph for each answer,
+    and the graphs of all blocks of a model count towards one limit.
+    """
+
+    def __init__(self, trunk: Owner, kind: BlockList, first: bool, last: bool):
         super().__init__()
-        self.trunk, self.kind, self.last = trunk, kind, last
+        self.trunk, self.kind, self.first, self.last = trunk, kind, first, last
+        self._is_stateful = first
+        self.open = trunk.open if first else None
+        """Where diffusers finds it."""
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
         now = self.trunk.now
         if now is not None and now.forecaster is not None:
-            return self._returned(self.predict(self._named(args, kwargs), now))
+            return self._predicted(now, args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.last and now is not None:
             outputs = output if isinstance(output, tuple) else (output,)
             now.left = {name: tokens.detach() for name, tokens in zip(self.kind.returns, outputs, strict=True)}
         return output
 
-    def predict(self, arguments: dict[str, Tensor], now: Pass) -> dict[str, Tensor]:
-        """Tokens by name from a block's arguments by name; the first block has them made."""
-        return arguments
-
-    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """By the record's names; HunyuanVideo passes more behind them."""
-        return dict(zip(self.kind.arguments, args, strict=False)) | kwargs
-
-    def _returned(self, tokens: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """As the block itself returns them."""
-        returned = tuple(tokens[name] for name in self.kind.returns)
-        return returned if len(returned) > 1 else returned[0]
-
-
-class FollowingBlock(_Block):
-    """Any block but the first: on a predicted pass it hands its tokens on."""
-
-
-class FirstBlock(_Block):
-    """The first block: on a predicted pass its tokens are the forecaster's."""
-
-    _is_stateful = True
-
-    def __init__(self, trunk: Owner, kind: BlockList, last: bool):
-        super().__init__(trunk, kind, last)
-        self.open = trunk.open
-
-    def predict(self, arguments: dict[str, Tensor], now: Pass) -> dict[str, Tensor]:
-        return arguments | now.forecaster(arguments, now.memory, now.t)
-
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Pipelines of diffusers ask for this at the end of a generation."""
         self.trunk.reset()
         return module
+
+    def _predicted(self, now: Pass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+        """As the block itself would return it."""
+        # By the record's names; HunyuanVideo passes more behind them.
+        tokens = dict(zip(self.kind.arguments, args, strict=False)) | kwargs
+        if self.first:
+            tokens = tokens | now.forecaster(tokens, now.memory, now.t)
+        returned = tuple(tokens[name] for name in self.kind.returns)
+        return returned if len(returned) > 1 else returned[0]

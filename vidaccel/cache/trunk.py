@@ -35,7 +35,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from vidaccel.cache.blocks import FirstBlock, FollowingBlock, OpenContext, Pass
+from vidaccel.cache.blocks import BlockHook, OpenContext, Pass
 from vidaccel.errors import UserError
 from vidaccel.models.family import DiTFamily
 from vidaccel.predictor.forecasters import Cached, Forecaster
@@ -115,8 +115,7 @@ class Trunk:
         if getattr(self.transformer, "is_cache_enabled", False):
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
-            place = FirstBlock if index == 0 else FollowingBlock
-            self._hook(block, place(self, kind, last=index == len(blocks) - 1))
+            self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
         return self

@@ -1,0 +1,368 @@
+"""Attached pipelines of all families: full steps change nothing, predicted ones do what they say."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+
+import vidaccel
+from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.cache.attach import attach
+from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.cache.trunk import Mode, Trunk
+from vidaccel.errors import UserError
+from vidaccel.models.catalog import FAMILIES as FAMILY_RECORDS
+from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.fuse import FUSED_BLOCKS, fuse
+from vidaccel.models.identity import student_hash
+from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
+from vidaccel.predictor.network import Predictor, new_predictor
+
+FAMILIES = sorted(BUILDERS)
+STEPS = 4
+
+
+def call(pipe, prompt="a red circle", steps=STEPS, guidance=4.0, seed=0, **more):
+    """The latents of a generation, with true CFG in two passes unless guidance is 1."""
+    arguments = {"num_inference_steps": steps, "output_type": "latent", **SIZE, **more}
+    name = type(pipe).__name__
+    if name == "HunyuanVideoPipeline":
+        negative = [""] * len(prompt) if isinstance(prompt, list) else ""
+        arguments |= HUNYUAN_CALL | {"true_cfg_scale": guidance, "negative_prompt": negative}
+    elif name == "WanPipeline":
+        arguments |= {"guidance_scale": guidance}
+    else:
+        pipe.guider = pipe.guider.new(guidance_scale=guidance, enabled=guidance > 1)
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pipe(request):
+    return short(tiny_pipeline(request.param))
+
+
+def short(pipe):
+    """With fewer tokens beside those of the video: HunyuanVideo-1.5 pads text to 1256 and an image to 729."""
+    if type(pipe).__name__ == "HunyuanVideo15Pipeline":
+        pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 16, 4
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def plain(pipe):
+    """What the pipeline gives by itself."""
+    return call(pipe)
+
+
+class OwnReuse:
+    """Reuse written out for these transformers: a forward of the trunk's last block that gives stored outputs again.
+
+    It counts calls of that block: two a step, conditional first.
+    """
+
+    def __init__(self, pipe, full_steps):
+        family = family_of_pipeline(type(pipe).__name__)
+        self.block = getattr(pipe.transformer, family.block_lists[-1].name)[-1]
+        self.full_steps, self.calls, self.stored = full_steps, 0, {}
+
+    def __enter__(self):
+        self.handle = self.block.register_forward_hook(self.replace)
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+    def replace(self, block, inputs, output):
+        step, side = divmod(self.calls, 2)
+        self.calls += 1
+        if step in self.full_steps:
+            self.stored[side] = output
+        return self.stored[side]
+
+
+def test_full_at_every_step_is_the_pipeline_itself(pipe, plain):
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=list(range(STEPS))) as attachment:
+        assert torch.equal(call(pipe), plain)
+    assert (attachment.full_passes, attachment.predicted_passes) == (2 * STEPS, 0)
+
+
+def test_reuse_at_every_second_step_is_as_written_out_by_hand(pipe, plain):
+    with OwnReuse(pipe, full_steps={0, 2}):
+        expected = call(pipe)
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
+        got = call(pipe)
+    assert torch.equal(got, expected) and not torch.equal(got, plain)
+    assert (attachment.full_passes, attachment.predicted_passes) == (4, 4)
+
+
+def test_detached_it_is_as_before(pipe, plain):
+    forwards = {name: "forward" in vars(module) for name, module in pipe.transformer.named_modules()}
+    attachment = vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0])
+    call(pipe)
+    attachment.detach()
+    attachment.detach()
+    assert torch.equal(call(pipe), plain)
+    assert forwards == {name: "forward" in vars(module) for name, module in pipe.transformer.named_modules()}
+
+
+def test_generations_in_a_row_know_nothing_of_each_other(pipe):
+    with vidaccel.attach(pipe, predictor="taylor", steps=STEPS, full_steps=[0, 1]):
+        first = call(pipe)
+        other = call(pipe, "a green square on black", seed=1, guidance=1.0)
+        assert torch.equal(call(pipe), first) and not torch.equal(other, first)
+
+
+def test_an_exception_at_a_step_leaves_nothing_behind(pipe, plain):
+    def stop(pipe, index, timestep, tensors):
+        if index == 1:
+            raise ArithmeticError("stopped")
+        return tensors
+
+    def broken(module, inputs):
+        raise ArithmeticError("broken")
+
+    more = {} if type(pipe).__name__ == "HunyuanVideo15Pipeline" else {"callback_on_step_end": stop}
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
+        expected = call(pipe)
+        if more:
+            with pytest.raises(ArithmeticError, match="stopped"):
+                call(pipe, "a green square", **more)
+            assert torch.equal(call(pipe), expected)
+        handle = pipe.transformer.proj_out.register_forward_pre_hook(broken)
+        with pytest.raises(ArithmeticError, match="broken"):
+            call(pipe, "a green square")
+        handle.remove()
+        assert torch.equal(call(pipe), expected)
+        assert not attachment._trunks[0]._memory
+    with pytest.raises(ArithmeticError), vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0]):
+        handle = pipe.transformer.proj_out.register_forward_pre_hook(broken)
+        call(pipe)
+    handle.remove()
+    assert torch.equal(call(pipe), plain)
+
+
+def test_a_batch_is_its_members(pipe, plain):
+    prompts = ["a red circle", "a green square on black"]
+    noise = torch.randn(2, *plain.shape[1:], generator=torch.Generator().manual_seed(0))
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
+        together = call(pipe, prompts, latents=noise.clone())
+        assert (attachment.full_passes, attachment.predicted_passes) == (4, 4)
+        for index, prompt in enumerate(prompts):
+            alone = call(pipe, prompt, latents=noise[index : index + 1].clone())
+            torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_is_kept_once_the_last_step_is_taken(pipe):
+    kept = []
+
+    def count(module, inputs, output):
+        kept.append(sum(len(memory) for memory in attachment._trunks[0]._memory.values()))
+
+    with vidaccel.attach(pipe, predictor="taylor", steps=STEPS, full_steps=[0, 1, 3]) as attachment:
+        handle = pipe.transformer.register_forward_hook(count)
+        call(pipe)
+        handle.remove()
+    # Two contexts, each of which remembers at most two full passes until its own last one.
+    assert kept == [1, 2, 3, 4, 4, 4, 2, 0]
+
+
+def test_two_passes_without_contexts_are_told_apart_by_their_order(pipe, monkeypatch):
+    """As in HunyuanVideo's image-to-video pipeline, which opens none."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+        expected = call(pipe)
+        monkeypatch.setattr(type(pipe.transformer), "cache_context", lambda self, name, **more: nullcontext())
+        assert torch.equal(call(pipe), expected)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipe.scheduler, "step", interrupt)
+            call(pipe, "a green square")
+        assert torch.equal(call(pipe), expected)
+
+
+def test_another_number_of_steps_is_refused_and_does_no_harm(pipe, plain):
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+        expected = call(pipe)
+        with pytest.raises(UserError, match=f"for {STEPS} steps, and the pipeline runs 3"):
+            call(pipe, steps=3)
+        assert torch.equal(call(pipe), expected)
+    assert torch.equal(call(pipe), plain)
+
+
+def test_attaching_twice_is_refused_and_does_no_harm(pipe, plain):
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+        expected = call(pipe)
+        with pytest.raises(UserError, match="attached already"):
+            vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0])
+        assert torch.equal(call(pipe), expected)
+    assert torch.equal(call(pipe), plain)
+
+
+def test_beside_a_cache_of_diffusers_it_is_refused():
+    pipe = tiny_pipeline("wan")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(UserError, match="a cache of diffusers is enabled"):
+        vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0])
+    pipe.transformer.disable_cache()
+    vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0]).detach()
+
+
+def test_a_model_that_is_offloaded_as_a_whole_between_generations(pipe, plain):
+    """What `enable_model_cpu_offload` does, with the CPU in the accelerator's place: it takes the transformer's forward
+    back and hooks it again at the end of each generation."""
+    for offloaded_first in (True, False):
+        with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+            expected = call(pipe)
+        if offloaded_first:
+            cpu_offload_with_hook(pipe.transformer, "cpu")
+        with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
+            for _ in range(2):
+                if "_hf_hook" in vars(pipe.transformer):
+                    remove_hook_from_module(pipe.transformer, recurse=True)
+                cpu_offload_with_hook(pipe.transformer, "cpu")
+                assert torch.equal(call(pipe), expected)
+            assert attachment.predicted_passes == 8
+        assert torch.equal(call(pipe), plain)
+        remove_hook_from_module(pipe.transformer, recurse=True)
+    assert torch.equal(call(pipe), plain)
+
+
+def test_a_model_that_is_offloaded_layer_by_layer():
+    """What `enable_sequential_cpu_offload` does, with the CPU in the accelerator's place."""
+    for name in ("hunyuan_video", "wan"):  # Wan's blocks have weights of their own, and so a hook
+        pipe = tiny_pipeline(name)
+        plain = call(pipe)
+        with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+            expected = call(pipe)
+        cpu_offload(pipe.transformer, torch.device("cpu"))
+        assert {weight.device.type for weight in pipe.transformer.parameters()} == {"meta"}
+        with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+            assert torch.equal(call(pipe), expected)
+        assert torch.equal(call(pipe), plain)
+
+
+def test_a_students_r_reaches_full_and_predicted_steps():
+    pipe = short(tiny_pipeline("hunyuan_video_15", use_meanflow=True))
+    loaded = LoadedPipeline(pipe, FAMILY_RECORDS["hunyuan_video_15"], "here", {}, {})
+    plain = call(pipe)
+    student = as_student(loaded, None, pipe.scheduler)
+    told = call(pipe)
+    assert not torch.equal(told, plain)
+    with vidaccel.attach(student, predictor="reuse", steps=STEPS, full_steps=list(range(STEPS))):
+        assert torch.equal(call(pipe), told)
+    with vidaccel.attach(student, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+        assert not torch.equal(call(pipe), told)
+    assert torch.equal(call(pipe), told)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model folder, and that of a predictor made for it, with schedules for two budgets."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_pipeline("wan").save_pretrained(folder / "model")
+    loaded = load_pipeline(folder / "model")
+    predictor = predictor_for(loaded.pipe, student=student_hash(loaded))
+    predictor.save_pretrained(folder / "predictor")
+    schedules = {2: Schedule(STEPS, (0, 2), "search"), 3: Schedule(STEPS, (0, 1, 3), "search")}
+    write_schedules(folder / "predictor" / "schedule.json", schedules)
+    return folder
+
+
+def predictor_for(pipe, **made_for):
+    """One whose weights are large enough to matter."""
+    family, kept = family_of_pipeline(type(pipe).__name__), []
+    with Trunk(pipe.transformer, family) as trunk:
+        trunk.choose = Mode
+        handle = pipe.transformer.register_forward_hook(lambda *_: kept.extend(trunk._memory.values()))
+        call(pipe, steps=1)
+        handle.remove()
+    predictor = new_predictor(pipe.transformer, family, kept[0][0].tokens, blocks=1, **made_for)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return predictor.eval()
+
+
+def test_a_predictors_folder_brings_its_schedules(trained):
+    loaded = load_pipeline(trained / "model")
+    with vidaccel.attach(loaded, predictor=trained / "predictor", budget=3, steps=STEPS) as attachment:
+        got = call(loaded.pipe)
+    assert (attachment.full_passes, attachment.predicted_passes) == (6, 2)
+    network = Predictor.from_pretrained(trained / "predictor")
+    with vidaccel.attach(loaded, predictor=network, schedule=Schedule(STEPS, (0, 1, 3))):
+        assert torch.equal(call(loaded.pipe), got)
+    path = str(trained / "predictor")
+    with vidaccel.attach(loaded, predictor=path, steps=STEPS, full_steps=[0, 1, 3]):
+        assert torch.equal(call(loaded.pipe), got)
+    with vidaccel.attach(loaded, predictor=path, schedule=f"{path}/schedule.json", budget=2) as attachment:
+        assert not torch.equal(call(loaded.pipe), got)
+    assert attachment.full_passes == attachment.predicted_passes == 4
+
+
+def test_a_pipeline_that_diffusers_loaded_is_known_by_its_files(trained, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(trained / "model")
+    vidaccel.attach(pipe, predictor=trained / "predictor", budget=2).detach()
+    tiny_pipeline("wan", seed=1).save_pretrained(tmp_path / "other")
+    other = DiffusionPipeline.from_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="and this is another one"):
+        vidaccel.attach(other, predictor=trained / "predictor", budget=2)
+    vidaccel.attach(other, predictor=trained / "predictor", budget=2, force=True).detach()
+    pipe.transformer = other.transformer
+    with pytest.raises(UserError, match="whose weight files are not known"):
+        vidaccel.attach(pipe, predictor=trained / "predictor", budget=2)
+
+
+def test_a_predictor_of_another_family_is_refused(trained):
+    with pytest.raises(UserError, match="is for wan of width 24, and this is hunyuan_video"):
+        vidaccel.attach(tiny_pipeline("hunyuan_video"), predictor=trained / "predictor", budget=2, force=True)
+
+
+def test_on_a_fused_model_the_predictor_is_fused_too(trained):
+    loaded = load_pipeline(trained / "model")
+    with vidaccel.attach(loaded, predictor=trained / "predictor", budget=2):
+        expected = call(loaded.pipe)
+    with fuse(loaded.pipe.transformer, "reference"):
+        with vidaccel.attach(loaded, predictor=trained / "predictor", budget=2) as attachment:
+            got = call(loaded.pipe)
+        assert {type(block) for block in attachment._forecaster.blocks} <= set(FUSED_BLOCKS.values())
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictor": "reuse"}, "nothing says which steps are full"),
+        ({"predictor": "reuse", "full_steps": [0]}, "came without steps="),
+        ({"predictor": "reuse", "steps": 4, "full_steps": [0, 4]}, r"lists \[4\], and there are 4 steps"),
+        ({"predictor": "reuse", "steps": 4, "full_steps": [1, 2]}, "does not start at 0"),
+        ({"predictor": "reuse", "steps": 4, "full_steps": [0, 2, 2]}, r"repeats \[2\]"),
+        ({"predictor": "reuse", "steps": 4, "full_steps": [0, 2], "budget": 2}, "came with budget="),
+        ({"predictor": "reuse", "steps": 8, "schedule": Schedule(4, (0, 2))}, "steps=8, and the schedule is for 4"),
+        ({"predictor": "reuse", "budget": 3, "schedule": Schedule(4, (0, 2))}, "the schedule has 2 full steps"),
+        ({"predictor": "predictor"}, "no budget was given\nhint: budget= takes one of: 2, 3"),
+        ({"predictor": "predictor", "budget": 1}, "no schedule has 1 full steps"),
+        ({"predictor": "predictor", "budget": 2, "steps": 8}, "steps=8, and the schedule is for 4"),
+        ({"predictor": "nowhere", "steps": 4, "full_steps": [0]}, "no folder .*nowhere\nhint: .* reuse, taylor"),
+        ({"predictor": "model", "steps": 4, "full_steps": [0]}, "is no predictor"),
+        ({"predictor": "model"}, "schedule.json cannot be read"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(trained, arguments, message):
+    predictor = arguments["predictor"] if arguments["predictor"] == "reuse" else trained / arguments["predictor"]
+    pipe = tiny_pipeline("wan")
+    with pytest.raises(UserError, match=message):
+        vidaccel.attach(pipe, **arguments | {"predictor": predictor})
+    assert all("forward" not in vars(module) for module in pipe.transformer.modules())
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import sys, vidaccel; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert vidaccel.attach is attach
+    with pytest.raises(AttributeError, match="no attribute 'detach'"):
+        vidaccel.detach  # noqa: B018

@@ -1,0 +1,33 @@
+"""Compiled blocks under the hook: a fixed number of graphs, whole, made in the first generation."""
+
+import pytest
+import torch
+
+import vidaccel
+from tests.cache.test_attach import STEPS, call, predictor_for, short
+from tests.tiny import BUILDERS, tiny_pipeline
+
+DEEPER = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 4}}
+"""As many kinds of place in the trunk as a real model has: a first, other and last block, of either list."""
+GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_compiled_blocks_have_static_graphs(name):
+    pipe = short(tiny_pipeline(name))
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    torch.manual_seed(0)
+    pipe.transformer = pipe.transformer.from_config(config | DEEPER.get(name, {"num_layers": 4})).eval()
+    attached = {"predictor": predictor_for(pipe), "steps": STEPS, "full_steps": [0, 2]}
+    with vidaccel.attach(pipe, **attached):
+        expected = call(pipe), call(pipe, "a green square", seed=1)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with vidaccel.attach(pipe, **attached):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch.equal(call(pipe), expected[0])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == GRAPHS[name]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(call(pipe), expected[0])
+            assert torch.equal(call(pipe, "a green square", seed=1), expected[1])
+    assert torch.equal(call(pipe), call(pipe))
