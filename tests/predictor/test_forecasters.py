@@ -5,6 +5,7 @@ import torch
 
 from tests.cache.toy import TOY, Toy
 from vidaccel.cache.trunk import Trunk
+from vidaccel.models.steps import step_grid
 from vidaccel.predictor.forecasters import Cached, LinearMap, Reuse, Taylor, fit_linear
 
 
@@ -45,6 +46,15 @@ def test_taylor_worked_out_by_hand_with_a_time_for_each_sample():
     )
     forecast = Taylor()({}, memory, torch.tensor([0.25, 0.0]))
     assert forecast["hidden_states"].flatten().tolist() == [10.0, 3.0]
+
+
+def test_with_the_shift_of_a_grid_its_steps_are_even():
+    for shift in (1.0, 5.0):
+        grid = step_grid(10, shift)
+        memory = tuple(Cached(tokens(float(step)), grid[step]) for step in (4, 1))
+        forecast = Taylor(shift=shift)({}, memory, grid[6])
+        torch.testing.assert_close(forecast["hidden_states"], tokens(6.0)["hidden_states"], rtol=1e-5, atol=0)
+        assert (Taylor(shift=2.0)({}, memory, grid[6])["hidden_states"] - 6).abs().min() > 0.01
 
 
 def test_taylor_reuses_while_there_is_one_full_pass_and_keeps_the_type():

@@ -87,6 +87,16 @@ def test_a_channel_that_never_changes_does_no_harm():
         torch.testing.assert_close(fusion(torch.zeros(1, 3, 3), cache, "reference"), cache, atol=0.1, rtol=0.02)
 
 
+@torch.no_grad()
+def test_under_autocast_tokens_and_weights_may_have_types_of_their_own():
+    fusion, tokens, cache = Fusion(8), torch.randn(1, 5, 8), torch.randn(1, 5, 8).bfloat16()
+    expected = fusion(tokens, cache.float(), "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fusion(tokens, cache, "reference")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_starts_near_reuse_and_every_weight_learns(name):
     transformer, family, predictor = made(name)

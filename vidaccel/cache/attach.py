@@ -31,7 +31,7 @@ from vidaccel.predictor.checkpoint import SCHEDULE_FILE
 from vidaccel.predictor.forecasters import Forecaster, Reuse, Taylor
 from vidaccel.predictor.network import Predictor
 
-ZOO = {"reuse": Reuse, "taylor": Taylor}
+ZOO = ("reuse", "taylor")
 """Forecasters that need nothing but their name."""
 
 
@@ -66,7 +66,7 @@ def attach(
     pipe = loaded.pipe if loaded else pipe
     family = family_of_pipeline(type(pipe).__name__)
     chosen = _schedule(predictor, steps, full_steps, budget, schedule)
-    forecaster = _forecaster(predictor)
+    forecaster = _forecaster(predictor, pipe)
     if isinstance(forecaster, Predictor):
         student = student_hash(loaded) if loaded else _student_of(pipe, family)
         for denoiser in family.denoisers:
@@ -160,11 +160,14 @@ def _schedule(predictor, steps, full_steps, budget, schedule) -> Schedule:
     return schedule
 
 
-def _forecaster(predictor: str | Path | Forecaster) -> Forecaster:
+def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline) -> Forecaster:
     if not isinstance(predictor, str | Path):
         return predictor
-    if predictor in ZOO:
-        return ZOO[predictor]()
+    if predictor == "reuse":
+        return Reuse()
+    if predictor == "taylor":
+        config = pipe.scheduler.config
+        return Taylor(shift=config.get("shift") or config.get("flow_shift") or 1.0)
     if not Path(predictor).is_dir():
         raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     return Predictor.from_pretrained(predictor)
