@@ -22,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vidaccel generate --prompts examples/demo.txt -o demo --sheet demo/sheet.png
 
-# The whole suite.
+# The whole suite, a process a core.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
