@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidaccel.errors import UserError
-from vidaccel.sprites.captions import AFTER, BEFORE, MOTION_PHRASES, caption, describe, plain_caption, vocabulary, words
+from vidaccel.sprites.captions import (
+    AFTER,
+    BEFORE,
+    MOTION_PHRASES,
+    caption,
+    describe,
+    plain_caption,
+    told,
+    vocabulary,
+    words,
+)
 from vidaccel.sprites.parse import Meaning, SpriteMeaning, parse
 from vidaccel.sprites.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Sprite, random_scene
 
@@ -94,3 +104,23 @@ def test_what_the_templates_cannot_say_is_an_error_with_a_hint(text):
         parse(text)
     assert "a red circle" in error.value.hint
     assert parse(error.value.hint.split('"')[1]).background == "black"
+
+
+def test_what_is_left_unsaid_is_not_in_the_caption_and_nothing_else_is_missing():
+    rng = random.Random(0)
+    scene = Scene("black", (Sprite("circle", "red", "right", 0, 0, 8), Sprite("square", "blue", "still", 0, 0, 8)))
+    assert told(scene, rng, 0.0) == scene
+    bare = told(scene, rng, 1.0)
+    assert {(s.shape, s.colour, s.motion) for s in bare.sprites} == {("circle", None, None), ("square", None, None)}
+    for _ in range(20):
+        said = set(words(caption(bare, rng)))
+        assert said <= {*words("a circle and a square , on black background with in front of")}
+        assert {"circle", "and", "square", "black"} <= said
+
+
+def test_a_share_of_colours_and_of_motions_is_unsaid():
+    rng = random.Random(0)
+    sprites = [s for _ in range(2000) for s in told(random_scene(rng), rng, 0.3).sprites]
+    for attribute in ("colour", "motion"):
+        share = sum(getattr(s, attribute) is None for s in sprites) / len(sprites)
+        assert share == pytest.approx(0.3, abs=0.03)

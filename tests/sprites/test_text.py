@@ -1,6 +1,7 @@
 """The text encoders: what they are asked, and that training and the pipeline see the same embeddings."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vidaccel.sprites.pipeline import (
     build_tokenizer,
     build_transformer,
 )
-from vidaccel.sprites.world import SHAPES, Scene, Sprite, random_scene
+from vidaccel.sprites.world import COLOURS, MOTIONS, SHAPES, Scene, Sprite, random_scene
 
 RED_CIRCLE = Sprite("circle", "red", "right", 10, 10, 8)
 BLUE_CROSS = Sprite("cross", "blue", "still", 40, 40, 8)
@@ -36,6 +37,8 @@ def test_labels_by_hand():
         [1, 0, 0, 0, 1, absent, absent, absent],
         [0, 1, 3, 2, 4, 0, 0, 1],
     ]
+    unsaid = Scene("gray", (replace(RED_CIRCLE, colour=None), replace(BLUE_CROSS, motion=None)))
+    assert text.labels([unsaid]).tolist() == [[1, 1, 0, len(COLOURS), 1, 3, 2, len(MOTIONS)]]
 
 
 def test_every_caption_fits_and_is_known():

@@ -23,7 +23,7 @@ from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
 from vidaccel.models.call import check_sizes
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sprites.captions import caption, vocabulary
+from vidaccel.sprites.captions import UNSAID, caption, told, vocabulary
 from vidaccel.sprites.render import render
 from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, Scene, random_scene
 
@@ -63,12 +63,12 @@ class RenderedScenes:
 
     @property
     def identity(self) -> Record:
-        return {"data": None, "seed": self.seed}
+        return {"data": None, "seed": self.seed, "unsaid": UNSAID}
 
     def _scene(self, index: int) -> tuple[Scene, str]:
         rng = random.Random(f"{self.seed}/{index}")
         scene = random_scene(rng)
-        return scene, caption(scene, rng)
+        return scene, caption(told(scene, rng), rng)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_devic
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate
 from vidaccel.sprites import text
-from vidaccel.sprites.captions import caption
+from vidaccel.sprites.captions import caption, told
 from vidaccel.sprites.card import STAGES_FILE, model_card, trained_stages
 from vidaccel.sprites.parse import parse
 from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, deepen, inflate
@@ -135,7 +135,8 @@ def train_text(
     def loss(model: nn.Module, index: int, generator: torch.Generator):
         rng = _python_rng(generator)
         scenes = [random_scene(rng) for _ in range(config.text.train.batch_size)]
-        return text.caption_loss(model, [caption(scene, rng) for scene in scenes], text.labels(scenes))
+        said = [told(scene, rng) for scene in scenes]
+        return text.caption_loss(model, [caption(scene, rng) for scene in said], text.labels(said))
 
     reader = text.CaptionReader(config.text.width).to(device)
     if start:

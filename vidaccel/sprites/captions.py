@@ -1,10 +1,14 @@
 """Scenes to English: every caption has one meaning, every meaning several phrasings.
 
 The vocabulary is closed: it is what these templates can say, and the tokenizers of the shipped model know exactly it.
+A caption may leave a sprite's colour or motion unsaid ("a circle moving right and a red square on black"), and training
+is on such captions too: from whole ones alone a model learns each combination that it sees as a thing of its own, and
+puts a known one in the place of a new one.
 """
 
 import random
 import re
+from dataclasses import replace
 
 from vidaccel.sprites.world import BACKGROUNDS, COLOURS, SHAPES, Scene, Sprite
 
@@ -18,13 +22,25 @@ MOTION_PHRASES = _MOVE | {
     "shrinking": ("shrinking", "that shrinks", "getting smaller", "that gets smaller"),
 }
 BEFORE = ("on {bg}, {subject}", "on a {bg} background, {subject}", "a {bg} background with {subject}")
+UNSAID = 0.3
+"""Share of colours and of motions that the captions of a training leave unsaid."""
 AFTER = ("{subject} on {bg}", "{subject}, on {bg}", "{subject} on a {bg} background", "{subject} in front of {bg}")
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of the scene's phrasings; sprites are named in the order of the scene, which is random itself."""
-    subjects = [describe(sprite, rng.choice(MOTION_PHRASES[sprite.motion])) for sprite in scene.sprites]
+    phrases = [sprite.motion and rng.choice(MOTION_PHRASES[sprite.motion]) for sprite in scene.sprites]
+    subjects = [describe(sprite, phrase) for sprite, phrase in zip(scene.sprites, phrases, strict=True)]
     return rng.choice(BEFORE + AFTER).format(subject=" and ".join(subjects), bg=scene.background)
+
+
+def told(scene: Scene, rng: random.Random, unsaid: float = UNSAID) -> Scene:
+    """What a caption of a training says of the scene: all but a share of the colours and motions."""
+    sprites = []
+    for sprite in scene.sprites:
+        colour, motion = (None if rng.random() < unsaid else said for said in (sprite.colour, sprite.motion))
+        sprites.append(replace(sprite, colour=colour, motion=motion))
+    return replace(scene, sprites=tuple(sprites))
 
 
 def plain_caption(scene: Scene) -> str:
@@ -33,8 +49,8 @@ def plain_caption(scene: Scene) -> str:
     return AFTER[0].format(subject=" and ".join(subjects), bg=scene.background)
 
 
-def describe(sprite: Sprite, motion_phrase: str) -> str:
-    return f"a {sprite.colour} {sprite.shape} {motion_phrase}"
+def describe(sprite: Sprite, motion_phrase: str | None) -> str:
+    return " ".join(word for word in ("a", sprite.colour, sprite.shape, motion_phrase) if word)
 
 
 def words(text: str) -> list[str]:

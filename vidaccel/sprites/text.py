@@ -16,7 +16,9 @@ from vidaccel.sprites.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
 ABSENT = -100
 """Label of what a scene lacks (a second sprite): `cross_entropy` leaves it out."""
 ATTRIBUTES = (("shape", SHAPES), ("colour", tuple(COLOURS)), ("motion", MOTIONS))
-CLASSES = (len(BACKGROUNDS), 2, *(len(values) for _ in range(2) for _, values in ATTRIBUTES))
+UNSAID = {"shape": 0, "colour": 1, "motion": 1}
+"""Further classes of an attribute: that the caption does not say."""
+CLASSES = (len(BACKGROUNDS), 2, *(len(values) + UNSAID[name] for _ in range(2) for name, values in ATTRIBUTES))
 """Classes of each question: background, number of sprites less one, then shape, colour and motion of each sprite."""
 
 
@@ -61,7 +63,8 @@ def labels(scenes: list[Scene]) -> torch.Tensor:
         row = [tuple(BACKGROUNDS).index(scene.background), len(scene.sprites) - 1]
         for i in range(2):
             for name, values in ATTRIBUTES:
-                row.append(values.index(getattr(scene.sprites[i], name)) if i < len(scene.sprites) else ABSENT)
+                said = getattr(scene.sprites[i], name) if i < len(scene.sprites) else ABSENT
+                row.append(said if said == ABSENT else len(values) if said is None else values.index(said))
         rows.append(row)
     return torch.tensor(rows)
 

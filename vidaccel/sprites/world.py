@@ -43,8 +43,9 @@ class Sprite:
     """One coloured shape. `x`, `y`: its first centre; `radius`: half its extent, unless it grows or shrinks."""
 
     shape: str
-    colour: str
-    motion: str
+    colour: str | None
+    """None, as for the motion, only in what a caption leaves unsaid."""
+    motion: str | None
     x: float
     y: float
     radius: float
