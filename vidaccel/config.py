@@ -74,7 +74,29 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
-class GenerateConfig:
+class RuntimeConfig:
+    """How the model is run, in every command that runs one (models/runtime.py). By default it is the stock one."""
+
+    kernels: str = "reference"
+    """Norms, modulation and rotary embedding of the blocks: `reference` (as diffusers writes them), `fused` (Triton) or
+    `auto` (fused on a CUDA device)."""
+    attention: str = "native"
+    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..."""
+    trim_text: bool = False
+    """Cut text padding off and drop its mask where a batch allows, which lets flash attention run; changes rounding."""
+    quantize: str = "none"
+    """Linear layers of the transformer's blocks: `none`, `int8` or `fp8` (weights and activations)."""
+    compile: bool = False
+    """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
+
+    def __post_init__(self) -> None:
+        kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")
+        _require(self.kernels in kernels, "kernels", self.kernels, f"is one of {', '.join(kernels)}")
+        _require(self.quantize in quantize, "quantize", self.quantize, f"is one of {', '.join(quantize)}")
+
+
+@dataclass
+class GenerateConfig(RuntimeConfig):
     """`vidaccel generate`. A key left null takes the model's own default."""
 
     model: str = "sprites/teacher"
@@ -106,6 +128,7 @@ class GenerateConfig:
     """`auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.model.strip()), "model", self.model, "must name a model")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
         dtypes = ("auto", "float32", "bfloat16", "float16")

@@ -1,15 +1,14 @@
 """Fused blocks with reference ops against the stock blocks of diffusers; tests/kernels does the same with fused ops."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from vidaccel.errors import UserError
 from vidaccel.models.fuse import fuse
+from vidaccel.models.hunyuan_video import HUNYUAN_VIDEO
+from vidaccel.models.text_padding import trim_text
 
 
 def hunyuan_video():
@@ -157,43 +156,6 @@ def test_checkpoints_keep_their_layout_and_restore_leaves_nothing(make):
     assert not model._forward_pre_hooks
 
 
-class Masks(TorchFunctionMode):
-    """Notes the key lengths and masks that attention is called with."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.scaled_dot_product_attention and "key" in kwargs:  # the text refiner's has no names
-            self.seen.append((kwargs["key"].shape[2], kwargs["attn_mask"] is not None))
-        return func(*args, **(kwargs or {}))
-
-
-def attention_calls(model, inputs):
-    with torch.no_grad(), Masks() as masks:
-        run(model, inputs)
-    return masks.seen
-
-
-def test_padding_is_cut_and_the_mask_dropped_where_nothing_is_left_to_mask():
-    model = hunyuan_video()
-    assert attention_calls(model, hunyuan_video_inputs((5, 5))) == [(20, True)] * 3
-    with fuse(model, "reference"):
-        assert attention_calls(model, hunyuan_video_inputs((5, 5))) == [(17, False)] * 3
-        assert attention_calls(model, hunyuan_video_inputs((5, 3))) == [(17, True)] * 3
-        assert attention_calls(model, hunyuan_video_inputs((8, 8))) == [(20, False)] * 3
-
-
-def test_copied_blocks_know_about_padding_too():
-    model = hunyuan_video()
-    fuse(model, "reference")
-    inputs = hunyuan_video_inputs((5, 5))
-    block = copy.deepcopy(model.single_transformer_blocks[-1])
-    model.single_transformer_blocks[-1] = block
-    assert attention_calls(model, inputs) == [(17, False)] * 3
-
-
 def test_a_model_without_fused_blocks_is_an_error_only_if_asked_for():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(UserError, match="no block of Sequential"):
@@ -204,5 +166,9 @@ def test_a_model_without_fused_blocks_is_an_error_only_if_asked_for():
 def test_hooked_blocks_are_refused():
     model = hunyuan_video()
     model.transformer_blocks[0].forward = model.transformer_blocks[0].forward
+    with pytest.raises(UserError, match="already carry hooks"):
+        fuse(model, "reference")
+    del model.transformer_blocks[0].forward
+    trim_text(model, HUNYUAN_VIDEO)
     with pytest.raises(UserError, match="already carry hooks"):
         fuse(model, "reference")

@@ -78,12 +78,15 @@ def _make(
     """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
-    from vidaccel.models.loading import load_pipeline
+    from vidaccel.models import runtime
+    from vidaccel.models.loading import load_pipeline, resolve_device
     from vidaccel.sampling import generate as sample
     from vidaccel.sampling import predicted_steps, warn_of_unknown_words
 
     started = time.perf_counter()
+    runtime.check(config, resolve_device(device))
     loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
+    ran = runtime.prepare(loaded, config)
     seconds = Counter(load=time.perf_counter() - started)
     for text in texts:
         warn_of_unknown_words(loaded, text)
@@ -108,6 +111,7 @@ def _make(
         "steps": made.steps,
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
         "guidance": made.guidance,
+        "runtime": ran,
         "size": list(made.frames.shape[1:4]),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,

@@ -31,6 +31,11 @@ def split(*duals: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None
     return primals, tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs)
 
 
+def any_tangent(*tensors: Tensor) -> bool:
+    """Whether one of these is a dual number with a tangent."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 def join(primal: Tensor, tangent: Tensor) -> Tensor:
     """The dual number that the ops which follow will carry on."""
     return forward_ad.make_dual(primal, tangent)

@@ -4,14 +4,12 @@
     ...
     fusion.restore()
 
-Three things change, and parameters, buffers and state-dict names stay what they were:
+Two things change, and parameters, buffers and state-dict names stay what they were:
 
 - an attention gets a processor that norms and rotates queries and keys in one op (`qk_norm_rope`);
 - a transformer block becomes an instance of a subclass whose forward calls `adaln` and `gated_residual_adaln` where the
   stock forward writes gate, residual and modulation out. The class of that one instance changes, so deep copies, FSDP
-  and a second model in the same process are unaffected;
-- text padding that no sample of the batch uses is cut off before the model runs, and if nothing is left to mask then
-  attention is called without a mask, which is what lets flash attention run at all.
+  and a second model in the same process are unaffected.
 
 This is the one place that restates a forward; tests/models/test_fuse.py holds each against its stock block. Fuse before
 anything hooks, shards or compiles the blocks: a hook keeps the forward that it found.
@@ -19,7 +17,6 @@ anything hooks, shards or compiles the blocks: a hook keeps the forward that it 
 B batch, N video tokens, L text tokens, D width, H heads.
 """
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -57,7 +54,7 @@ def fuse(model: nn.Module, kernels: str = "auto") -> "Fusion":
         raise UserError(
             f"kernels=fused, but no block of {type(model).__name__} has a fused form", f"fused are: {known}"
         )
-    hooked = [block for block in blocks if "forward" in vars(block)]
+    hooked = [block for block in blocks if "forward" in vars(block) or block._forward_pre_hooks]
     if hooked:
         raise UserError(
             f"{len(hooked)} blocks of {type(model).__name__} already carry hooks, which would keep the stock forward",
@@ -73,14 +70,11 @@ class Fusion:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], kernels: str):
         self._undo: list[Callable[[], None]] = []
-        padding = TextPadding()
-        if any(name in TEXT_INPUTS for name in _parameter_names(model)):
-            self._undo.append(model.register_forward_pre_hook(padding.cut, with_kwargs=True).remove)
         for block in blocks:
             for attention in block.children():
                 processor = FUSED_PROCESSORS.get(type(getattr(attention, "processor", None)))
                 if processor is not None:
-                    self._replace_processor(attention, processor(attention.processor, kernels, padding))
+                    self._replace_processor(attention, processor(attention.processor, kernels))
             self._replace_class(block, FUSED_BLOCKS[type(block)], kernels)
 
     def restore(self) -> None:
@@ -110,62 +104,13 @@ class Fusion:
         self._undo.append(undo)
 
 
-# Text that a transformer takes, and the mask that says which of it is not padding.
-TEXT_INPUTS = {
-    "encoder_hidden_states": "encoder_attention_mask",
-    "encoder_hidden_states_2": "encoder_attention_mask_2",
-}
-
-
-class TextPadding:
-    """Cuts text padding off the inputs of a model, and knows whether what is left needs a mask.
-
-    The cut is to the longest text of the batch. It changes no video token: padding is masked wherever it is read. It
-    costs one synchronisation a forward pass, to read the lengths.
-    """
-
-    def __init__(self):
-        self.dense = False
-
-    def __deepcopy__(self, memo) -> "TextPadding":
-        # A predictor made of copied blocks runs inside the same model and must see the same answer.
-        return self
-
-    def cut(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A forward pre-hook. Inputs are named as diffusers names them, wherever they stand."""
-        named = dict(zip(_parameter_names(model), args, strict=False)) | kwargs
-        self.dense = True
-        for text, mask in TEXT_INPUTS.items():
-            if named.get(mask) is not None:
-                named[text], named[mask], dense = _cut(named[text], named[mask])
-                self.dense &= dense
-        image = named.get("image_embeds")
-        if image is not None and not image.any():
-            # HunyuanVideo-1.5 reads an all-zero image as "none" and masks its tokens, whatever their number.
-            named["image_embeds"] = image[:, :0]
-        return (), named
-
-
-def _cut(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """text [B, L, E] and mask [B, L] without the columns that no sample uses; whether the rest is all used."""
-    used = mask.bool()
-    columns = used.any(0)
-    length = int((columns * torch.arange(1, len(columns) + 1, device=mask.device)).max()) if len(columns) else 0
-    return text[:, :length], mask[:, :length], bool(used[:, :length].all())
-
-
-def _parameter_names(model: nn.Module) -> list[str]:
-    return list(inspect.signature(type(model).forward).parameters)[1:]
-
-
 class _Processor:
     """What a fused attention processor keeps of the stock one: diffusers sets these two on the instance."""
 
-    def __init__(self, stock, kernels: str, padding: TextPadding):
+    def __init__(self, stock, kernels: str):
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
         self.kernels = kernels
-        self.padding = padding
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q, k, v [B, N, H, D] -> [B, N, H D]."""
@@ -222,7 +167,7 @@ class HunyuanVideoProcessor(_Processor):
 
         Stock 1.5 also masks the queries of padding, in a mask of N + L squared; what those rows hold is read by nobody.
         """
-        if mask is None or self.padding.dense:
+        if mask is None:
             return None
         if mask.ndim == 2:
             mask = F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)[:, None, None]
@@ -232,8 +177,8 @@ class HunyuanVideoProcessor(_Processor):
 class WanProcessor(_Processor):
     """Wan's self-attention, whose norm spans all heads. Its cross-attention has no rotation and stays stock."""
 
-    def __init__(self, stock: WanAttnProcessor, kernels: str, padding: TextPadding):
-        super().__init__(stock, kernels, padding)
+    def __init__(self, stock: WanAttnProcessor, kernels: str):
+        super().__init__(stock, kernels)
         self.stock = stock
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vidaccel.errors import UserError
 from vidaccel.kernels.cache_fusion.op import cache_fusion
 from vidaccel.models.catalog import FAMILIES
+from vidaccel.models.compiled import compile_like
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.fuse import FUSED_BLOCKS
@@ -102,7 +103,7 @@ class Predictor(Checkpointed, nn.Module):
 
     def run_like(self, transformer: nn.Module) -> "Predictor":
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
-        backend, fused kernels."""
+        backend, fused kernels, torch.compile."""
         original = getattr(transformer, FAMILIES[self.config.family].block_lists[-1].name)[-1]
         weights, modules = original.state_dict(), dict(original.named_modules())
         for block in self.blocks:
@@ -113,6 +114,7 @@ class Predictor(Checkpointed, nn.Module):
                     module.set_processor(modules[name].processor)
             if type(original) in FUSED_BLOCKS.values():
                 block.__class__, block.kernels = type(original), original.kernels
+            compile_like(block, original)
         self.fusions.to(transformer.dtype)
         return self
 
