@@ -6,9 +6,9 @@ A key that does not exist names its nearest neighbour; a value of the wrong type
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vidaccel.errors import UserError, nearest
 
@@ -503,6 +503,18 @@ class SpritesConfig:
 
 
 BETWEEN = ("predictor", "trunk", "branches", "attention")
+CACHES = (
+    "pab",
+    "fastercache",
+    "first_block",
+    "taylorseer",
+    "magcache",
+    "seacache",
+    "fora",
+    "teacache",
+    "delta_dit",
+)
+"""Training-free caches: six of diffusers' own and three of ours."""
 
 
 @dataclass
@@ -510,7 +522,8 @@ class MethodConfig:
     """A row of the benchmark: how many steps, which of them run the whole transformer, and what runs on the others."""
 
     weights: str = "student"
-    """Which weights it runs on: `teacher` or `student`."""
+    """Which weights it runs on: `teacher` or `student`. A teacher's single pass a step needs guidance distilled into
+    it: `BenchmarkConfig.distilled`."""
     steps: int = 50
     """Sampler steps."""
     two_pass: bool = False
@@ -519,12 +532,25 @@ class MethodConfig:
     """Steps, counted from 0, that run the whole transformer; null: all, or those that `every` gives."""
     every: int | None = None
     """Steps 0, n, 2n, ... run the whole transformer."""
+    budget: int | None = None
+    """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
     between: str = "predictor"
     """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; or a cache that
     gives again the last full step's `trunk` output, every block's residual `branches`, or every block's `attention`
     (whose blocks compute the rest)."""
     order: int = 0
     """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
+    cache: str | None = None
+    """A training-free cache, which then decides on its own by `settings`; `full_steps`, `every` and `between` say what
+    that leads to, where it does not depend on the video, and only plans read them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of that cache, by its own names."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Settings with values that are tried as well, a row each, where quality is measured too."""
+    model: str | None = None
+    """Weights of this row alone, in place of the benchmark's teacher or student."""
+    predictor: str | None = None
+    """The predictor of this row alone."""
 
     def __post_init__(self) -> None:
         _require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
@@ -532,15 +558,50 @@ class MethodConfig:
         _require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         _require(self.order >= 0, "order", self.order, "must be at least 0")
         _require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
+        _require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
+        _require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
+        _require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
+        if self.budget is not None:
+            alone = self.every is None and self.full_steps is None and self.cache is None
+            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with between=predictor"
+            fits = 1 <= self.budget <= self.steps and self.between == "predictor"
+            _require(alone and fits, "budget", self.budget, rule)
         if self.full_steps is not None:
             _require(self.every is None, "every", self.every, "must be null where full_steps is set")
             ordered = self.full_steps == sorted(set(self.full_steps)) and self.full_steps[:1] == [0]
             rule = f"rises from 0, without repetition, to at most {self.steps - 1}"
             _require(ordered and self.full_steps[-1] < self.steps, "full_steps", self.full_steps, rule)
 
-    def schedule(self) -> list[int]:
-        """The steps that run the whole transformer."""
+    @property
+    def planned(self) -> bool:
+        """Whether what it computes is known before it runs."""
+        return self.cache is None or self.every is not None or self.full_steps is not None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the learned predictor takes part."""
+        return self.cache is None and self.between == "predictor" and self.full_count() != self.steps
+
+    def schedule(self) -> list[int] | None:
+        """The steps that run the whole transformer; None where the settings alone do not say."""
+        if not self.planned or self.budget is not None:
+            return None
         return list(range(0, self.steps, self.every or 1)) if self.full_steps is None else self.full_steps
+
+    def full_count(self) -> int | None:
+        """How many steps run the whole transformer."""
+        return self.budget if self.schedule() is None else len(self.schedule())
+
+    def swept(self) -> dict[str, "MethodConfig"]:
+        """This row for each value of its sweep but the one that it has, by what is to stand behind its name."""
+        return {
+            f" {key}={value}": replace(
+                self, settings=self.settings | {key: value}, sweep={}, full_steps=None, every=None
+            )
+            for key, values in self.sweep.items()
+            for value in values
+            if value != self.settings.get(key)
+        }
 
 
 @dataclass
@@ -550,8 +611,15 @@ class BenchmarkConfig:
     family: str = "hunyuan_video"
     """Name of the model family."""
     model: str | None = None
-    """A shipped model (sprites/teacher) or a diffusers pipeline folder whose transformer is meant; null:
-    `transformer`."""
+    """The teacher: a shipped model (sprites/teacher), a diffusers pipeline folder or, to run it, a hub id. A plan
+    reads only its transformer's settings; null: `transformer`."""
+    student: str | None = None
+    """The distilled student, as `model`."""
+    distilled: str | None = None
+    """The teacher with guidance distilled into one pass; null: the teacher itself if it embeds its guidance, else the
+    student sampled with r = t."""
+    predictor: str | None = None
+    """Folder of the trained predictor, or a shipped one (sprites/predictor)."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Arguments of the family's transformer class that are not its defaults."""
     compression: list[int] = field(default_factory=lambda: [4, 8])
@@ -563,13 +631,31 @@ class BenchmarkConfig:
     sizes: list[list[int]] = field(default_factory=lambda: [[129, 704, 704]])
     """Videos: [frames, height, width]."""
     predictor_blocks: int = 2
-    """Transformer blocks of the learned predictor."""
+    """Transformer blocks of the learned predictor that is planned with."""
     methods: dict[str, MethodConfig] = field(default_factory=dict)
     """Rows, by name."""
     only: list[str] | None = None
     """Names of the rows that are wanted; null: all."""
     baseline: str = "cfg-50"
-    """Name of the row that speedups are relative to."""
+    """Name of the row that speedups are relative to, and whose videos the others' are compared with."""
+    marker: str | None = None
+    """What scores videos beyond their likeness to the baseline's: `sprites`, for models of the shipped world."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts; where there are none the marker has its own."""
+    seed: int = 0
+    """Of the first prompt's noise; prompt i gets seed + i."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g of all rows; null is each model's own."""
+    rounds: int = 3
+    """Times that every row is timed, one after the other."""
+    timed_prompts: int = 1
+    """Prompts of a round."""
+    scored_prompts: int = 64
+    """Prompts that quality is measured on."""
+    batch_size: int = 8
+    """Videos made together where they are only scored; a cache that decides by what it sees gets one at a time."""
+    whole: bool | None = None
+    """Random weights: true times the whole transformer, false one block of each kind; null: whole if it fits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.sizes), "sizes", self.sizes, "must hold at least one size")
@@ -577,18 +663,33 @@ class BenchmarkConfig:
             _require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")
         lowest = min(self.compression, default=0)
         _require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
-        _require(self.predictor_blocks >= 1, "predictor_blocks", self.predictor_blocks, "must be at least 1")
+        _require(self.rounds >= 2, "rounds", self.rounds, "must be at least 2: one time has no spread")
+        for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "batch_size"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         _require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
         dtypes = ("float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+        _require(self.marker in (None, "sprites"), "marker", self.marker, "is sprites, or null")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        g = self.guidance
+        _require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
 
-    def wanted(self) -> dict[str, MethodConfig]:
-        """The wanted methods and, first, the baseline; `UserError` for a name that is not among `methods`."""
+    def wanted(self, swept: bool = False) -> dict[str, MethodConfig]:
+        """The wanted methods and, first, the baseline; with the rows of their sweeps behind each of them if asked for.
+
+        Raises:
+            UserError: a name is not among `methods`.
+        """
         names = dict.fromkeys((self.baseline, *(self.methods if self.only is None else self.only)))
         for name in names:
             if name not in self.methods:
                 raise UserError(f'there is no method "{name}"', nearest(name, self.methods))
-        return {name: self.methods[name] for name in names}
+        rows = {}
+        for name in names:
+            rows[name] = self.methods[name]
+            if swept:
+                rows |= {name + suffix: row for suffix, row in self.methods[name].swept().items()}
+        return rows
 
 
 SCHEMAS = {
@@ -686,6 +787,9 @@ def _override(word: str, schema: type) -> str:
         raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
     here = schema
     for part in key.split("."):
+        if get_origin(here) is dict:  # of rows or settings by name
+            here = get_args(here)[1]
+            continue
         hints = get_type_hints(here) if is_dataclass(here) else {}
         if part not in hints:
             known = list(hints) or [f.name for f in fields(schema)]

@@ -10,7 +10,8 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """`with Progress("sampling", total=50) as bar: bar.advance(loss=0.1)`; keyword values are shown beside the bar."""
 
-    def __init__(self, title: str, total: int, done: int = 0, shown: bool = True):
+    def __init__(self, title: str, total: int, done: int = 0, shown: bool = True, live: bool = True):
+        """`live=False` draws only when it advances: no thread runs beside what is being timed."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -21,7 +22,8 @@ class Progress:
             TextColumn("{task.fields[values]}"),
         )
         console = Console(file=sys.stderr)
-        self._bar = RichProgress(*columns, console=console, disable=not (shown and console.is_terminal))
+        silent = not (shown and console.is_terminal)
+        self._live, self._bar = live, RichProgress(*columns, console=console, disable=silent, auto_refresh=live)
         self._task = self._bar.add_task(title, total=total, completed=done, rate="", values="")
 
     def __enter__(self) -> "Progress":
@@ -35,4 +37,4 @@ class Progress:
         task = self._bar.tasks[self._task]
         rate = f"{task.speed:.2f}/s" if task.speed else ""
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._bar.update(self._task, advance=1, rate=rate, values=shown)
+        self._bar.update(self._task, advance=1, rate=rate, values=shown, refresh=not self._live)

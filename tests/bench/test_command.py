@@ -51,9 +51,8 @@ def test_print_conf():
     [
         (["--plan", "--conf", "hunyuan"], 'no configuration "hunyuan" for benchmark', 'did you mean "hunyuan_video"?'),
         (["--plan", "sizes=[[17, 64, 72]]"], "width=72 does not fit", "nearest valid: 64 or 80"),
-        (["--plan", "only=[teacache]"], 'there is no method "teacache"', "choose from: cfg-50"),
+        (["--plan", "only=[zzz]"], 'there is no method "zzz"', "choose from: cfg-50"),
         (["--plan", "fast"], '"fast" is neither a flag nor a key=value setting', "write settings as key=value"),
-        (["--conf", "sprites"], "this version plans and does not yet time", "add --plan"),
     ],
 )
 def test_refusals(words, message, hint):
@@ -64,5 +63,7 @@ def test_refusals(words, message, hint):
     assert result.stdout == ""
 
 
-def test_there_is_no_speedup_flag_yet():
-    assert run("--speedup").exit_code == 2
+def test_rows_that_only_a_run_knows_are_named_below_the_table():
+    result = run("--plan", "--conf", "wan_1.3b", "only=[student-8,teacache-0.15]")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "known when they run: teacache-0.15"

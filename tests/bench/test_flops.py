@@ -15,6 +15,7 @@ from vidaccel.bench.flops import (
     parameters,
     pass_flops,
     predictor_parameters,
+    width,
 )
 from vidaccel.bench.memory import block_arguments
 from vidaccel.bench.sizes import meta_transformer, planned_family
@@ -22,6 +23,7 @@ from vidaccel.bench.work import WORK
 from vidaccel.config import BenchmarkConfig
 from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.family import DiTFamily
+from vidaccel.predictor.network import new_predictor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 MATMULS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -160,18 +162,18 @@ def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     assert two["predictor"].attention == 2 * last.attention
     mlp = fusion(transformer)
     streams = WORK[family.name].fusions
-    inputs = [torch.zeros(rows[stream], mlp[0].in_features) for stream in streams]
-    fused = counted(lambda: [mlp(tokens) for tokens in inputs]).get_total_flops()
+    inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
+    fused = counted(lambda: [mlp(tokens, tokens, "reference") for tokens in inputs]).get_total_flops()
     assert one["predictor"].blocks == in_last + fused
     assert one["predictor"].embedders == one["full"].embedders
 
 
-def test_predictor_parameters_are_those_of_its_modules(one_pass):
+def test_predictor_parameters_are_those_of_a_predictor(one_pass):
     transformer, family, _, _ = one_pass
-    last = transformer.get_submodule(family.block_lists[-1].name)[-1]
-    D = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    mlps = len(WORK[family.name].fusions) * (2 * D * D + D + D * D + D)
-    assert predictor_parameters(transformer, family, 3) == 3 * parameters(last) + mlps
+    tokens = {name: torch.randn(1, 4, width(transformer)) for name in family.block_lists[-1].returns}
+    for blocks in (1, 2):
+        predictor = new_predictor(transformer, family, tokens, blocks)
+        assert predictor_parameters(transformer, family, blocks) == parameters(predictor)
 
 
 def test_what_caches_leave_out(one_pass):

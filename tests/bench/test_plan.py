@@ -14,8 +14,13 @@ from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.loading import SHIPPED as SHIPPED_MODELS
 
 SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
+ADAPTIVE = tuple(f"{on}{name}" for on in ("", "student-") for name in ("tea", "first", "mag", "sea", "faster", "delta"))
 PARAMETERS = {"hunyuan_video": 12.821, "hunyuan_video_15": 8.327, "wan_1.3b": 1.419, "wan_14b": 14.288}
 """Published, 10^9."""
+
+
+def planned(run: dict) -> bool:
+    return run["error"] is None
 
 
 def benchmark(conf: str, *overrides: str) -> BenchmarkConfig:
@@ -81,10 +86,22 @@ def test_steps_alone_divide_the_baseline(hunyuan):
 
 def test_memory_adds_up(plans):
     for results in plans.values():
-        for run in results["runs"]:
+        for run in filter(planned, results["runs"]):
             costs = run["plan"]
             parts = costs["weight_bytes"] + costs["activation_bytes"] + run["cache_bytes"]
             assert costs["peak_memory_bytes"] == parts
+
+
+def test_what_only_a_run_knows_is_not_planned(plans):
+    for run in plans["wan_1.3b"]["runs"]:
+        assert planned(run) != run["method"].startswith(ADAPTIVE)
+        assert planned(run) == (run["flops"] is not None) == (run["passes"] is not None)
+
+
+def test_a_budget_is_planned_without_its_steps(hunyuan):
+    run, listed = hunyuan["predictor-8-searched"], hunyuan["predictor-8-of-20"]
+    assert run["full_steps"] is None
+    assert {name: run[name] for name in ("passes", "flops")} == {name: listed[name] for name in ("passes", "flops")}
 
 
 def test_passes():
@@ -135,6 +152,18 @@ def test_published_models_are_planned_as_their_pipelines_call_them(name):
     assert [defaults.num_frames, defaults.height, defaults.width] in config.sizes
 
 
+def test_sweeps_are_rows_behind_their_own():
+    method = MethodConfig(
+        cache="teacache", settings={"threshold": 0.1, "coefficients": [1, 0]}, sweep={"threshold": [0.1, 0.2]}
+    )
+    config = BenchmarkConfig(methods={"cfg-50": MethodConfig(), "tea": method, "last": MethodConfig(steps=3)})
+    assert list(config.wanted()) == ["cfg-50", "tea", "last"]
+    rows = config.wanted(swept=True)
+    assert list(rows) == ["cfg-50", "tea", "tea threshold=0.2", "last"]
+    assert rows["tea threshold=0.2"].settings == {"threshold": 0.2, "coefficients": [1, 0]}
+    assert not rows["tea threshold=0.2"].sweep
+
+
 def test_the_baseline_is_always_there():
     assert list(benchmark("hunyuan_video", "only=[student-8]").wanted()) == ["cfg-50", "student-8"]
 
@@ -144,6 +173,7 @@ def test_the_baseline_is_always_there():
     [
         (["only=[studnt-8]"], 'there is no method "studnt-8"', 'did you mean "student-8"?'),
         (["baseline=cfg"], 'there is no method "cfg"', 'did you mean "cfg-50"?'),
+        (["baseline=seacache"], "the baseline seacache cannot be planned", "take another"),
         (["family=hunyuan"], "no model family is called hunyuan", "hunyuan_video"),
         (["sizes=[[129, 704, 700]]"], "width=700 does not fit: this HunyuanVideo makes multiples of 16", "688 or 704"),
         (["sizes=[[128, 704, 704]]"], "num_frames=128 does not fit", "125 or 129"),
@@ -175,6 +205,12 @@ def test_refusals(overrides, message, hint):
         {"steps": 4, "full_steps": [0, 1, 1]},
         {"steps": 4, "full_steps": [0, 4]},
         {"full_steps": [0], "every": 2},
+        {"steps": 4, "budget": 5},
+        {"budget": 2, "every": 2},
+        {"budget": 2, "between": "trunk"},
+        {"cache": "magic"},
+        {"settings": {"threshold": 1}},
+        {"sweep": {"threshold": [1]}},
     ],
     ids=str,
 )
@@ -193,6 +229,11 @@ def test_settings_of_a_method(settings):
         {"predictor_blocks": 0},
         {"text_tokens": {"prompt": 0}},
         {"dtype": "float8"},
+        {"rounds": 1},
+        {"timed_prompts": 0},
+        {"marker": "vbench"},
+        {"seed": -1},
+        {"guidance": 0.5},
     ],
     ids=str,
 )

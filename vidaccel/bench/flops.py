@@ -17,6 +17,7 @@ from torch import nn
 
 from vidaccel.bench.work import WORK, Attentions, Layers
 from vidaccel.models.family import DiTFamily
+from vidaccel.predictor.network import Fusion
 
 ATTENTION_MODULES = "attn"
 """What the names of a block's attention modules begin with, in every family (diffusers' own caches rely on it too)."""
@@ -80,11 +81,10 @@ def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) ->
     }
 
 
-def fusion(model: nn.Module) -> nn.Sequential:
+def fusion(model: nn.Module) -> Fusion:
     """A predictor's fusion MLP for this width, [N, 2 D] -> [N, D]."""
-    D = width(model)
     with next(model.parameters()).device:
-        return nn.Sequential(nn.Linear(2 * D, D), nn.SiLU(), nn.Linear(D, D))
+        return Fusion(width(model))
 
 
 def predictor_parameters(model: nn.Module, family: DiTFamily, blocks: int) -> int:

@@ -13,28 +13,16 @@ from torch import nn
 from vidaccel.bench.environment import environment
 from vidaccel.bench.flops import PassFlops, parameters, pass_flops, predictor_parameters
 from vidaccel.bench.memory import activation_bytes, cache_bytes
-from vidaccel.bench.sizes import Size, meta_transformer, planned_family, rows
+from vidaccel.bench.once import Size
+from vidaccel.bench.rows import SCHEMA, Row, blank_run
+from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.errors import UserError
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.loading import DTYPES
 
-SCHEMA = 1
-"""Version of results.json."""
-MEASURED = (
-    "prompts",
-    "seeds",
-    "denoise_seconds",
-    "end_to_end_seconds",
-    "peak_memory_bytes",
-    "semantic",
-    "quality",
-    "total",
-    "dimensions",
-    "fidelity",
-    "intervals",
-    "error",
-)
-"""Fields of a run that are null until it is run."""
+UNPLANNED = "what this cache leaves out is known when it runs: vidaccel benchmark --speedup"
+"""Why a row has no plan."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +58,17 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
         UserError: settings that the family cannot follow, or methods that are not there.
     """
     methods, family, model = config.wanted(), planned_family(config), meta_transformer(config)
+    if not methods[config.baseline].planned:
+        raise UserError(f"the baseline {config.baseline} cannot be planned: {UNPLANNED}", "take another baseline")
     weights = {"model": parameters(model), "predictor": predictor_parameters(model, family, config.predictor_blocks)}
     runs = []
     for size in config.sizes:
         costs = size_costs(config, family, model, tuple(size))
         baseline = method_flops(methods[config.baseline], costs)
         for name, method in methods.items():
-            runs.append(_run(name, method, config, costs, weights, baseline))
+            run = blank_run(Row(name, method, costs.size), config.family)
+            known = _planned(method, config, costs, weights, baseline) if method.planned else {"error": UNPLANNED}
+            runs.append(run | known)
     return {"schema": SCHEMA, "environment": environment("meta"), "baseline": config.baseline, "runs": runs}
 
 
@@ -94,8 +86,8 @@ def size_costs(config: BenchmarkConfig, family: DiTFamily, model: nn.Module, siz
 
 
 def passes(method: MethodConfig) -> Passes:
-    """Passes of one video."""
-    each, full = 1 + method.two_pass, len(method.schedule())
+    """Passes of one video, of a method that can be planned."""
+    each, full = 1 + method.two_pass, method.full_count()
     others = {"predicted" if method.between == "predictor" else "skipped": each * (method.steps - full)}
     return Passes(**{"full": each * full, "predicted": 0, "skipped": 0} | others)
 
@@ -106,23 +98,17 @@ def method_flops(method: MethodConfig, costs: SizeCosts) -> int:
     return count.full * full.total + (count.predicted + count.skipped) * other.total
 
 
-def _run(
-    name: str, method: MethodConfig, config: BenchmarkConfig, costs: SizeCosts, weights: dict[str, int], baseline: int
+def _planned(
+    method: MethodConfig, config: BenchmarkConfig, costs: SizeCosts, weights: dict[str, int], baseline: int
 ) -> dict[str, Any]:
+    """What a plan knows of a run."""
     count, flops = passes(method), method_flops(method, costs)
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
     cache = costs.cache[method.between] * (1 + method.order) * (1 + method.two_pass) if caches else 0
     held = weights["model"] + (weights["predictor"] if count.predicted else 0)
     weight_bytes = held * DTYPES[config.dtype].itemsize
-    return dict.fromkeys(MEASURED) | {
-        "method": name,
-        "family": config.family,
-        "on": method.weights,
-        "id": "/".join([name, method.weights, "x".join(map(str, costs.size))]),
-        "settings": asdict(method),
-        "size": dict(zip(("num_frames", "height", "width"), costs.size, strict=True)),
-        "steps": method.steps,
+    return {
         "full_steps": method.schedule(),
         "passes": asdict(count),
         "speedup": {"measured": None, "ideal": baseline / flops, "measured_over_ideal": None},

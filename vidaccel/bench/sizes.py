@@ -9,6 +9,7 @@ import diffusers
 import torch
 from torch import nn
 
+from vidaccel.bench.once import Size
 from vidaccel.bench.work import WORK
 from vidaccel.config import BenchmarkConfig
 from vidaccel.errors import UserError, nearest
@@ -17,9 +18,6 @@ from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import read_json
 from vidaccel.models.loading import DTYPES, SHIPPED
-
-Size = tuple[int, int, int]
-"""Frames, height and width of a video in pixels."""
 
 
 def planned_family(config: BenchmarkConfig) -> DiTFamily:

@@ -1,6 +1,6 @@
-"""A plan as tables for people: one a size, and above each what a pass costs."""
+"""Results as tables for people: one a size. A plan has what a pass costs above it, a run its errors below."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -20,8 +20,70 @@ def plan_tables(results: dict[str, Any]) -> Iterator[str | Table]:
     """Lines and tables, in order, of what `plan` gives."""
     for _, runs in groupby(results["runs"], key=lambda run: run["size"]):
         runs = list(runs)
-        yield from _heading(runs)
-        yield _table(runs)
+        planned = [run for run in runs if run["passes"]]
+        yield from _heading(planned)
+        yield _table(planned)
+        if left := [run["method"] for run in runs if not run["passes"]]:
+            yield f"known when they run: {', '.join(left)}"
+
+
+def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
+    """Lines and tables, in order, of what a benchmark measured."""
+    for size, runs in groupby(results["runs"], key=lambda run: run["size"]):
+        runs = list(runs)
+        yield f"{runs[0]['family']}, {size['num_frames']} frames of {size['width']} x {size['height']}"
+        yield _speed_table([run for run in runs if run["passes"]])
+        yield from (f"{run['method']}: {run['error']}" for run in runs if run["error"])
+
+
+def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
+    runs = list(runs)
+    columns = {name: cell for name, cell in COLUMNS.items() if name in NARROW and any(cell(run) for run in runs)}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(run["method"], *(cell(run) or "-" for cell in columns.values()))
+    return table
+
+
+def passes_text(run: dict[str, Any]) -> str:
+    """Full passes and others, as in 8 + 12."""
+    count = run["passes"]
+    others = count["predicted"] + count["skipped"]
+    return f"{count['full']} + {others}" if others else str(count["full"])
+
+
+def _number(form: str, *path: str) -> Callable[[dict[str, Any]], str | None]:
+    """A cell: the number that stands at the end of this path in a run, if there is one."""
+
+    def cell(run: dict[str, Any]) -> str | None:
+        for key in path:
+            run = run[key] if run is not None else None
+        return None if run is None else form.format(run)
+
+    return cell
+
+
+def _bytes(key: str) -> Callable[[dict[str, Any]], str | None]:
+    return lambda run: f"{si(run[key])}B" if run[key] else None
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "passes": passes_text,
+    "seconds": _number("{:.3g}", "denoise_seconds", "median"),
+    "speed": _number("{:.2f}x", "speedup", "measured"),
+    "ideal": _number("{:.2f}x", "speedup", "ideal"),
+    "of it": _number("{:.0%}", "speedup", "measured_over_ideal"),
+    "cache": _bytes("cache_bytes"),
+    "memory": _bytes("peak_memory_bytes"),
+    "latent": _number("{:.3f}", "fidelity", "latent_relative_l2"),
+    "total": _number("{:.1f}", "total"),
+}
+"""Of a measured run, each where a row has something to say in it."""
+NARROW = COLUMNS.keys() - {"of it"}
+"""Those that a terminal of 80 columns has room for."""
 
 
 def _heading(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -56,11 +118,10 @@ def _table(runs: Iterable[dict[str, Any]]) -> Table:
     for heading in ("steps", "passes", "FLOPs", "cache", "memory", "ideal"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        count = run["passes"]
         table.add_row(
             run["method"],
             str(run["steps"]),
-            f"{count['full']} + {cheap}" if (cheap := count["predicted"] + count["skipped"]) else str(count["full"]),
+            passes_text(run),
             si(run["flops"]),
             f"{si(run['cache_bytes'])}B" if run["cache_bytes"] else "-",
             f"{si(run['plan']['peak_memory_bytes'])}B",

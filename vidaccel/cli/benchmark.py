@@ -1,26 +1,45 @@
 """`vidaccel benchmark`: what every method costs and gains."""
 
 import json
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from vidaccel.cli.common import Conf, Debug, PrintConf, quiet_libraries, reported, settings, split_settings
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings, split_settings
 from vidaccel.errors import UserError
+
+WAYS = ("--plan", "--speedup", "--random-weights")
 
 
 @reported
 def benchmark(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    speedup: Annotated[
+        bool, typer.Option("--speedup", help="Time every method; count its passes, FLOPs and memory.")
+    ] = False,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Score the videos too, and sweep the caches' thresholds.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Work out every method's cost on the full-size model, without its weights.")
     ] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Time the full-size model with random weights.")
+    ] = False,
     conf: Conf = "sprites",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A folder for results.json, report.html and pictures.")
+    ] = Path("runs/bench"),
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
     print_conf: PrintConf = False,
     debug: Debug = False,
 ) -> None:
     """Compare samplers, caches and the learned predictor on one model.
+
+    vidaccel benchmark --speedup
 
     vidaccel benchmark --plan --conf hunyuan_video
     """
@@ -28,23 +47,48 @@ def benchmark(
     if free:
         raise UserError(f'"{free[0]}" is neither a flag nor a key=value setting', "write settings as key=value")
     config = settings("benchmark", conf, overrides, print_conf)
-    if not plan:
-        raise UserError("this version plans and does not yet time", "add --plan")
+    way = _way(plan=plan, speedup=speedup, random_weights=random_weights)
+    if quality and way != "--speedup":
+        raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
     quiet_libraries()
-    from vidaccel.bench.plan import plan as work_out
-
-    results = work_out(config)
+    results, lines = _work(way, config, output, quality, device)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
-        _show(results)
+        _show(lines)
 
 
-def _show(results: dict) -> None:
+def _way(**flags: bool) -> str:
+    asked = [f"--{name.replace('_', '-')}" for name, on in flags.items() if on]
+    if len(asked) != 1:
+        what = " and ".join(asked) + " were asked for together" if asked else "nothing was asked for"
+        raise UserError(what, f"give one of {', '.join(WAYS)}")
+    return asked[0]
+
+
+def _work(way: str, config: Any, output: Path, quality: bool, device: str) -> tuple[dict[str, Any], Iterable[Any]]:
+    """results.json's content, and what to print of it."""
+    from vidaccel.bench.tables import plan_tables, speed_tables
+
+    if way == "--plan":
+        from vidaccel.bench.plan import plan
+
+        results = plan(config)
+        return results, plan_tables(results)
+    if way == "--random-weights":
+        from vidaccel.bench.random_weights import time_random_weights
+
+        results = time_random_weights(config, device)
+        return results, speed_tables(results)
+    from vidaccel.bench.runner import run
+
+    results = run(config, output, quality, device)
+    return results, [*speed_tables(results), f"{output}: results.json, report.html, pareto.png and sheet.png"]
+
+
+def _show(lines: Iterable[Any]) -> None:
     from rich.console import Console
 
-    from vidaccel.bench.tables import plan_tables
-
     console = Console(highlight=False)
-    for part in plan_tables(results):
-        console.print(part)
+    for line in lines:
+        console.print(line, markup=False)

@@ -1,0 +1,151 @@
+"""What is counted while a pipeline runs: the formulas' numbers, to the last FLOP and byte."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.bench.caches import switched_on
+from vidaccel.bench.flops import pass_flops, width
+from vidaccel.bench.memory import cache_bytes
+from vidaccel.bench.observe import COUNTED, Observer, held_bytes
+from vidaccel.bench.once import make
+from vidaccel.bench.peak import PeakMemory
+from vidaccel.cache.attach import attach
+from vidaccel.config import MethodConfig
+from vidaccel.models.catalog import FAMILIES
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.predictor.forecasters import Reuse
+from vidaccel.predictor.network import new_predictor
+
+STEPS = 4
+TIME = 4
+"""Bytes of the time that a trunk remembers with its tokens."""
+TEXTS = {"prompt": "encoder_hidden_states", "glyphs": "encoder_hidden_states_2", "image": "image_embeds"}
+
+
+def tiny_loaded(family: str) -> LoadedPipeline:
+    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {}) | {"guidance": 3.0}
+    return LoadedPipeline(tiny_pipeline(family), FAMILIES[family], family, call, {})
+
+
+def run(loaded: LoadedPipeline, **settings):
+    method = MethodConfig(**{"steps": STEPS, "two_pass": True} | settings)
+    return make(loaded, method, tuple(SIZE.values()), ["a red circle"], [0])
+
+
+@pytest.fixture(scope="module", params=sorted(BUILDERS))
+def model(request):
+    """(loaded, rows of each stream, FLOPs of a pass by kind, cache bytes by kind)."""
+    loaded = tiny_loaded(request.param)
+    transformer, family, given, tokens = loaded.pipe.transformer, loaded.family, {}, {}
+    names = family.block_lists[0].arguments
+    first = transformer.get_submodule(family.block_lists[0].name)[0]
+    handles = [
+        transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True),
+        first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False))),
+    ]
+    run(loaded, steps=1)
+    for handle in handles:
+        handle.remove()
+    video, text = (tokens[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
+    lengths = {name: given[argument].shape[1] for name, argument in TEXTS.items() if argument in given}
+    rows = {"one": 1, "video": video, "text": text, "all": video + text, **lengths}
+    costs = {kind: flops.total for kind, flops in pass_flops(transformer, family, rows).items()}
+    return loaded, rows, costs, cache_bytes(transformer, family, rows, torch.float32)
+
+
+def test_a_plain_run_is_all_full_passes(model):
+    loaded, _, costs, _ = model
+    with Observer(loaded) as seen:
+        run(loaded)
+    assert [each.flops for each in seen.passes] == [costs["full"]] * 2 * STEPS
+    assert [each.step for each in seen.passes] == [step for step in range(STEPS) for _ in range(2)]
+    assert seen.full_steps == list(range(STEPS)) and all(seen.full)
+    assert (seen.flops, seen.held) == (2 * STEPS * costs["full"], 0)
+
+
+def test_a_reused_trunk_leaves_embedders_and_head(model):
+    loaded, _, costs, cache = model
+    with attach(loaded, predictor=Reuse(), steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
+        run(loaded)
+    assert [each.flops for each in seen.passes] == [costs[k] for k in ("full", "trunk", "full", "trunk") for _ in "cu"]
+    assert seen.full_steps == [0, 2]
+    assert seen.held == 2 * (cache["trunk"] + TIME)  # a context for each of the two passes of guidance
+
+
+def test_a_predictor_costs_what_is_planned(model):
+    loaded, _, costs, cache = model
+    tokens = {name: torch.randn(1, 8, 24) for name in loaded.family.block_lists[-1].returns}
+    predictor = new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=2).eval()
+    with attach(loaded, predictor=predictor, steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
+        run(loaded)
+    assert {each.flops for each in seen.passes if each.step in (1, 3)} == {costs["predictor"]}
+    assert seen.held == 2 * (cache["predictor"] + TIME)
+
+
+@pytest.mark.parametrize("cache", ["fora", "taylorseer"])
+def test_caches_of_branches_leave_modulation(model, cache):
+    loaded, _, costs, sizes = model
+    settings = {"every": 2} if cache == "fora" else {"cache_interval": 2, "disable_cache_before_step": 1}
+    method = MethodConfig(steps=STEPS, two_pass=True, cache=cache, settings=settings)
+    with switched_on(loaded, method, settings), Observer(loaded) as seen:
+        run(loaded)
+    skipped = [each.flops for each, full in zip(seen.passes, seen.full, strict=True) if not full]
+    assert set(skipped) == {costs["branches"]} and len(skipped) == 4
+    # FORA frees a context with its last step; diffusers keeps the derivative too, once it has one
+    assert seen.held == 2 * sizes["branches"] * (1 if cache == "fora" else 2)
+
+
+def test_pab_leaves_attention(model):
+    loaded, rows, costs, sizes = model
+    every, where = {"block_skip_range": 2, "timestep_skip_range": [0, 1001]}, ("spatial", "cross")
+    settings = {f"{which}_attention_{name}": value for which in where for name, value in every.items()}
+    method = MethodConfig(weights="student", steps=STEPS, cache="pab", settings=settings)
+    with switched_on(loaded, method, settings), Observer(loaded) as seen:
+        run(loaded, two_pass=False)
+    assert seen.full_steps == [0, 2]
+    assert seen.passes[0].flops == costs["full"]
+    # its pattern for blocks finds the attention of the one refiner block of the text as well
+    L, D = 0 if loaded.family.name == "wan" else rows["prompt"], width(loaded.pipe.transformer)
+    assert seen.passes[1].flops == costs["attention"] - (2 * L * 4 * D**2 + 4 * L**2 * D)
+    assert seen.held == sizes["attention"] + 4 * L * D
+
+
+def test_counted_operations():
+    x, w, b = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    assert COUNTED[F.linear](F.linear(x, w, b), x, w, b) == 2 * 6 * 4 * 5
+    video, kernel = torch.randn(1, 2, 4, 4, 4), torch.randn(3, 2, 1, 2, 2)
+    out = F.conv3d(video, kernel, stride=(1, 2, 2))
+    assert COUNTED[F.conv3d](out, video, kernel) == 2 * (2 * 1 * 2 * 2) * 3 * (4 * 2 * 2)
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 7, 4)
+    assert COUNTED[F.scaled_dot_product_attention](q, q, k, k) == 2 * (2 * 3 * 7 * 4) * 2
+    assert COUNTED[torch.matmul](x @ w.mT, x, w.mT) == 2 * 6 * 4 * 5
+
+
+class Holder:
+    """A hook with things in it."""
+
+    def __init__(self, *things):
+        self.things, self.again = list(things), {"same": things}
+
+
+def test_held_bytes_are_of_storages_and_not_of_weights():
+    module, base = nn.Linear(4, 4), torch.zeros(10)
+    hook = Holder(base[:2], base[5:], torch.zeros(3, dtype=torch.float64), module.weight, module, print)
+    module._diffusers_hook = Holder()
+    module._diffusers_hook.hooks = {"name": hook}
+    assert held_bytes(module) == 40 + 24
+    assert held_bytes(module, but=(base,)) == 24
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    with PeakMemory(torch.device("cpu")) as small:
+        pass
+    with PeakMemory(torch.device("cpu")) as large:
+        held = torch.ones(64, 1024, 1024)
+        for _ in range(3):
+            held.sum()
+        del held
+    assert large.bytes - small.bytes > 200 * 2**20

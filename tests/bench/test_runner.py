@@ -1,0 +1,325 @@
+"""`vidaccel benchmark --speedup --quality` on tiny pipelines: real files, caches and faults; nothing about time."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.students import student
+from vidaccel.bench import runner
+from vidaccel.bench.once import make
+from vidaccel.cache.schedule import evenly, write_schedules
+from vidaccel.cli.main import app
+from vidaccel.models.identity import student_hash
+from vidaccel.models.loading import load_pipeline
+from vidaccel.predictor.network import new_predictor
+
+CONF = """
+family: hunyuan_video
+model: {folder}/teacher
+student: {folder}/student
+predictor: {folder}/predictor
+dtype: float32
+sizes: [[5, 32, 32]]
+prompts: [a red circle, a green circle on black, blue]
+rounds: 2
+scored_prompts: 3
+batch_size: 2
+baseline: cfg
+methods:
+  cfg: {{weights: teacher, steps: 6, two_pass: true}}
+  distilled: {{weights: teacher, steps: 6}}
+  student: {{steps: 4}}
+  predictor: {{steps: 4, full_steps: [0, 2]}}
+  searched: {{steps: 4, budget: 1}}
+  reuse: {{steps: 4, full_steps: [0, 2], between: trunk}}
+  taylor: {{steps: 4, full_steps: [0, 1], between: trunk, order: 1}}
+  fora: {{weights: teacher, steps: 6, every: 3, between: branches, cache: fora, settings: {{every: 3}}}}
+  first-block: {{weights: teacher, steps: 6, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
+  teacache: {{steps: 4, cache: teacache, settings: {{threshold: 1000.0}}}}
+  magcache: {{steps: 4, cache: magcache, settings: {{threshold: 1000.0, retention_ratio: 0.0}}}}
+  fastercache: {{steps: 4, cache: fastercache}}
+  delta-dit: {{steps: 4, cache: delta_dit, settings: {{every: 2, share: 0.5}}}}
+  pab-cfg: {{weights: teacher, steps: 6, two_pass: true, cache: pab}}
+  seacache: {{steps: 4, cache: seacache}}
+  lost: {{steps: 4, model: {folder}/nowhere}}
+"""
+FAIL = {
+    "pab-cfg": "keeps one state for both passes of guidance",
+    "seacache": "the scheduler step, sigma, and step count are required",
+    "lost": "nowhere is neither a folder here nor a model that the hub gave us",
+}
+PASSES = {  # full, predicted, skipped; of two-pass rows both
+    "cfg": (12, 0, 0),
+    "distilled": (6, 0, 0),
+    "student": (4, 0, 0),
+    "predictor": (2, 2, 0),
+    "searched": (1, 3, 0),
+    "reuse": (2, 0, 2),
+    "taylor": (2, 0, 2),
+    "fora": (2, 0, 4),
+    "first-block": (1, 0, 5),
+    "first-block threshold=0": (6, 0, 0),
+    "teacache": (2, 0, 2),
+    "magcache": (1, 0, 3),
+    "delta-dit": (2, 0, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A teacher, its student and a predictor for it."""
+    folder = tmp_path_factory.mktemp("models")
+    loaded = load_pipeline(student(folder, "hunyuan_video"))
+    tokens = {name: torch.randn(1, 8, 24) for name in ("hidden_states", "encoder_hidden_states")}
+    made_for = {"steps": 4, "shift": 2.0, "student": student_hash(loaded)}
+    new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=1, **made_for).save_pretrained(
+        folder / "predictor"
+    )
+    write_schedules(folder / "predictor" / "schedule.json", {1: evenly(4, 1)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conf(models) -> Path:
+    file = models / "conf.yaml"
+    file.write_text(CONF.format(folder=models))
+    return file
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, ["benchmark", *map(str, words)])
+
+
+def by_method(folder: Path) -> dict[str, dict]:
+    return {run["method"]: run for run in json.loads((folder / "results.json").read_text())["runs"]}
+
+
+@pytest.fixture(scope="module")
+def bench(models, conf) -> Path:
+    """A finished benchmark of everything."""
+    folder = models / "bench"
+    result = run("--speedup", "--quality", "--conf", conf, "-o", folder)
+    assert result.exit_code == 0, result.output
+    (models / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_results_have_their_form(bench, schema):
+    results = json.loads((bench / "results.json").read_text())
+    schema.validate(results)
+    assert results["baseline"] == "cfg" and results["environment"]["device"] == "cpu"
+    assert {run["method"] for run in results["runs"]} == PASSES.keys() | FAIL.keys() | {"fastercache"}
+    assert json.loads((bench / "run.json").read_text())["parents"].keys() == {"model", "student"}
+
+
+def test_passes_are_those_that_happened(bench):
+    runs = by_method(bench)
+    found = {name: tuple(runs[name]["passes"].values()) for name in PASSES}
+    assert found == PASSES
+    assert runs["predictor"]["full_steps"] == runs["reuse"]["full_steps"] == [0, 2]
+    assert sum(runs["fastercache"]["passes"].values()) == 4
+
+
+def test_speedups(bench):
+    runs = by_method(bench)
+    flops = {name: runs[name]["flops"] for name in PASSES}
+    for name in PASSES:
+        run = runs[name]
+        assert run["speedup"]["ideal"] == flops["cfg"] / flops[name]
+        for kind in ("denoise_seconds", "end_to_end_seconds"):
+            seconds = run[kind]
+            assert 0 < seconds["p25"] <= seconds["median"] <= seconds["p75"] and seconds["rounds"] == 2
+        assert run["denoise_seconds"]["median"] < run["end_to_end_seconds"]["median"]
+        ratio = run["speedup"]["measured"] / run["speedup"]["ideal"]
+        assert run["speedup"]["measured_over_ideal"] == pytest.approx(ratio)
+    assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1}
+    # the student embeds r and g besides: 256 frequencies -> 24 -> 24 each
+    assert flops["student"] / 4 - flops["cfg"] / 12 == 2 * 2 * (256 * 24 + 24 * 24)
+
+
+def test_memory_and_parameters(bench):
+    runs = by_method(bench)
+    assert runs["student"]["cache_bytes"] == runs["cfg"]["cache_bytes"] == 0
+    assert 0 < runs["reuse"]["cache_bytes"] == runs["predictor"]["cache_bytes"] < runs["fora"]["cache_bytes"]
+    assert runs["cfg"]["parameters"] < runs["student"]["parameters"] < runs["predictor"]["parameters"]
+    assert all(runs[name]["peak_memory_bytes"] > 2**20 for name in PASSES)
+
+
+def test_a_method_that_cannot_run_says_why(bench):
+    runs = by_method(bench)
+    for name, reason in FAIL.items():
+        assert reason in runs[name]["error"]
+        assert runs[name]["passes"] is None and runs[name]["denoise_seconds"] is None
+    assert all(runs[name]["error"] is None for name in PASSES)
+
+
+def test_calibrations_are_in_the_settings(bench):
+    runs = by_method(bench)
+    tea, mag = (runs[name]["settings"]["settings"] for name in ("teacache", "magcache"))
+    assert len(tea["coefficients"]) == 3 and tea["threshold"] == 1000  # three changes between four steps
+    assert len(mag["mag_ratios"]) == 4 and mag["mag_ratios"][0] == 1.0
+
+
+def test_quality(bench, models):
+    runs = by_method(bench)
+    for name in PASSES:
+        assert runs[name]["prompts"] == 3 and runs[name]["seeds"] == [0, 1, 2]
+        assert runs[name]["total"] is None  # nothing marks this world
+    assert runs["cfg"]["fidelity"] is None
+    threshold = runs["first-block threshold=0"]["fidelity"], runs["distilled"]["fidelity"]
+    assert threshold[0]["latent_relative_l2"] == pytest.approx(threshold[1]["latent_relative_l2"], rel=1e-4)
+    latents = []
+    for name, steps, two_pass in (("teacher", 6, True), ("student", 4, False)):
+        loaded = load_pipeline(models / name)
+        row = runner.MethodConfig(weights=name, steps=steps, two_pass=two_pass)
+        latents.append(make(loaded, row, (5, 32, 32), ["a green circle on black"], [1]).latents)
+    expected = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
+    row = json.loads(next((bench / "rows").glob("student_*")).read_text())
+    assert row["videos"][1]["likeness"]["latent_relative_l2"] == pytest.approx(expected, rel=1e-4)
+    low, high = runs["student"]["intervals"]["fidelity.latent_relative_l2"]
+    assert low <= runs["student"]["fidelity"]["latent_relative_l2"] <= high
+
+
+def test_report_is_one_file(bench):
+    page = (bench / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert FAIL["pab-cfg"] in page and "first-block threshold=0" in page
+    for name in ("pareto.png", "sheet.png"):
+        assert (bench / name).read_bytes().startswith(b"\x89PNG")
+    assert not (bench / "reference").exists()
+
+
+def test_table(bench, models):
+    printed = (models / "stdout").read_text()
+    line = next(line for line in printed.splitlines() if line.startswith(" predictor "))
+    assert "2 + 2" in line
+    assert "seacache: " in printed
+
+
+def test_a_finished_benchmark_is_not_run_again(bench, conf, monkeypatch):
+    monkeypatch.setattr(runner, "make", None)
+    before = (bench / "results.json").read_text()
+    again = run("--speedup", "--quality", "--conf", conf, "-o", bench, "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads(before)
+
+
+def test_another_benchmarks_folder_is_refused(bench, conf):
+    result = run("--speedup", "--quality", "--conf", conf, "-o", bench, "rounds=5", "methods.student.steps=3")
+    assert result.exit_code == 2
+    message, hint = result.stderr.splitlines()
+    assert "holds another benchmark: " in message
+    assert "config.rounds was 2 and is 5" in message and "config.methods.student.steps was 4 and is 3" in message
+    assert hint.startswith("hint: choose another folder")
+
+
+class Stop(BaseException):
+    """As a kill."""
+
+
+def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
+    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
+    calls, made, stop_at = [], runner.make, 11
+
+    def counted(loaded, method, *rest):
+        calls.append(method)
+        if len(calls) == stop_at:
+            raise Stop
+        return made(loaded, method, *rest)
+
+    monkeypatch.setattr(runner, "make", counted)
+    # 3 counts, then rounds of 3: the eleventh call is in the middle of the third round
+    with pytest.raises(Stop):
+        run(*words)
+    schema.validate(json.loads((tmp_path / "results.json").read_text()))
+    runs = by_method(tmp_path)
+    assert runs["student"]["denoise_seconds"]["rounds"] == 2 and not (tmp_path / "run.json").exists()
+    stop_at = 16
+    # the round is done again from its start (3), then the baseline's videos: 2, and the other is cut off
+    with pytest.raises(Stop):
+        run(*words)
+    assert [len(row["videos"]) for row in _rows(tmp_path, "cfg_", "student_")] == [2, 0]
+    stop_at = 0
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    # the baseline's third, then 2 calls each for the others
+    assert len(calls) == 16 + 1 + 4
+    assert by_method(tmp_path)["student"]["denoise_seconds"]["rounds"] == 3
+
+
+def _rows(folder: Path, *names: str) -> list[dict]:
+    return [json.loads(next((folder / "rows").glob(f"{name}*")).read_text()) for name in names]
+
+
+def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tmp_path, monkeypatch):
+    words = ("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]")
+    made = runner.make
+
+    def deadly(loaded, method, *rest):
+        if method.steps == 4:
+            raise Stop
+        return made(loaded, method, *rest)
+
+    monkeypatch.setattr(runner, "make", deadly)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            run(*words)
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    runs = by_method(tmp_path)
+    assert runs["student"]["error"] == "the process ended 2 times while it ran"
+    assert runs["cfg"]["denoise_seconds"]["rounds"] == 2
+
+
+@pytest.mark.parametrize("stage", ["counting", "timing"])
+def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stage):
+    made, calls = runner.make, []
+
+    def greedy(loaded, method, *rest):
+        calls.append(method.steps)
+        if method.steps == 4 and calls.count(4) > (stage == "timing"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return made(loaded, method, *rest)
+
+    monkeypatch.setattr(runner, "make", greedy)
+    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student,fora]")
+    assert result.exit_code == 0, result.output
+    runs = by_method(tmp_path)
+    assert runs["student"]["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert "warning: student: OutOfMemoryError" in result.stderr
+    assert runs["fora"]["speedup"]["measured"] is not None and runs["student"]["speedup"]["measured"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ([], "nothing was asked for", "give one of --plan, --speedup"),
+        (["--plan", "--speedup"], "--plan and --speedup were asked for together", "give one of"),
+        (["--quality", "--plan"], "--quality was asked for without --speedup", "add --speedup"),
+        (["--speedup", "rounds=1"], "rounds=1 is not possible", "at least 2"),
+        (["--speedup", "only=[zzz]"], 'there is no method "zzz"', "choose from"),
+        (["--speedup", "baseline=cgf"], 'there is no method "cgf"', 'did you mean "cfg"?'),
+        (["--speedup", "prompts=[]"], "there are 0 prompts, and 1 are asked for", "list more"),
+        (["--speedup", "model=null"], "no model is named", "set model=FOLDER"),
+        (["--speedup", "family=wan"], "is of the family hunyuan_video", "set family=hunyuan_video"),
+        (["--speedup", "sizes=[[5, 32, 40]]"], "width=40 does not fit", "nearest valid"),
+        (["--speedup", "methods.fora.settings.evry=3"], 'fora: fora has no setting "evry"', 'did you mean "every"?'),
+        (["--speedup", "methods.fora.settings.every=0"], "fora: FORA every 0 steps", "mend its settings"),
+        (["--speedup", "methods.seacache.settings.threshold=-1"], "seacache: `threshold` must be non-neg", "mend"),
+        (["--speedup", "methods.student.cache=magic"], "cache='magic' is not possible", "is one of pab"),
+        (["--speedup", "methods.student.settings={a: 1}"], "settings={'a': 1} is not possible", "those of a cache"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(conf, tmp_path, words, message, hint):
+    result = run("--conf", conf, "-o", tmp_path / "out", *words)
+    assert result.exit_code == 2, result.output
+    first, second = result.stderr.splitlines()
+    assert first.startswith("error: ") and message in first
+    assert second.startswith("hint: ") and hint in second
+    assert result.stdout == "" and not (tmp_path / "out").exists()

@@ -1,0 +1,134 @@
+"""The models that rows run on, each loaded once, and under a row's schedule or cache for the time of a generation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidaccel.bench.caches import switched_on
+from vidaccel.cache.attach import attach
+from vidaccel.cache.schedule import pick, read_schedules
+from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.errors import UserError
+from vidaccel.models.call import guidance_in_force
+from vidaccel.models.loading import SHIPPED, LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.predictor.checkpoint import SCHEDULE_FILE
+from vidaccel.predictor.forecasters import Reuse, Taylor
+from vidaccel.predictor.network import Predictor
+
+
+class Models:
+    """Pipelines and predictors by their path. On CUDA one pipeline at a time is on the device."""
+
+    def __init__(self, config: BenchmarkConfig, device: str = "auto"):
+        self.config, self.device = config, resolve_device(device)
+        self._pipelines: dict[str, LoadedPipeline | UserError] = {}
+        self._predictors: dict[tuple[str, str], Predictor] = {}
+
+    def pipeline(self, method: MethodConfig) -> LoadedPipeline:
+        """What the row runs on; `UserError`, the same each time, if there is no such model or it cannot be loaded."""
+        path = self.path(method)
+        if path not in self._pipelines:
+            try:
+                self._pipelines[path] = load_pipeline(path, device=self.device.type, dtype=self.config.dtype)
+            except UserError as error:
+                self._pipelines[path] = error
+        loaded = self._pipelines[path]
+        if isinstance(loaded, UserError):
+            raise loaded
+        if loaded.family.name != self.config.family:
+            raise UserError(f"{path} is of the family {loaded.family.name}", f"set family={loaded.family.name}")
+        self._bring(loaded)
+        return loaded
+
+    def path(self, method: MethodConfig) -> str:
+        """The model that the row runs on; `UserError` where the configuration names none."""
+        if method.model is not None:
+            return method.model
+        which = self.config.student if method.weights == "student" else self._teacher(method)
+        if which is None:
+            key = "model" if method.two_pass else "student" if method.weights == "student" else "distilled"
+            raise UserError(f"no model is named for this row, which runs on the {method.weights}", f"set {key}=FOLDER")
+        return which
+
+    def predictor(self, method: MethodConfig, loaded: LoadedPipeline) -> Predictor:
+        """The row's predictor, made to run as the blocks of that pipeline do."""
+        folder = self.predictor_folder(method)
+        key = str(folder), loaded.source
+        if key not in self._predictors:
+            predictor = Predictor.from_pretrained(folder)
+            transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+            self._predictors[key] = predictor.run_like(transformer).to(self.device)
+        return self._predictors[key]
+
+    def predictor_folder(self, method: MethodConfig) -> Path:
+        name = method.predictor or self.config.predictor
+        if name is None:
+            raise UserError("no predictor is named", "set predictor=FOLDER")
+        folder = SHIPPED / name.removeprefix("sprites/") if name.startswith("sprites/") else Path(name).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"there is no predictor {name}", "train one: vidaccel train-predictor")
+        return folder
+
+    def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
+        """Of transformer, added embeddings and predictor."""
+        modules = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+        if loaded.conditioning is not None:
+            modules.append(loaded.conditioning)
+        if method.predicts:
+            modules.append(self.predictor(method, loaded))
+        weights = {id(weight): weight.numel() for module in modules for weight in module.parameters()}
+        return sum(weights.values())
+
+    @contextmanager
+    def running(self, method: MethodConfig, settings: dict[str, Any]) -> Iterator[LoadedPipeline]:
+        """The row's pipeline under its cache (with these settings), its forecaster, or nothing.
+
+        Raises:
+            Exception: whatever stands against it.
+        """
+        loaded = self.pipeline(method)
+        if method.cache is not None:
+            with switched_on(loaded, method, settings):
+                yield loaded
+        elif method.full_count() == method.steps:
+            yield loaded
+        else:
+            with attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)):
+                yield loaded
+
+    def _teacher(self, method: MethodConfig) -> str | None:
+        """A teacher's single pass needs guidance distilled into it."""
+        config = self.config
+        if method.two_pass or (config.model is not None and config.distilled is None and self._embeds_guidance()):
+            return config.model
+        return config.distilled or config.student
+
+    def _embeds_guidance(self) -> bool:
+        teacher = self.pipeline(MethodConfig(model=self.config.model))
+        return not guidance_in_force(teacher, None, None)[1]
+
+    def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
+        if method.between == "trunk":
+            return Taylor(method.order) if method.order else Reuse()
+        if method.between != "predictor":
+            raise UserError(f"between={method.between} says what is left out, not by which cache", "set cache=...")
+        return self.predictor(method, loaded)
+
+    def _schedule(self, method: MethodConfig) -> dict[str, Any]:
+        if method.budget is None:
+            return {"steps": method.steps, "full_steps": method.schedule()}
+        schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
+        return {"steps": method.steps, "schedule": pick(schedules, method.budget)}
+
+    def _bring(self, loaded: LoadedPipeline) -> None:
+        if self.device.type != "cuda":
+            return
+        for other in self._pipelines.values():
+            if isinstance(other, LoadedPipeline):
+                other.pipe.to(self.device if other is loaded else "cpu")
+                if other.conditioning is not None:
+                    other.conditioning.to(self.device if other is loaded else "cpu")
+        torch.cuda.empty_cache()

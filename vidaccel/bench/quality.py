@@ -1,0 +1,94 @@
+"""How good videos are: their likeness to the baseline's at equal seeds, and marks where a marker knows the world.
+
+Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
+The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
+that slows down after distillation shows here. (VBench's own needs an optical-flow network, its other dimensions need
+several more networks, and LPIPS needs one; their weights come as pickles, which vidaccel does not load.)
+
+T frames, H and W pixels, P prompts
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vidaccel.bench.once import Made
+from vidaccel.config import BenchmarkConfig
+from vidaccel.errors import UserError
+from vidaccel.sprites.captions import caption
+from vidaccel.sprites.parse import parse
+from vidaccel.sprites.score import fidelity, score_clip, summarise
+from vidaccel.sprites.world import random_scene
+
+FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "dynamic_degree")
+RESAMPLES = 1000
+
+
+def prompts_of(config: BenchmarkConfig, count: int) -> list[str]:
+    """The first `count` prompts of the configuration or, where it has none, of the marker's world.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if config.marker == "sprites" and not config.prompts:
+        # Those of `python -m vidaccel.sprites score`: one sprite and two in turn, in combinations held out of training.
+        rng = random.Random("held out")
+        return [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(count)]
+    if len(config.prompts) < count:
+        raise UserError(
+            f"there are {len(config.prompts)} prompts, and {count} are asked for",
+            "list more in prompts=[...], or set timed_prompts and scored_prompts",
+        )
+    return config.prompts[:count]
+
+
+def marks_of(config: BenchmarkConfig, prompt: str, frames: np.ndarray) -> dict[str, float] | None:
+    """Marks of one video uint8 [T, H, W, 3] in each dimension, 0 to 1; None without a marker."""
+    return score_clip(frames, parse(prompt)) if config.marker == "sprites" else None
+
+
+def likeness(made: Made, reference: Made, index: int) -> dict[str, float | None]:
+    """Of video `index` of a batch to the baseline's only one, by the names in FIDELITY; None where it is infinite."""
+    frames, others = made.frames[index], reference.frames[0]
+    measured = fidelity(made.latents[index], reference.latents[0], frames, others)
+    motion = mean_change(others)
+    return {
+        "latent_relative_l2": measured["latent_relative_l2"],
+        "psnr_db": measured["psnr"] if np.isfinite(measured["psnr"]) else None,
+        "ssim": measured["ssim"],
+        "dynamic_degree": mean_change(frames) / motion if motion else None,
+    }
+
+
+def mean_change(frames: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring frames [T, H, W, 3], in levels of 255."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 0.0
+
+
+def summary(videos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fields of a run in results.json, from {"marks", "likeness"} of each prompt's video: averages, and 95 % bootstrap
+    intervals over prompts. Marks become percentages."""
+    fields: dict[str, Any] = dict.fromkeys(("semantic", "quality", "total", "dimensions", "fidelity"))
+    intervals: dict[str, list[float]] = {}
+    if all(video["marks"] is not None for video in videos):
+        marks = summarise([video["marks"] for video in videos], RESAMPLES)
+        intervals |= {name: [mark["low"], mark["high"]] for name, mark in marks.items()}
+        means = {name: mark["mean"] for name, mark in marks.items()}
+        fields |= {name: means.pop(name) for name in ("semantic", "quality", "total")} | {"dimensions": means}
+    if all(video["likeness"] is not None for video in videos):
+        fields["fidelity"] = dict.fromkeys(FIDELITY)
+        for name in FIDELITY:
+            values = [video["likeness"][name] for video in videos if video["likeness"][name] is not None]
+            if values:
+                fields["fidelity"][name] = float(np.mean(values))
+                # The baseline's marks have a dynamic degree of their own.
+                intervals[f"fidelity.{name}"] = bootstrap(values)
+    return fields | {"intervals": intervals}
+
+
+def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
+    """[low, high] of the 95 % interval of the mean of values [P], by resampling them."""
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), size=(resamples, len(values)))
+    return np.percentile(drawn.mean(axis=1), [2.5, 97.5]).tolist()

@@ -1,0 +1,142 @@
+"""What is known of each row while a benchmark runs, on disk after every step of it.
+
+    rows/<name>.json      counts, seconds of each round, marks of each prompt, or the error
+    frames/<name>.safetensors    some frames of the first prompt, for the sheet
+    reference/<i>.safetensors    the baseline's video i, until the end
+
+A round counts when all rows that have no error were timed in it: a ratio is between neighbours in time.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from vidaccel.artefacts import atomic_path, write_json
+from vidaccel.bench.once import Made, Size
+from vidaccel.config import MethodConfig
+
+SHEET_FRAMES = 8
+SCHEMA = 1
+"""Version of results.json."""
+FIELDS = (
+    "prompts",
+    "seeds",
+    "full_steps",
+    "passes",
+    "denoise_seconds",
+    "end_to_end_seconds",
+    "flops",
+    "peak_memory_bytes",
+    "cache_bytes",
+    "parameters",
+    "semantic",
+    "quality",
+    "total",
+    "dimensions",
+    "fidelity",
+    "intervals",
+    "error",
+)
+"""Of a run: null until something is known."""
+
+
+@dataclass
+class Row:
+    """One method on one size."""
+
+    name: str
+    method: MethodConfig
+    size: Size
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of its cache, with those that a calibration found."""
+    counts: dict[str, Any] | None = None
+    """full_steps, passes, flops, cache_bytes, peak_memory_bytes, parameters."""
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    """{"denoise", "end_to_end"} seconds of each round, all its prompts together."""
+    videos: list[dict[str, Any]] = field(default_factory=list)
+    """{"marks", "likeness"} of each scored prompt."""
+    error: str | None = None
+    attempts: int = 0
+    """Times that its first generation was begun."""
+
+    @property
+    def id(self) -> str:
+        return "/".join([self.name, self.method.weights, "x".join(map(str, self.size))])
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.id)
+
+
+def blank_run(row: Row, family: str) -> dict[str, Any]:
+    """A run of which only the settings are known."""
+    return dict.fromkeys(FIELDS) | {
+        "method": row.name,
+        "family": family,
+        "on": row.method.weights,
+        "id": row.id,
+        "settings": asdict(row.method),
+        "size": dict(zip(("num_frames", "height", "width"), row.size, strict=True)),
+        "steps": row.method.steps,
+        "speedup": {"measured": None, "ideal": None, "measured_over_ideal": None},
+    }
+
+
+class Rows:
+    """The rows of one output folder."""
+
+    def __init__(self, folder: Path, rows: Iterable[Row]):
+        self.folder, self.rows = folder, list(rows)
+        for row in self.rows:
+            if self._file(row).exists():
+                known = json.loads(self._file(row).read_text(encoding="utf-8"))
+                for name in ("settings", "counts", "rounds", "videos", "error", "attempts"):
+                    setattr(row, name, known[name])
+        whole = min((len(row.rounds) for row in self.running), default=0)
+        for row in self.running:
+            del row.rounds[whole:]
+
+    @property
+    def running(self) -> list[Row]:
+        """Those without an error."""
+        return [row for row in self.rows if row.error is None]
+
+    def save(self, row: Row) -> None:
+        write_json(self._file(row), {key: value for key, value in asdict(row).items() if key not in ("name", "method")})
+
+    def save_frames(self, row: Row, frames: np.ndarray) -> None:
+        """A few of frames [T, H, W, 3] that are evenly spaced."""
+        chosen = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)
+        _save(self.folder / "frames" / f"{row.file_name}.safetensors", frames=torch.from_numpy(frames[chosen]))
+
+    def frames(self, row: Row) -> np.ndarray | None:
+        file = self.folder / "frames" / f"{row.file_name}.safetensors"
+        return load_file(file)["frames"].numpy() if file.exists() else None
+
+    def save_reference(self, size: Size, index: int, made: Made) -> None:
+        _save(self._reference(size, index), frames=torch.from_numpy(made.frames), latents=made.latents)
+
+    def reference(self, size: Size, index: int) -> Made | None:
+        """The baseline's video of prompt `index`; None if there is none."""
+        if not self._reference(size, index).exists():
+            return None
+        tensors = load_file(self._reference(size, index))
+        return Made(tensors["frames"].numpy(), tensors["latents"], 0.0, 0.0)
+
+    def _reference(self, size: Size, index: int) -> Path:
+        return self.folder / "reference" / f"{'x'.join(map(str, size))}-{index}.safetensors"
+
+    def _file(self, row: Row) -> Path:
+        return self.folder / "rows" / f"{row.file_name}.json"
+
+
+def _save(path: Path, **tensors: torch.Tensor) -> None:
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

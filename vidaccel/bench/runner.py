@@ -1,0 +1,232 @@
+"""`benchmark --speedup [--quality]`: every row counted, timed in turn with the others, and scored, into results.json.
+
+Three stages, each of which goes on where it was stopped:
+
+1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory. It
+   warms up what there is to warm up.
+2. Rounds: every row once, one after the other, so that the ratio of a row to the baseline is one of neighbours in time.
+3. With --quality, videos of many prompts, each compared with the baseline's from the same noise.
+
+Whatever a row raises is its result. results.json is written again after each step.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+
+from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
+from vidaccel.bench.caches import ADAPTIVE, Unsupported, calibrate, check_settings
+from vidaccel.bench.claim import FORMAT, claim, parents
+from vidaccel.bench.environment import environment
+from vidaccel.bench.models import Models
+from vidaccel.bench.observe import Observer
+from vidaccel.bench.once import Made, make
+from vidaccel.bench.peak import PeakMemory
+from vidaccel.bench.quality import likeness, marks_of, prompts_of
+from vidaccel.bench.results import results_of
+from vidaccel.bench.rows import Row, Rows
+from vidaccel.config import BenchmarkConfig, MethodConfig, to_dict
+from vidaccel.errors import UserError
+from vidaccel.models.call import check_sizes
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.progress import Progress
+
+log = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+CALIBRATION_SEED = 2**31
+"""Beyond the seed of the first prompt: of a video that is measured nowhere."""
+ATTEMPTS = 2
+"""Times that a row may take the process with it."""
+
+
+def run(config: BenchmarkConfig, folder: Path, quality: bool = False, device: str = "auto") -> dict[str, Any]:
+    """What results.json holds in the end.
+
+    Raises:
+        UserError: methods or settings that are not there, no model, or a folder of another benchmark.
+    """
+    return Benchmark(config, folder, quality, device).run()
+
+
+class Benchmark:
+    """One output folder, begun or finished."""
+
+    def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str):
+        methods = config.wanted(swept=quality)
+        for name, method in methods.items():
+            if method.cache is not None:
+                check_settings(name, method)
+        if config.model is None:
+            raise UserError("no model is named", "set model=FOLDER, or time random weights: --random-weights")
+        self.config, self.folder, self.quality = config, folder, quality
+        self.models = Models(config, device)
+        self._check_baseline(methods[config.baseline])
+        self.timed = prompts_of(config, config.timed_prompts)
+        self.scored = prompts_of(config, config.scored_prompts) if quality else []
+        self.environment = environment(self.models.device)
+        self.started = datetime.now(UTC)
+        check_writable(folder / RESULTS_FILE)
+        self.parents = parents(config, methods)
+        claim(folder, config, quality, self.environment, self.parents)
+        sizes = [tuple(size) for size in config.sizes]
+        self.rows = Rows(folder, [Row(name, method, size) for size in sizes for name, method in methods.items()])
+
+    def run(self) -> dict[str, Any]:
+        if not (self.folder / RUN_FILE).exists():
+            self._count()
+            self._time()
+            if self.quality:
+                self._score()
+            rmtree(self.folder / "reference", ignore_errors=True)
+            self._finish()
+        return self._results()
+
+    def _check_baseline(self, method: MethodConfig) -> None:
+        """Without a baseline there is nothing to compare with: `UserError` if it cannot make the videos."""
+        loaded = self.models.pipeline(method)
+        for size in self.config.sizes:
+            check_sizes(loaded, **dict(zip(("num_frames", "height", "width"), size, strict=True)))
+
+    def _count(self) -> None:
+        todo = [row for row in self.rows.running if row.counts is None]
+        with Progress("counting", total=len(todo)) as bar:
+            for row in todo:
+                row.attempts += 1
+                if row.attempts > ATTEMPTS:
+                    row.error = f"the process ended {ATTEMPTS} times while it ran"
+                self.rows.save(row)
+                with self._row(row):
+                    self._count_row(row)
+                bar.advance()
+
+    def _count_row(self, row: Row) -> None:
+        if row.error is not None:
+            return
+        loaded = self.models.pipeline(row.method)
+        seed = self.config.seed + CALIBRATION_SEED
+        row.settings = calibrate(loaded, row.method, lambda: self._make(row, [self.timed[0]], [seed], loaded))
+        with (
+            self.models.running(row.method, row.settings),
+            PeakMemory(self.models.device) as peak,
+            Observer(loaded) as seen,
+        ):
+            made = self._make(row, [self.timed[0]], [self.config.seed], loaded)
+        full = sum(seen.full)
+        other = {"predicted" if row.method.predicts else "skipped": len(seen.passes) - full}
+        row.counts = {
+            "full_steps": seen.full_steps,
+            "passes": {"full": full, "predicted": 0, "skipped": 0} | other,
+            "flops": seen.flops,
+            "cache_bytes": seen.held,
+            "peak_memory_bytes": peak.bytes,
+            "parameters": self.models.parameters(row.method, loaded),
+        }
+        self.rows.save_frames(row, made.frames[0])
+
+    def _time(self) -> None:
+        done = min((len(row.rounds) for row in self.rows.running), default=0)
+        total = (self.config.rounds - done) * len(self.rows.running)
+        with Progress("timing", total=total, live=False) as bar:
+            for _ in range(done, self.config.rounds):
+                for row in list(self.rows.running):
+                    with self._row(row):
+                        row.rounds.append(self._time_row(row))
+                    bar.advance()
+
+    def _time_row(self, row: Row) -> dict[str, float]:
+        seconds = {"denoise": 0.0, "end_to_end": 0.0}
+        with self.models.running(row.method, row.settings) as loaded:
+            for i, prompt in enumerate(self.timed):
+                made = self._make(row, [prompt], [self.config.seed + i], loaded)
+                seconds["denoise"] += made.denoise_seconds
+                seconds["end_to_end"] += made.seconds
+        return seconds
+
+    def _score(self) -> None:
+        total = sum(len(self.scored) - len(row.videos) for row in self.rows.running)
+        with Progress("scoring", total=total) as bar:
+            for row in list(self.rows.running):
+                step = self._batch_size(row)
+                for first in range(len(row.videos), len(self.scored), step):
+                    if row.error is None:
+                        with self._row(row):
+                            indices = range(first, min(first + step, len(self.scored)))
+                            self._score_batch(row, indices, bar.advance)
+
+    def _score_batch(self, row: Row, indices: range, advance: Callable[[], None]) -> None:
+        prompts, seeds = [self.scored[i] for i in indices], [self.config.seed + i for i in indices]
+        with self.models.running(row.method, row.settings) as loaded:
+            made = self._make(row, prompts, seeds, loaded)
+        baseline, videos = row.name == self.config.baseline, []
+        for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+            if baseline:
+                only = slice(place, place + 1)
+                self.rows.save_reference(row.size, index, Made(made.frames[only], made.latents[only], 0.0, 0.0))
+            reference = None if baseline else self.rows.reference(row.size, index)
+            videos.append(
+                {
+                    "marks": marks_of(self.config, prompt, made.frames[place]),
+                    "likeness": likeness(made, reference, place) if reference else None,
+                }
+            )
+            advance()
+        row.videos += videos
+
+    def _batch_size(self, row: Row) -> int:
+        together = row.method.cache not in ADAPTIVE and self.models.pipeline(row.method).family.batched_autoencoder
+        return self.config.batch_size if together else 1
+
+    def _make(self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline) -> Made:
+        return make(loaded, row.method, row.size, prompts, seeds, self.config.guidance)
+
+    @contextmanager
+    def _row(self, row: Row) -> Iterator[None]:
+        """Whatever is raised in the block becomes the row's error; then all that is known is written."""
+        try:
+            yield
+        except Exception as error:  # a method may fail in any way, and that is then what there is to report about it
+            row.error = _one_line(error)
+            log.warning("%s: %s", row.name, row.error)
+            log.debug("%s", row.name, exc_info=error)
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        self.rows.save(row)
+        write_json(self.folder / RESULTS_FILE, self._results())
+
+    def _results(self) -> dict[str, Any]:
+        count = len(self.scored) if self.quality else len(self.timed)
+        seeds = [self.config.seed + i for i in range(count)]
+        return results_of(self.config, self.rows, self.environment, seeds)
+
+    def _finish(self) -> None:
+        from vidaccel.bench.report import write_report
+
+        results = self._results()
+        write_json(self.folder / RESULTS_FILE, results)
+        write_report(self.folder, results, self.rows)
+        write_run(
+            self.folder,
+            format=FORMAT,
+            command="vidaccel benchmark",
+            config=to_dict(self.config),
+            seed=self.config.seed,
+            started=self.started,
+            parents=self.parents,
+        )
+
+
+def _one_line(error: Exception) -> str:
+    """What was said to a user in those words, anything else with the name of its kind."""
+    if isinstance(error, UserError):
+        return f"{error.message} ({error.hint})"
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, Unsupported):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
