@@ -9,6 +9,11 @@ and only the final latent is anybody's concern. So
 where growth(j) is measured once for each j, by full steps from what a stretch of `PROBE` steps left: S^2 / 2 full
 passes in all, in place of S^3 / 6. Squares are added because a schedule's stretches err in directions of their own.
 
+Measured on the sprites teacher (12 steps, cached tokens reused; searched on two prompts, tried on two others): errors
+grow fivefold from times around 0.8 and hardly from either end. With 3 to 7 steps full the final error is 7 to 32 % less
+than with as many evenly spread. With growth 1 it would be 3 to 25 % less, and with norms added in place of squares
+from 20 % more to 24 % less.
+
 B prompts, S steps, C channels, T frames, H and W latent pixels
 """
 
