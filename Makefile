@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint sprites gpu wheelhouse
+.PHONY: setup demo test lint sprites bench-distill gpu wheelhouse readme-figures
 
 # An environment in .venv with the tested versions; again only when those change.
 setup: $(INSTALLED)
@@ -33,6 +33,14 @@ lint: setup
 # The shipped model made from nothing; hours on a CPU, goes on where it was stopped.
 sprites: setup
 	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
+
+# Few-step students at equal training time: hours on a CPU, a row at a time. TEACHER, FEATURES, WORK, NAME, ARGS=--cost ...
+bench-distill: setup
+	$(BIN)/python -m benchmarks.distill --teacher $(or $(TEACHER),sprites/teacher) --features $(or $(FEATURES),runs/features) --work $(or $(WORK),runs/bench-distill) -o benchmarks/results/distill/$(or $(NAME),sprites).json $(ARGS)
+
+# The figures in README.md from benchmarks/results/*.json.
+readme-figures: setup
+	$(BIN)/python -m benchmarks.readme
 
 # Everything that is measured on a GPU, with the Python that has torch and triton there.
 gpu:
