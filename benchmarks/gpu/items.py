@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import model, ops
+from benchmarks.gpu import ops, passes, training
 from benchmarks.gpu.measure import Rows
+from benchmarks.gpu.model import Shape
 
-FULL = model.Shape(latent=(33, 88, 88))
-TENTH = model.Shape()
-TOY = model.Shape(
+FULL = Shape(latent=(33, 88, 88))
+TENTH = Shape()
+TOY = Shape(
     heads=2,
     head_dim=16,
     double_blocks=1,
@@ -35,17 +36,17 @@ def measure_ops(rows: Rows, dry: bool) -> None:
 
 
 def measure_blocks(rows: Rows, dry: bool) -> None:
-    model.run_blocks(rows, TOY if dry else TENTH, quick=False)
+    passes.run_blocks(rows, TOY if dry else TENTH, quick=False)
     if not dry:
-        model.run_blocks(rows, FULL, quick=True)
+        passes.run_blocks(rows, FULL, quick=True)
 
 
 def measure_model(rows: Rows, dry: bool) -> None:
-    model.run_model(rows, [TOY] if dry else [TENTH, FULL])
+    passes.run_model(rows, [TOY] if dry else [TENTH, FULL])
 
 
 def measure_training(rows: Rows, dry: bool) -> None:
-    model.run_training(rows, TOY if dry else replace(TENTH, double_blocks=5, single_blocks=10))
+    training.run_training(rows, TOY if dry else replace(TENTH, double_blocks=5, single_blocks=10))
 
 
 ITEMS: dict[str, Callable[[Rows, bool], None]] = {

@@ -175,19 +175,12 @@ def fusion(rows: Rows, size: Size, everything: bool) -> None:
 
 
 def attention(rows: Rows, size: Size, everything: bool) -> None:
-    """attention_jvp against torch's forward attention, whose rate is the yardstick, and jvp-flash-attention."""
+    """attention_jvp against torch's forward attention, whose rate is the yardstick."""
     q, k, v, dq, dk, dv = (size.normal(1, size.N, size.H, size.D, seed=i).transpose(1, 2) for i in range(6))
     mask = torch.arange(size.N, device=DEVICE)[None] < size.N - size.N // 50
     product = 2 * size.N**2 * size.W
     inputs = q, k, v, dq, dk, dv
     row = functools.partial(rows.measure, "attention_jvp", budget=1.0, most=10)
-
-    def package() -> None:
-        from jvp_flash_attention.jvp_attention import JVPAttn
-
-        with forward_ad.dual_level():
-            pairs = ((q, dq), (k, dk), (v, dv))
-            JVPAttn.fwd_dual(*(forward_ad.make_dual(x.contiguous(), dx.contiguous()) for x, dx in pairs))
 
     with torch.no_grad():
         forward = functools.partial(F.scaled_dot_product_attention, q, k, v)
@@ -196,11 +189,37 @@ def attention(rows: Rows, size: Size, everything: bool) -> None:
         row("torch forward with text mask, no tangent", size.row(), masked, flops=2 * product)
         ours = functools.partial(attention_jvp, *inputs, kernels=KERNELS)
         row("vidaccel", size.row(), ours, flops=6 * product, exact=forward())
+        if CUDA:
+            _tuned(rows, size)
         if everything:
             row("vidaccel with text mask", size.row(), functools.partial(ours, mask=mask), flops=6 * product)
-            row("jvp-flash-attention", size.row(), package, flops=6 * product)
             eager = functools.partial(attention_jvp, *inputs, kernels="reference")
             row("eager", size.row(), eager, flops=6 * product)
+
+
+def _tuned(rows: Rows, size: Size) -> None:
+    """Which configuration attention_jvp was tuned to, by address or by tensor descriptors, and what each took."""
+    from vidaccel.kernels.attention_jvp.fused import _attention
+
+    timings = {str(config): times[0] for config, times in getattr(_attention, "configs_timings", {}).items()}
+    rows.add("attention_jvp", "tuned", size.row(), config=str(_attention.best_config), milliseconds=timings)
+
+
+def attention_package(rows: Rows, size: Size) -> None:
+    """attention_jvp and the jvp-flash-attention package on the same inputs, which lie as the package wants them."""
+    inputs = [size.normal(1, size.H, size.N, size.D, seed=i) for i in range(6)]
+    flops = 12 * size.N**2 * size.W
+
+    def package() -> None:
+        from jvp_flash_attention.jvp_attention import JVPAttn
+
+        with forward_ad.dual_level():
+            JVPAttn.fwd_dual(*(forward_ad.make_dual(x, dx) for x, dx in zip(inputs[:3], inputs[3:], strict=True)))
+
+    with torch.no_grad():
+        row = functools.partial(rows.measure, "attention_jvp beside the package", budget=1.0, most=5, flops=flops)
+        row("vidaccel", size.row(), functools.partial(attention_jvp, *inputs, kernels=KERNELS))
+        row("jvp-flash-attention", size.row(), package)
 
 
 def run(rows: Rows, sizes: list[Size]) -> None:
@@ -210,3 +229,5 @@ def run(rows: Rows, sizes: list[Size]) -> None:
         for op in (norms, rotary, fusion, attention):
             op(rows, size, everything=index == 0)
             torch.compiler.reset()
+    for size in sizes:
+        attention_package(rows, size)

@@ -1,8 +1,9 @@
 """Everything that is measured on a GPU, in one go: `python -m benchmarks.gpu.run [--output DIR] [--minutes 9]`.
 
 It runs the kernel tests on the GPU, then the items of items.py, each in a process of its own and within what is left of
-the time, and writes one JSON a machine: device, versions, this machine's ceilings, one row a measurement, and an error
-row for whatever failed or did not fit. `--dry-run` does it at toy sizes on any machine, to show that it runs.
+the time, and writes one JSON a machine: device, versions, this machine's ceilings, what was aimed at (targets.py), one
+row a measurement, and an error row for whatever failed or did not fit. `--dry-run` does it at toy sizes on any machine,
+to show that it runs.
 
 It needs torch, triton, numpy, pytest with xdist, hypothesis, and the wheels that wheelhouse.sh gathers; no network.
 """
@@ -24,6 +25,7 @@ import torch
 
 import vidaccel
 from benchmarks.gpu.measure import read_rows
+from benchmarks.gpu.targets import targets
 
 ROOT = Path(__file__).parents[2]
 # Seconds that an item may take at most on a GPU; an item also ends when the whole time is up.
@@ -76,6 +78,7 @@ def measure(items: list[str], dry: bool, deadline: float) -> dict:
         "machine": machine(),
         "versions": {"vidaccel": vidaccel.__version__} | {name: version(name) for name in PACKAGES},
         "ceilings": ceilings,
+        "targets": targets(rows),
         "rows": rows,
     }
 
@@ -153,7 +156,11 @@ def table(report: dict) -> str:
             share = row.get("of_copy", row.get("of_matmul"))
             lines.append(f"{what} {1000 * row['seconds']:10.3f} ms" + (f" {share:6.1%}" if share else ""))
         else:
-            lines.append(f"{what} {row.get('counts') or row.get('seconds_composed')}")
+            lines.append(f"{what} {row.get('counts') or row.get('seconds_composed') or row.get('config')}")
+    for line in report["targets"]:
+        got = "not measured" if line["got"] is None else f"{line['got']:.2f}"
+        verdict = {True: "met", False: "MISSED", None: ""}[line["met"]]
+        lines.append(f"{line['target']:60} {line['wanted'] or '':>5} {got:>12} {verdict}")
     return "\n".join(lines)
 
 

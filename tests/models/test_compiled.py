@@ -166,6 +166,15 @@ def test_hooked_blocks_are_refused():
         fuse(model, "reference")
 
 
+def test_it_can_be_undone():
+    model = wan()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    undo = compile_blocks(model, BY_CLASS[type(model).__name__])
+    assert {name: set(vars(module)) for name, module in model.named_modules()} != before
+    undo()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
 def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(select, "HAVE_TRITON", False)
     with pytest.raises(UserError, match="Triton is not installed"):

@@ -85,7 +85,7 @@ def test_auto_is_the_stock_model_on_a_cpu_and_says_so(saved, caplog):
 def test_all_at_once_samples_the_same_video(saved):
     expected = sampled(load_pipeline(saved("wan")))
     loaded = load_pipeline(saved("wan"))
-    assert prepare(loaded, RuntimeConfig(**EVERYTHING)) == EVERYTHING | {"quantize": "none"}
+    assert prepare(loaded, RuntimeConfig(**EVERYTHING)) == EVERYTHING | {"quantize": "none", "trim_text": False}
     block = loaded.pipe.transformer.blocks[0]
     assert type(block).__name__ == "FusedWanBlock" and block.compiled is block.forward
     torch.testing.assert_close(sampled(loaded), expected, rtol=1e-3, atol=1e-4)
@@ -157,7 +157,7 @@ def test_a_family_without_masks_has_nothing_to_cut(saved, caplog):
     loaded = load_pipeline(saved("wan"))
     before = state(loaded.pipe.transformer)
     with caplog.at_level(logging.INFO, logger="vidaccel"):
-        prepare(loaded, RuntimeConfig(trim_text=True))
+        assert not prepare(loaded, RuntimeConfig(trim_text=True))["trim_text"]
     assert state(loaded.pipe.transformer) == before
     assert "Wan 2.1 masks no text" in caplog.text
 

@@ -21,6 +21,7 @@ from vidaccel.kernels import select, tangents
 from vidaccel.models.family import DiTFamily
 
 BACKEND = "inductor"
+RECOMPILE_LIMIT = 64
 
 
 class CompiledForward:
@@ -79,8 +80,11 @@ def check_compiler(device: torch.device) -> None:
             ) from error
 
 
-def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool | None = False) -> None:
+def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool | None = False) -> Callable[[], None]:
     """Compile every block of the trunk; with CUDA graphs on a CUDA device.
+
+    Returns:
+        What undoes it.
 
     Raises:
         UserError: a block carries hooks or is compiled already.
@@ -91,11 +95,20 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
             f"the blocks of this {type(transformer).__name__} are hooked or compiled already",
             "compile a model once, before anything is attached to it",
         )
+    # Graphs of all blocks, of every size of video and of the predictor's blocks count towards one limit.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     graphs = next(transformer.parameters()).is_cuda
     for block in blocks:
         _install(block, CompiledForward(block, dynamic=dynamic, graphs=graphs, kept=block is blocks[-1]))
-    if graphs:
-        transformer.register_forward_pre_hook(_new_step)
+    marks = [transformer.register_forward_pre_hook(_new_step)] if graphs else []
+
+    def undo() -> None:
+        for block in blocks:
+            del block.forward, block.compiled
+        for mark in marks:
+            mark.remove()
+
+    return undo
 
 
 def compile_like(block: nn.Module, original: nn.Module) -> None:

@@ -78,7 +78,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "attention": config.attention,
-        "trim_text": config.trim_text,
+        "trim_text": config.trim_text and masks_text(transformers[0]),
         "quantize": config.quantize,
         "compile": config.compile,
     }

@@ -115,6 +115,7 @@ class Predictor(Checkpointed, nn.Module):
             if type(original) in FUSED_BLOCKS.values():
                 block.__class__, block.kernels = type(original), original.kernels
             compile_like(block, original)
+        self.kernels = getattr(original, "kernels", "reference")
         self.fusions.to(transformer.dtype)
         return self
 
