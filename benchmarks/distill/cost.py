@@ -29,6 +29,7 @@ from vidaccel.bench.peak import PeakMemory, resident_bytes
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import DistillConfig
+from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
@@ -166,7 +167,9 @@ def peak_in_own_process(config: DistillConfig, mode: str) -> dict[str, int]:
         conf.write_text(configuration.to_yaml(config), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.distill.cost", str(conf), mode]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"measuring the memory of {mode} ended with exit status {done.returncode}", "see above for why")
     return json.loads(done.stdout.splitlines()[-1])
 
 

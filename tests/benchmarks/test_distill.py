@@ -352,3 +352,6 @@ def test_memory_is_that_of_a_process_that_does_nothing_else(places):
     config.teacher, config.features = map(str, places)
     memory = cost.peak_in_own_process(config, "exact")
     assert memory["peak"] >= memory["before"] > 0
+    config.features = str(places[0])
+    with pytest.raises(UserError, match="memory of exact ended with exit status 1"):
+        cost.peak_in_own_process(config, "exact")
