@@ -1,5 +1,7 @@
 """Text cut to its length and masks dropped, on the models of test_fuse.py: the same outputs without the padding."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,13 @@ def test_a_predictor_sees_what_the_trunk_sees():
     got, seen = sampled()
     assert seen == [(17, False)] * 2
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_copy_trims_on_its_own():
+    model = hunyuan_video()
+    trimmed(model)
+    double = copy.deepcopy(model)
+    assert attention_calls(double, hunyuan_video_inputs((5, 5))) == [(17, False)] * 3
 
 
 def test_a_batch_that_needs_a_mask_is_refused_where_none_is_taken():

@@ -16,6 +16,7 @@ B batch, L text tokens, E their width
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
@@ -69,7 +70,7 @@ class TextPadding:
         for kind in family.block_lists:
             position = kind.arguments.index("attention_mask")
             for block in getattr(transformer, kind.name):
-                self._hook(block.register_forward_pre_hook(lambda _, args, at=position: self._drop(args, at)))
+                self._hook(block.register_forward_pre_hook(partial(self._drop, position)))
                 self._accept_none(block)
 
     def remove(self) -> None:
@@ -110,8 +111,8 @@ class TextPadding:
     def _end(self, transformer: nn.Module, inputs: tuple, output) -> None:
         self._dense = False
 
-    def _drop(self, args: tuple, position: int) -> tuple:
-        """A block's arguments, without the mask where it masks nothing."""
+    def _drop(self, position: int, block: nn.Module, args: tuple) -> tuple:
+        """A block's arguments, without the mask at `position` where it masks nothing."""
         mask = args[position]
         if mask is None or not self._known.setdefault(mask, self._dense):
             return args
