@@ -372,7 +372,7 @@ def test_a_cut_or_padded_safetensors_file_is_never_whole(cut, tail, whole, tmp_p
     damaged = whole[: cut % len(whole)] + tail
     path = tmp_path_factory.getbasetemp() / "cut.safetensors"
     path.write_bytes(damaged)
-    if damaged == whole:
+    if len(damaged) == len(whole):  # other values in the last four bytes, which only a hash would tell
         assert safetensors_header(path).keys() == {"a", "b"}
     else:
         with pytest.raises(UserError):
