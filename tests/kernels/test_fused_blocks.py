@@ -7,8 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.kernels.compare import DEVICE, relative_error
 from tests.models import test_fuse as models
+from vidaccel.cache.trunk import Trunk
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
+from vidaccel.models.compiled import compile_blocks
 from vidaccel.models.fuse import fuse
+from vidaccel.models.wan import WAN
+from vidaccel.predictor.network import new_predictor
 
 CASES = ("hunyuan-video, texts of two lengths", "hunyuan-video-1.5, one text", "wan")
 
@@ -46,3 +50,34 @@ def test_the_derivative_pass_equals_that_of_the_stock_model(case):
         expected = derivative(model, inputs, direction)
     with fuse(model, "fused"), AttentionTangents("fused"):
         assert relative_error(derivative(model, inputs, direction), expected) <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
+def test_cuda_graphs_give_the_same_and_leave_what_is_remembered_alone():
+    model, inputs = build("wan")
+    later = inputs | {"hidden_states": inputs["hidden_states"] + 0.5}
+
+    def passes():
+        """Both predicted passes look back on the same full one, whose graphs ran again in between, unremembered."""
+        with trunk.full():
+            full = models.run(model, inputs)
+        memory = trunk.memory()
+        with trunk.predicted(predictor, memory=memory):
+            first = models.run(model, later)
+        other = models.run(model, later)
+        with trunk.predicted(predictor, memory=memory):
+            return full, first, other, models.run(model, later)
+
+    with torch.no_grad(), fuse(model, "fused"), Trunk(model, WAN) as trunk:
+        with trunk.full():
+            models.run(model, inputs)
+        predictor = new_predictor(model, WAN, trunk.memory()[0].tokens, blocks=1).run_like(model)
+        expected = passes()
+    with torch.no_grad(), fuse(model, "fused"):
+        compile_blocks(model, WAN)
+        with Trunk(model, WAN) as trunk:
+            predictor.run_like(model)
+            for _ in range(4):  # a graph is warmed up, recorded, then replayed
+                for got, wanted in zip(passes(), expected, strict=True):
+                    assert relative_error(got, wanted) <= 1e-4
