@@ -25,14 +25,14 @@ Size = tuple[int, int, int]
 class Made:
     """Videos of one batch."""
 
-    frames: np.ndarray
-    """uint8 [B, T, H, W, 3]."""
+    frames: np.ndarray | None
+    """uint8 [B, T, H, W, 3]; None where nothing was decoded."""
     latents: Tensor
     """Final ones, float32 [B, C, T, H, W], on the CPU."""
     denoise_seconds: float
     """From the first pass of the transformer to the end of the last step."""
     seconds: float
-    """From prompts to frames."""
+    """From prompts to frames, or to latents where nothing was decoded."""
 
 
 def make(
@@ -42,6 +42,7 @@ def make(
     prompts: Sequence[str],
     seeds: Sequence[int],
     guidance: float | None = None,
+    decode: bool = True,
 ) -> Made:
     """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed.
 
@@ -61,13 +62,14 @@ def make(
     loaded.pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
+    kind = "np" if decode else "latent"
     with Clock(loaded) as clock:
-        frames = loaded.pipe(list(prompts), generator=generators, output_type="np", **arguments).frames
-    seconds = time.perf_counter() - started
-    if not np.isfinite(frames).all():
+        frames = loaded.pipe(list(prompts), generator=generators, output_type=kind, **arguments).frames
+    seconds, latents = time.perf_counter() - started, clock.latents.float().cpu()
+    if not latents.isfinite().all() or decode and not np.isfinite(frames).all():
         raise FloatingPointError("the video is not finite")
-    made = (frames * 255).round().astype(np.uint8)
-    return Made(made, clock.latents.float().cpu(), clock.last - clock.first, seconds)
+    made = (frames * 255).round().astype(np.uint8) if decode else None
+    return Made(made, latents, clock.last - clock.first, seconds)
 
 
 class Clock:

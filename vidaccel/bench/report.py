@@ -37,7 +37,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     runs = results["runs"]
     parts = [
         "<h1>vidaccel benchmark</h1>",
-        f"<p>{_environment(results['environment'])}</p>",
+        f"<p><code>{html.escape(results['command'])}</code></p><p>{_environment(results['environment'])}</p>",
         f"<p>Speedups are relative to {html.escape(results['baseline'])}, within each round. Ideal is by FLOPs, and "
         "passes are counted as they happened: full ones, and those in which a predictor or a cache took part.</p>",
         _table(["method", *COLUMNS], [[run["method"], *_cells(run)] for run in runs if run["passes"]]),

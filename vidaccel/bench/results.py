@@ -29,14 +29,15 @@ def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int])
         return run
     run |= row.counts | {"speedup": _speedup(row, baseline), "prompts": config.timed_prompts}
     if len(row.rounds) > 1:
-        run["denoise_seconds"] = _spread([each["denoise"] / config.timed_prompts for each in row.rounds])
-        run["end_to_end_seconds"] = _spread([each["end_to_end"] / config.timed_prompts for each in row.rounds])
+        run["denoise_seconds"] = spread([each["denoise"] / config.timed_prompts for each in row.rounds])
+        run["end_to_end_seconds"] = spread([each["end_to_end"] / config.timed_prompts for each in row.rounds])
     if row.videos and row.error is None:
         run |= summary(row.videos) | {"prompts": len(row.videos)}
     return run | {"seeds": list(seeds[: run["prompts"]])}
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """As results.json has times."""
     p25, median, p75 = np.percentile(seconds, [25, 50, 75]).tolist()
     return {"median": median, "p25": p25, "p75": p75, "rounds": len(seconds)}
 

@@ -2,8 +2,8 @@
 
 Three stages, each of which goes on where it was stopped:
 
-1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory. It
-   warms up what there is to warm up.
+1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory up to
+   the latents. It warms up what there is to warm up; only the baseline's is decoded, since that is the same for all.
 2. Rounds: every row once, one after the other, so that the ratio of a row to the baseline is one of neighbours in time.
 3. With --quality, videos of many prompts, each compared with the baseline's from the same noise.
 
@@ -46,26 +46,32 @@ ATTEMPTS = 2
 """Times that a row may take the process with it."""
 
 
-def run(config: BenchmarkConfig, folder: Path, quality: bool = False, device: str = "auto") -> dict[str, Any]:
-    """What results.json holds in the end.
+def run(
+    config: BenchmarkConfig,
+    folder: Path,
+    quality: bool = False,
+    device: str = "auto",
+    command: str = "vidaccel benchmark",
+) -> dict[str, Any]:
+    """What results.json holds in the end; `command` is what the user typed, which it repeats.
 
     Raises:
         UserError: methods or settings that are not there, no model, or a folder of another benchmark.
     """
-    return Benchmark(config, folder, quality, device).run()
+    return Benchmark(config, folder, quality, device, command).run()
 
 
 class Benchmark:
     """One output folder, begun or finished."""
 
-    def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str):
+    def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
         methods = config.wanted(swept=quality)
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
         if config.model is None:
             raise UserError("no model is named", "set model=FOLDER, or time random weights: --random-weights")
-        self.config, self.folder, self.quality = config, folder, quality
+        self.config, self.folder, self.quality, self.command = config, folder, quality, command
         self.models = Models(config, device)
         self._check_baseline(methods[config.baseline])
         self.timed = prompts_of(config, config.timed_prompts)
@@ -111,13 +117,15 @@ class Benchmark:
             return
         loaded = self.models.pipeline(row.method)
         seed = self.config.seed + CALIBRATION_SEED
-        row.settings = calibrate(loaded, row.method, lambda: self._make(row, [self.timed[0]], [seed], loaded))
+        row.settings = calibrate(
+            loaded, row.method, lambda: self._make(row, [self.timed[0]], [seed], loaded, decode=False)
+        )
         with (
             self.models.running(row.method, row.settings),
             PeakMemory(self.models.device) as peak,
             Observer(loaded) as seen,
         ):
-            made = self._make(row, [self.timed[0]], [self.config.seed], loaded)
+            self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=self._is_baseline(row))
         full = sum(seen.full)
         other = {"predicted" if row.method.predicts else "skipped": len(seen.passes) - full}
         row.counts = {
@@ -128,7 +136,6 @@ class Benchmark:
             "peak_memory_bytes": peak.bytes,
             "parameters": self.models.parameters(row.method, loaded),
         }
-        self.rows.save_frames(row, made.frames[0])
 
     def _time(self) -> None:
         done = min((len(row.rounds) for row in self.rows.running), default=0)
@@ -147,6 +154,8 @@ class Benchmark:
                 made = self._make(row, [prompt], [self.config.seed + i], loaded)
                 seconds["denoise"] += made.denoise_seconds
                 seconds["end_to_end"] += made.seconds
+                if i == 0 and not row.rounds:
+                    self.rows.save_frames(row, made.frames[0])
         return seconds
 
     def _score(self) -> None:
@@ -164,7 +173,7 @@ class Benchmark:
         prompts, seeds = [self.scored[i] for i in indices], [self.config.seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
             made = self._make(row, prompts, seeds, loaded)
-        baseline, videos = row.name == self.config.baseline, []
+        baseline, videos = self._is_baseline(row), []
         for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             if baseline:
                 only = slice(place, place + 1)
@@ -183,8 +192,13 @@ class Benchmark:
         together = row.method.cache not in ADAPTIVE and self.models.pipeline(row.method).family.batched_autoencoder
         return self.config.batch_size if together else 1
 
-    def _make(self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline) -> Made:
-        return make(loaded, row.method, row.size, prompts, seeds, self.config.guidance)
+    def _make(
+        self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline, decode: bool = True
+    ) -> Made:
+        return make(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
+
+    def _is_baseline(self, row: Row) -> bool:
+        return row.name == self.config.baseline
 
     @contextmanager
     def _row(self, row: Row) -> Iterator[None]:
@@ -203,7 +217,7 @@ class Benchmark:
     def _results(self) -> dict[str, Any]:
         count = len(self.scored) if self.quality else len(self.timed)
         seeds = [self.config.seed + i for i in range(count)]
-        return results_of(self.config, self.rows, self.environment, seeds)
+        return {"command": self.command} | results_of(self.config, self.rows, self.environment, seeds)
 
     def _finish(self) -> None:
         from vidaccel.bench.report import write_report
@@ -214,7 +228,7 @@ class Benchmark:
         write_run(
             self.folder,
             format=FORMAT,
-            command="vidaccel benchmark",
+            command=self.command,
             config=to_dict(self.config),
             seed=self.config.seed,
             started=self.started,

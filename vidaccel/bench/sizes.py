@@ -1,7 +1,9 @@
-"""A full-size transformer without weights, and how many tokens a video of a size is to it."""
+"""A full-size transformer without trained weights, and how many tokens a video of a size is to it."""
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import read_json
 from vidaccel.models.loading import DTYPES, SHIPPED
 
+DEPTHS = ("num_layers", "num_single_layers")
+"""Arguments of the transformer classes that number the blocks of a list."""
+
 
 def planned_family(config: BenchmarkConfig) -> DiTFamily:
     """The record of `config.family`; `UserError` for a name that has none."""
@@ -28,7 +33,15 @@ def planned_family(config: BenchmarkConfig) -> DiTFamily:
 
 
 def meta_transformer(config: BenchmarkConfig) -> nn.Module:
-    """The configured transformer on the meta device, in the configured dtype.
+    """The configured transformer on the meta device, in the configured dtype; errors of `new_transformer`."""
+    return new_transformer(config, "meta")
+
+
+def new_transformer(config: BenchmarkConfig, device: torch.device | str, depth: int | None = None) -> nn.Module:
+    """The configured transformer with random weights, in the configured dtype.
+
+    Args:
+        depth: blocks in each list, in place of its own number.
 
     Raises:
         UserError: the class does not take one of the arguments, or not such a value.
@@ -39,12 +52,25 @@ def meta_transformer(config: BenchmarkConfig) -> nn.Module:
     for name in arguments:
         if name not in known:
             raise UserError(f"transformer: {cls.__name__} takes no {name}", nearest(name, known))
+    if depth is not None:
+        arguments = arguments | {name: depth for name in DEPTHS if name in known}
     try:
-        with torch.device("meta"):
+        with torch.device(device), _default_dtype(DTYPES[config.dtype]):
             return cls(**arguments).to(DTYPES[config.dtype]).eval()
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"transformer: {cls.__name__} cannot be built: {reason}", "mend those values") from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Weights are made in this type at once: in float32 first, large ones would not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int]:

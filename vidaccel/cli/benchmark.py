@@ -1,6 +1,7 @@
 """`vidaccel benchmark`: what every method costs and gains."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,8 @@ def benchmark(
     if quality and way != "--speedup":
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
     quiet_libraries()
-    results, lines = _work(way, config, output, quality, device)
+    command = shlex.join(["vidaccel", "benchmark", way, *["--quality"] * quality, "--conf", conf, *overrides])
+    results, lines = _work(way, config, output, quality, device, command)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
@@ -66,7 +68,9 @@ def _way(**flags: bool) -> str:
     return asked[0]
 
 
-def _work(way: str, config: Any, output: Path, quality: bool, device: str) -> tuple[dict[str, Any], Iterable[Any]]:
+def _work(
+    way: str, config: Any, output: Path, quality: bool, device: str, command: str
+) -> tuple[dict[str, Any], Iterable[Any]]:
     """results.json's content, and what to print of it."""
     from vidaccel.bench.tables import plan_tables, speed_tables
 
@@ -82,7 +86,7 @@ def _work(way: str, config: Any, output: Path, quality: bool, device: str) -> tu
         return results, speed_tables(results)
     from vidaccel.bench.runner import run
 
-    results = run(config, output, quality, device)
+    results = run(config, output, quality, device, command)
     return results, [*speed_tables(results), f"{output}: results.json, report.html, pareto.png and sheet.png"]
 
 

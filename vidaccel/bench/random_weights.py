@@ -1,0 +1,217 @@
+"""`benchmark --random-weights`: the full-size transformer timed with weights that were never trained.
+
+How long a pass takes does not depend on what the weights are. Timed, in rounds, are whole passes: a full one, one with
+the learned predictor in the trunk's place, one with nothing there. Where the model does not fit, its parts are: blocks
+of each kind, the predictor, and all that lies outside the trunk; passes are then put together from them, and rows from
+passes in both cases. Text encoders, autoencoder and scheduler are left out.
+
+B batch, N tokens
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidaccel.bench.environment import environment
+from vidaccel.bench.flops import parameters, predictor_parameters
+from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs
+from vidaccel.bench.results import spread
+from vidaccel.bench.rows import SCHEMA, Row, blank_run
+from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
+from vidaccel.cache.trunk import Trunk
+from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.models.loading import DTYPES, resolve_device
+from vidaccel.models.velocity import Velocity
+from vidaccel.predictor.forecasters import Reuse
+from vidaccel.predictor.network import Predictor, new_predictor
+from vidaccel.progress import Progress
+
+Seconds = dict[str, float]
+"""Of one pass of each kind: full, predictor or trunk."""
+
+TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "hunyuan_video": {
+        "prompt_embeds": ("prompt", "text_embed_dim"),
+        "prompt_mask": ("prompt",),
+        "pooled": ("pooled_projection_dim",),
+    },
+    "hunyuan_video_15": {
+        "prompt_embeds": ("prompt", "text_embed_dim"),
+        "prompt_mask": ("prompt",),
+        "prompt_embeds_2": ("glyphs", "text_embed_2_dim"),
+        "prompt_mask_2": ("glyphs",),
+    },
+    "wan": {"prompt_embeds": ("prompt", "text_dim")},
+}
+"""Shape of each text tensor, by family and stored name: streams, and keys of the transformer's config."""
+ROOM = 1.1
+"""Memory that has to be free, over what was worked out."""
+GUIDANCE = 6.0
+UNTIMED = "random weights do not tell: only full, predicted and reused passes are timed with them"
+
+
+def time_random_weights(config: BenchmarkConfig, device: str = "auto") -> dict[str, Any]:
+    """Every wanted method on every size, as results.json."""
+    where, runs = resolve_device(device), []
+    for size in config.sizes:
+        costs = size_costs(config, planned_family(config), meta_transformer(config), tuple(size))
+        whole = _fits(config, costs, where) if config.whole is None else config.whole
+        with Progress("timing", total=config.rounds, live=False) as bar, torch.no_grad():
+            timed = list(_rounds(config, costs, where, whole, bar))
+        runs += _runs(config, costs, timed, "whole" if whole else "blocks")
+    return {"schema": SCHEMA, "environment": environment(where), "baseline": config.baseline, "runs": runs}
+
+
+def _rounds(
+    config: BenchmarkConfig, costs: SizeCosts, device: torch.device, whole: bool, bar: Progress
+) -> Iterator[Seconds]:
+    """What `config.rounds` rounds measured, after one that warms up."""
+    model = Model(config, costs, device, depth=None if whole else config.predictor_blocks)
+    parts, kinds = model.passes() if whole else model.parts()
+    for index in range(config.rounds + 1):
+        seconds = {name: _time(call, device) for name, call in parts.items()}
+        if index:
+            bar.advance()
+            yield {kind: sum(count * seconds[part] for part, count in of.items()) for kind, of in kinds.items()}
+
+
+def _time(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Model:
+    """A transformer and a predictor with random weights, and the input of a pass."""
+
+    def __init__(self, config: BenchmarkConfig, costs: SizeCosts, device: torch.device, depth: int | None):
+        self.config, self.family, self.device = config, planned_family(config), device
+        self.transformer = new_transformer(config, device, depth)
+        self.streams = rows(config, self.transformer, costs.size)
+        self.velocity = Velocity(self.transformer, self.family)
+        self.trunk = Trunk(self.transformer, self.family).attach()
+        self.inputs = self._inputs(costs)
+        self.arguments = self._block_arguments()
+        self.predictor = self._predictor()
+
+    def passes(self) -> tuple[dict[str, Callable], dict[str, dict[str, int]]]:
+        """What to time, and what each kind of pass is made of: of itself."""
+        calls = {"full": self.full, "predictor": lambda: self.predicted(self.predictor), "trunk": self.without_trunk}
+        return calls, {kind: {kind: 1} for kind in calls}
+
+    def parts(self) -> tuple[dict[str, Callable], dict[str, dict[str, int]]]:
+        """What to time, and what each kind of pass is made of: so many of each."""
+        calls: dict[str, Callable] = {"outside": self.without_trunk, "network": self._network}
+        depths, full = meta_transformer(self.config), {"outside": 1}
+        for kind in self.family.block_lists:
+            block = getattr(self.transformer, kind.name)[0]
+            calls[kind.name] = lambda block=block, values=self.arguments[kind.name]: block(*values)
+            full[kind.name] = len(getattr(depths, kind.name))
+        return calls, {"full": full, "predictor": {"outside": 1, "network": 1}, "trunk": {"outside": 1}}
+
+    def full(self) -> Tensor:
+        with self.trunk.full():
+            return self.velocity(**self.inputs)
+
+    def predicted(self, forecaster: Any) -> Tensor:
+        with self.trunk.predicted(forecaster):
+            return self.velocity(**self.inputs)
+
+    def without_trunk(self) -> Tensor:
+        return self.predicted(Reuse())
+
+    def _network(self) -> Any:
+        kind = self.family.block_lists[0]
+        arguments = dict(zip(kind.arguments, self.arguments[kind.name], strict=False))
+        return self.predictor(arguments, self.trunk.memory())
+
+    def _inputs(self, costs: SizeCosts) -> dict[str, Any]:
+        config, frames, height, width = self.transformer.config, *costs.size
+        frame_step, pixel_step = self.config.compression
+        channels = config.out_channels or config.in_channels
+        shape = 1, channels, (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
+        options = {"dtype": DTYPES[self.config.dtype], "device": self.device}
+        text = {}
+        for name, sizes in TEXTS[self.family.name].items():
+            extents = [self.streams[size] if size in self.streams else config[size] for size in sizes]
+            text[name] = torch.ones(1, *extents, **options) if "mask" in name else torch.randn(1, *extents, **options)
+        scale = torch.full((1,), GUIDANCE, device=self.device) if self.velocity.embeds("g") else None
+        half = torch.full((1,), 0.5, device=self.device)
+        return {"x": torch.randn(shape, **options), "t": half, "text": text, "g": scale}
+
+    def _block_arguments(self) -> dict[str, tuple]:
+        """What the first block of each list is called with, from a full pass, which the trunk remembers."""
+        found: dict[str, tuple] = {}
+        firsts = {kind.name: getattr(self.transformer, kind.name)[0] for kind in self.family.block_lists}
+        handles = [
+            block.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args}))
+            for name, block in firsts.items()
+        ]
+        self.full()
+        for handle in handles:
+            handle.remove()
+        return found
+
+    def _predictor(self) -> Predictor:
+        tokens = self.trunk.memory()[0].tokens
+        network = new_predictor(self.transformer, self.family, tokens, self.config.predictor_blocks).eval()
+        return network.run_like(self.transformer).to(self.device)
+
+
+def _fits(config: BenchmarkConfig, costs: SizeCosts, device: torch.device) -> bool:
+    """Whether weights, activations and cache of the whole model fit into what is free."""
+    model, family = meta_transformer(config), planned_family(config)
+    weights = parameters(model) + predictor_parameters(model, family, config.predictor_blocks)
+    needed = weights * DTYPES[config.dtype].itemsize + costs.activations + costs.cache["predictor"]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    return ROOM * needed < free
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: str) -> Iterator[dict[str, Any]]:
+    methods = config.wanted()
+    baseline = methods[config.baseline]
+    for name, method in methods.items():
+        run = blank_run(Row(name, method, costs.size), config.family)
+        run["settings"]["random_weights"] = how
+        yield run | (_timed(method, baseline, costs, timed) if _is_timed(method) else {"error": UNTIMED})
+
+
+def _is_timed(method: MethodConfig) -> bool:
+    return method.planned and (method.full_count() == method.steps or method.between in ("predictor", "trunk"))
+
+
+def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed: list[Seconds]) -> dict[str, Any]:
+    count, flops = passes(method), method_flops(method, costs)
+    seconds = [_denoise(count, each) for each in timed]
+    known: dict[str, Any] = {
+        "full_steps": method.schedule(),
+        "passes": asdict(count),
+        "flops": flops,
+        "denoise_seconds": spread(seconds),
+    }
+    if _is_timed(baseline):
+        slow = [_denoise(passes(baseline), each) for each in timed]
+        measured = spread([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
+        ideal = method_flops(baseline, costs) / flops
+        known["speedup"] = {"measured": measured, "ideal": ideal, "measured_over_ideal": measured / ideal}
+    return known
+
+
+def _denoise(count: Passes, seconds: Seconds) -> float:
+    return count.full * seconds["full"] + count.predicted * seconds["predictor"] + count.skipped * seconds["trunk"]
