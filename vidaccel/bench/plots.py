@@ -18,6 +18,8 @@ KINDS = {
     "cache on the student": ("s", "#8fbbe0"),
 }
 """Marker and colour."""
+TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30)
+"""Speedups that the axis names."""
 
 
 def kind_of(run: dict[str, Any]) -> str:
@@ -59,7 +61,11 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         _likeness(axes, [run for run in timed if run["fidelity"]])
     else:
         _speedups(axes, timed)
+    axes.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
+    axes.minorticks_off()
     if timed:
+        fastest = max(run["speedup"]["measured"] for run in timed)
+        axes.set_xlim(0.9, 1.5 * fastest)
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)

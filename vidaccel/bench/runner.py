@@ -3,7 +3,7 @@
 Three stages, each of which goes on where it was stopped:
 
 1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory up to
-   the latents. It warms up what there is to warm up; only the baseline's is decoded, since that is the same for all.
+   the latents, beyond which all rows are the same. It warms up what there is to warm up.
 2. Rounds: every row once, one after the other, so that the ratio of a row to the baseline is one of neighbours in time.
 3. With --quality, videos of many prompts, each compared with the baseline's from the same noise.
 
@@ -13,6 +13,7 @@ Whatever a row raises is its result. results.json is written again after each st
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import rmtree
@@ -125,7 +126,9 @@ class Benchmark:
             PeakMemory(self.models.device) as peak,
             Observer(loaded) as seen,
         ):
-            self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=self._is_baseline(row))
+            self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
+        if self._is_baseline(row):
+            make(loaded, replace(row.method, steps=1), row.size, self.timed[:1], [seed])  # the decoder's warm-up
         full = sum(seen.full)
         other = {"predicted" if row.method.predicts else "skipped": len(seen.passes) - full}
         row.counts = {

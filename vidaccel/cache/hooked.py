@@ -75,8 +75,10 @@ class PartsCache:
             transformer = getattr(self.pipe, denoiser.attribute)
             if getattr(transformer, "is_cache_enabled", False):
                 raise UserError("a cache of diffusers is enabled on this pipeline", "call its disable_cache() first")
+            self._undo.append(lambda transformer=transformer: _contexts_moved(transformer))
             for module, hook in list(self.hooks(transformer)):
-                self._put_on(transformer, module, hook)
+                self._put_on(module, hook)
+            _contexts_moved(transformer)
             self._undo.append(transformer.register_forward_pre_hook(self._begin).remove)
             self._undo.append(transformer.register_forward_hook(self._end, always_call=True).remove)
         return self
@@ -86,7 +88,7 @@ class PartsCache:
         while self._undo:
             self._undo.pop()()
 
-    def _put_on(self, transformer: nn.Module, module: nn.Module, hook: PartHook) -> None:
+    def _put_on(self, module: nn.Module, hook: PartHook) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(module)
         before = vars(module).get("forward")
 
@@ -96,11 +98,9 @@ class PartsCache:
                 del module.forward
             if not registry.hooks:
                 del module._diffusers_hook
-            HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
 
         registry.register_hook(hook, NAME)
         self._undo.append(take_off)
-        HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
 
     def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
         self.step = current_step(self.pipe.scheduler)
@@ -120,3 +120,8 @@ class PartsCache:
         if self.step.index == self.step.count - 1:
             self._memory.pop((transformer, self.open.name), None)
         self.kept = {}
+
+
+def _contexts_moved(transformer: nn.Module) -> None:
+    """`cache_context` keeps a list of the hooked modules that it tells."""
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
