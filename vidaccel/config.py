@@ -605,7 +605,7 @@ class MethodConfig:
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(RuntimeConfig):
     """`vidaccel benchmark`."""
 
     family: str = "hunyuan_video"
@@ -658,6 +658,7 @@ class BenchmarkConfig:
     """Random weights: true times the whole transformer, false one block of each kind; null: whole if it fits."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.sizes), "sizes", self.sizes, "must hold at least one size")
         for size in self.sizes:
             _require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")

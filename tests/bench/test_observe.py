@@ -75,10 +75,12 @@ def test_a_reused_trunk_leaves_embedders_and_head(model):
     assert seen.held == 2 * (cache["trunk"] + TIME)  # a context for each of the two passes of guidance
 
 
-def test_a_predictor_costs_what_is_planned(model):
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_a_predictor_costs_what_is_planned(model, kernels):
     loaded, _, costs, cache = model
     tokens = {name: torch.randn(1, 8, 24) for name in loaded.family.block_lists[-1].returns}
     predictor = new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=2).eval()
+    predictor.kernels = kernels
     with attach(loaded, predictor=predictor, steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
         run(loaded)
     assert {each.flops for each in seen.passes if each.step in (1, 3)} == {costs["predictor"]}

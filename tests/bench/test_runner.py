@@ -141,6 +141,19 @@ def test_speedups(bench):
     assert flops["student"] / 4 - flops["cfg"] / 12 == 2 * 2 * (256 * 24 + 24 * 24)
 
 
+def test_how_models_are_run_is_a_setting(bench, conf, tmp_path):
+    plain = by_method(bench)["student"]
+    assert plain["settings"]["runtime"]["kernels"] == "reference"
+    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student, predictor]", "trim_text=true")
+    assert result.exit_code == 0, result.output
+    trimmed = by_method(tmp_path)
+    assert trimmed["student"]["settings"]["runtime"]["trim_text"]
+    # "a red circle" is 5 tokens of 16: less is computed, and as much less of it all
+    assert trimmed["student"]["flops"] < 0.9 * plain["flops"]
+    assert trimmed["student"]["passes"] == plain["passes"]
+    assert trimmed["predictor"]["passes"] == {"full": 2, "predicted": 2, "skipped": 0}
+
+
 def test_memory_and_parameters(bench):
     runs = by_method(bench)
     assert runs["student"]["cache_bytes"] == runs["cfg"]["cache_bytes"] == 0
@@ -224,7 +237,7 @@ class Stop(BaseException):
 
 def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
-    calls, made, stop_at = [], runner.make, 11
+    calls, made, stop_at = [], runner.make, 12
 
     def counted(loaded, method, *rest):
         calls.append(method)
@@ -233,14 +246,15 @@ def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
         return made(loaded, method, *rest)
 
     monkeypatch.setattr(runner, "make", counted)
-    # 3 counts, then rounds of 3: the eleventh call is in the middle of the third round
+    # 3 counts and the decoder, then rounds of 3: the twelfth call is in the middle of the third round
     with pytest.raises(Stop):
         run(*words)
     schema.validate(json.loads((tmp_path / "results.json").read_text()))
     runs = by_method(tmp_path)
     assert runs["student"]["denoise_seconds"]["rounds"] == 2 and not (tmp_path / "run.json").exists()
-    stop_at = 16
-    # the round is done again from its start (3), then the baseline's videos: 2, and the other is cut off
+    stop_at = 21
+    # the decoder again, the round from its start, each row after a warm-up (6), then the baseline's videos: 2, and the
+    # other is cut off
     with pytest.raises(Stop):
         run(*words)
     assert [len(row["videos"]) for row in _rows(tmp_path, "cfg_", "student_")] == [2, 0]
@@ -248,7 +262,7 @@ def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
     result = run(*words)
     assert result.exit_code == 0, result.output
     # the baseline's third, then 2 calls each for the others
-    assert len(calls) == 16 + 1 + 4
+    assert len(calls) == 21 + 1 + 4
     assert by_method(tmp_path)["student"]["denoise_seconds"]["rounds"] == 3
 
 

@@ -14,6 +14,7 @@ from vidaccel.config import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import guidance_in_force
 from vidaccel.models.loading import SHIPPED, LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.runtime import prepare
 from vidaccel.predictor.checkpoint import SCHEDULE_FILE
 from vidaccel.predictor.forecasters import Reuse, Taylor
 from vidaccel.predictor.network import Predictor
@@ -32,7 +33,9 @@ class Models:
         path = self.path(method)
         if path not in self._pipelines:
             try:
-                self._pipelines[path] = load_pipeline(path, device=self.device.type, dtype=self.config.dtype)
+                loaded = load_pipeline(path, device=self.device.type, dtype=self.config.dtype)
+                prepare(loaded, self.config)
+                self._pipelines[path] = loaded
             except UserError as error:
                 self._pipelines[path] = error
         loaded = self._pipelines[path]

@@ -3,7 +3,7 @@ caches hold in between.
 
 No hook of a cache can hide anything from it, since it sees the calls that reach torch's functions: what a cache left
 out is what is missing. Counted are the same operations as in flops.py, so that a full pass comes to the formula's
-number. Watching costs time: nothing is timed meanwhile.
+number. Watching costs time, so nothing is timed meanwhile, and compiled blocks run as they were written.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vidaccel.kernels.cache_fusion import op  # noqa: F401, registers the operation
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.steps import current_step
 
@@ -65,12 +66,15 @@ class Observer(TorchFunctionMode):
     def __enter__(self) -> "Observer":
         self._hooks = [module.register_forward_pre_hook(self._begin) for module in self._denoisers]
         self._hooks += [module.register_forward_hook(self._end) for module in self._denoisers]
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         for hook in self._hooks:
             hook.remove()
-        return super().__exit__(*error)
+        super().__exit__(*error)
+        self._eager.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -104,6 +108,11 @@ def _product(result: Tensor, left: Tensor, right: Tensor) -> int:
     return 2 * result.numel() * left.shape[-1]
 
 
+def _fusion(result: Any, tokens: Tensor, cache: Tensor, weight: Tensor, *more: Any) -> int:
+    """Of rows [N, K], two side by side."""
+    return 2 * len(tokens) * weight.numel()
+
+
 COUNTED = {
     F.linear: _linear,
     F.conv3d: _convolution,
@@ -111,8 +120,9 @@ COUNTED = {
     torch.matmul: _product,
     Tensor.matmul: _product,
     Tensor.__matmul__: _product,
+    torch.ops.vidaccel.cache_fusion.default: _fusion,
 }
-"""FLOPs of a call from its result and its arguments."""
+"""FLOPs of a call from its result and its arguments. Of our fused kernels one multiplies by weights."""
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:

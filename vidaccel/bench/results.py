@@ -1,13 +1,14 @@
 """Rows as results.json has them (results.schema.json says what each field is)."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from vidaccel.bench.quality import summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
-from vidaccel.config import BenchmarkConfig
+from vidaccel.config import BenchmarkConfig, RuntimeConfig
 
 
 def results_of(
@@ -25,6 +26,7 @@ def _baseline(row: Row, rows: Rows, config: BenchmarkConfig) -> Row:
 def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int]) -> dict[str, Any]:
     run = blank_run(row, config.family) | {"error": row.error}
     run["settings"]["settings"] = row.settings or run["settings"]["settings"]
+    run["settings"]["runtime"] = {key.name: getattr(config, key.name) for key in fields(RuntimeConfig)}
     if row.counts is None:
         return run
     run |= row.counts | {"speedup": _speedup(row, baseline), "prompts": config.timed_prompts}

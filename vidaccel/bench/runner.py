@@ -3,7 +3,7 @@
 Three stages, each of which goes on where it was stopped:
 
 1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory up to
-   the latents, beyond which all rows are the same. It warms up what there is to warm up.
+   the latents, beyond which all rows are the same. In the process that times it, a row has then warmed up.
 2. Rounds: every row once, one after the other, so that the ratio of a row to the baseline is one of neighbours in time.
 3. With --quality, videos of many prompts, each compared with the baseline's from the same noise.
 
@@ -13,7 +13,6 @@ Whatever a row raises is its result. results.json is written again after each st
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import rmtree
@@ -66,7 +65,7 @@ class Benchmark:
     """One output folder, begun or finished."""
 
     def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
-        methods = config.wanted(swept=quality)
+        self.methods = methods = config.wanted(swept=quality)
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
@@ -79,6 +78,8 @@ class Benchmark:
         self.scored = prompts_of(config, config.scored_prompts) if quality else []
         self.environment = environment(self.models.device)
         self.started = datetime.now(UTC)
+        self._warm: set[str] = set()
+        """Rows that have run in this process."""
         check_writable(folder / RESULTS_FILE)
         self.parents = parents(config, methods)
         claim(folder, config, quality, self.environment, self.parents)
@@ -127,8 +128,8 @@ class Benchmark:
             Observer(loaded) as seen,
         ):
             self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
-        if self._is_baseline(row):
-            make(loaded, replace(row.method, steps=1), row.size, self.timed[:1], [seed])  # the decoder's warm-up
+        if not self.config.compile:  # what is counted runs uncompiled
+            self._warm.add(row.id)
         full = sum(seen.full)
         other = {"predicted" if row.method.predicts else "skipped": len(seen.passes) - full}
         row.counts = {
@@ -142,6 +143,8 @@ class Benchmark:
 
     def _time(self) -> None:
         done = min((len(row.rounds) for row in self.rows.running), default=0)
+        if done < self.config.rounds:
+            self._warm_decoder()
         total = (self.config.rounds - done) * len(self.rows.running)
         with Progress("timing", total=total, live=False) as bar:
             for _ in range(done, self.config.rounds):
@@ -153,6 +156,9 @@ class Benchmark:
     def _time_row(self, row: Row) -> dict[str, float]:
         seconds = {"denoise": 0.0, "end_to_end": 0.0}
         with self.models.running(row.method, row.settings) as loaded:
+            if row.id not in self._warm:
+                self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
+                self._warm.add(row.id)
             for i, prompt in enumerate(self.timed):
                 made = self._make(row, [prompt], [self.config.seed + i], loaded)
                 seconds["denoise"] += made.denoise_seconds
@@ -160,6 +166,12 @@ class Benchmark:
                 if i == 0 and not row.rounds:
                     self.rows.save_frames(row, made.frames[0])
         return seconds
+
+    def _warm_decoder(self) -> None:
+        method = self.methods[self.config.baseline]
+        one_step = MethodConfig(weights=method.weights, two_pass=method.two_pass, steps=1)
+        size = self.rows.rows[0].size
+        make(self.models.pipeline(method), one_step, size, self.timed[:1], [self.config.seed], self.config.guidance)
 
     def _score(self) -> None:
         total = sum(len(self.scored) - len(row.videos) for row in self.rows.running)
