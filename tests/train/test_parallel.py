@@ -36,7 +36,19 @@ from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.loop import train
 from vidaccel.train.lora import add_lora, save_lora
-from vidaccel.train.parallel import full_state, mean, on_first, processes, rank, shard, shared_folder, world
+from vidaccel.train.parallel import (
+    full_state,
+    load_sharded,
+    mean,
+    on_all,
+    on_first,
+    processes,
+    rank,
+    save_sharded,
+    shard,
+    shared_folder,
+    world,
+)
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])  # FSDP imports the former, for seconds
 CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)
@@ -107,9 +119,13 @@ def enter(number: int, port: int, function, arguments) -> None:
 
 
 def in_two(function, *arguments) -> None:
-    context = start(function, *arguments)
-    while not context.join():
-        pass
+    """Fails if they wait for each other: gloo itself gives up after half an hour."""
+    context, began = start(function, *arguments), time.monotonic()
+    while not context.join(timeout=10):
+        if time.monotonic() - began > 300:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"the two processes of {function.__name__} wait for each other")
 
 
 # Mathematics
@@ -181,6 +197,9 @@ def collectives(folder: Path) -> None:
     with pytest.raises(UserError) as error:
         on_first(lambda: refuse(rank()))
     assert (error.value.message, error.value.hint) == ("no, 0", "go")
+    assert on_all(rank) == rank()
+    with pytest.raises(UserError, match="no, 1"):
+        on_all(lambda: refuse(1) if rank() == 1 else None)
     with shared_folder(folder / "shared") as temporary:
         (temporary / str(rank())).write_text("here")
         assert not (folder / "shared").exists()
@@ -384,6 +403,17 @@ def test_a_damaged_shard_is_named(tmp_path, straight):
     shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
     in_two(damaged, tmp_path)
     assert outcome(tmp_path) == straight[1]
+
+
+def unfit_in_one(folder: Path) -> None:
+    """What only the second process cannot load, neither does: it would wait for the other for ever."""
+    save_sharded({"weight": torch.zeros(4)}, folder)
+    with pytest.raises(ValueError, match=r"weight is \[4\] float32 there and \[5\] float32 here"):
+        load_sharded({"weight": torch.zeros(4 + rank())}, folder)
+
+
+def test_what_does_not_fit_in_one_process_stops_both(tmp_path):
+    in_two(unfit_in_one, tmp_path)
 
 
 def test_another_number_of_processes_does_not_continue(straight):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from vidaccel.artefacts import CHECKPOINTS, explained
 from vidaccel.errors import UserError
-from vidaccel.train.parallel import check_fit, load_sharded, on_first, save_sharded, shared_folder, world
+from vidaccel.train.parallel import check_fit, load_sharded, on_all, on_first, save_sharded, shared_folder, world
 
 KEPT = 2
 STATE = "state.json"
@@ -60,9 +60,9 @@ class Checkpoints:
             UserError: it belongs to other settings or another model, or one of its files is damaged.
         """
         state = State()
-        if checkpoints := sorted(self.folder.glob("step-*")):
-            state = self._read_state(checkpoints[-1] / STATE)
-            self._load(checkpoints[-1])
+        if newest := on_first(lambda: max(self.folder.glob("step-*"), default=None)):
+            state = on_first(lambda: self._read_state(newest / STATE))
+            self._load(newest)
         on_first(self._clear)
         self._saved = state.step
         return state
@@ -116,9 +116,7 @@ class Checkpoints:
 
     def _load(self, checkpoint: Path) -> None:
         if world() > 1:
-            for path in sorted(checkpoint.glob("*.safetensors")):
-                with _readable(path), safe_open(path, "pt"):
-                    pass
+            on_all(lambda: _open_each(sorted(checkpoint.glob("*.safetensors"))))
             with _readable(checkpoint / "*.safetensors"):
                 load_sharded(self._flat(), checkpoint)
             return
@@ -146,6 +144,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _open_each(paths: list[Path]) -> None:
+    """Finds the damaged file among them: torch.distributed.checkpoint does not name it."""
+    for path in paths:
+        with _readable(path), safe_open(path, "pt"):
+            pass
 
 
 @contextlib.contextmanager

@@ -106,6 +106,24 @@ def on_first(function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def on_all(function: Callable[[], Result]) -> Result:
+    """Calls `function` in every process and returns what it returned here, unless it failed in one of them: then every
+    process raises what the first of those raised. One that fails alone would leave the others waiting for it."""
+    if world() == 1:
+        return function()
+    result = failure = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    failures = [None] * world()
+    dist.all_gather_object(failures, failure)
+    for error in failures:
+        if error is not None:
+            raise error
+    return result
+
+
 @contextlib.contextmanager
 def shared_folder(target: Path) -> Iterator[Path]:
     """`atomic_folder` for a folder on a disk that all processes see, and write to."""
@@ -128,11 +146,15 @@ def load_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
         ValueError: the files of `folder` hold no tensor of that name, shape and dtype, or not all of it.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    found = reader.read_metadata().state_dict_metadata
-    for name, of in found.items():
-        if sum(chunk.sizes.numel() for chunk in of.chunks) != of.size.numel():
-            raise ValueError(f"parts of {name} are missing")
-    check_fit({name: (of.size, of.properties.dtype) for name, of in found.items()}, tensors)
+
+    def check() -> None:
+        found = reader.read_metadata().state_dict_metadata
+        for name, of in found.items():
+            if sum(chunk.sizes.numel() for chunk in of.chunks) != of.size.numel():
+                raise ValueError(f"parts of {name} are missing")
+        check_fit({name: (of.size, of.properties.dtype) for name, of in found.items()}, tensors)
+
+    on_all(check)
     with _first_failure():
         dcp.load(dict(tensors), storage_reader=reader)
 
