@@ -428,14 +428,20 @@ class AutoencoderTraining:
     """Weight of the absolute error beside the squared one; it sharpens what is nearly right."""
     gradient_weight: float = 1.0
     """Weight of the squared error of spatial differences, which keeps edges sharp."""
-    freeze_encoder: bool = False
-    """Train the decoder alone, so that latents, and a transformer trained on them, stay what they are."""
+    latent_noise: float = 0.2
+    """Noise on the whitened latents that the decoder has to see through, over their standard deviation. It also bounds
+    how far weak directions are widened."""
     images: TrainConfig = field(default_factory=TrainConfig)
     """The first stage; its batch size counts crops. With 0 steps it is left out, as when a trained model goes on."""
     clips: TrainConfig = field(default_factory=TrainConfig)
-    """The second stage; its batch size counts crops of `image_pixels`, and longer or larger excerpts are fewer."""
+    """The second stage; its batch size counts crops of `image_pixels`, and longer or larger excerpts are fewer. Where a
+    stage trained the encoder, latents are whitened afterwards."""
+    decoder: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    """The last stage, of the decoder alone, on noisy latents and excerpts as before: latents, and a transformer trained
+    on them, stay what they are."""
 
     def __post_init__(self) -> None:
+        _require(0 < self.latent_noise < 1, "latent_noise", self.latent_noise, "must be in (0, 1)")
         for excerpt in [[1, self.image_pixels], *self.excerpts]:
             rule = "is [frames, pixels] with frames = 4k + 1 and pixels a multiple of 8, at most 64"
             _require(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vidaccel.config import AutoencoderTraining, TrainConfig
+from vidaccel.config import AutoencoderTraining
 from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import load_pipeline
 from vidaccel.sprites.__main__ import app, excerpt
@@ -18,10 +18,16 @@ MICRO = [
     *("text.train.steps=2", "text.train.batch_size=4", "text.width=16"),
     *("autoencoder.images.steps=2", "autoencoder.images.batch_size=4", "autoencoder.block_out_channels=[4,4,4,4]"),
     *("autoencoder.clips.steps=2", "autoencoder.clips.batch_size=4"),
+    *("autoencoder.decoder.steps=2", "autoencoder.decoder.batch_size=4"),
     *("teacher.train.steps=2", "teacher.train.batch_size=2", "teacher.heads=2", "teacher.head_dim=16"),
     *("teacher.shallow.steps=2", "teacher.shallow.batch_size=2", "teacher.growth=2"),
     *("teacher.double_blocks=2", "teacher.single_blocks=2", "clips=6", "score_prompts=3", "steps=2"),
 ]
+LEFT = [
+    *("text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0", "autoencoder.decoder.steps=0"),
+    "teacher.shallow.steps=0",
+]
+"""All that comes before the transformer at full depth left as it is."""
 
 WEIGHTS = [
     *("text_encoder/model.safetensors", "text_encoder_2/model.safetensors"),
@@ -64,25 +70,24 @@ def test_a_second_run_trains_nothing(made):
     marks = (made / "scores" / "marks.jsonl").read_text()
     run("make", "-o", made, *MICRO)
     assert before == {p: p.read_text() for p in made.rglob("metrics.jsonl")}
-    assert len(before) == 5
+    assert len(before) == 6
     assert (made / "scores" / "marks.jsonl").read_text() == marks
 
 
 def test_a_model_goes_on_from_its_weights(made, tmp_path):
     """Parts with 0 steps stay as they are; the card tells what came before as well."""
-    left = ["text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0", "teacher.shallow.steps=0"]
-    run("make", "-o", tmp_path, *MICRO, *left, f"start={made / 'model'}", "teacher.train.steps=1")
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", "teacher.train.steps=1")
     old, new = ({n: load_pipeline(f / "model").hashes[n] for n in WEIGHTS} for f in (made, tmp_path))
     assert [old[name] == new[name] for name in WEIGHTS] == [True, True, True, False]
     stages = json.loads((tmp_path / "model" / "stages.json").read_text())
-    titles = ["text encoders", "autoencoder on images", "autoencoder on clips", "transformer, shallow"]
+    titles = ["text encoders", "autoencoder on images", "autoencoder on clips", "decoder", "transformer, shallow"]
     assert [stage["stage"] for stage in stages] == [*titles, *2 * ["transformer, full depth"]]
     assert stages[-1]["step"] == 1
 
 
 def test_the_decoder_alone_goes_on(made, tmp_path):
-    left = ["text.train.steps=0", "autoencoder.images.steps=0", "teacher.shallow.steps=0", "teacher.train.steps=0"]
-    run("make", "-o", tmp_path, *MICRO, *left, f"start={made / 'model'}", "autoencoder.freeze_encoder=true")
+    more = ["autoencoder.decoder.steps=2", "teacher.train.steps=0"]
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", *more)
     old, new = (load_pipeline(f / "model") for f in (made, tmp_path))
     weights = new.pipe.vae.state_dict()
     changed = {name for name, weight in old.pipe.vae.state_dict().items() if not torch.equal(weights[name], weight)}
@@ -92,9 +97,8 @@ def test_the_decoder_alone_goes_on(made, tmp_path):
 
 
 def test_other_widths_cannot_go_on(made, tmp_path):
-    other = ["teacher.shallow.steps=0", "teacher.head_dim=32", f"start={made / 'model'}"]
-    left = ["text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0"]
-    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path), *MICRO, *left, *other])
+    other = ["teacher.head_dim=32", f"start={made / 'model'}"]
+    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path), *MICRO, *LEFT, *other])
     assert result.exit_code == 2
     assert "cannot be gone on from" in result.output
 
@@ -115,7 +119,7 @@ def test_score_prints_a_line_a_dimension(made, tmp_path):
 
 @given(st.integers(0, 99), st.integers(1, 128))
 def test_excerpts_cost_about_the_same(index, batch_size):
-    settings = AutoencoderTraining(clips=TrainConfig(batch_size=batch_size))
-    count, frames, pixels = excerpt(settings, index)
+    settings = AutoencoderTraining()
+    count, frames, pixels = excerpt(settings, batch_size, index)
     assert [frames, pixels] in settings.excerpts
     assert count == 1 or count * frames * pixels**2 <= batch_size * settings.image_pixels**2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidaccel.config import AutoencoderTraining, TeacherTraining
-from vidaccel.sprites.pipeline import build_autoencoder, build_transformer, deepen, inflate
+from vidaccel.sprites.pipeline import build_autoencoder, build_transformer, deepen, inflate, whiten
 
 
 def tiny_autoencoder(seed: int = 0):
@@ -31,6 +31,29 @@ def test_an_inflated_convolution_looks_at_the_present_alone():
     other_past = torch.cat([torch.rand(1, 3, 4, 32, 32), clip[:, :, -1:]], dim=2)
     convolution = model.encoder.conv_in
     torch.testing.assert_close(convolution(clip)[:, :, -1], convolution(other_past)[:, :, -1])
+
+
+@torch.no_grad()
+def test_whitened_latents_weigh_alike_and_decode_to_the_same_pictures():
+    model, clips = tiny_autoencoder(), torch.rand(8, 3, 5, 32, 32) * 2 - 1
+    clips[:, :, :, :16] = torch.tensor([-1.0, 0.0, 1.0, 0.5]).repeat(2).view(-1, 1, 1, 1, 1)
+    latents = model.encode(clips).latent_dist.mean
+    decoded = model.decode(latents).sample
+    before = torch.linalg.eigvalsh(covariance(latents))
+    whiten(model, latents, noise=0.1)
+    posterior = model.encode(clips).latent_dist
+    torch.testing.assert_close(model.decode(posterior.mean).sample, decoded, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1))
+
+    share = before / before.mean()
+    expected = share / (share + 0.1**2)
+    after = torch.linalg.eigvalsh(covariance(posterior.mean))
+    torch.testing.assert_close(after, expected / expected.mean(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4, rtol=0)
+
+
+def covariance(latents: torch.Tensor) -> torch.Tensor:
+    return torch.cov(latents.movedim(1, 0).flatten(1).double()).float()
 
 
 def test_the_transformer_keeps_the_ratios_of_the_big_ones():

@@ -56,10 +56,15 @@ class RenderedScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Record]:
-        return render([self._scene(index)[0]])[0], self.record(index)
+        scene, said = self._scene(index)
+        return render([scene])[0], {"caption": said, "fps": FPS}
 
     def record(self, index: int) -> Record:
         return {"caption": self._scene(index)[1], "fps": FPS}
+
+    def another_caption(self, index: int, rng: random.Random) -> str:
+        """The clip in other words, or with other things left unsaid."""
+        return caption(told(self._scene(index)[0], rng), rng)
 
     @property
     def identity(self) -> Record:

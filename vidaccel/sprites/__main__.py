@@ -23,7 +23,7 @@ from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
 from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
 from vidaccel.collect.encode import encode_samples, encode_videos
-from vidaccel.collect.source import FolderClips, RenderedScenes
+from vidaccel.collect.source import FolderClips, RenderedScenes, Source
 from vidaccel.config import AutoencoderTraining, SpritesConfig, TrainConfig
 from vidaccel.data.clips import ClipFolder, write_clips
 from vidaccel.data.shards import ShardFolder, write_shards
@@ -36,7 +36,7 @@ from vidaccel.sprites import text
 from vidaccel.sprites.captions import caption, told
 from vidaccel.sprites.card import STAGES_FILE, model_card, trained_stages
 from vidaccel.sprites.parse import parse
-from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, deepen, inflate
+from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, deepen, inflate, whiten
 from vidaccel.sprites.render import render, to_uint8
 from vidaccel.sprites.score import score_clip, summarise
 from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
@@ -70,9 +70,10 @@ def make(
     clips = open_clips(config)
     start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
     reader = train_text(config, output / "text", device, start)
-    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, start)
-    features = encode_clips(config, output / "features", autoencoder, reader, clips)
-    transformer = train_teacher(config, output / "teacher", device, features, reader, start)
+    source = RenderedScenes(config.clips, config.seed) if clips is None else FolderClips(clips)
+    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
+    features = encode_clips(config, output / "features", autoencoder, reader, source)
+    transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
     publish(config, output, reader, autoencoder, transformer, start)
     typer.echo(f"{output / 'model'}: the trained pipeline, its scores and its card")
 
@@ -147,9 +148,14 @@ def train_text(
 
 
 def train_autoencoder(
-    config: SpritesConfig, folder: Path, device: torch.device, clips: ClipFolder | None, start: LoadedPipeline | None
+    config: SpritesConfig,
+    folder: Path,
+    device: torch.device,
+    clips: ClipFolder | None,
+    source: Source,
+    start: LoadedPipeline | None,
 ) -> nn.Module:
-    """The video autoencoder, trained on crops of single frames first and of clips then."""
+    """The video autoencoder, trained on crops of single frames first, of clips then, and at last its decoder alone."""
     settings = config.autoencoder
 
     def loss(model: nn.Module, count: int, frames: int, pixels: int, generator: torch.Generator):
@@ -165,32 +171,51 @@ def train_autoencoder(
     def of_images(model: nn.Module, index: int, generator: torch.Generator):
         return loss(model, settings.images.batch_size, 1, settings.image_pixels, generator)
 
-    def of_clips(model: nn.Module, index: int, generator: torch.Generator):
-        return loss(model, *excerpt(settings, index), generator)
+    def of_excerpts(size: int, model: nn.Module, index: int, generator: torch.Generator):
+        return loss(model, *excerpt(settings, size, index), generator)
 
     torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
     if start:
         _go_on(model, start.pipe.vae, config.start)
-    if settings.freeze_encoder:
-        model.encoder.requires_grad_(False)
-        model.quant_conv.requires_grad_(False)
     shaping = _shaping(settings, data=config.data, start=_digest(model) if start else None)
-    of_first = {key: value for key, value in shaping.items() if key != "excerpts"}
+    of_first = {key: value for key, value in shaping.items() if key not in ("excerpts", "latent_noise")}
+    of_second = {key: value for key, value in shaping.items() if key != "latent_noise"}
     stage = partial(train, seed=config.seed)
     if settings.images.steps:
         model = stage(
             model, of_images, settings.images, folder / "images", title="autoencoder on images", settings=of_first
         )
         inflate(model)
-    shaping["images"] = _digest(model)
-    return stage(model, of_clips, settings.clips, folder / "clips", title="autoencoder on clips", settings=shaping)
+    if settings.clips.steps:
+        of_second["images"] = _digest(model)
+        of_clips = partial(of_excerpts, settings.clips.batch_size)
+        model = stage(
+            model, of_clips, settings.clips, folder / "clips", title="autoencoder on clips", settings=of_second
+        )
+    if settings.images.steps or settings.clips.steps:
+        whiten(model, _some_latents(model, source), settings.latent_noise)
+    if settings.decoder.steps:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
+        of_clips = partial(of_excerpts, settings.decoder.batch_size)
+        shaping["clips"] = _digest(model)
+        model = stage(model, of_clips, settings.decoder, folder / "decoder", title="decoder", settings=shaping)
+    return model
 
 
-def excerpt(settings: AutoencoderTraining, index: int) -> tuple[int, int, int]:
-    """Number, frames and pixels of the clips of one forward pass, which sees about equally many pixels each time."""
+def _some_latents(autoencoder: nn.Module, source: Source) -> torch.Tensor:
+    """Latents of the first clips, as the encoder gives them."""
+    autoencoder.register_to_config(scaling_factor=1.0)
+    return encode_videos(
+        autoencoder, torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))]), ENCODE_BATCH
+    )
+
+
+def excerpt(settings: AutoencoderTraining, size: int, index: int) -> tuple[int, int, int]:
+    """Number, frames and pixels of the clips of one forward pass, which sees about as many pixels as `size` crops."""
     frames, pixels = settings.excerpts[index % len(settings.excerpts)]
-    return max(1, settings.clips.batch_size * settings.image_pixels**2 // (frames * pixels**2)), frames, pixels
+    return max(1, size * settings.image_pixels**2 // (frames * pixels**2)), frames, pixels
 
 
 def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.Tensor:
@@ -200,14 +225,11 @@ def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.T
 
 
 def encode_clips(
-    config: SpritesConfig, folder: Path, autoencoder: nn.Module, reader: text.CaptionReader, clips: ClipFolder | None
+    config: SpritesConfig, folder: Path, autoencoder: nn.Module, reader: text.CaptionReader, source: Source
 ) -> ShardFolder:
     """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way."""
     started = datetime.now(UTC)
-    source = RenderedScenes(config.clips, config.seed) if clips is None else FolderClips(clips)
-    autoencoder.register_to_config(scaling_factor=1.0)
-    clips = torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])
-    spread = encode_videos(autoencoder, clips, ENCODE_BATCH).std()
+    spread = _some_latents(autoencoder, source).std()
     autoencoder.register_to_config(scaling_factor=round(1 / float(spread), 6))
     untrained = build_transformer(config.teacher, config.autoencoder.latent_channels, config.text.width)
     pipe = assemble(
@@ -245,6 +267,7 @@ def train_teacher(
     folder: Path,
     device: torch.device,
     features: ShardFolder,
+    source: Source,
     reader: text.CaptionReader,
     start: LoadedPipeline | None,
 ) -> nn.Module:
@@ -254,19 +277,24 @@ def train_teacher(
     """
     settings = config.teacher
     channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
-    with torch.no_grad():
-        empty = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, [""])
-    empty = [tensor[0].half().cpu() if tensor.is_floating_point() else tensor[0].cpu() for tensor in empty]
+    latents = torch.stack([features[i][0]["latent"] for i in range(len(features))])
+
+    def say(index: int, rng: random.Random) -> str:
+        if rng.random() < settings.caption_dropout:
+            return ""
+        if isinstance(source, RenderedScenes):
+            return source.another_caption(index, rng)
+        return source.record(index)["caption"]
 
     def loss(size: int, model: nn.Module, index: int, generator: torch.Generator):
-        samples = [features[features.at(index * size + i, config.seed)][0] for i in range(size)]
-        dropped = torch.rand(size, generator=generator) < settings.caption_dropout
-        tensors = [torch.stack([sample["latent"] for sample in samples]).float()]
-        for name, nothing in zip(("prompt_embeds", "prompt_mask", "pooled"), empty, strict=True):
-            tensors.append(
-                torch.stack([nothing if d else s[name] for d, s in zip(dropped, samples, strict=True)]).float()
-            )
-        x_0, embeds, mask, pooled = (tensor.to(device) for tensor in tensors)
+        rng = _python_rng(generator)
+        indices = [features.at(index * size + i, config.seed) for i in range(size)]
+        x_0 = latents[indices].to(device, torch.float32)
+        with torch.no_grad():
+            captions = [say(i, rng) for i in indices]
+            embeds, mask, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
+        longest = int(mask.sum(1).max())
+        embeds, mask = embeds[:, :longest], mask[:, :longest].float()
 
         def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return model(x_t, 1000 * t, embeds, mask, pooled, return_dict=False)[0]

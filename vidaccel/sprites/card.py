@@ -13,6 +13,7 @@ TITLES = {
     "text": "text encoders",
     "autoencoder/images": "autoencoder on images",
     "autoencoder/clips": "autoencoder on clips",
+    "autoencoder/decoder": "decoder",
     "teacher/shallow": "transformer, shallow",
     "teacher/deep": "transformer, full depth",
 }

@@ -4,6 +4,8 @@ Word-level tokenizers over the closed vocabulary, a Llama and a CLIP text encode
 dual-then-single-stream transformer. `assemble` puts trained parts into a real `HunyuanVideoPipeline`.
 """
 
+import math
+
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -133,6 +135,38 @@ def inflate(model: nn.Module) -> None:
             total = module.weight.sum(2)
             module.weight.zero_()
             module.weight[:, :, -1] = total
+
+
+@torch.no_grad()
+def whiten(model: AutoencoderKLHunyuanVideo, latents: torch.Tensor, noise: float) -> None:
+    """Change the basis of the latents so that a sprite's shape weighs as much in them as the background does.
+
+    Most variance of trained latents is the background's; what tells shapes apart lies in directions a tenth as wide.
+    Noise hides those long before the rest, so that flow matching spends next to nothing on the times at which shapes
+    are decided. With C the covariance of the latents z, scaled to a mean variance of 1, they become
+    (C + noise^2)^-1/2 (z - mean), scaled to a mean variance of 1 again. The 1 x 1 convolutions on both sides of the
+    latent take that in and undo it, so that pictures stay the same. The posterior becomes a constant one of that noise:
+    its spread was known in the old basis only.
+
+    Args:
+        latents: [B, C, T, H, W] of clips, as the encoder gives them, before any scaling factor.
+    """
+    flat = latents.movedim(1, -1).flatten(0, -2).double()
+    centre, covariance = flat.mean(0), torch.cov(flat.T)
+    covariance /= covariance.diagonal().mean()
+    variances, directions = torch.linalg.eigh(covariance)
+    stretch = (variances + noise**2).rsqrt()
+    stretch /= (flat.sub(centre) @ directions * stretch).var(0).mean().sqrt()
+    forward = directions * stretch @ directions.T
+    backward = directions / stretch @ directions.T
+
+    into, out, channels = model.quant_conv, model.post_quant_conv, len(centre)
+    mean_weight, weight = into.weight[:channels].flatten(1).double(), out.weight.flatten(1).double()
+    into.weight[:channels] = (forward @ mean_weight).view_as(into.weight[:channels])
+    into.bias[:channels] = forward @ (into.bias[:channels].double() - centre)
+    into.weight[channels:], into.bias[channels:] = 0, 2 * math.log(noise)
+    out.bias.copy_(out.bias.double() + weight @ centre)
+    out.weight.copy_((weight @ backward).view_as(out.weight))
 
 
 def build_transformer(config: TeacherTraining, latent_channels: int, text_width: int) -> HunyuanVideoTransformer3DModel:
