@@ -24,7 +24,7 @@ from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json,
 from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
 from vidaccel.collect.encode import encode_samples, encode_videos
 from vidaccel.collect.source import FolderClips, RenderedScenes, Source
-from vidaccel.config import AutoencoderTraining, SpritesConfig, TrainConfig
+from vidaccel.config import SpritesConfig, TrainConfig
 from vidaccel.data.clips import ClipFolder, write_clips
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
@@ -157,65 +157,55 @@ def train_autoencoder(
 ) -> nn.Module:
     """The video autoencoder, trained on crops of single frames first, of clips then, and at last its decoder alone."""
     settings = config.autoencoder
-
-    def loss(model: nn.Module, count: int, frames: int, pixels: int, generator: torch.Generator):
-        rng = _python_rng(generator)
-        first = rng.randint(0, NUM_FRAMES - frames)
-        if clips is None:
-            video = render([random_scene(rng) for _ in range(count)], frames, first)
-        else:
-            video = torch.stack([clips[rng.randrange(len(clips))][0][:, first : first + frames] for _ in range(count)])
-        video = torch.stack([busiest_crop(clip, pixels, rng) for clip in video])
-        return autoencoder_loss(model, video.to(device), settings, generator)
-
-    def of_images(model: nn.Module, index: int, generator: torch.Generator):
-        return loss(model, settings.images.batch_size, 1, settings.image_pixels, generator)
-
-    def of_excerpts(size: int, model: nn.Module, index: int, generator: torch.Generator):
-        return loss(model, *excerpt(settings, size, index), generator)
-
     torch.manual_seed(config.seed)
     model = build_autoencoder(settings).to(device)
     if start:
         _go_on(model, start.pipe.vae, config.start)
     shaping = _shaping(settings, data=config.data, start=_digest(model) if start else None)
-    of_first = {key: value for key, value in shaping.items() if key not in ("excerpts", "latent_noise")}
-    of_second = {key: value for key, value in shaping.items() if key != "latent_noise"}
-    stage = partial(train, seed=config.seed)
+
+    def stage(name: str, title: str, excerpts: list[list[int]], *irrelevant: str, **before: str) -> None:
+        which = getattr(settings, name)
+
+        def loss(model: nn.Module, index: int, generator: torch.Generator):
+            rng = _python_rng(generator)
+            count, frames, pixels = excerpt(excerpts, which.batch_size * settings.image_pixels**2, index)
+            first = rng.randint(0, NUM_FRAMES - frames)
+            if clips is None:
+                video = render([random_scene(rng) for _ in range(count)], frames, first)
+            else:
+                drawn = [clips[rng.randrange(len(clips))][0] for _ in range(count)]
+                video = torch.stack([clip[:, first : first + frames] for clip in drawn])
+            video = torch.stack([busiest_crop(clip, pixels, rng) for clip in video])
+            return autoencoder_loss(model, video.to(device), settings, generator)
+
+        given = {key: value for key, value in shaping.items() if key not in irrelevant} | before
+        train(model, loss, which, folder / name, seed=config.seed, title=title, settings=given)
+
     if settings.images.steps:
-        model = stage(
-            model, of_images, settings.images, folder / "images", title="autoencoder on images", settings=of_first
-        )
+        stage("images", "autoencoder on images", [[1, settings.image_pixels]], "excerpts", "latent_noise")
         inflate(model)
     if settings.clips.steps:
-        of_second["images"] = _digest(model)
-        of_clips = partial(of_excerpts, settings.clips.batch_size)
-        model = stage(
-            model, of_clips, settings.clips, folder / "clips", title="autoencoder on clips", settings=of_second
-        )
+        stage("clips", "autoencoder on clips", settings.excerpts, "latent_noise", images=_digest(model))
     if settings.images.steps or settings.clips.steps:
         whiten(model, _some_latents(model, source), settings.latent_noise)
     if settings.decoder.steps:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
-        of_clips = partial(of_excerpts, settings.decoder.batch_size)
-        shaping["clips"] = _digest(model)
-        model = stage(model, of_clips, settings.decoder, folder / "decoder", title="decoder", settings=shaping)
-    return model
+        stage("decoder", "decoder", settings.excerpts, clips=_digest(model))
+    return model.eval()
 
 
 def _some_latents(autoencoder: nn.Module, source: Source) -> torch.Tensor:
     """Latents of the first clips, as the encoder gives them."""
     autoencoder.register_to_config(scaling_factor=1.0)
-    return encode_videos(
-        autoencoder, torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))]), ENCODE_BATCH
-    )
+    clips = torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])
+    return encode_videos(autoencoder, clips, ENCODE_BATCH)
 
 
-def excerpt(settings: AutoencoderTraining, size: int, index: int) -> tuple[int, int, int]:
-    """Number, frames and pixels of the clips of one forward pass, which sees about as many pixels as `size` crops."""
-    frames, pixels = settings.excerpts[index % len(settings.excerpts)]
-    return max(1, size * settings.image_pixels**2 // (frames * pixels**2)), frames, pixels
+def excerpt(excerpts: list[list[int]], area: int, index: int) -> tuple[int, int, int]:
+    """Number, frames and pixels of the clips of one forward pass, which sees about `area` pixels in all."""
+    frames, pixels = excerpts[index % len(excerpts)]
+    return max(1, area // (frames * pixels**2)), frames, pixels
 
 
 def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.Tensor:
