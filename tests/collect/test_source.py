@@ -122,4 +122,10 @@ def test_samples_on_the_fly_are_those_of_a_folder(loaded, clips):
     ((expected, expected_record),) = encode_samples(loaded, [source[2][0]], [source.record(2)], "float16")
     assert record == expected_record and tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    encoded, several = [], loaded.pipe.vae.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded.pipe.vae, "encode", lambda videos: encoded.append(len(videos)) or several(videos))
+        together = features.read([2, 0, 4])
+    assert encoded == [3] and [record for _, record in together] == [source.record(i) for i in (2, 0, 4)]
+    torch.testing.assert_close(together[0][0]["latent"], tensors["latent"], rtol=1e-3, atol=1e-3)
     assert [features.at(position, seed=3) for position in range(10)] == [*epoch_order(5, 3, 0), *features.order(3, 1)]

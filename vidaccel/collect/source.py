@@ -1,13 +1,14 @@
 """Where clips and captions come from: a folder of the user's videos, or scenes of the sprites world drawn on the fly.
 
 A source is a sequence: `source[i]` is (video float32 [3, T, H, W] in [-1, 1], record), where the record holds the
-caption and what else there is to know about the clip. `EncodedSource` encodes one when asked, in place of a feature
+caption and what else there is to know about the clip. `EncodedSource` encodes them when asked, in place of a feature
 folder.
 """
 
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -118,8 +119,12 @@ class EncodedSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        video, record = self.source[index]
-        return encode_samples(self.loaded, [video], [record], self.dtype)[0]
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        """As `ShardFolder.read`; they are encoded together."""
+        videos, records = zip(*(self.source[i] for i in indices), strict=True)
+        return encode_samples(self.loaded, videos, records, self.dtype)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """As `ShardFolder.order`."""

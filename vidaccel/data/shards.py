@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,10 @@ class ShardFolder:
             return safetensors.torch.load(tensors), json.loads(record)
         except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
             raise _damaged(path, f"sample {span.key} cannot be read ({error})") from error
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        """Those samples, which a folder that computes its own makes together."""
+        return [self[i] for i in indices]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""

@@ -42,8 +42,8 @@ class Distillation:
     def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Text]:
         """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
         size, device = self.config.train.batch_size, next(self.student.parameters()).device
-        positions = (self.data.at(index * size + i, self.config.seed) for i in range(size))
-        text = batch([self.data[i][0] for i in positions], device, torch.float32)
+        chosen = [self.data.at(index * size + i, self.config.seed) for i in range(size)]
+        text = batch([tensors for tensors, _ in self.data.read(chosen)], device, torch.float32)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         if self.config.times == "uniform":

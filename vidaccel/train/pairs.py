@@ -77,7 +77,8 @@ class Pairs:
 
     def draw(self, index: int, count: int, step: int, generator: torch.Generator) -> Pair:
         """B = `count` samples for forward pass `index` of optimiser step `step`."""
-        samples = [self.data[self.data.at(index * count + i, self.seed)][0] for i in range(count)]
+        chosen = [self.data.at(index * count + i, self.seed) for i in range(count)]
+        samples = [tensors for tensors, _ in self.data.read(chosen)]
         if self.config.pairs == "data":
             return self._noised(samples, generator)
         return self._met(samples, step, generator)
