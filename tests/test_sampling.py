@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.students import student
@@ -11,7 +13,7 @@ from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, set_guidance
 from vidaccel.models.catalog import FAMILIES
-from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.steps import step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.sampling import generate, sample
@@ -183,6 +185,24 @@ def test_a_generation_after_an_aborted_one_is_as_if_nothing_had_been(name, stude
         pipeline_latents(model, x_1)
     handle.remove()
     assert model.conditioning is None or not model.conditioning.is_given
+    assert torch.equal(pipeline_latents(model, x_1)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["wan", "own r"])
+def test_a_student_that_is_offloaded_between_generations_is_told_r_and_g_in_each(name, students):
+    """What `enable_model_cpu_offload` does, with the CPU in the accelerator's place: it takes the transformer's forward
+    back and hooks it again at the end of each generation."""
+    model = students[name]
+    transformer, x_1 = model.pipe.transformer, noise(model)
+    expected, _ = pipeline_latents(model, x_1)
+    for _ in range(3):
+        remove_hook_from_module(transformer, recurse=True)
+        cpu_offload_with_hook(transformer, "cpu")
+        assert torch.equal(pipeline_latents(model, x_1)[0], expected)
+    with pytest.raises(UserError, match="offloaded to the CPU already") as caught:
+        as_student(model, model.conditioning, model.pipe.scheduler)
+    assert "remove_all_hooks" in caught.value.hint
+    remove_hook_from_module(transformer, recurse=True)
     assert torch.equal(pipeline_latents(model, x_1)[0], expected)
 
 

@@ -214,9 +214,19 @@ def _as_saved(loaded: LoadedPipeline, contents: ModelFolder) -> LoadedPipeline:
 
 
 def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, scheduler: Any) -> LoadedPipeline:
-    """The pipeline made to sample with these embeddings of r and g, in place of any it has, and this scheduler."""
+    """The pipeline made to sample with these embeddings of r and g, in place of any it has, and this scheduler.
+
+    Raises:
+        UserError: the transformer is offloaded already. accelerate puts the forward that it found back at the end of
+            each generation, and the hook that tells r and g would go with it.
+    """
     pipe, family = loaded.pipe, loaded.family
     transformer = getattr(pipe, family.denoisers[0].attribute)
+    if hasattr(transformer, "_hf_hook"):
+        raise UserError(
+            f"this {type(transformer).__name__} is offloaded to the CPU already",
+            "call pipe.remove_all_hooks() first, and enable offload again when the student is there",
+        )
     pipe.scheduler = scheduler
     Conditioning.detach(transformer, family)
     if loaded.hook is not None:
