@@ -304,6 +304,16 @@ def test_a_predictors_folder_brings_its_schedules(trained):
     assert attachment.full_passes == attachment.predicted_passes == 4
 
 
+def test_a_shipped_predictor_is_known_by_name(trained, monkeypatch):
+    monkeypatch.setattr("vidaccel.models.loading.SHIPPED", trained)
+    loaded = load_pipeline("sprites/model")
+    with vidaccel.attach(loaded, predictor="sprites/predictor", budget=3) as attachment:
+        call(loaded.pipe)
+    assert (attachment.full_passes, attachment.predicted_passes) == (6, 2)
+    with pytest.raises(UserError, match="no folder .*lost"):
+        vidaccel.attach(loaded, predictor="sprites/lost", steps=STEPS, full_steps=[0])
+
+
 def test_a_pipeline_that_diffusers_loaded_is_known_by_its_files(trained, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(trained / "model")
     vidaccel.attach(pipe, predictor=trained / "predictor", budget=2).detach()

@@ -11,7 +11,7 @@ from typing import Any
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, write_json
 from vidaccel.config import BenchmarkConfig, MethodConfig, to_dict
 from vidaccel.errors import UserError
-from vidaccel.models.loading import SHIPPED
+from vidaccel.models.loading import local_path
 
 FORMAT = "benchmark/1"
 SETTINGS_FILE = "settings.json"
@@ -44,7 +44,7 @@ def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dic
     roles = {role: getattr(config, role) for role in ("model", "student", "distilled", "predictor")}
     for name, method in methods.items():
         roles |= {f"{name}.model": method.model, f"{name}.predictor": method.predictor}
-    files = {role: _run_file(path) for role, path in roles.items() if path is not None}
+    files = {role: local_path(path) / RUN_FILE for role, path in roles.items() if path is not None}
     return {role: sha256_file(file) for role, file in files.items() if file.exists()}
 
 
@@ -59,8 +59,3 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 def _keys(*trees: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(key for tree in trees for key in tree))
-
-
-def _run_file(path: str) -> Path:
-    folder = SHIPPED / path.removeprefix("sprites/") if path.startswith("sprites/") else Path(path).expanduser()
-    return folder / RUN_FILE

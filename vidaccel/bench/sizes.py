@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +18,7 @@ from vidaccel.models.call import refuse_misfits
 from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import read_json
-from vidaccel.models.loading import DTYPES, SHIPPED
+from vidaccel.models.loading import DTYPES, local_path
 
 DEPTHS = ("num_layers", "num_single_layers")
 """Arguments of the transformer classes that number the blocks of a list."""
@@ -110,8 +109,7 @@ def _patch(model: nn.Module) -> tuple[int, int, int]:
 
 def _arguments(model: str, cls: type) -> dict[str, Any]:
     """What the transformer of a model folder was built with."""
-    folder = SHIPPED / model.removeprefix("sprites/") if model.startswith("sprites/") else Path(model).expanduser()
-    file = folder / "transformer" / "config.json"
+    file = local_path(model) / "transformer" / "config.json"
     settings = read_json(file)
     if settings.get("_class_name") != cls.__name__:
         raise UserError(

@@ -25,7 +25,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.identity import student_hash
-from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.steps import current_step
 from vidaccel.predictor.checkpoint import SCHEDULE_FILE
 from vidaccel.predictor.forecasters import Forecaster, Reuse, Taylor
@@ -49,7 +49,8 @@ def attach(
 
     Args:
         pipe: of a supported family, on its device.
-        predictor: the folder of a trained one, "reuse", "taylor", or any forecaster, taken as it is.
+        predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor", or any
+            forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps`.
         full_steps: positions of the full steps, rising from 0.
         budget: how many full steps, where schedules for several are at hand.
@@ -65,6 +66,8 @@ def attach(
     loaded = pipe if isinstance(pipe, LoadedPipeline) else None
     pipe = loaded.pipe if loaded else pipe
     family = family_of_pipeline(type(pipe).__name__)
+    if isinstance(predictor, str | Path) and predictor not in ZOO:
+        predictor = local_path(predictor)
     chosen = _schedule(predictor, steps, full_steps, budget, schedule)
     forecaster = _forecaster(predictor, pipe)
     if isinstance(forecaster, Predictor):
@@ -144,8 +147,8 @@ def _schedule(predictor, steps, full_steps, budget, schedule) -> Schedule:
         if steps is None:
             raise UserError("full_steps= came without steps=", "pass the number of denoising steps as well")
         return Schedule(steps, tuple(full_steps))
-    if schedule is None and isinstance(predictor, str | Path) and predictor not in ZOO:
-        schedule = Path(predictor) / SCHEDULE_FILE
+    if schedule is None and isinstance(predictor, Path):
+        schedule = predictor / SCHEDULE_FILE
     if schedule is None:
         raise UserError("nothing says which steps are full", "pass full_steps= and steps=, or schedule=")
     if not isinstance(schedule, Schedule):
@@ -168,7 +171,7 @@ def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline) -> 
     if predictor == "taylor":
         config = pipe.scheduler.config
         return Taylor(shift=config.get("shift") or config.get("flow_shift") or 1.0)
-    if not Path(predictor).is_dir():
+    if not predictor.is_dir():
         raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     return Predictor.from_pretrained(predictor)
 

@@ -114,15 +114,18 @@ def _dtype(component: Component, name: str, device: torch.device) -> torch.dtype
     return STORED_DTYPES[most]
 
 
+def local_path(name: str | Path) -> Path:
+    """Where the folder of this name would be: within the package for sprites/<name>."""
+    shipped = str(name).startswith("sprites/")
+    return SHIPPED / str(name).removeprefix("sprites/") if shipped else Path(name).expanduser()
+
+
 def _local_folder(model: str | Path) -> Path | None:
     """The folder that `model` means, None if it can only be a hub id."""
-    if str(model).startswith("sprites/"):
-        folder = SHIPPED / str(model).removeprefix("sprites/")
-        if not folder.is_dir():
-            shipped = [f"sprites/{path.name}" for path in SHIPPED.glob("*/")]
-            raise UserError(f"no model is shipped as {model}", nearest(str(model), shipped))
-        return folder
-    folder = Path(model).expanduser()
+    folder = local_path(model)
+    if folder.parent == SHIPPED and not folder.is_dir():
+        shipped = [f"sprites/{path.name}" for path in SHIPPED.glob("*/")]
+        raise UserError(f"no model is shipped as {model}", nearest(str(model), shipped))
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder", "pass the folder that holds model_index.json")
     return folder if folder.is_dir() else None
