@@ -14,7 +14,7 @@ import torch
 from tests.collect.conftest import CAPTIONS, save_model
 from tests.data.conftest import full_disk  # noqa: F401
 from vidaccel.artefacts import sha256_file
-from vidaccel.collect.folder import check_made_for, open_features
+from vidaccel.collect.folder import check_made_for, check_tensors, open_features
 from vidaccel.collect.job import collect, decimal_bytes, plan
 from vidaccel.collect.kinds import job_of
 from vidaccel.collect.source import EncodedSource, open_source
@@ -160,6 +160,15 @@ def test_clips_that_were_encoded_serve_every_transformer(loaded, features):
 def test_a_model_without_hashes_is_warned_of(loaded, features, caplog):
     check_made_for(features, {})
     assert "may not fit" in caplog.text
+
+
+def test_features_of_other_widths_are_refused_where_no_hash_tells(model, loaded, features):
+    read = open_features(features, "encoded", {})
+    check_tensors(read, loaded)
+    other = load_pipeline(model)
+    other.pipe.transformer.register_to_config(out_channels=16)
+    with pytest.raises(UserError, match="another model: latent do not fit"):
+        check_tensors(read, other)
 
 
 def damage(path, how):

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.students import save_teacher
 from tests.tiny import BUILDERS
+from tests.train.test_loop import outcome
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import batch, encode_texts, rows
@@ -23,8 +25,10 @@ from vidaccel.models.identity import encoder_hashes
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.sampling import generate
+from vidaccel.train import distill as module
 from vidaccel.train.cfg_distill import cfg_loss, sample_guidance
 from vidaccel.train.distill import distill, student_of, velocity_of
+from vidaccel.train.objective import Distillation
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
@@ -204,6 +208,40 @@ def test_a_second_run_trains_nothing_and_another_setting_is_refused(world, disti
         distill(changed, tmp_path / "student")
 
 
+@pytest.mark.parametrize("target", ["rollout", "derivative"])
+def test_a_killed_distillation_ends_as_one_that_was_not(world, distilled, target, tmp_path, monkeypatch):
+    """Killed in the middle of a step, and once more when everything is trained and nothing saved."""
+    own = MeanVelocityTraining(target=target, restrict=0.2, restrict_end=0.4, tangent_warmup=3)
+    train = {"steps": 4, "save_every": 1, "ema_decay": 0.5}
+    teacher = str(distilled("wan"))
+    config = settings(world, "wan", method="mean_velocity", teacher=teacher, mean_velocity=own, train=train)
+    distill(config, tmp_path / "straight")
+    plain, drawn = Distillation.draw, []
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    def interrupted(setting, index, generator):
+        drawn.append(index)
+        if index == 2:
+            stop()
+        return plain(setting, index, generator)
+
+    monkeypatch.setattr(Distillation, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, tmp_path / "killed")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, tmp_path / "killed")
+    assert drawn[-1] == 2 and not (tmp_path / "killed" / "run.json").exists()
+    monkeypatch.undo()
+    distill(config, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"):
+        assert sha256_file(tmp_path / "killed" / name) == sha256_file(tmp_path / "straight" / name)
+
+
 @pytest.mark.parametrize("merged", [True, False])
 def test_low_rank_adapters(world, merged, tmp_path):
     config = settings(world, "hunyuan_video", train={"lora_rank": 2}, merge_lora=merged)
@@ -268,6 +306,16 @@ def test_features_of_another_model_are_refused(world, tmp_path):
     other = world("hunyuan_video")[1]
     with pytest.raises(UserError, match="made with another model"):
         distill(settings(world, "wan", features=str(other)), tmp_path / "student")
+
+
+@pytest.mark.parametrize(("family", "other"), [("hunyuan_video", "wan"), ("wan", "hunyuan_video")])
+def test_features_of_another_family_are_refused_where_no_hash_tells(world, family, other, monkeypatch, tmp_path):
+    """As with models from the hub."""
+    plain = load_pipeline
+    monkeypatch.setattr(module, "load_pipeline", lambda *args, **kwargs: replace(plain(*args, **kwargs), hashes={}))
+    with pytest.raises(UserError, match="another model: pooled, prompt_mask do not fit"):
+        distill(settings(world, family, features=str(world(other)[1])), tmp_path / "student")
+    assert not (tmp_path / "student" / "run.json").exists()
 
 
 @pytest.mark.parametrize("restrict", [0.0, -0.2, 1.5, float("nan")])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
+from vidaccel.models.family import TextTensor
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 
@@ -85,7 +86,7 @@ def rows(
     loaded: LoadedPipeline, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]], dtype: str
 ) -> list[Sample]:
     """Batched tensors [B, ...] as B samples to store: on the CPU, masks as bool, everything else in `dtype`."""
-    masks = {text.stored for text in loaded.family.text_tensors if "mask" in text.argument}
+    masks = {text.stored for text in loaded.family.text_tensors if is_mask(text)}
     stored = {name: t.to("cpu", torch.bool if name in masks else DTYPES[dtype]) for name, t in tensors.items()}
     for name, tensor in stored.items():
         bad = [i for i in range(len(records)) if not torch.isfinite(tensor[i]).all()]
@@ -96,6 +97,11 @@ def rows(
                 "use store=float32; if that fails too, the model's weights are broken",
             )
     return [({name: t[i].clone() for name, t in stored.items()}, dict(records[i])) for i in range(len(records))]
+
+
+def is_mask(text: TextTensor) -> bool:
+    """Whether it says which tokens are the prompt's own."""
+    return "mask" in text.argument
 
 
 def batch(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vidaccel.artefacts import read_run
+from vidaccel.collect.encode import LATENT, encode_texts, is_mask
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline
 
 FORMAT = "features/1"
+NOT_TEXT = {LATENT, "times", "x", "velocity", "cache", "cache_text"}
+"""Tensors of a sample that are not made from its caption."""
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +33,25 @@ def open_features(folder: str | Path, kind: str, hashes: Mapping[str, str], on_d
     if on_damage == "stop":
         features.verify()
     return features
+
+
+def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
+    """Refuse samples whose latents or texts are not those that this model's transformer takes.
+
+    Hashes say so sooner, but models from the hub have none.
+    """
+    tensors, empty = features[0][0], encode_texts(loaded, [""])
+    others = tensors.keys() - empty.keys() - NOT_TEXT or empty.keys() - tensors.keys()
+    wanted = {text.stored: empty[text.stored].shape[-1] for text in loaded.family.text_tensors if not is_mask(text)}
+    wanted["latent"] = getattr(loaded.pipe, loaded.family.denoisers[0].attribute).config.out_channels
+    latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
+    found = {name: tensors[name].shape[-1] for name in tensors.keys() & wanted} | {"latent": latent.shape[-4]}
+    others = others or {name for name in wanted if found[name] != wanted[name]}
+    if others:
+        raise UserError(
+            f"{features.folder} was made with another model: {', '.join(sorted(others))} do not fit {loaded.source}",
+            "collect features with this model, or train the one that they were made with",
+        )
 
 
 def check_made_for(folder: str | Path, hashes: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, check_writable, sha256_file
 from vidaccel.collect.encode import encode_texts
-from vidaccel.collect.folder import open_features
+from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import CollectConfig, DistillConfig, GenerateConfig
@@ -114,6 +114,7 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
     """The encoded clips to train on, and what tells them from others."""
     if config.features is not None:
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
+        check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE)}
     clips = CollectConfig(model=config.teacher, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)

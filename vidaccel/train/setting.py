@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.trunk import Trunk
-from vidaccel.collect.folder import open_features
+from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import CollectConfig, PredictorConfig
@@ -100,6 +100,7 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
     if config.features is not None:
         kind = {"data": "encoded", "trajectory": "trajectory"}[config.pairs]
         features = open_features(config.features, kind, loaded.hashes, config.on_damage)
+        check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     if config.pairs == "trajectory":
         raise UserError(
