@@ -508,7 +508,7 @@ class SpritesConfig:
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
 
 
-BETWEEN = ("predictor", "trunk", "branches", "attention")
+BETWEEN = ("predictor", "linear", "trunk", "branches", "attention")
 CACHES = (
     "pab",
     "fastercache",
@@ -541,9 +541,10 @@ class MethodConfig:
     budget: int | None = None
     """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
     between: str = "predictor"
-    """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; or a cache that
-    gives again the last full step's `trunk` output, every block's residual `branches`, or every block's `attention`
-    (whose blocks compute the rest)."""
+    """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; `linear`, a linear
+    map fitted beforehand to the row's own sampling, with one pass a step; or a cache that gives again the last full
+    step's `trunk` output, every block's residual `branches`, or every block's `attention` (whose blocks compute the
+    rest)."""
     order: int = 0
     """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
     cache: str | None = None
@@ -564,6 +565,7 @@ class MethodConfig:
         _require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         _require(self.order >= 0, "order", self.order, "must be at least 0")
         _require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
+        _require(self.between != "linear" or not self.two_pass, "between", self.between, "is for one pass a step")
         _require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
         _require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
         _require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")

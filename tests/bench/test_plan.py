@@ -198,6 +198,7 @@ def test_refusals(overrides, message, hint):
         {"every": 0},
         {"order": -1},
         {"between": "magic"},
+        {"between": "linear", "two_pass": True},
         {"weights": "pupil"},
         {"steps": 4, "full_steps": []},
         {"steps": 4, "full_steps": [1, 2]},

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from tests.students import student
 from vidaccel.bench import runner
+from vidaccel.bench.models import Models
 from vidaccel.bench.once import make
 from vidaccel.cache.schedule import evenly, write_schedules
 from vidaccel.cli.main import app
+from vidaccel.config import BenchmarkConfig, load
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
 from vidaccel.predictor.network import new_predictor
@@ -36,6 +38,7 @@ methods:
   predictor: {{steps: 4, full_steps: [0, 2]}}
   searched: {{steps: 4, budget: 1}}
   reuse: {{steps: 4, full_steps: [0, 2], between: trunk}}
+  linear: {{steps: 4, full_steps: [0, 2], between: linear}}
   taylor: {{steps: 4, full_steps: [0, 1], between: trunk, order: 1}}
   fora: {{weights: teacher, steps: 6, every: 3, between: branches, cache: fora, settings: {{every: 3}}}}
   first-block: {{weights: teacher, steps: 6, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
@@ -59,6 +62,7 @@ PASSES = {  # full, predicted, skipped; of two-pass rows both
     "predictor": (2, 2, 0),
     "searched": (1, 3, 0),
     "reuse": (2, 0, 2),
+    "linear": (2, 0, 2),
     "taylor": (2, 0, 2),
     "fora": (2, 0, 4),
     "first-block": (1, 0, 5),
@@ -114,6 +118,13 @@ def test_results_have_their_form(bench, schema):
     assert results["baseline"] == "cfg" and results["environment"]["device"] == "cpu"
     assert {run["method"] for run in results["runs"]} == PASSES.keys() | FAIL.keys() | {"fastercache"}
     assert json.loads((bench / "run.json").read_text())["parents"].keys() == {"model", "student"}
+
+
+def test_a_forecast_over_time_knows_the_grid_that_it_is_made_on(conf):
+    config = load("benchmark", BenchmarkConfig, str(conf))
+    models, method = Models(config, "cpu"), config.methods["taylor"]
+    forecaster = models._forecaster(method, models.pipeline(method))
+    assert (forecaster.shift, forecaster.history) == (2.0, 2)
 
 
 def test_passes_are_those_that_happened(bench):

@@ -118,9 +118,12 @@ def pass_flops(
 
     attention = sum(depths[name] * kinds[name].attention for name in kinds)
     of_last = sum(layer.flops for layer in last.layers)
+    D = width(model)
+    linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in work.fusions)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
         "predictor": PassFlops(outside, predictor_blocks * of_last + fused, predictor_blocks * last.attention),
+        "linear": PassFlops(outside, linear, 0),
         "trunk": PassFlops(outside, 0, 0),
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
         "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),

@@ -24,7 +24,8 @@ from vidaccel.models.family import BlockList, DiTFamily
 def cache_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each kind of cheap pass keeps from one full pass, by the names that `MethodConfig.between` knows.
 
-    `predictor` and `trunk` keep the tokens that leave the trunk; `branches` and `attention` keep tokens of every block.
+    `predictor`, `linear` and `trunk` keep the tokens that leave the trunk; `branches` and `attention` keep tokens of
+    every block.
     """
     work = WORK[family.name]
     depths = {name: len(model.get_submodule(name)) for name in work.blocks}
@@ -34,7 +35,7 @@ def cache_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dt
         "attention": sum(depths[name] * rows[q] for name, block in work.blocks.items() for q, _ in block.attentions),
     }
     size = {kind: tokens * width(model) * dtype.itemsize for kind, tokens in kept.items()}
-    return size | {"predictor": size["trunk"]}
+    return size | {"predictor": size["trunk"], "linear": size["trunk"]}
 
 
 def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:

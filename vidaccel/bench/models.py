@@ -2,22 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidaccel.bench.caches import switched_on
+from vidaccel.bench.once import make
+from vidaccel.bench.quality import fitting_prompts
 from vidaccel.cache.attach import attach
+from vidaccel.cache.linear import fitted
 from vidaccel.cache.schedule import pick, read_schedules
+from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import guidance_in_force
-from vidaccel.models.loading import SHIPPED, LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.models.runtime import prepare
 from vidaccel.predictor.checkpoint import SCHEDULE_FILE
-from vidaccel.predictor.forecasters import Reuse, Taylor
+from vidaccel.predictor.forecasters import LinearMap, Reuse, Taylor
 from vidaccel.predictor.network import Predictor
+
+CALIBRATION_SEED = 2**31
+"""Beyond the seed of the first prompt: of videos that are measured nowhere."""
 
 
 class Models:
@@ -27,6 +35,7 @@ class Models:
         self.config, self.device = config, resolve_device(device)
         self._pipelines: dict[str, LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
+        self._fitted: dict[tuple[str, int, tuple[int, ...]], LinearMap] = {}
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
         """What the row runs on; `UserError`, the same each time, if there is no such model or it cannot be loaded."""
@@ -70,7 +79,7 @@ class Models:
         name = method.predictor or self.config.predictor
         if name is None:
             raise UserError("no predictor is named", "set predictor=FOLDER")
-        folder = SHIPPED / name.removeprefix("sprites/") if name.startswith("sprites/") else Path(name).expanduser()
+        folder = local_path(name)
         if not folder.is_dir():
             raise UserError(f"there is no predictor {name}", "train one: vidaccel train-predictor")
         return folder
@@ -115,10 +124,22 @@ class Models:
 
     def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
         if method.between == "trunk":
-            return Taylor(method.order) if method.order else Reuse()
+            return Taylor(method.order, shift_of(loaded)) if method.order else Reuse()
+        if method.between == "linear":
+            return self._linear(method, loaded)
         if method.between != "predictor":
             raise UserError(f"between={method.between} says what is left out, not by which cache", "set cache=...")
         return self.predictor(method, loaded)
+
+    def _linear(self, method: MethodConfig, loaded: LoadedPipeline) -> LinearMap:
+        """Fitted once for each model and list of full steps, on prompts and noise that are measured nowhere."""
+        key = loaded.source, method.steps, tuple(method.schedule())
+        if key not in self._fitted:
+            prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
+            seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
+            generate = partial(make, loaded, method, size, prompts, seeds, self.config.guidance, decode=False)
+            self._fitted[key] = fitted(loaded.pipe, loaded.family, method.schedule(), generate)
+        return self._fitted[key]
 
     def _schedule(self, method: MethodConfig) -> dict[str, Any]:
         if method.budget is None:

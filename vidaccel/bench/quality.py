@@ -24,6 +24,7 @@ from vidaccel.sprites.world import random_scene
 
 FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "dynamic_degree")
 RESAMPLES = 1000
+FITTING_PROMPTS = 8
 
 
 def prompts_of(config: BenchmarkConfig, count: int) -> list[str]:
@@ -42,6 +43,14 @@ def prompts_of(config: BenchmarkConfig, count: int) -> list[str]:
             "list more in prompts=[...], or set timed_prompts and scored_prompts",
         )
     return config.prompts[:count]
+
+
+def fitting_prompts(config: BenchmarkConfig) -> list[str]:
+    """What a forecaster may be fitted on: scenes that the marker's world trains on, else the configuration's first."""
+    if config.marker == "sprites" and not config.prompts:
+        rng = random.Random("fitting")
+        return [caption(random_scene(rng), rng) for _ in range(FITTING_PROMPTS)]
+    return config.prompts[:FITTING_PROMPTS]
 
 
 def marks_of(config: BenchmarkConfig, prompt: str, frames: np.ndarray) -> dict[str, float] | None:

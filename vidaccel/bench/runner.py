@@ -24,7 +24,7 @@ from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
 from vidaccel.bench.caches import ADAPTIVE, Unsupported, calibrate, check_settings
 from vidaccel.bench.claim import FORMAT, claim, parents
 from vidaccel.bench.environment import environment
-from vidaccel.bench.models import Models
+from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.observe import Observer
 from vidaccel.bench.once import Made, make
 from vidaccel.bench.peak import PeakMemory
@@ -40,8 +40,6 @@ from vidaccel.progress import Progress
 log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
-CALIBRATION_SEED = 2**31
-"""Beyond the seed of the first prompt: of a video that is measured nowhere."""
 ATTEMPTS = 2
 """Times that a row may take the process with it."""
 
