@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
@@ -64,6 +65,21 @@ def test_a_plain_run_is_all_full_passes(model):
     assert [each.step for each in seen.passes] == [step for step in range(STEPS) for _ in range(2)]
     assert seen.full_steps == list(range(STEPS)) and all(seen.full)
     assert (seen.flops, seen.held) == (2 * STEPS * costs["full"], 0)
+
+
+def test_attention_of_other_libraries_is_counted(model, monkeypatch):
+    loaded, _, costs, _ = model
+
+    def foreign(query, key, value, attn_mask=None, **options):
+        """Nothing that goes through a function of torch that is counted."""
+        return query.clone()
+
+    backends = _AttentionBackendRegistry._backends
+    monkeypatch.setitem(backends, AttentionBackendName.NATIVE, foreign)
+    with Observer(loaded) as seen:
+        run(loaded)
+    assert [each.flops for each in seen.passes] == [costs["full"]] * 2 * STEPS
+    assert backends[AttentionBackendName.NATIVE] is foreign
 
 
 def test_a_reused_trunk_leaves_embedders_and_head(model):

@@ -162,6 +162,9 @@ def test_how_models_are_run_is_a_setting(bench, conf, tmp_path):
     # "a red circle" is 5 tokens of 16: less is computed, and as much less of it all
     assert trimmed["student"]["flops"] < 0.9 * plain["flops"]
     assert trimmed["student"]["passes"] == plain["passes"]
+    # the baseline's pass without the prompt has fewer tokens than the one with it, and is as full
+    assert trimmed["cfg"]["passes"] == {"full": 12, "predicted": 0, "skipped": 0}
+    assert trimmed["cfg"]["full_steps"] == list(range(6))
     assert trimmed["predictor"]["passes"] == {"full": 2, "predicted": 2, "skipped": 0}
 
 

@@ -2,16 +2,20 @@
 caches hold in between.
 
 No hook of a cache can hide anything from it, since it sees the calls that reach torch's functions: what a cache left
-out is what is missing. Counted are the same operations as in flops.py, so that a full pass comes to the formula's
-number. Watching costs time, so nothing is timed meanwhile, and compiled blocks run as they were written.
+out is what is missing. Attention is seen where diffusers hands it to a backend, since few backends are torch's own.
+Counted are the same operations as in flops.py, so that a full pass comes to the formula's number. Watching costs time,
+so nothing is timed meanwhile, and compiled blocks run as they were written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -54,8 +58,12 @@ class Observer(TorchFunctionMode):
 
     @property
     def full(self) -> list[bool]:
-        """Whether each pass computed as much as the first, which no cache can shorten."""
-        return [each.flops == self.passes[0].flops for each in self.passes]
+        """Whether each pass computed as much as the one in its place in the first step, which no cache can shorten.
+
+        The two passes of guidance need not compute the same: text that is cut to its length has two lengths.
+        """
+        steps = [list(passes) for _, passes in groupby(self.passes, key=attrgetter("step"))]
+        return [each.flops == first.flops for passes in steps for each, first in zip(passes, steps[0], strict=True)]
 
     @property
     def full_steps(self) -> list[int]:
@@ -68,12 +76,17 @@ class Observer(TorchFunctionMode):
         self._hooks += [module.register_forward_hook(self._end) for module in self._denoisers]
         self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
+        self._backends = dict(_AttentionBackendRegistry._backends)
+        _AttentionBackendRegistry._backends.update(
+            {name: self._counting(attend) for name, attend in self._backends.items()}
+        )
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)
+        _AttentionBackendRegistry._backends.update(self._backends)
         self._eager.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -81,6 +94,18 @@ class Observer(TorchFunctionMode):
         if self._flops is not None and func in COUNTED:
             self._flops += COUNTED[func](result, *args, **(kwargs or {}))
         return result
+
+    def _counting(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        """A backend of [B, N, H, d] by [B, M, H, d], whatever it calls for that."""
+
+        def counting(query: Tensor, key: Tensor, **others: Any) -> Any:
+            before = self._flops
+            result = attend(query=query, key=key, **others)
+            if before is not None:
+                self._flops = before + 4 * query.numel() * key.shape[1]
+            return result
+
+        return counting
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
         self._flops, self._step = 0, current_step(self._pipe.scheduler).index
