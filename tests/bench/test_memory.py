@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
-from vidaccel.bench.memory import FusedAttention, LiveBytes, activation_bytes, cache_bytes
+from vidaccel.bench.memory import FusedAttention, LiveBytes, activation_bytes, cache_bytes, weight_bytes
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config import BenchmarkConfig
 
@@ -41,6 +42,15 @@ def test_fused_attention_keeps_no_scores():
         assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
         assert F.scaled_dot_product_attention(query=q, key=q, value=q).shape == q.shape
     assert live.peak == 2 * 1000 * 4 * 4
+
+
+def test_quantised_weights_are_what_they_are_made_of():
+    two = nn.Linear(8, 8, bias=False, device="meta")
+    two.weight = nn.Parameter(TwoTensor(torch.zeros(8, 8), torch.zeros(8, 8)), requires_grad=False)
+    assert weight_bytes([two]) == 2 * 256
+    with torch.no_grad(), LiveBytes() as live:
+        two(torch.zeros(10, 8))
+    assert live.peak >= 640
 
 
 def hunyuan(**sizes) -> BenchmarkConfig:

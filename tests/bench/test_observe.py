@@ -158,12 +158,11 @@ def test_held_bytes_are_of_storages_and_not_of_weights():
     assert held_bytes(module, but=(base,)) == 24
 
 
-def test_peak_memory_sees_what_is_gone_again():
-    with PeakMemory(torch.device("cpu")) as small:
+def test_peak_memory_is_weights_and_what_is_gone_again():
+    weights = nn.Linear(8, 8, bias=False)  # 256 bytes
+    with PeakMemory(torch.device("cpu"), [weights, nn.ModuleList([weights])]) as nothing:
         pass
-    with PeakMemory(torch.device("cpu")) as large:
-        held = torch.ones(64, 1024, 1024)
+    with PeakMemory(torch.device("cpu"), [weights]) as peak:
         for _ in range(3):
-            held.sum()
-        del held
-    assert large.bytes - small.bytes > 200 * 2**20
+            weights(torch.ones(10, 8))  # 320 bytes in, 320 out
+    assert (nothing.bytes, peak.bytes) == (256, 256 + 640)

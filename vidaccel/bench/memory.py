@@ -7,13 +7,13 @@ of what it holds. A GPU's allocator adds its rounding.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from vidaccel.bench.flops import width
@@ -94,8 +94,23 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._live.pop, key)
 
 
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Of all parameters and buffers, each storage once."""
+    weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+    return sum({storage._cdata: storage.nbytes() for storage in _storages(weights)}.values())
+
+
 def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [part.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for part in _parts(leaf)]
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Quantised weights are tensors made of others, and have no storage of their own."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 class FusedAttention(TorchFunctionMode):

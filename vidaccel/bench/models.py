@@ -1,4 +1,7 @@
-"""The models that rows run on, each loaded once, and under a row's schedule or cache for the time of a generation."""
+"""The models that rows run on, each loaded once, and under a row's schedule or cache for the time of a generation.
+
+On CUDA the pipeline and the predictor of one row at a time are on the device, so that its memory is its own.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vidaccel.bench.caches import switched_on
 from vidaccel.bench.once import make
@@ -29,7 +33,7 @@ CALIBRATION_SEED = 2**31
 
 
 class Models:
-    """Pipelines and predictors by their path. On CUDA one pipeline at a time is on the device."""
+    """Pipelines and predictors by their path."""
 
     def __init__(self, config: BenchmarkConfig, device: str = "auto"):
         self.config, self.device = config, resolve_device(device)
@@ -49,7 +53,9 @@ class Models:
                 self._pipelines[path] = error
         loaded = self._pipelines[path]
         if isinstance(loaded, UserError):
-            raise loaded
+            standing_in = method.weights == "teacher" and path == self.config.student != self.config.model
+            why = "a single pass of the teacher needs guidance distilled into it: " if standing_in else ""
+            raise UserError(why + loaded.message, loaded.hint)
         if loaded.family.name != self.config.family:
             raise UserError(f"{path} is of the family {loaded.family.name}", f"set family={loaded.family.name}")
         self._bring(loaded)
@@ -72,8 +78,8 @@ class Models:
         if key not in self._predictors:
             predictor = Predictor.from_pretrained(folder)
             transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
-            self._predictors[key] = predictor.run_like(transformer).to(self.device)
-        return self._predictors[key]
+            self._predictors[key] = predictor.run_like(transformer)
+        return self._predictors[key].to(self.device)
 
     def predictor_folder(self, method: MethodConfig) -> Path:
         name = method.predictor or self.config.predictor
@@ -86,13 +92,15 @@ class Models:
 
     def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
         """Of transformer, added embeddings and predictor."""
-        modules = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
-        if loaded.conditioning is not None:
-            modules.append(loaded.conditioning)
-        if method.predicts:
-            modules.append(self.predictor(method, loaded))
+        denoisers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+        modules = [*denoisers, *self._added(method, loaded)]
         weights = {id(weight): weight.numel() for module in modules for weight in module.parameters()}
         return sum(weights.values())
+
+    def modules(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
+        """All that the row needs on the device: the whole pipeline, added embeddings and predictor."""
+        parts = [part for part in loaded.pipe.components.values() if isinstance(part, nn.Module)]
+        return [*parts, *self._added(method, loaded)]
 
     @contextmanager
     def running(self, method: MethodConfig, settings: dict[str, Any]) -> Iterator[LoadedPipeline]:
@@ -110,6 +118,10 @@ class Models:
         else:
             with attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)):
                 yield loaded
+
+    def _added(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
+        added = [] if loaded.conditioning is None else [loaded.conditioning]
+        return [*added, self.predictor(method, loaded)] if method.predicts else added
 
     def _teacher(self, method: MethodConfig) -> str | None:
         """A teacher's single pass needs guidance distilled into it."""
@@ -155,4 +167,6 @@ class Models:
                 other.pipe.to(self.device if other is loaded else "cpu")
                 if other.conditioning is not None:
                     other.conditioning.to(self.device if other is loaded else "cpu")
+        for predictor in self._predictors.values():
+            predictor.to("cpu")
         torch.cuda.empty_cache()

@@ -1,64 +1,40 @@
-"""The most memory that was in use at once, while something ran.
+"""The most memory that was in use at once while something ran: weights, activations and what caches keep.
 
-On CUDA what torch's allocator gave out. On a CPU the resident memory of the whole process, all models of the run and
-the libraries included, looked at every few milliseconds; what earlier rows left with the C library is handed back
-before.
+On CUDA what torch's allocator gave out. A CPU's keeps no such account, and the resident memory of the process tells
+more of the libraries and of other rows' models; there it is the weights, and every storage that operations make
+followed to its end. What a kernel needs within one operation is then not seen.
 """
 
-import ctypes
 import gc
-import resource
-import threading
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
-INTERVAL = 0.005
-"""Seconds between two looks."""
-STATM = Path("/proc/self/statm")
+from vidaccel.bench.memory import LiveBytes, weight_bytes
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`, then `peak.bytes`."""
+    """`with PeakMemory(device, modules) as peak: ...`, then `peak.bytes`."""
 
     bytes: int = 0
 
-    def __init__(self, device: torch.device):
-        self._device, self._done = device, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def __init__(self, device: torch.device, modules: Iterable[nn.Module]):
+        """`modules` are those whose weights are on the device."""
+        self._device, self._modules, self._live = device, modules, LiveBytes()
 
     def __enter__(self) -> "PeakMemory":
-        gc.collect()
         if self._device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            _hand_back()
-            self._thread.start()
+            self._live.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
         if self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device)
         else:
-            self._done.set()
-            self._thread.join()
-            self.bytes = max(self.bytes, resident_bytes())
-
-    def _watch(self) -> None:
-        while not self._done.wait(INTERVAL):
-            self.bytes = max(self.bytes, resident_bytes())
-
-
-def resident_bytes() -> int:
-    """Of this process now; where Linux does not tell, the most there ever was."""
-    if STATM.exists():
-        return int(STATM.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _hand_back() -> None:
-    """Ask glibc to return freed memory to the system; another C library keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+            self._live.__exit__(*error)
+            self.bytes = weight_bytes(self._modules) + self._live.peak

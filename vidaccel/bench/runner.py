@@ -122,7 +122,7 @@ class Benchmark:
         )
         with (
             self.models.running(row.method, row.settings),
-            PeakMemory(self.models.device) as peak,
+            PeakMemory(self.models.device, self.models.modules(row.method, loaded)) as peak,
             Observer(loaded) as seen,
         ):
             self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
