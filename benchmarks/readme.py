@@ -14,7 +14,7 @@ from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.plots import above_ours, write_pareto
-from vidaccel.bench.tables import passes_text, si
+from vidaccel.bench.tables import failures, passes_text, si
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -103,7 +103,7 @@ def _standing(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _errors(runs: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"- {run['method']}: {run['error']}" for run in runs if run["error"]]
+    lines = [f"- {', '.join(methods)}: {why}" for why, methods in failures(runs).items()]
     return ["What could not run:\n\n" + "\n".join(lines)] if lines else []
 
 

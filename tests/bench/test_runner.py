@@ -219,6 +219,7 @@ def test_report_is_one_file(bench):
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
     assert FAIL["pab-cfg"] in page and "first-block threshold=0" in page
+    assert "<h2>hunyuan_video, 5 frames of 32 x 32</h2>" in page and "<th>cache share</th>" in page
     for name in ("pareto.png", "sheet.png"):
         assert (bench / name).read_bytes().startswith(b"\x89PNG")
     assert not (bench / "reference").exists()

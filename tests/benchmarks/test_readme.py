@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
     speedup = {"measured": 4.0, "ideal": 5.0, "measured_over_ideal": 0.8}
     cache = {"method": "tea", "total": 90.0, "speedup": speedup, "passes": {"full": 9, "predicted": 0, "skipped": 1}}
     found["runs"].append(RUN | cache | {"intervals": {"total": [89.0, 91.0]}, "fidelity": None, "cache_bytes": 0})
-    found["runs"].append(RUN | {"method": "sea", "passes": None, "error": "it cannot"})
+    found["runs"] += [RUN | {"method": name, "passes": None, "error": "it cannot"} for name in ("sea", "lake")]
     found["runs"][0]["settings"] = found["runs"][1]["settings"] = {"cache": None}
     (tmp_path / "mine.json").write_text(json.dumps(found))
     return tmp_path
@@ -43,7 +43,7 @@ def test_figures(folder):
     assert "| predictor-8-of-20 | 8 + 12 | 24.6 | 11.80x | 11.90x | 57.3 kB | 78.8 [77.9, 79.6] | 0.120 |" in text
     assert "| tea | 9 + 1 | 24.6 | 4.00x | 5.00x |  | 90.0 [89.0, 91.0] |  |" in text
     assert "as fast: tea (4.00x, 90.0)" in text
-    assert "- sea: it cannot" in text
+    assert "- sea, lake: it cannot" in text
 
 
 def test_without_results_it_says_so(tmp_path):

@@ -3,14 +3,15 @@
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.plots import above_ours, write_pareto
 from vidaccel.bench.rows import Rows
-from vidaccel.bench.tables import COLUMNS
+from vidaccel.bench.tables import COLUMNS, failures, title
 from vidaccel.data.video import contact_sheet
 
 REPORT_FILE, PARETO_FILE, SHEET_FILE = "report.html", "pareto.png", "sheet.png"
@@ -40,17 +41,21 @@ def report(results: dict[str, Any], folder: Path) -> str:
         f"<p><code>{html.escape(results['command'])}</code></p><p>{_environment(results['environment'])}</p>",
         f"<p>Speedups are relative to {html.escape(results['baseline'])}, within each round. Ideal is by FLOPs, and "
         "passes are counted as they happened: full ones, and those in which a predictor or a cache took part.</p>",
-        _table(["method", *COLUMNS], [[run["method"], *_cells(run)] for run in runs if run["passes"]]),
-        _errors(runs),
-        _standing(runs),
+        *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(list(of_size))),
         _picture(folder / PARETO_FILE),
-        _scores(runs),
         "<h2>The same prompt and seed, a row a method</h2>",
         _picture(folder / SHEET_FILE),
         f"<details><summary>results.json</summary><pre>{html.escape(json.dumps(results, indent=1))}</pre></details>",
     ]
     head = f"<meta charset='utf-8'><title>vidaccel benchmark</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
+
+
+def _size(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was found of videos of one size."""
+    yield f"<h2>{html.escape(title(runs[0]))}</h2>"
+    yield _table(["method", *COLUMNS], [[run["method"], *_cells(run)] for run in runs if run["passes"]])
+    yield from (_errors(runs), _standing(runs), _scores(runs))
 
 
 def _environment(environment: dict[str, Any]) -> str:
@@ -71,8 +76,8 @@ def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _errors(runs: Sequence[dict[str, Any]]) -> str:
     """Rows that could not run, and why."""
-    lines = [[run["method"], run["error"]] for run in runs if run["error"]]
-    return "<h2>What could not run</h2>" + _table(["method", "why"], lines) if lines else ""
+    lines = [[", ".join(methods), why] for why, methods in failures(runs).items()]
+    return "<h3>What could not run</h3>" + _table(["methods", "why"], lines) if lines else ""
 
 
 def _standing(runs: Sequence[dict[str, Any]]) -> str:
@@ -84,7 +89,7 @@ def _standing(runs: Sequence[dict[str, Any]]) -> str:
         return "<p>From 3x to 20x no row has a higher total than a row with a predictor that is as fast.</p>"
     lines = [[run["method"], f"{run['speedup']['measured']:.2f}x", f"{run['total']:.1f}"] for run in others]
     return (
-        "<h2>Rows above ours</h2><p>Between 3x and 20x these have a higher total than every row with a predictor that "
+        "<h3>Rows above ours</h3><p>Between 3x and 20x these have a higher total than every row with a predictor that "
         "is as fast:</p>" + _table(["method", "speedup", "total"], lines)
     )
 
@@ -96,7 +101,7 @@ def _scores(runs: Sequence[dict[str, Any]]) -> str:
         return ""
     names = list(dict.fromkeys(name for run in scored for name in run["intervals"]))
     lines = [[run["method"], *(_with_interval(run, name) for name in names)] for run in scored]
-    return "<h2>Scores, with 95 % intervals over prompts</h2>" + _table(["method", *names], lines)
+    return "<h3>Scores, with 95 % intervals over prompts</h3>" + _table(["method", *names], lines)
 
 
 def _with_interval(run: dict[str, Any], name: str) -> str:

@@ -29,11 +29,26 @@ def plan_tables(results: dict[str, Any]) -> Iterator[str | Table]:
 
 def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
     """Lines and tables, in order, of what a benchmark measured."""
-    for size, runs in groupby(results["runs"], key=lambda run: run["size"]):
+    for _, runs in groupby(results["runs"], key=lambda run: run["size"]):
         runs = list(runs)
-        yield f"{runs[0]['family']}, {size['num_frames']} frames of {size['width']} x {size['height']}"
+        yield title(runs[0])
         yield _speed_table([run for run in runs if run["passes"]])
-        yield from (f"{run['method']}: {run['error']}" for run in runs if run["error"])
+        yield from (f"{', '.join(methods)}: {why}" for why, methods in failures(runs).items())
+
+
+def title(run: dict[str, Any]) -> str:
+    """The model's family and the video's size."""
+    size = run["size"]
+    return f"{run['family']}, {size['num_frames']} frames of {size['width']} x {size['height']}"
+
+
+def failures(runs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Why rows could not run -> which: where a model is missing, many say the same."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run["error"]:
+            found.setdefault(run["error"], []).append(run["method"])
+    return found
 
 
 def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
@@ -66,6 +81,11 @@ def _number(form: str, *path: str) -> Callable[[dict[str, Any]], str | None]:
     return cell
 
 
+def _cache_share(run: dict[str, Any]) -> str | None:
+    """Of peak memory."""
+    return f"{run['cache_bytes'] / run['peak_memory_bytes']:.1%}" if run["cache_bytes"] else None
+
+
 def _bytes(key: str) -> Callable[[dict[str, Any]], str | None]:
     return lambda run: f"{si(run[key])}B" if run[key] else None
 
@@ -78,23 +98,22 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "of it": _number("{:.0%}", "speedup", "measured_over_ideal"),
     "cache": _bytes("cache_bytes"),
     "memory": _bytes("peak_memory_bytes"),
+    "cache share": _cache_share,
     "latent": _number("{:.3f}", "fidelity", "latent_relative_l2"),
     "total": _number("{:.1f}", "total"),
 }
 """Of a measured run, each where a row has something to say in it."""
-NARROW = COLUMNS.keys() - {"of it"}
+NARROW = COLUMNS.keys() - {"of it", "cache share"}
 """Those that a terminal of 80 columns has room for."""
 
 
 def _heading(runs: list[dict[str, Any]]) -> Iterator[str]:
-    size, costs = runs[0]["size"], runs[0]["plan"]
+    costs = runs[0]["plan"]
     full = costs["full_pass"]
     total = sum(full.values())
     shares = ", ".join(f"{name} {value / total:.2%}" for name, value in full.items())
-    yield (
-        f"{runs[0]['family']}, {size['num_frames']} frames of {size['width']} x {size['height']}: "
-        f"{costs['tokens']['video']:,} video and {costs['tokens']['text']:,} text tokens"
-    )
+    tokens = costs["tokens"]
+    yield f"{title(runs[0])}: {tokens['video']:,} video and {tokens['text']:,} text tokens"
     parameters = min(run["parameters"] for run in runs)
     weights = min(run["plan"]["weight_bytes"] for run in runs)
     yield f"{parameters:,} parameters, {si(weights)}B; activations {si(costs['activation_bytes'])}B"

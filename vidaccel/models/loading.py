@@ -124,8 +124,9 @@ def _local_folder(model: str | Path) -> Path | None:
     """The folder that `model` means, None if it can only be a hub id."""
     folder = local_path(model)
     if folder.parent == SHIPPED and not folder.is_dir():
-        shipped = [f"sprites/{path.name}" for path in SHIPPED.glob("*/")]
-        raise UserError(f"no model is shipped as {model}", nearest(str(model), shipped))
+        shipped = ", ".join(sorted(f"sprites/{path.name}" for path in SHIPPED.glob("*/")))
+        hint = f"choose from: {shipped}; or train one: vidaccel distill"
+        raise UserError(f"no model is shipped as {model}", hint)
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder", "pass the folder that holds model_index.json")
     return folder if folder.is_dir() else None
