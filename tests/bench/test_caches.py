@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.hooks import sea_cache
 
 from tests.bench.test_observe import run, tiny_loaded
 from vidaccel.bench.caches import CONFIGS, OWN, Unsupported, branch_identifiers, calibrate, check_settings, switched_on
@@ -21,7 +22,6 @@ SETTINGS = {
     "delta_dit": {"every": 2, "share": 0.5},
 }
 NOT_REGISTERED = "HunyuanVideo15TransformerBlock'> not registered"
-NOT_TOLD = "the scheduler step, sigma, and step count are required"
 ONE_STATE = "keeps one state for both passes of guidance"
 RAN = {
     "pab": "F.F.F",
@@ -35,7 +35,6 @@ RAN = {
     "delta_dit": "F.F.F",
 }
 STOPPED = {
-    ("hunyuan_video", "seacache"): NOT_TOLD,
     ("hunyuan_video_15", "first_block"): NOT_REGISTERED,
     ("hunyuan_video_15", "magcache"): NOT_REGISTERED,
     ("hunyuan_video_15", "seacache"): NOT_REGISTERED,
@@ -86,6 +85,12 @@ def test_a_cache_that_finds_nothing_is_not_run():
         with switched_on(loaded, method, method.settings):
             pass
     assert not loaded.pipe.transformer.is_cache_enabled
+
+
+def test_seacache_that_gives_up_is_not_run():
+    loaded, method = tiny_loaded("wan"), MethodConfig(steps=5, cache="seacache")
+    with pytest.raises(Unsupported, match="in fail-open mode"), switched_on(loaded, method, {}):
+        sea_cache.logger.warning("running in fail-open mode")
 
 
 def test_given_calibrations_are_kept():

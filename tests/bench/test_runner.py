@@ -47,12 +47,11 @@ methods:
   fastercache: {{steps: 4, cache: fastercache}}
   delta-dit: {{steps: 4, cache: delta_dit, settings: {{every: 2, share: 0.5}}}}
   pab-cfg: {{weights: teacher, steps: 6, two_pass: true, cache: pab}}
-  seacache: {{steps: 4, cache: seacache}}
+  seacache: {{steps: 4, cache: seacache, settings: {{threshold: 1000.0}}}}
   lost: {{steps: 4, model: {folder}/nowhere}}
 """
 FAIL = {
     "pab-cfg": "keeps one state for both passes of guidance",
-    "seacache": "the scheduler step, sigma, and step count are required",
     "lost": "nowhere is neither a folder here nor a model that the hub gave us",
 }
 PASSES = {  # full, predicted, skipped; of two-pass rows both
@@ -70,6 +69,7 @@ PASSES = {  # full, predicted, skipped; of two-pass rows both
     "teacache": (2, 0, 2),
     "magcache": (1, 0, 3),
     "delta-dit": (2, 0, 2),
+    "seacache": (2, 0, 2),
 }
 
 
@@ -229,7 +229,7 @@ def test_table(bench, models):
     printed = (models / "stdout").read_text()
     line = next(line for line in printed.splitlines() if line.startswith(" predictor "))
     assert "2 + 2" in line
-    assert "seacache: " in printed
+    assert "pab-cfg: PyramidAttentionBroadcastConfig keeps" in " ".join(printed.split())
 
 
 def test_a_finished_benchmark_is_not_run_again(bench, conf, monkeypatch):

@@ -2,8 +2,8 @@
 
 Which cache can do what (diffusers 0.42.1) is found out by trying, and what it raises stands in the row. Three things
 that no exception would tell are checked here: PAB and FasterCache keep one state for both passes of guidance, a cache
-that hooks nothing computes everything, and SeaCache does so too where it is not told where sampling is ("fail-open"),
-which it only logs.
+that hooks nothing computes everything, and SeaCache does so too where it lacks something ("fail-open"), which it only
+logs. Where sampling is and what the latents are, which HunyuanVideo's pipelines do not tell it, it is told here.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from vidaccel.config import MethodConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.steps import current_step
 
 CONFIGS: dict[str, type] = {
     "pab": PyramidAttentionBroadcastConfig,
@@ -136,7 +137,11 @@ def switched_on(
 def _diffusers(loaded: LoadedPipeline, method: MethodConfig, settings: Mapping[str, Any]) -> Iterator[None]:
     (transformer,) = _transformers(loaded)
     before = _hook_count(transformer)
-    with _enabled(transformer, _config(loaded, method, dict(settings))), _complaints(sea_cache.logger) as complaints:
+    with (
+        _enabled(transformer, _config(loaded, method, dict(settings))),
+        _told_of_steps(loaded.pipe, transformer),
+        _complaints(sea_cache.logger) as complaints,
+    ):
         if _hook_count(transformer) == before:
             raise Unsupported(f"{CONFIGS[method.cache].__name__} finds nothing in a {type(transformer).__name__}")
         yield
@@ -152,6 +157,7 @@ def _config(loaded: LoadedPipeline, method: MethodConfig, settings: dict[str, An
         "current_timestep_callback": _current_timestep(loaded.pipe),
         "is_guidance_distilled": not method.two_pass,
         "num_inference_steps": method.steps,
+        "raw_vision_callback": lambda module, args, kwargs: list(kwargs["hidden_states"].unbind(0)),
         "taylor_factors_dtype": _transformers(loaded)[0].dtype,
     }
     if method.cache == "taylorseer" and "cache_identifiers" not in settings:
@@ -194,6 +200,23 @@ def _enabled(transformer: nn.Module, config: Any) -> Iterator[None]:
         yield
     finally:
         transformer.disable_cache()
+
+
+@contextmanager
+def _told_of_steps(pipe: DiffusionPipeline, transformer: nn.Module) -> Iterator[None]:
+    """Contexts say where sampling is, whether the pipeline that opens them does so or not."""
+    open_context = transformer.cache_context
+
+    def told(name: str, **known: Any) -> AbstractContextManager[None]:
+        step = current_step(pipe.scheduler)
+        where = {"step_index": step.index, "sigma": step.t, "num_inference_steps": step.count}
+        return open_context(name, **where | known)
+
+    transformer.cache_context = told
+    try:
+        yield
+    finally:
+        del transformer.cache_context
 
 
 def _hook_count(transformer: nn.Module) -> int:
