@@ -35,7 +35,7 @@ RUN = {
     "quality": 81.1,
     "total": 78.8,
     "dimensions": {"subject_consistency": 91.0},
-    "fidelity": {"latent_relative_l2": 0.12, "psnr_db": 31.0, "ssim": None, "dynamic_degree": 0.97},
+    "fidelity": {"latent_relative_l2": 0.12, "psnr_db": 31.0, "ssim": 0.9, "lpips": None, "dynamic_degree": 0.97},
     "intervals": {"total": [77.9, 79.6]},
     "error": None,
 }

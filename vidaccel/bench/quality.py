@@ -2,17 +2,21 @@
 
 Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
 The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
-that slows down after distillation shows here. (VBench's own needs an optical-flow network, its other dimensions need
-several more networks, and LPIPS needs one; their weights come as pickles, which vidaccel does not load.)
+that slows down after distillation shows here. LPIPS is there where its package is installed, which loads AlexNet by
+itself. VBench cannot be: its package pins transformers to 4.33, and the pipelines need 5.
 
 T frames, H and W pixels, P prompts
 """
 
+import importlib.util
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from vidaccel.bench.once import Made
 from vidaccel.config import BenchmarkConfig
@@ -22,7 +26,7 @@ from vidaccel.sprites.parse import parse
 from vidaccel.sprites.score import fidelity, score_clip, summarise
 from vidaccel.sprites.world import random_scene
 
-FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "dynamic_degree")
+FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
 RESAMPLES = 1000
 FITTING_PROMPTS = 8
 
@@ -67,8 +71,37 @@ def likeness(made: Made, reference: Made, index: int) -> dict[str, float | None]
         "latent_relative_l2": measured["latent_relative_l2"],
         "psnr_db": measured["psnr"] if np.isfinite(measured["psnr"]) else None,
         "ssim": measured["ssim"],
+        "lpips": perceptual_distance(frames, others),
         "dynamic_degree": mean_change(frames) / motion if motion else None,
     }
+
+
+@cache
+def perceptual_network() -> nn.Module | None:
+    """LPIPS on AlexNet; None where the package is not installed.
+
+    Raises:
+        UserError: it is, and its weights cannot be had.
+    """
+    if importlib.util.find_spec("lpips") is None:
+        return None
+    from lpips import LPIPS
+
+    try:
+        return LPIPS(net="alex", verbose=False)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"LPIPS cannot get its weights: {reason}", "go online once, or uninstall lpips") from error
+
+
+def perceptual_distance(frames: np.ndarray, others: np.ndarray) -> float | None:
+    """LPIPS of frames uint8 [T, H, W, 3], averaged over them; None without the package."""
+    network = perceptual_network()
+    if network is None:
+        return None
+    pixels, wanted = (torch.from_numpy(each).movedim(-1, 1) / 127.5 - 1 for each in (frames, others))  # [T, 3, H, W]
+    with torch.no_grad():
+        return float(network(pixels, wanted).mean())
 
 
 def mean_change(frames: np.ndarray) -> float:

@@ -28,7 +28,7 @@ from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.observe import Observer
 from vidaccel.bench.once import Made, make
 from vidaccel.bench.peak import PeakMemory
-from vidaccel.bench.quality import likeness, marks_of, prompts_of
+from vidaccel.bench.quality import likeness, marks_of, perceptual_network, prompts_of
 from vidaccel.bench.results import results_of
 from vidaccel.bench.rows import Row, Rows
 from vidaccel.config import BenchmarkConfig, MethodConfig, to_dict
@@ -74,6 +74,8 @@ class Benchmark:
         self._check_baseline(methods[config.baseline])
         self.timed = prompts_of(config, config.timed_prompts)
         self.scored = prompts_of(config, config.scored_prompts) if quality else []
+        if quality:
+            perceptual_network()  # now, and not after an hour of timing
         self.environment = environment(self.models.device)
         self.started = datetime.now(UTC)
         self._warm: set[str] = set()
