@@ -71,7 +71,7 @@ def described(monkeypatch):
     DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="descriptors are for Hopper's copy engine"
 )
 @pytest.mark.parametrize(("N", "D"), [(1, 32), (64, 128), (97, 48), (130, 64)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
 def test_tensor_descriptors_read_the_same(described, N, D, dtype):
     inputs = draw(B=2, M=33, N=N, D=D, dtype=dtype)
     lengths = torch.tensor([N, N // 2], device=inputs[0].device)

@@ -20,6 +20,9 @@ instead of one and one, all float32.
 Keys, values and their tangents come by address, or through tensor descriptors (DESCRIBED), which Hopper's copy engine
 reads: that frees the registers that addresses take, and wants 16-byte alignment of every row. Which is faster is for
 the autotuner to find; it has not been measured.
+
+float32 has no tensor-core product: its dots are multiply-adds on operands held whole in registers. At D = 128 a tile
+made for bf16 then spills 17 to 24 kB a thread on sm_90; the small one of float32's own spills 3 to 9, so it is slow.
 """
 
 import torch
@@ -47,6 +50,9 @@ CONFIGS = [
     _config(128, 32, 8, 3, described=True),
     _config(128, 64, 8, 2, described=True),
 ]
+
+LONGEST = 8192
+"""Keys from which on lengths share a choice: a call on 64k is sixty times as long, and tuning makes many."""
 
 
 def _possible(configs: list[triton.Config], named: dict, ALIGNED: bool, **kwargs) -> list[triton.Config]:
@@ -83,7 +89,8 @@ def _block(
     if DESCRIBED:
         block = source.load([start, 0])
     else:
-        block = _tile(source, start + tl.arange(0, BLOCK_N), limit, stride, d, D, CHECKED)
+        first = tl.cast(start, tl.int64) * stride  # 700,000 tokens of width 3072 are more than 32 bits can address
+        block = _tile(source + first, tl.arange(0, BLOCK_N), limit - start, stride, d, D, CHECKED)
     return block
 
 
@@ -179,6 +186,10 @@ def _attention(
     tl.store(do_ptr + target, dout / total, mask=inside)
 
 
+_attention_float32 = _attention.fn
+TILE_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "DESCRIBED": False, "num_warps": 8, "num_stages": 1}
+
+
 def _aligned(tensor: Tensor) -> bool:
     """Whether every row [D] starts at a multiple of 16 bytes."""
     return tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:3])
@@ -199,10 +210,11 @@ def attention_jvp(
     strides = [stride for tensor in (q, k, v, dq, dk, dv) for stride in tensor.stride()[:3]]
     if q.is_cuda:
         triton.set_allocator(_workspace)
-    _attention[lambda meta: (triton.cdiv(M, meta["BLOCK_M"]), B * H)](
+    kernel, tile = (_attention_float32, TILE_FLOAT32) if q.dtype == torch.float32 else (_attention, {})
+    kernel[lambda meta: (triton.cdiv(M, meta["BLOCK_M"]), B * H)](
         q, k, v, dq, dk, dv, q if mask is None else mask.view(torch.uint8), o, do,
         H, M, N, scale, *strides, *((0,) * 4 if mask is None else mask.stride()), *o.stride()[:3],
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), MASK=kind, LENGTH=min(triton.next_power_of_2(N), 16384),
-        ALIGNED=all(map(_aligned, (k, v, dk, dv))),
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), MASK=kind, LENGTH=min(triton.next_power_of_2(N), LONGEST),
+        ALIGNED=all(map(_aligned, (k, v, dk, dv))), **tile,
     )  # fmt: skip
     return o, do
