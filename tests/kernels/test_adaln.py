@@ -101,5 +101,7 @@ def test_bad_input_says_what_is_supported():
         fused(x, scale[:1], shift)
     with pytest.raises(ValueError, match="float32, float16, bfloat16"):
         fused(x.double(), scale, shift)
+    with pytest.raises(ValueError, match="one device, not on .* and meta"):
+        fused(x, scale, shift.to("meta"))
     with pytest.raises(ValueError, match=r"\[B, N, D\]"):
         fused(x[0], scale, shift)

@@ -6,9 +6,11 @@ from torch import Tensor
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_dtype(op: str, *tensors: Tensor) -> None:
-    """Raises unless every tensor has a type that the fused kernels compute in."""
+def check_tensors(op: str, *tensors: Tensor) -> None:
+    """Raises unless every tensor has a type that the fused kernels compute in, and all are on one device."""
     for tensor in tensors:
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{op}: all tensors must be on one device, not on {tensors[0].device} and {tensor.device}")
         if tensor.dtype not in FUSED_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
             raise ValueError(f"{op}: the fused kernel takes {supported}, not {tensor.dtype}; use kernels=reference")

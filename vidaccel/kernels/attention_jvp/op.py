@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.attention_jvp import reference
-from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
 
 HEAD_DIMS = range(16, 129)
 
@@ -51,7 +51,7 @@ def attention_jvp(
     scale = D**-0.5 if scale is None else scale
     if select.choose(kernels, q.device) == "reference":
         return reference.attention_jvp(q, k, v, dq, dk, dv, mask, scale)
-    check_dtype("attention_jvp", q, k, v, dq, dk, dv)
+    check_tensors("attention_jvp", q, k, v, dq, dk, dv)
     if len({tensor.dtype for tensor in (q, k, v, dq, dk, dv)}) > 1:
         raise ValueError(f"attention_jvp: all six tensors must have one type, got {[t.dtype for t in (q, k, v)]}")
     if D not in HEAD_DIMS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.cache_fusion import reference
-from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
 
 
 def cache_fusion(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, *, kernels: str = "auto") -> Tensor:
@@ -22,7 +22,7 @@ def cache_fusion(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, *,
     if select.choose(kernels, tokens.device) == "reference":
         return reference.cache_fusion(tokens, cache, weight, bias)
     inputs = (tokens, cache, weight, bias)
-    check_dtype("cache_fusion", *inputs)
+    check_tensors("cache_fusion", *inputs)
     if len({tensor.dtype for tensor in inputs}) > 1:
         raise ValueError(f"cache_fusion: all tensors must have one type, got {[str(t.dtype) for t in inputs]}")
     tangents.refuse("cache_fusion", tokens=tokens, cache=cache, weight=weight, bias=bias)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import select, tangents
-from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
 from vidaccel.kernels.gated_residual_adaln import reference
 
 
@@ -25,7 +25,7 @@ def gated_residual_adaln(
         check_shape("gated_residual_adaln", name, vector, (x.shape[0], x.shape[2]))
     if select.choose(kernels, x.device) == "reference":
         return reference.gated_residual_adaln(x, y, gate, scale, shift, eps)
-    check_dtype("gated_residual_adaln", x, y, gate, scale, shift)
+    check_tensors("gated_residual_adaln", x, y, gate, scale, shift)
     primals, duals = tangents.split(x, y, gate, scale, shift)
     if duals is not None:
         h, z, dh, dz = _tangent(list(primals), list(duals), eps)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import select, tangents
-from vidaccel.kernels.checks import check_dtype, check_shape, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
 from vidaccel.kernels.qk_norm_rope import reference
 
 
@@ -34,7 +34,7 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, cos, sin, text)
     if select.choose(kernels, q.device) == "reference":
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, text, interleaved, eps)
-    check_dtype("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, *(text or ()))
+    check_tensors("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, *(text or ()))
     tangents.refuse("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     text_q, text_k, text_q_weight, text_k_weight = text or (None,) * 4
     primals, duals = tangents.split(q, k, *(text or ())[:2])
