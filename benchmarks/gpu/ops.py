@@ -56,9 +56,9 @@ def ceilings(rows: Rows, size: Size) -> None:
 
 
 def _three_ways(rows: Rows, name: str, size: Size, stock: Callable, ours: Callable, inputs: list, **least) -> None:
-    exact = stock(*(tensor.float() for tensor in inputs))
-    exact = exact[0] if isinstance(exact, tuple) else exact
     with torch.no_grad():
+        exact = stock(*(tensor.float() for tensor in inputs))
+        exact = exact[0] if isinstance(exact, tuple) else exact
         for variant, op in (("eager", stock), ("compiled", compiled(stock)), ("vidaccel", ours)):
             rows.measure(name, variant, size.row(), functools.partial(op, *inputs), exact=exact, **least)
 
@@ -189,7 +189,7 @@ def attention(rows: Rows, size: Size, everything: bool) -> None:
         row("torch forward with text mask, no tangent", size.row(), masked, flops=2 * product)
         ours = functools.partial(attention_jvp, *inputs, kernels=KERNELS)
         row("vidaccel", size.row(), ours, flops=6 * product, exact=forward())
-        if CUDA:
+        if CUDA and not everything:
             _tuned(rows, size)
         if everything:
             row("vidaccel with text mask", size.row(), functools.partial(ours, mask=mask), flops=6 * product)
@@ -201,8 +201,10 @@ def _tuned(rows: Rows, size: Size) -> None:
     """Which configuration attention_jvp was tuned to, by address or by tensor descriptors, and what each took."""
     from vidaccel.kernels.attention_jvp.fused import _attention
 
-    timings = {str(config): times[0] for config, times in getattr(_attention, "configs_timings", {}).items()}
-    rows.add("attention_jvp", "tuned", size.row(), config=str(_attention.best_config), milliseconds=timings)
+    best = getattr(_attention, "best_config", None)  # there is none where it never ran
+    if best is not None:
+        timings = {str(config): times[0] for config, times in getattr(_attention, "configs_timings", {}).items()}
+        rows.add("attention_jvp", "tuned", size.row(), config=str(best), milliseconds=timings)
 
 
 def attention_package(rows: Rows, size: Size) -> None:
@@ -223,11 +225,13 @@ def attention_package(rows: Rows, size: Size) -> None:
 
 
 def run(rows: Rows, sizes: list[Size]) -> None:
-    """Everything at the smallest size, forward passes alone at the others."""
+    """Forward passes at every size, then gradients and tangents at the smallest: what is aimed at comes first."""
     ceilings(rows, sizes[0])
-    for index, size in enumerate(sizes):
+    for size, everything in [*((size, False) for size in sizes), (sizes[0], True)]:
         for op in (norms, rotary, fusion, attention):
-            op(rows, size, everything=index == 0)
+            with rows.attempt(op.__name__, "preparation", size.row()):
+                op(rows, size, everything)
             torch.compiler.reset()
-    for size in sizes:
-        attention_package(rows, size)
+        if not everything:
+            with rows.attempt("attention_jvp beside the package", "preparation", size.row()):
+                attention_package(rows, size)

@@ -44,7 +44,7 @@ def run_blocks(rows: Rows, shape: Shape, quick: bool) -> None:
 
 def _blocks(rows: Rows, model: HunyuanVideoTransformer3DModel, shape: Shape, variant: str) -> None:
     """A block of each kind, called with what a pass gives the first of its list; compiled as anyone would."""
-    with running(model, variant.replace(", compiled", "")):
+    with rows.attempt("blocks", variant, shape.row()), running(model, variant.replace(", compiled", "")):
         for name, args in _block_inputs(model, shape).items():
             block = getattr(model, name)[0]
             call = functools.partial(compiled(block) if "compiled" in variant else block, *args)
@@ -76,15 +76,13 @@ def run_model(rows: Rows, shapes: list[Shape]) -> None:
     predictor = _predictor(model, first)
     baseline: dict[Shape, float | None] = {}
     for shape in shapes:
-        for variant in ("eager", "trimmed", "trimmed, fused"):
+        for variant in ("eager", "trimmed, fused"):
             _passes(rows, model, predictor, shape, variant, baseline)
-        if shape is first:
-            _samplers(rows, model, predictor, shape, "eager", SAMPLERS)
-    for variant in ("trimmed, compiled", EVERYTHING):
-        _passes(rows, model, predictor, first, variant, baseline)
+    _samplers(rows, model, predictor, first, "eager", SAMPLERS)
+    _passes(rows, model, predictor, first, EVERYTHING, baseline)
     _samplers(rows, model, predictor, first, EVERYTHING, list(SAMPLERS)[1:])
     if quantized(rows, first, model, "fp8"):
-        for shape in shapes:
+        for shape in reversed(shapes):
             _passes(rows, model, predictor, shape, f"{EVERYTHING}, fp8", baseline)
 
 
@@ -111,27 +109,27 @@ def _passes(
     `baseline` takes the eager full pass of each size.
     """
     call = functools.partial(model, **inputs(shape))
-    few = {"budget": 1.0, "most": 5} if shape.tokens < 20_000 else {"budget": 0.0, "most": 1}
-    few["warmup"] = (
-        3 if "compiled" in variant else 1
-    )  # a CUDA graph runs, is recorded, and is replayed for the first time
-    with running(model, variant), Trunk(model, FAMILY) as trunk:
+    small = shape.tokens < 20_000
+    few = {"budget": 1.0, "most": 5} if small else {"budget": 0.0, "most": 1}
+    # A CUDA graph runs and is recorded before it is replayed; a pass of many seconds needs no other warming up.
+    few["warmup"] = 2 if "compiled" in variant else int(small)
+    with rows.attempt("passes", variant, shape.row()), running(model, variant), Trunk(model, FAMILY) as trunk:
         alike = copy.deepcopy(predictor).run_like(model)
         with trunk.full():
             full = rows.measure("full pass", variant, shape.row(), call, flops=shape.flops(variant), **few)
         with trunk.predicted(alike):
             predicted = rows.measure("predicted pass", variant, shape.row(), call, **few)
-    if variant == "eager":
-        baseline[shape] = full
-    if full is None or predicted is None:
-        rows.add("composed samplers", variant, shape.row(), error="a pass that they are made of failed")
-        return
-    figures = {}
-    for name, (steps, full_steps, passes) in list(SAMPLERS.items())[1:]:
-        figures[name] = passes * (len(full_steps) * full + (steps - len(full_steps)) * predicted)
-    if baseline[shape] is not None:
-        figures["50 steps with CFG, eager"] = 100 * baseline[shape]
-    rows.add("composed samplers", variant, shape.row(), seconds_composed=figures)
+        if variant == "eager":
+            baseline[shape] = full
+        if full is None or predicted is None:
+            rows.add("composed samplers", variant, shape.row(), error="a pass that they are made of failed")
+            return
+        figures = {}
+        for name, (steps, full_steps, passes) in list(SAMPLERS.items())[1:]:
+            figures[name] = passes * (len(full_steps) * full + (steps - len(full_steps)) * predicted)
+        if baseline.get(shape) is not None:
+            figures["50 steps with CFG, eager"] = 100 * baseline[shape]
+        rows.add("composed samplers", variant, shape.row(), seconds_composed=figures)
 
 
 @torch.no_grad()
@@ -139,7 +137,7 @@ def _samplers(
     rows: Rows, model: HunyuanVideoTransformer3DModel, predictor: Predictor, shape: Shape, variant: str, names
 ) -> None:
     """Samplers really run, from noise to latent."""
-    with running(model, variant), Trunk(model, FAMILY) as trunk:
+    with rows.attempt("samplers", variant, shape.row()), running(model, variant), Trunk(model, FAMILY) as trunk:
         alike = copy.deepcopy(predictor).run_like(model)
         for name in names:
             steps, full_steps, passes = SAMPLERS[name]

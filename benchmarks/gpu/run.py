@@ -1,35 +1,41 @@
 """Everything that is measured on a GPU, in one go: `python -m benchmarks.gpu.run [--output DIR] [--minutes 9]`.
 
-It runs the kernel tests on the GPU, then the items of items.py, each in a process of its own and within what is left of
-the time, and writes one JSON a machine: device, versions, this machine's ceilings, what was aimed at (targets.py), one
-row a measurement, and an error row for whatever failed or did not fit. `--dry-run` does it at toy sizes on any machine,
-to show that it runs.
+It runs the kernel tests on the GPU, then the items of items.py, each in a process of its own (a new one where that
+dies) and within what is left of the time. One JSON a machine, written anew after each item, has device, versions, this
+machine's ceilings, what was aimed at (targets.py), one row a measurement, and an error row for whatever failed or did
+not fit. `--items` runs some alone, into a file of their own. `--dry-run` does it all at toy sizes on any machine, to
+show that it runs.
 
 It needs torch, triton, numpy, pytest with xdist, hypothesis, and the wheels that wheelhouse.sh gathers; no network.
 """
 
 import argparse
+import collections
+import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import vidaccel
-from benchmarks.gpu.measure import read_rows
+from benchmarks.gpu.measure import append_row, read_rows
 from benchmarks.gpu.targets import targets
 
 ROOT = Path(__file__).parents[2]
-# Seconds that an item may take at most on a GPU; an item also ends when the whole time is up.
-LIMITS = {"tests": 110, "ops": 120, "blocks": 90, "model": 190, "training": 50}
+# Seconds that an item may take at most on a GPU; the last has whatever the others left of the whole time.
+LIMITS = {"tests": 90, "ops": 140, "blocks": 90, "training": 50, "model": 400}
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "jvp-flash-attention")
 
 
@@ -40,36 +46,37 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU if there is no GPU")
     parser.add_argument("--items", nargs="+", choices=LIMITS, default=list(LIMITS))
     options = parser.parse_args()
+    some = options.items != list(LIMITS)
     if not torch.cuda.is_available() and not options.dry_run:
         print("error: no CUDA device\nhint: --dry-run runs everything at toy sizes on a CPU", file=sys.stderr)
         return 2
-    report = measure(options.items, options.dry_run, time.monotonic() + 60 * options.minutes)
     options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"{'dry-run-' if options.dry_run else ''}{slug(report['machine']['device'])}.json"
-    partial = target.with_suffix(".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(target)
+    # Some of the items are a report of their own: they must not take the place of a whole one.
+    words = ["dry-run"] * options.dry_run + [slug(machine()["device"])] + (options.items if some else [])
+    target = options.output / f"{'-'.join(words)}.json"
+    for report in reports(options.items, options.dry_run, time.monotonic() + 60 * options.minutes):
+        partial = target.with_suffix(".part")
+        partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        partial.replace(target)
     print(table(report))
     print(target)
     return 0
 
 
-def measure(items: list[str], dry: bool, deadline: float) -> dict:
-    """The whole report; rows in the order in which they were measured."""
+def reports(items: list[str], dry: bool, deadline: float) -> Iterator[dict]:
+    """The report as it stands after each item, so that whatever ends this process costs one of them at most."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         for item in items:
-            left = deadline - time.monotonic()
-            limit = left if dry else min(LIMITS[item], left)
-            print(f"{item}: at most {max(limit, 0):.0f} s", file=sys.stderr, flush=True)
-            error = _run(item, path, dry, limit) if limit > 5 else "skipped: the time was used up"
+            error = _until_done(item, path, dry, min(deadline, time.monotonic() + (math.inf if dry else LIMITS[item])))
             if error:
-                with path.open("a") as file:
-                    file.write(
-                        json.dumps({"item": item, "name": item, "variant": "", "size": {}, "error": error}) + "\n"
-                    )
-        rows = read_rows(path)
+                append_row(path, {"item": item, "name": item, "variant": "", "size": {}, "error": error})
+            yield _report(read_rows(path), dry, started)
+
+
+def _report(rows: list[dict], dry: bool, started: str) -> dict:
+    """Everything known so far; rows in the order in which they were measured."""
     ceilings = _add_shares(rows)
     return {
         "format": "gpu/1",
@@ -83,27 +90,57 @@ def measure(items: list[str], dry: bool, deadline: float) -> dict:
     }
 
 
+def _until_done(item: str, path: Path, dry: bool, deadline: float) -> str | None:
+    """Runs one item, again while it dies of something new; what went wrong at last, or None."""
+    error, begun = None, len(read_rows(path))
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 5:
+            return error or "skipped: the time was used up"
+        print(f"{item}: at most {left:.0f} s", file=sys.stderr, flush=True)
+        error = _run(item, path, dry, left)
+        before, begun = begun, len(read_rows(path))
+        if error is None or item == "tests" or begun == before:
+            return error
+
+
 def _run(item: str, path: Path, dry: bool, limit: float) -> str | None:
-    """Runs one item; what went wrong, or None. Its rows are in the file either way."""
+    """Runs one item in a process; what went wrong, or None. Its rows are in the file either way."""
     if item == "tests":
-        what = ["tests/kernels/test_select.py"] if dry else ["tests/kernels", "-n", "8"]
-        command = [sys.executable, "-m", "pytest", *what, "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        what = ["tests/kernels/test_select.py"] if dry else ["tests/kernels", "-n", "12"]
+        command = [sys.executable, "-m", "pytest", *what, "-v", "-p", "no:cacheprovider", "-m", "not slow"]
     else:
         command = [sys.executable, "-m", "benchmarks.gpu.items", item, str(path), *(["--dry-run"] if dry else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            failed = process.wait(limit)
+            problem = f"exit {failed}" if failed else None
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {limit:.0f} s"
+        finally:
+            # What it started, as tests and compilers do, would go on and hold the device.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        output = log.read()
     if item == "tests":
-        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
-        failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
-        row = {"item": item, "name": "tests/kernels", "variant": "", "size": {}, "counts": counts, "failed": failed}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    if done.returncode:
-        return f"exit {done.returncode}: {(done.stderr or done.stdout).strip()[-800:]}"
-    return None
+        append_row(path, {"item": item, "name": "tests/kernels", "variant": "", "size": {}} | _test_results(output))
+    return problem and f"{problem}: {output.strip()[-800:]}"
+
+
+def _test_results(output: str) -> dict:
+    """Counts and names out of what pytest printed, also if it was stopped on the way."""
+    # Lines as tests end: "[gw3] [ 40%] PASSED tests/..." of several processes, "tests/... PASSED [ 40%]" of one.
+    word = "(PASSED|FAILED|ERROR|SKIPPED)"
+    ended = re.findall(rf"^\[gw\d+\] \[ *\d+%\] {word} (tests/.+?) *$", output, re.MULTILINE)
+    ended += [(w, test) for test, w in re.findall(rf"^(tests/\S+::.+?) {word}", output, re.MULTILINE)]
+    counts = collections.Counter(word.lower() for word, _ in ended)
+    return {"counts": dict(counts), "failed": sorted({test for word, test in ended if word in ("FAILED", "ERROR")})}
 
 
 def _add_shares(rows: list[dict]) -> dict[str, float]:

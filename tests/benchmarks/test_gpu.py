@@ -15,7 +15,14 @@ EVERYTHING = "trimmed, fused, compiled"
 WANTED = {
     "ops": {"eager", "compiled", "vidaccel", "two products", "torch forward, no tangent", "jvp-flash-attention"},
     "blocks": {"eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn", "trimmed, compiled", EVERYTHING},
-    "model": {"eager", "trimmed", EVERYTHING, "50 steps with CFG, eager", "8 full of 20, eager", "4 full of 8, eager"},
+    "model": {
+        "eager",
+        "trimmed, fused",
+        EVERYTHING,
+        "50 steps with CFG, eager",
+        "8 full of 20, eager",
+        "4 full of 8, eager",
+    },
     "training": {"central difference", "eager ops, attention_jvp", "trimmed, fused"},
 }
 
@@ -81,8 +88,51 @@ def test_one_failure_is_one_row(tmp_path):
     assert second["seconds"] >= 0
 
 
-def test_a_report_names_what_did_not_fit_in_the_time(tmp_path):
-    report = run.measure(["ops", "tests"], True, time.monotonic())
+def test_what_a_process_died_in_is_a_row_and_is_not_tried_again(tmp_path):
+    def dies():
+        raise SystemExit
+
+    rows = Rows(tmp_path / "rows.jsonl", "ops")
+    rows.measure("first", "", {}, lambda: None)
+    with pytest.raises(SystemExit):
+        rows.measure("second", "", {}, dies)
+    assert ["error" in row for row in read_rows(rows.path)] == [False, True]
+    rows = Rows(rows.path, "ops")
+    first, *_ = read_rows(rows.path)
+    assert rows.measure("first", "", {}, dies) == first["seconds"]
+    assert rows.measure("second", "", {}, dies) is None
+    assert rows.measure("third", "", {}, lambda: None) is not None
+    assert [row["name"] for row in read_rows(rows.path)] == ["first", "second", "third"]
+
+
+def test_an_item_that_dies_is_begun_again_while_it_gets_further(tmp_path, monkeypatch):
+    path, begun = tmp_path / "rows.jsonl", iter([1, 2, 2, 3])
+
+    def dies(item, path, dry, limit):
+        Rows(path, item).add(f"measurement {next(begun)}", "", {}, error="died")
+        return "exit 70"
+
+    monkeypatch.setattr(run, "_run", dies)
+    assert run._until_done("ops", path, False, time.monotonic() + 60) == "exit 70"
+    assert len(read_rows(path)) == 2 and next(begun) == 3
+
+
+def test_rows_are_json_that_any_reader_takes(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl", "ops")
+    rows.add("tuned", "", {}, milliseconds={"a": float("inf"), "b": 1.0}, relative_error=float("nan"))
+    (row,) = read_rows(rows.path)
+    assert row["milliseconds"] == {"a": None, "b": 1.0} and row["relative_error"] is None
+
+
+@pytest.mark.parametrize("line", ["[gw3] [ 40%] {1} {0} \n", "{0} {1} [ 40%]\n"], ids=["xdist", "one process"])
+def test_what_tests_came_to_is_read_also_where_they_were_stopped(line):
+    ended = [("tests/a.py::x", "PASSED"), ("tests/a.py::y[two words]", "FAILED"), ("tests/a.py::z", "PASSED")]
+    output = "".join(line.format(*pair) for pair in ended) + "FAILED tests/a.py::y[two words] - assert 0\n"
+    assert run._test_results(output) == {"counts": {"passed": 2, "failed": 1}, "failed": ["tests/a.py::y[two words]"]}
+
+
+def test_a_report_names_what_did_not_fit_in_the_time():
+    *_, report = run.reports(["ops", "tests"], True, time.monotonic())
     assert [row["error"] for row in report["rows"]] == ["skipped: the time was used up"] * 2
     assert json.loads(json.dumps(report)) == report
     assert "skipped" in run.table(report)
@@ -93,6 +143,7 @@ def test_the_whole_run_writes_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", "--dry-run", "--output", str(tmp_path), "--items", "tests", "training"])
     assert run.main() == 0
     (file,) = tmp_path.iterdir()
+    assert file.name.endswith("tests-training.json")  # beside a whole report, not in its place
     report = json.loads(file.read_text())
     assert report["dry_run"]
     assert report["rows"][0]["counts"]["passed"] >= 4

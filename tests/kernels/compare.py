@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 few_examples = settings(
-    derandomize=True, deadline=None, max_examples=8 if DEVICE == "cpu" else 40, phases=(Phase.explicit, Phase.generate)
+    derandomize=True, deadline=None, max_examples=8 if DEVICE == "cpu" else 12, phases=(Phase.explicit, Phase.generate)
 )
 
 
