@@ -8,35 +8,27 @@ exact               the same by forward-mode differentiation
 Steps are optimiser steps as `vidaccel distill` makes them, without its averages and checkpoints.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vidaccel import config as configuration
-from vidaccel.bench.peak import PeakMemory, resident_bytes
+from vidaccel.bench.memory import weight_bytes
+from vidaccel.bench.peak import PeakMemory
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import DistillConfig
-from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
 from vidaccel.train.loop import Loss, generator_for
 from vidaccel.train.objective import LOSSES, Distillation
 
-ROOT = Path(__file__).parents[2]
 PLAIN = "plain"
 TARGETS = {
     "rollout": {"target": "rollout"},
@@ -58,7 +50,7 @@ def cost(config: DistillConfig, repeats: int) -> dict[str, Any]:
     calls |= {target: partial(step, loss_of(setting, target)) for target in TARGETS}
     rounds = interleaved(calls, repeats)
     ratios = {name: [a / b for a, b in zip(rounds[name], rounds[PLAIN], strict=True)] for name in TARGETS}
-    memory = {mode: peak_in_own_process(config, mode) for mode in IN_MEMORY}
+    memory = {mode: peak(config, mode) for mode in IN_MEMORY}
     return {
         "batch_size": config.train.batch_size,
         "seconds": {name: quartiles(seconds) for name, seconds in rounds.items()},
@@ -147,31 +139,14 @@ def _flow_matching(setting: Distillation, model: nn.Module, index: int, generato
 
 
 def peak(config: DistillConfig, mode: str) -> dict[str, int]:
-    """Resident bytes of this process before its first two training steps and at most during them.
+    """Bytes of the weights of teacher and student, and of all tensors at most during the first two training steps.
 
     The second step has AdamW's moments in memory as well.
     """
     setting = setting_of(config)
     step, loss = Step(setting), loss_of(setting, mode)
-    with PeakMemory(torch.device("cpu")) as memory:
-        before = resident_bytes()
+    models = setting.teacher, setting.student
+    with PeakMemory(torch.device("cpu"), models) as memory:
         for index in range(2):
             step(loss, index)
-    return {"before": before, "peak": memory.bytes}
-
-
-def peak_in_own_process(config: DistillConfig, mode: str) -> dict[str, int]:
-    """`peak` where nothing else has been in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        conf = Path(folder) / "distill.yaml"
-        conf.write_text(configuration.to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "benchmarks.distill.cost", str(conf), mode]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"measuring the memory of {mode} ended with exit status {done.returncode}", "see above for why")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-if __name__ == "__main__":
-    print(json.dumps(peak(configuration.load("distill", DistillConfig, sys.argv[1]), sys.argv[2])))
+    return {"before": weight_bytes(models), "peak": memory.bytes}

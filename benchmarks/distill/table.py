@@ -133,9 +133,9 @@ def _cost(cost: dict | None) -> Iterator[str]:
         ratio = cost["ratio_to_plain"].get(name)
         yield _line([TITLES[name], _spread(seconds), ratio and _spread(ratio), seconds["rounds"]])
     yield ""
-    yield "Resident memory of a process that trains and does nothing else, in MB:"
+    yield "Memory of the weights of teacher and student, and of all tensors while they train, in MB:"
     yield ""
-    yield from _head(["step", "before", "at most", "over a plain step", "what steps add", "over a plain step"])
+    yield from _head(["step", "weights", "at most", "over a plain step", "what steps add", "over a plain step"])
     plain = cost["memory_bytes"]["plain"]
     for name, memory in cost["memory_bytes"].items():
         before, most, added = memory["before"], memory["peak"], _added(memory)

@@ -65,6 +65,7 @@ def test_caches_of_hunyuan_video():
     found = cache_bytes(model, family, streams, torch.bfloat16)
     assert found == {
         "predictor": tokens,
+        "linear": tokens,
         "trunk": tokens,
         "attention": (2 + 3) * tokens,
         "branches": (2 * 2 + 3) * tokens,

@@ -330,8 +330,7 @@ def test_a_step_trains_and_a_plain_pass_does_not(places):
         before = weight.detach().clone()
 
 
-def test_cost_stands_beside_the_rows(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "peak_in_own_process", cost.peak)
+def test_cost_stands_beside_the_rows(places, tmp_path):
     output = tmp_path / "study.json"
     run(places, output, "--cost", "--repeats", "2")
     document = json.loads(output.read_text())
@@ -344,14 +343,3 @@ def test_cost_stands_beside_the_rows(places, tmp_path, monkeypatch):
     before = output.read_bytes()
     run(places, output, "--cost", "--repeats", "3")
     assert output.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_a_process_that_does_nothing_else(places):
-    config = settings_of("sprites/restricted_meanflow", "mean_velocity", SMALL)
-    config.teacher, config.features = map(str, places)
-    memory = cost.peak_in_own_process(config, "exact")
-    assert memory["peak"] >= memory["before"] > 0
-    config.features = str(places[0])
-    with pytest.raises(UserError, match="memory of exact ended with exit status 1"):
-        cost.peak_in_own_process(config, "exact")

@@ -182,8 +182,9 @@ def test_an_exception_midway_leaves_nothing(tmp_path, monkeypatch, name, excepti
 
 
 def test_ctrl_c_while_ffmpeg_runs(tmp_path):
-    script = (
-        "import sys; from tests.data.conftest import noise; from vidaccel.data.video import write_video; "
+    script = (  # a shell that starts a job in the background has it ignore the signal
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tests.data.conftest import noise; from vidaccel.data.video import write_video; "
         "write_video(noise(6000), sys.argv[1], 8)"
     )
     writer = subprocess.Popen(

@@ -267,7 +267,7 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
 
     The first step agrees to rounding. Adam then turns rounding errors of gradients near zero into whole steps.
     """
-    own = {"method": "mean_velocity", "teacher": str(distilled("wan"))}
+    own = {"method": "mean_velocity", "teacher": str(distilled("wan")), "times": "uniform"}
     train = TRAIN | {"steps": 5, "learning_rate": 1e-5}
     distill(settings(world, "wan", **own, train=train | {"accumulate": 2}), tmp_path / "one")
     words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}"]
