@@ -85,6 +85,13 @@ def test_a_model_goes_on_from_its_weights(made, tmp_path):
     assert stages[-1]["step"] == 1
 
 
+def test_a_new_transformer_owes_nothing_to_the_one_before(made, tmp_path):
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", "teacher.shallow.steps=1")
+    stages = json.loads((tmp_path / "model" / "stages.json").read_text())
+    ends = [(stage["stage"], stage["step"]) for stage in stages if stage["stage"].startswith("transformer")]
+    assert ends == [("transformer, shallow", 1), ("transformer, full depth", 2)]
+
+
 def test_the_decoder_alone_goes_on(made, tmp_path):
     more = ["autoencoder.decoder.steps=2", "teacher.train.steps=0"]
     run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", *more)

@@ -21,9 +21,14 @@ STAGES_FILE = "stages.json"
 
 
 def trained_stages(runs: Path, start: Path | None) -> list[dict]:
-    """Every stage behind the model in `runs`, in order: those of the model it started from, then its own."""
+    """Every stage behind the model in `runs`, in order: those of the model it started from, then its own.
+
+    A shallow transformer is always a new one, which owes nothing to the one before.
+    """
     before = start / STAGES_FILE if start else None
     stages = json.loads(before.read_text()) if before and before.exists() else []
+    if (runs / "teacher/shallow/metrics.jsonl").exists():
+        stages = [stage for stage in stages if not stage["stage"].startswith("transformer")]
     for stage, title in TITLES.items():
         if (metrics := runs / stage / "metrics.jsonl").exists():
             last = json.loads(metrics.read_text().splitlines()[-1])
