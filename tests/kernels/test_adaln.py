@@ -105,3 +105,5 @@ def test_bad_input_says_what_is_supported():
         fused(x, scale, shift.to("meta"))
     with pytest.raises(ValueError, match=r"\[B, N, D\]"):
         fused(x[0], scale, shift)
+    with pytest.raises(ValueError, match="rows of up to 8192, not 8200; use kernels=reference"):
+        fused(*draw((1, 1, 8200)))

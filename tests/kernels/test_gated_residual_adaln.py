@@ -93,3 +93,5 @@ def test_bad_input_says_what_is_supported():
         fused(x, y[:, 1:], *vectors)
     with pytest.raises(ValueError, match="float32, float16, bfloat16"):
         fused(x.double(), y, *vectors)
+    with pytest.raises(ValueError, match="rows of up to 8192, not 8200; use kernels=reference"):
+        fused(*draw((1, 1, 8200)))

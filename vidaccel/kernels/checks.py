@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 8192
+"""Numbers in a row, of which the norms hold several in registers; the widest supported model has 5120."""
 
 
 def check_tensors(op: str, *tensors: Tensor) -> None:
@@ -14,6 +16,12 @@ def check_tensors(op: str, *tensors: Tensor) -> None:
         if tensor.dtype not in FUSED_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
             raise ValueError(f"{op}: the fused kernel takes {supported}, not {tensor.dtype}; use kernels=reference")
+
+
+def check_width(op: str, width: int) -> None:
+    """Raises for a row that registers cannot hold: the kernel would run, from memory, and slowly."""
+    if width > WIDEST:
+        raise ValueError(f"{op}: the fused kernel takes rows of up to {WIDEST}, not {width}; use kernels=reference")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

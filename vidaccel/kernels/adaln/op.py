@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.adaln import reference
-from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto") -> Tensor:
@@ -23,6 +23,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels
     if select.choose(kernels, x.device) == "reference":
         return reference.adaln(x, scale, shift, eps)
     check_tensors("adaln", x, scale, shift)
+    check_width("adaln", x.shape[2])
     primals, duals = tangents.split(x, scale, shift)
     if duals is not None:
         return tangents.join(*_tangent(list(primals), list(duals), eps))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import select, tangents
-from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows
 from vidaccel.kernels.gated_residual_adaln import reference
 
 
@@ -26,6 +26,7 @@ def gated_residual_adaln(
     if select.choose(kernels, x.device) == "reference":
         return reference.gated_residual_adaln(x, y, gate, scale, shift, eps)
     check_tensors("gated_residual_adaln", x, y, gate, scale, shift)
+    check_width("gated_residual_adaln", x.shape[2])
     primals, duals = tangents.split(x, y, gate, scale, shift)
     if duals is not None:
         h, z, dh, dz = _tangent(list(primals), list(duals), eps)
