@@ -1,5 +1,8 @@
 """What every fused op asks of its tensors, in one wording."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,3 +36,14 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
 def dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` itself, or a copy if its last dimension is strided: the kernels read rows with wide loads."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def on_its_device(body: Callable) -> Callable:
+    """An op's body run with its tensors' device as the current one: Triton launches there, wherever they are."""
+
+    @functools.wraps(body)
+    def run(first: Tensor | list[Tensor], *others):
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
+            return body(first, *others)
+
+    return run

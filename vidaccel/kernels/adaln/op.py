@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.adaln import reference
-from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows, on_its_device
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto") -> Tensor:
@@ -31,6 +31,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels
 
 
 @torch.library.custom_op("vidaccel::adaln", mutates_args=())
+@on_its_device
 def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from vidaccel.kernels.adaln import fused
 
@@ -44,6 +45,7 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 @torch.library.custom_op("vidaccel::adaln_tangent", mutates_args=())
+@on_its_device
 def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     from vidaccel.kernels.adaln import fused
 
@@ -51,6 +53,7 @@ def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Te
 
 
 @torch.library.custom_op("vidaccel::adaln_backward", mutates_args=())
+@on_its_device
 def _backward(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from vidaccel.kernels.adaln import fused
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.attention_jvp import reference
-from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows, on_its_device
 
 HEAD_DIMS = range(16, 129)
 
@@ -100,6 +100,7 @@ def _expand(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 @torch.library.custom_op("vidaccel::attention_jvp", mutates_args=())
+@on_its_device
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vidaccel.kernels import select, tangents
 from vidaccel.kernels.cache_fusion import reference
-from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows, on_its_device
 
 
 def cache_fusion(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, *, kernels: str = "auto") -> Tensor:
@@ -32,6 +32,7 @@ def cache_fusion(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, *,
 
 
 @torch.library.custom_op("vidaccel::cache_fusion", mutates_args=())
+@on_its_device
 def _forward(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     from vidaccel.kernels.cache_fusion import fused
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import select, tangents
-from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, check_width, dense_rows, on_its_device
 from vidaccel.kernels.gated_residual_adaln import reference
 
 
@@ -35,6 +35,7 @@ def gated_residual_adaln(
 
 
 @torch.library.custom_op("vidaccel::gated_residual_adaln", mutates_args=())
+@on_its_device
 def _forward(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,6 +51,7 @@ def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: flo
 
 
 @torch.library.custom_op("vidaccel::gated_residual_adaln_tangent", mutates_args=())
+@on_its_device
 def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vidaccel.kernels.gated_residual_adaln import fused
 
@@ -57,6 +59,7 @@ def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Te
 
 
 @torch.library.custom_op("vidaccel::gated_residual_adaln_backward", mutates_args=())
+@on_its_device
 def _backward(
     gh: Tensor, gz: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.kernels import select, tangents
-from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows
+from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows, on_its_device
 from vidaccel.kernels.qk_norm_rope import reference
 
 
@@ -68,6 +68,7 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
 
 
 @torch.library.custom_op("vidaccel::qk_norm_rope", mutates_args=())
+@on_its_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -98,6 +99,7 @@ def _(q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_
 
 
 @torch.library.custom_op("vidaccel::qk_norm_rope_tangent", mutates_args=())
+@on_its_device
 def _tangent(
     primals: list[Tensor],
     duals: list[Tensor],
@@ -115,6 +117,7 @@ def _tangent(
 
 
 @torch.library.custom_op("vidaccel::qk_norm_rope_backward", mutates_args=())
+@on_its_device
 def _backward(
     g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
