@@ -166,6 +166,11 @@ def test_bad_input_says_what_is_supported():
         fused(*inputs, mask=torch.zeros(1, 7, device=inputs[0].device))
     with pytest.raises(ValueError, match="one type"):
         fused(*inputs[:5], inputs[5].half())
+    apart = torch.empty_strided((1, 2, 7, 32), (1, 32, 2**29, 1), device="meta")
+    near = [tensor.to("meta") for tensor in inputs]
+    for place in (1, 2, 4, 5):
+        with pytest.raises(ValueError, match=r"7 keys over 2\^31 or more elements"):
+            fused(*near[:place], apart, *near[place + 1 :])
     with pytest.raises(NotImplementedError, match="no gradient"):
         fused(inputs[0].requires_grad_(), *inputs[1:])
     with (

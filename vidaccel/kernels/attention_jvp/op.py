@@ -20,6 +20,8 @@ from vidaccel.kernels.attention_jvp import reference
 from vidaccel.kernels.checks import check_shape, check_tensors, dense_rows, on_its_device
 
 HEAD_DIMS = range(16, 129)
+FARTHEST = 2**31
+"""Elements within which the keys of a head must lie: 32 bits address them, as far as 700,000 tokens of width 3072."""
 
 
 def attention_jvp(
@@ -56,7 +58,10 @@ def attention_jvp(
         raise ValueError(f"attention_jvp: all six tensors must have one type, got {[t.dtype for t in (q, k, v)]}")
     if D not in HEAD_DIMS:
         raise ValueError(f"attention_jvp: head dim {D} is not supported; {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} are")
-    return _fused(*map(dense_rows, (q, k, v, dq, dk, dv)), mask, scale)
+    tensors = [dense_rows(tensor) for tensor in (q, k, v, dq, dk, dv)]
+    if N * max(tensor.stride(2) for tensor in tensors[1:3] + tensors[4:]) >= FARTHEST:
+        raise ValueError(f"attention_jvp: {N} keys over 2^31 or more elements of memory are not supported")
+    return _fused(*tensors, mask, scale)
 
 
 class AttentionTangents(TorchFunctionMode):
