@@ -30,7 +30,10 @@ class TrainConfig:
     """Samples in one forward pass."""
     accumulate: int = 1
     """Forward passes whose gradients are averaged into one optimiser step."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for the rest. One process, PyTorch 2.9."""
     learning_rate: float = 1e-3
+    """AdamW's; Muon's is five times that."""
     warmup: int = 50
     """Steps over which the rate rises linearly from zero."""
     schedule: str = "cosine"
@@ -66,6 +69,7 @@ class TrainConfig:
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be at least 0 and finite")
         _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
+        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "is adamw or muon")
         _require(self.schedule in ("cosine", "constant"), "schedule", self.schedule, "is cosine or constant")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"is one of {', '.join(PRECISIONS)}")
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, averaged weights, checkpoints that resume bit for bit, and a stop at ten bad steps.
+"""The training loop: AdamW or Muon, averaged weights, checkpoints that resume bit for bit, and a stop at ten bad steps.
 
 Everything random in forward pass i is drawn from generators seeded by (seed, i). So there is no random state to save: a
 run that is killed and started again draws the same batches, the same noise and the same dropout as one that was not.
@@ -35,6 +35,8 @@ from vidaccel.train.parallel import mean, on_first, rank, world
 log = logging.getLogger(__name__)
 
 MOST_BAD_STEPS = 10
+MUON_RATE = 5.0
+"""Muon's rate over AdamW's, both in AdamW's measure of an update's size (arXiv 2502.16982): it served sprites best."""
 WITHOUT_EFFECT = ("trackers", "sample_every")
 """Settings that may change between a run and its continuation."""
 
@@ -78,10 +80,10 @@ def train(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(model, trained, config)
-    optimizer = _adamw(trained, config, rates)
+    optimizers = _optimizers(trained, config, rates)
     average = Average(model, trained.values(), config.ema_decay)
     identity = _identity(seed, config, settings)
-    checkpoints = Checkpoints(folder, identity, _tensors(trained, average, optimizer))
+    checkpoints = Checkpoints(folder, identity, _tensors(trained, average, optimizers))
     state = checkpoints.resume()
     metrics = Metrics(folder)
     on_first(lambda: metrics.start(state.step, config.trackers, identity))
@@ -89,23 +91,26 @@ def train(
         module.enable_gradient_checkpointing()
     model.train()
 
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     last_good, bad_in_a_row = state.step, 0
     started = time.monotonic() - state.seconds
     with metrics, Progress(title, total=config.steps, done=state.step, shown=rank() == 0) as progress:
         for step in range(state.step, config.steps):
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["rate"] * learning_rate(config, step)
             value, measured = _accumulate(model, loss, config, step, seed)
-            norm = math.hypot(*(_clip(group["params"], config.clip_norm) for group in optimizer.param_groups))
+            norm = math.hypot(*(_clip(group["params"], config.clip_norm) for group in groups))
             good = math.isfinite(value) and math.isfinite(norm)
             if good:
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 average.update(step - state.skipped)
                 bad_in_a_row = 0
             else:
                 state.skipped, bad_in_a_row = state.skipped + 1, bad_in_a_row + 1
                 _skip(title, step, value, norm, bad_in_a_row, folder)
-            optimizer.zero_grad(set_to_none=True)
+            for p in trained.values():
+                p.grad = None
 
             state.step, state.seconds = step + 1, time.monotonic() - started
             due = partial(_due, since=last_good, done=state.step, end=config.steps)
@@ -153,6 +158,10 @@ def _check(model: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
         raise ValueError(
             f"{low[0]} is {trained[low[0]].dtype}: what is trained has to be float32, or steps vanish in it"
         )
+    if config.optimizer == "muon" and world() > 1:
+        raise UserError("optimizer=muon needs whole matrices, and several processes have shards", "set optimizer=adamw")
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer=muon needs PyTorch 2.9, this is {torch.__version__}", "set optimizer=adamw")
     if world() > 1 and not all(isinstance(p, DTensor) for p in trained.values()):
         raise ValueError("there are several processes and whole parameters: shard(model, blocks) comes first")
     if config.lora_rank and not any("lora_" in name for name in trained):
@@ -167,33 +176,55 @@ def _recomputing(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
 
 
-def _adamw(trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
-    """AdamW with its moments made at once, not at the first step: a checkpoint is loaded into tensors that exist.
+def _optimizers(
+    trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of the blocks if it is asked for.
 
-    A group for each of `rates` that has parameters, and one for all others.
+    A group for each of `rates` that has parameters, and one for all others. Moments are made at once, not at the first
+    step: a checkpoint is loaded into tensors that exist.
     """
-    groups: dict[str, list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for name, p in trained.items():
         part = name.partition(".")[0]
-        groups.setdefault(part if part in rates else "", []).append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "rate": rates.get(part, 1.0)} for part, parameters in groups.items()],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(0.9, 0.99),
-    )
-    for p in trained.values():
-        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros(()), **moments}
-    return optimizer
+        muon = config.optimizer == "muon" and p.ndim == 2 and any(word.isdigit() for word in name.split("."))
+        groups.setdefault((muon, part if part in rates else ""), []).append(p)
+
+    def of(muon: bool) -> list[dict[str, Any]]:
+        times = MUON_RATE if muon else 1.0
+        return [
+            {"params": parameters, "rate": times * rates.get(part, 1.0)}
+            for (which, part), parameters in groups.items()
+            if which == muon
+        ]
+
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw := of(muon=False):
+        optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), **common))
+        for p in _parameters(optimizers[-1]):
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizers[-1].state[p] = {"step": torch.zeros(()), **moments}
+    if muon := of(muon=True):
+        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common))
+        for p in _parameters(optimizers[-1]):
+            optimizers[-1].state[p] = {"momentum_buffer": torch.zeros_like(p)}
+    return optimizers
 
 
-def _tensors(trained: dict[str, nn.Parameter], average: Average, optimizer: torch.optim.AdamW) -> Tensors:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _tensors(
+    trained: dict[str, nn.Parameter], average: Average, optimizers: Iterable[torch.optim.Optimizer]
+) -> Tensors:
     """All that changes in training, by the names of the files it is kept in."""
+    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     return {
         "model": {name: p.detach() for name, p in trained.items()},
         "ema": dict(zip(trained, average.tensors, strict=True)),
-        "optimizer": {f"{name}.{key}": t for name, p in trained.items() for key, t in optimizer.state[p].items()},
+        "optimizer": {f"{name}.{key}": t for name, p in trained.items() for key, t in moments[p].items()},
     }
 
 
