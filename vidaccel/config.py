@@ -235,6 +235,9 @@ class MeanVelocityTraining:
     """c of that weight."""
     kernels: str = "auto"
     """Attention of the exact derivative: `reference`, `fused` or `auto`."""
+    attention_precision: str = "float32"
+    """What that attention computes in: `float32`, or `bfloat16`, which the fused kernel is made for. All else of the
+    derivative's pass is float32."""
 
     def __post_init__(self) -> None:
         for key in ("restrict", "restrict_end"):
@@ -245,6 +248,7 @@ class MeanVelocityTraining:
             "velocity": ("teacher", "data"),
             "derivative": (None, "exact", "finite_difference"),
             "kernels": ("auto", "reference", "fused"),
+            "attention_precision": PRECISIONS,
         }.items():
             _require(getattr(self, key) in names, key, getattr(self, key), f"is one of {', '.join(map(str, names))}")
         _require(0 <= self.equal_share <= 1, "equal_share", self.equal_share, "must be in [0, 1]")

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vidaccel.config import MeanVelocityTraining
 from vidaccel.errors import TrainingFailed
 from vidaccel.kernels import select
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
@@ -29,9 +30,12 @@ MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, C, T, H, W], t [B], r [B]) -> u [B, C, T, H, W], with text and guidance already given."""
 
 
-def exact(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, kernels: str = "auto") -> Tensor:
-    """Du/Dt [B, C, T, H, W] by forward-mode differentiation along (v, 0, 1)."""
-    with _float32(x), torch.no_grad(), forward_ad.dual_level(), AttentionTangents(kernels):
+def exact(
+    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, kernels: str = "auto", precision: str = "float32"
+) -> Tensor:
+    """Du/Dt [B, C, T, H, W] by forward-mode differentiation along (v, 0, 1); `precision` is that of attention alone."""
+    attention = AttentionTangents(kernels, torch.bfloat16 if precision == "bfloat16" else None)
+    with _float32(x), torch.no_grad(), forward_ad.dual_level(), attention:
         out = u(forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t)), r)
         tangent = forward_ad.unpack_dual(out).tangent
     return torch.zeros_like(x) if tangent is None else tangent
@@ -67,15 +71,15 @@ class DerivativeCheck:
 
 
 def check_derivatives(
-    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float, kernels: str, with_exact: bool
+    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, config: MeanVelocityTraining, with_exact: bool
 ) -> DerivativeCheck:
     """What a training on Du/Dt is about to see.
 
     Raises:
         TrainingFailed: a derivative is zero or not finite, so that there is nothing to train on.
     """
-    difference = finite_difference(u, x, t, r, v, step)
-    tangent = exact(u, x, t, r, v, kernels) if with_exact else None
+    difference = finite_difference(u, x, t, r, v, config.difference_step)
+    tangent = exact(u, x, t, r, v, config.kernels, config.attention_precision) if with_exact else None
     for name, derivative in (("finite difference", difference), ("exact", tangent)):
         if derivative is not None and not 0 < _rms(derivative) < torch.inf:
             raise TrainingFailed(f"the derivative by {name} is {_rms(derivative)}: there is nothing to train on")

@@ -57,7 +57,7 @@ def derivative_target(
 ) -> Tensor:
     """v - (t - r) Du/Dt, with the derivative clipped and multiplied by `warmup` in [0, 1] as configured."""
     if config.derivative == "exact":
-        derivative = jvp.exact(u, x, t, r, v, config.kernels)
+        derivative = jvp.exact(u, x, t, r, v, config.kernels, config.attention_precision)
     else:
         derivative = jvp.finite_difference(u, x, t, r, v, config.difference_step)
     if config.tangent_clip is not None:

@@ -119,5 +119,5 @@ def say_what_is_trained_on(setting: Distillation) -> None:
         )
     with torch.no_grad():
         v = _bound(setting.teacher, text, g)(x, t, t)
-    check = jvp.check_derivatives(student, x, t, r, v, config.difference_step, config.kernels, with_exact=not missing)
+    check = jvp.check_derivatives(student, x, t, r, v, config, with_exact=not missing)
     log.info("before training: %s", check)
