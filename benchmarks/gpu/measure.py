@@ -140,7 +140,7 @@ def _device_is_lost() -> bool:
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of what an error for want of memory left behind
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - whatever it raises, the device does not answer
         return True
     return False
 

@@ -7,6 +7,7 @@ embedders, fusion, two single-stream blocks, output head.
 import contextlib
 import copy
 import functools
+import itertools
 from dataclasses import replace
 
 import torch
@@ -152,7 +153,7 @@ def _sample(model, trunk: Trunk, predictor: Predictor, given: dict, steps: int, 
     x = given["hidden_states"]
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     grid = (5 * grid / (1 + 4 * grid)).tolist()
-    for step, (t, r) in enumerate(zip(grid, grid[1:], strict=False)):
+    for step, (t, r) in enumerate(itertools.pairwise(grid)):
         now = given | {"hidden_states": x, "timestep": torch.full((1,), 1000 * t, device=DEVICE)}
         guided = passes > 1  # and predicts nothing, so nothing need be kept
         mode = (

@@ -110,6 +110,7 @@ def one_pass(request):
     transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
     names = family.block_lists[0].arguments
     first = transformer.get_submodule(family.block_lists[0].name)[0]
+    # A block may be given its last arguments by name, or not at all.
     first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False)))
     counter = counted(lambda: pipe("a red circle", num_inference_steps=1, output_type="latent", **SIZE, **extra))
     video, text = (tokens[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))

@@ -45,6 +45,7 @@ def model(request):
     first = transformer.get_submodule(family.block_lists[0].name)[0]
     handles = [
         transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True),
+        # A block may be given its last arguments by name, or not at all.
         first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False))),
     ]
     run(loaded, steps=1)

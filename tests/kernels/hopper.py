@@ -70,6 +70,7 @@ def _source(kernel, args: tuple, constants: dict) -> ASTSource:
     """The specialisation that a launch with these arguments would compile: pointers and multiples of 16 are aligned."""
     signature, attributes = {}, {}
     constants = {key: getattr(value, "value", value) for key, value in constants.items()}
+    # What follows the arguments of a launch are the constants.
     for index, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]

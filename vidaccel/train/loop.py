@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MOST_BAD_STEPS = 10
 MUON_RATE = 5.0
-"""Muon's rate over AdamW's, both in AdamW's measure of an update's size (arXiv 2502.16982): it served sprites best."""
+"""Muon's rate over AdamW's, both in AdamW's measure of an update's size (arXiv 2502.16982); sprites was trained so."""
 WITHOUT_EFFECT = ("trackers", "sample_every")
 """Settings that may change between a run and its continuation."""
 
@@ -109,8 +110,7 @@ def train(
             else:
                 state.skipped, bad_in_a_row = state.skipped + 1, bad_in_a_row + 1
                 _skip(title, step, value, norm, bad_in_a_row, folder)
-            for p in trained.values():
-                p.grad = None
+            model.zero_grad()
 
             state.step, state.seconds = step + 1, time.monotonic() - started
             due = partial(_due, since=last_good, done=state.step, end=config.steps)
@@ -184,36 +184,29 @@ def _optimizers(
     A group for each of `rates` that has parameters, and one for all others. Moments are made at once, not at the first
     step: a checkpoint is loaded into tensors that exist.
     """
-    groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
+    adamw: dict[str, list[nn.Parameter]] = {}
+    muon: dict[str, list[nn.Parameter]] = {}
     for name, p in trained.items():
-        part = name.partition(".")[0]
-        muon = config.optimizer == "muon" and p.ndim == 2 and any(word.isdigit() for word in name.split("."))
-        groups.setdefault((muon, part if part in rates else ""), []).append(p)
+        words = name.split(".")
+        part, in_block = words[0], any(map(str.isdigit, words))  # a module list names its members by their numbers
+        chosen = muon if config.optimizer == "muon" and p.ndim == 2 and in_block else adamw
+        chosen.setdefault(part if part in rates else "", []).append(p)
 
-    def of(muon: bool) -> list[dict[str, Any]]:
-        times = MUON_RATE if muon else 1.0
-        return [
-            {"params": parameters, "rate": times * rates.get(part, 1.0)}
-            for (which, part), parameters in groups.items()
-            if which == muon
-        ]
+    def groups(parts: dict[str, list[nn.Parameter]], times: float) -> list[dict[str, Any]]:
+        return [{"params": every, "rate": times * rates.get(part, 1.0)} for part, every in parts.items()]
 
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizers: list[torch.optim.Optimizer] = []
-    if adamw := of(muon=False):
-        optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), **common))
-        for p in _parameters(optimizers[-1]):
+    if adamw:
+        optimizers.append(torch.optim.AdamW(groups(adamw, 1.0), betas=(0.9, 0.99), **common))
+        for p in chain(*adamw.values()):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             optimizers[-1].state[p] = {"step": torch.zeros(()), **moments}
-    if muon := of(muon=True):
-        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common))
-        for p in _parameters(optimizers[-1]):
+    if muon:
+        optimizers.append(torch.optim.Muon(groups(muon, MUON_RATE), adjust_lr_fn="match_rms_adamw", **common))
+        for p in chain(*muon.values()):
             optimizers[-1].state[p] = {"momentum_buffer": torch.zeros_like(p)}
     return optimizers
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _tensors(
