@@ -65,11 +65,33 @@ def test_training_sees_what_the_pipeline_sees(reader):
     call = {name: CALL[name] for name in ("prompt_template", "max_sequence_length")}
     embeds, pooled, mask = pipe.encode_prompt(captions, **call)
     with torch.no_grad():
-        ours, our_mask, our_pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
+        ours, tokens, our_pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
+    our_mask = tokens.attention_mask.bool()
     assert torch.equal(our_mask, mask.bool())
     torch.testing.assert_close(ours[our_mask], embeds[our_mask])
     torch.testing.assert_close(our_pooled, pooled)
     assert unknown_words(pipe, "a red zebra on mars") == ["zebra", "mars"]
+
+
+def test_each_token_is_asked_about_its_own_sprite():
+    answers = text.labels([Scene("gray", (RED_CIRCLE,)), Scene("black", (BLUE_CROSS, RED_CIRCLE))])
+    second = torch.tensor([[False, False, False], [False, True, True]])
+    circle, cross = [0, 0, 1], [3, 2, 4]
+    assert text.token_answers(answers, second).tolist() == [
+        [[1, 0, *circle]] * 3,
+        [[0, 1, *cross], [0, 1, *circle], [0, 1, *circle]],
+    ]
+
+
+def test_and_begins_the_second_sprite():
+    tokenizer = build_tokenizer(TEXT_TOKENS)
+    for told, about in [
+        ("on gray, a red circle and a blue cross", ["and", "a", "blue", "cross", "</s>"]),
+        ("a red circle growing and a cross, on gray", ["and", "a", "cross", ",", "on", "gray", "</s>"]),
+        ("a red circle on gray", []),
+    ]:
+        ids = tokenizer(told, return_tensors="pt").input_ids
+        assert tokenizer.convert_ids_to_tokens(ids[text.about_second(tokenizer, ids)]) == about
 
 
 def test_an_untrained_reader_guesses(reader):
@@ -77,7 +99,7 @@ def test_an_untrained_reader_guesses(reader):
     scenes = [random_scene(random.Random(i)) for i in range(64)]
     captions = [caption(scene, random.Random(0)) for scene in scenes]
     loss, right = text.caption_loss(reader, captions, text.labels(scenes))
-    chance = torch.tensor([float(n) for n in text.CLASSES]).log().mean().item()
+    chance = torch.tensor([float(n) for n in text.TOKEN_CLASSES + text.CLASSES]).log().mean().item()
     assert loss.item() == pytest.approx(chance, rel=0.5)
     assert 0 <= right["last_right"] < 0.7
 

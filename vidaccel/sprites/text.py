@@ -1,14 +1,15 @@
-"""Text encoders that know what a caption means: trained to name, at every word, what has been said so far.
+"""Text encoders that know what a caption means: trained to name, at every word, the sprite that the word is about.
 
 Random encoders tell words apart but not which colour belongs to which shape, since the transformer sees text tokens
 without positions. So both encoders are trained together with linear heads that read off the scene; the heads are then
-thrown away. B captions, L tokens, D width.
+thrown away. A token speaks of its own sprite alone: where every token knows both, the transformer's attention has
+nothing to choose between, and paints two sprites with each other's colours. B captions, L tokens, D width.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from vidaccel.sprites.pipeline import HIDDEN_LAYER, TEXT_TOKENS, build_clip, build_llama, build_tokenizer
 from vidaccel.sprites.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
@@ -20,6 +21,8 @@ UNSAID = {"shape": 0, "colour": 1, "motion": 1}
 """Further classes of an attribute: that the caption does not say."""
 CLASSES = (len(BACKGROUNDS), 2, *(len(values) + UNSAID[name] for _ in range(2) for name, values in ATTRIBUTES))
 """Classes of each question: background, number of sprites less one, then shape, colour and motion of each sprite."""
+TOKEN_CLASSES = CLASSES[: 2 + len(ATTRIBUTES)]
+"""Classes of the questions a token is asked: as above, of the one sprite it is about."""
 
 
 class CaptionReader(nn.Module):
@@ -30,22 +33,22 @@ class CaptionReader(nn.Module):
         self.tokenizer = build_tokenizer(TEXT_TOKENS)
         self.llama = build_llama(self.tokenizer, width)
         self.clip = build_clip(self.tokenizer, width)
-        self.token_heads = nn.ModuleList(nn.Linear(width, n) for n in CLASSES)
+        self.token_heads = nn.ModuleList(nn.Linear(width, n) for n in TOKEN_CLASSES)
         self.pooled_heads = nn.ModuleList(nn.Linear(width, n) for n in CLASSES)
 
-    def forward(self, captions: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    def forward(self, captions: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], BatchEncoding]:
         """Answers to each question from every token [B, L, classes] and from the pooled embedding [B, classes].
 
-        The third result says which tokens are not padding, [B, L] bool.
+        The third result is the tokens: `input_ids` and `attention_mask`, [B, L].
         """
-        embeds, mask, pooled = encode_captions(self.tokenizer, self.llama, self.clip, captions)
-        return [head(embeds) for head in self.token_heads], [head(pooled) for head in self.pooled_heads], mask
+        embeds, tokens, pooled = encode_captions(self.tokenizer, self.llama, self.clip, captions)
+        return [head(embeds) for head in self.token_heads], [head(pooled) for head in self.pooled_heads], tokens
 
 
 def encode_captions(
     tokenizer: PreTrainedTokenizerFast, llama: nn.Module, clip: nn.Module, captions: list[str]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token embeddings [B, L, D], which of them are not padding [B, L] bool, pooled embedding [B, D].
+) -> tuple[torch.Tensor, BatchEncoding, torch.Tensor]:
+    """Token embeddings [B, L, D], the tokens (`input_ids` and `attention_mask`, [B, L]), pooled embedding [B, D].
 
     Equal to what the pipeline's `encode_prompt` gives, but differentiable.
     """
@@ -53,7 +56,7 @@ def encode_captions(
     tokens = tokens.to(llama.device)
     embeds = llama(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
     pooled = clip(tokens.input_ids).pooler_output
-    return embeds.hidden_states[HIDDEN_LAYER], tokens.attention_mask.bool(), pooled
+    return embeds.hidden_states[HIDDEN_LAYER], tokens, pooled
 
 
 def labels(scenes: list[Scene]) -> torch.Tensor:
@@ -69,6 +72,21 @@ def labels(scenes: list[Scene]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def about_second(tokenizer: PreTrainedTokenizerFast, input_ids: torch.Tensor) -> torch.Tensor:
+    """Which of the tokens [B, L] are about a second sprite, bool: all from the "and" on that joins it to the first."""
+    return (input_ids == tokenizer.convert_tokens_to_ids("and")).cumsum(1).bool()
+
+
+def token_answers(answers: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The right answers of every token, [B, L, token questions], from `labels` [B, questions].
+
+    `second` [B, L] bool says which tokens are about the second sprite.
+    """
+    scene, first, other = answers.split([2, len(ATTRIBUTES), len(ATTRIBUTES)], dim=1)
+    own = torch.where(second[:, :, None], other[:, None], first[:, None])
+    return torch.cat([scene[:, None].expand(-1, second.shape[1], -1), own], dim=2)
+
+
 def caption_loss(
     model: CaptionReader, captions: list[str], answers: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -77,18 +95,27 @@ def caption_loss(
     What a caption says later cannot be known at an earlier token; there the best answer is the prior, which costs a
     constant. Metrics: share of questions answered rightly at the last token and by the pooled embedding.
     """
-    by_token, pooled, mask = model(captions)
+    by_token, pooled, tokens = model(captions)
+    mask = tokens.attention_mask.bool()
     answers = answers.to(mask.device)
+    second = about_second(model.tokenizer, tokens.input_ids)
+    by_word = token_answers(answers, second).masked_fill(~mask[:, :, None], ABSENT)
     rows = torch.arange(len(captions), device=mask.device)
     last = mask.sum(1) - 1
-    losses, right = [], {"last": [], "pooled": []}
-    for question in range(len(CLASSES)):
-        answer = answers[:, question]
-        spread = answer[:, None].expand_as(mask).masked_fill(~mask, ABSENT)
-        losses.append(F.cross_entropy(by_token[question].flatten(0, 1), spread.flatten(), ignore_index=ABSENT))
-        losses.append(F.cross_entropy(pooled[question], answer, ignore_index=ABSENT))
-        asked = answer != ABSENT
-        right["last"].append((by_token[question][rows, last].argmax(-1) == answer)[asked])
-        right["pooled"].append((pooled[question].argmax(-1) == answer)[asked])
-    accuracy = {f"{name}_right": torch.cat(hits).float().mean().item() for name, hits in right.items()}
+    losses = [_answer_loss(a, b) for a, b in zip(by_token, by_word.unbind(2), strict=True)]
+    losses += [_answer_loss(a, b) for a, b in zip(pooled, answers.unbind(1), strict=True)]
+    accuracy = {
+        "last_right": _right([a[rows, last] for a in by_token], by_word[rows, last]),
+        "pooled_right": _right(pooled, answers),
+    }
     return torch.stack(losses).mean(), accuracy
+
+
+def _answer_loss(scores: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(scores.flatten(0, -2), answers.flatten(), ignore_index=ABSENT)
+
+
+def _right(scores: list[torch.Tensor], answers: torch.Tensor) -> float:
+    """Share of the answers [B, questions] whose class has the highest score [B, classes] each."""
+    best = torch.stack([score.argmax(-1) for score in scores], dim=1)
+    return (best == answers)[answers != ABSENT].float().mean().item()
