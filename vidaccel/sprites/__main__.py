@@ -282,9 +282,9 @@ def train_teacher(
         x_0 = latents[indices].to(device, torch.float32)
         with torch.no_grad():
             captions = [say(i, rng) for i in indices]
-            embeds, mask, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
-        longest = int(mask.sum(1).max())
-        embeds, mask = embeds[:, :longest], mask[:, :longest].float()
+            embeds, tokens, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
+        longest = int(tokens.attention_mask.sum(1).max())
+        embeds, mask = embeds[:, :longest], tokens.attention_mask[:, :longest].float()
 
         def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return model(x_t, 1000 * t, embeds, mask, pooled, return_dict=False)[0]
