@@ -83,7 +83,7 @@ def models(tmp_path_factory) -> Path:
     new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=1, **made_for).save_pretrained(
         folder / "predictor"
     )
-    write_schedules(folder / "predictor" / "schedule.json", {1: evenly(4, 1)})
+    write_schedules(folder / "predictor" / "schedule.json", [evenly(4, 1)])
     return folder
 
 

@@ -269,7 +269,7 @@ def trained(tmp_path_factory):
     loaded = load_pipeline(folder / "model")
     predictor = predictor_for(loaded.pipe, student=student_hash(loaded))
     predictor.save_pretrained(folder / "predictor")
-    schedules = {2: Schedule(STEPS, (0, 2), "search"), 3: Schedule(STEPS, (0, 1, 3), "search")}
+    schedules = [Schedule(STEPS, (0, 2), "search"), Schedule(STEPS, (0, 1, 3), "search")]
     write_schedules(folder / "predictor" / "schedule.json", schedules)
     return folder
 

@@ -102,10 +102,10 @@ def test_the_published_lists_are_lists():
 
 
 def test_a_file_of_schedules_comes_back(tmp_path):
-    made = {2: Schedule(8, (0, 3), "search", 5.0, 0.25), 4: Schedule(8, PUBLISHED[8, 4])}
-    write_schedules(tmp_path / "schedule.json", made)
+    made = [Schedule(8, (0, 3), "search", 5.0, 0.25), Schedule(8, PUBLISHED[8, 4]), Schedule(20, (0, 9), "search")]
+    write_schedules(tmp_path / "schedule.json", reversed(made))
     assert read_schedules(tmp_path / "schedule.json") == made
-    assert json.loads((tmp_path / "schedule.json").read_text())["2"] == {
+    assert json.loads((tmp_path / "schedule.json").read_text())["2-of-8"] == {
         "steps": 8,
         "shift": 5.0,
         "full_steps": [0, 3],
@@ -113,11 +113,21 @@ def test_a_file_of_schedules_comes_back(tmp_path):
         "how": "search",
         "expected_error": 0.25,
     }
-    assert pick(made, 4) is made[4]
-    with pytest.raises(UserError, match="no schedule has 3 full steps\nhint: budget= takes one of: 2, 4"):
-        pick(made, 3)
-    with pytest.raises(UserError, match="no budget was given"):
-        pick(made, None)
+
+
+def test_the_one_schedule_that_fits_is_picked():
+    two, four, long = made = [Schedule(8, (0, 3)), Schedule(8, PUBLISHED[8, 4]), Schedule(20, (0, 9))]
+    assert pick(made, 4) is four
+    assert pick(made, 2, 8) is two
+    assert pick(made, None, 20) is pick(made, 2, 20) is long
+    for budget, steps, message in [
+        (3, None, "no schedules have 3 full of any steps\nhint: .* one of: 2 of 8, 4 of 8, 2 of 20"),
+        (2, 10, "no schedules have 2 full of 10 steps"),
+        (2, None, "2 schedules have 2 full of any steps\nhint: .* one of: 2 of 8, 2 of 20"),
+        (None, None, "3 schedules have any full of any steps"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pick(made, budget, steps)
 
 
 def test_a_file_of_one_schedule_needs_no_key(tmp_path):

@@ -100,14 +100,14 @@ def test_the_folder_is_a_predictor_for_its_student_with_schedules_for_every_budg
     assert set(run["files"]) == {"config.json", "model.safetensors", "schedule.json"}
     parents = {role: sha256_file(world(family) / role / "run.json") for role in ("student", "features")}
     assert run["parents"] == parents
-    assert run["searched_on"] == {"steps": 4, "shift": 2.0, "guidance": 4.0, "prompts": 3}
+    assert run["searched_on"] == [{"steps": 4, "shift": 2.0, "guidance": 4.0, "prompts": 3}]
     predictor = Predictor.from_pretrained(folder)
     assert (predictor.config.steps, predictor.config.shift) == (4, 2.0)
     predictor.check_fits(student.pipe.transformer, student.family, student_hash(student))
     schedules = read_schedules(folder / "schedule.json")
-    assert list(schedules) == [1, 2, 3, 4]
-    assert schedules[4].expected_error == 0
-    errors = [schedule.expected_error for schedule in schedules.values()]
+    assert [schedule.budget for schedule in schedules] == [1, 2, 3, 4]
+    assert schedules[-1].expected_error == 0
+    errors = [schedule.expected_error for schedule in schedules]
     assert errors == sorted(errors, reverse=True) and errors[2] > 0
 
 
@@ -158,7 +158,7 @@ def test_a_killed_training_ends_as_one_that_was_not(world, trained, stage, tmp_p
 def test_bfloat16_with_activations_computed_again(world, tmp_path):
     stage = replace(STAGE, steps=2, precision="bfloat16", checkpointing=True)
     config = settings(world, "hunyuan_video", mse=stage, adversarial=stage)
-    assert set(train_predictor(config, tmp_path)) == {1, 2, 3, 4}
+    assert [schedule.budget for schedule in train_predictor(config, tmp_path)] == [1, 2, 3, 4]
     assert logged(tmp_path, "adversarial")[-1]["skipped"] == 0
     assert all(p.dtype == torch.float32 for p in Predictor.from_pretrained(tmp_path).parameters())
 
@@ -182,8 +182,8 @@ def test_two_processes_train_what_one_does(world, tmp_path):
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
     one, two = (read_schedules(tmp_path / name / "schedule.json") for name in ("one", "two"))
-    for budget, schedule in one.items():
-        assert two[budget].expected_error == pytest.approx(schedule.expected_error, rel=1e-3)
+    for a, b in zip(one, two, strict=True):
+        assert b.expected_error == pytest.approx(a.expected_error, rel=1e-3)
 
 
 # what it learns from
@@ -208,8 +208,8 @@ def test_trajectories_are_learnt_from_alike_with_and_without_stored_caches(world
 
 def test_a_predictor_is_trained_on_trajectories(world, tmp_path):
     config = settings(world, pairs="trajectory", features=str(world("wan") / "runs"))
-    assert set(train_predictor(config, tmp_path)) == {1, 2, 3, 4}
-    assert read_run(tmp_path, "predictor/1")["searched_on"]["guidance"] == 4.0
+    assert [schedule.budget for schedule in train_predictor(config, tmp_path)] == [1, 2, 3, 4]
+    assert read_run(tmp_path, "predictor/1")["searched_on"][0]["guidance"] == 4.0
 
 
 def test_scales_are_drawn_from_a_range_only_when_asked(world):
@@ -249,15 +249,26 @@ def test_search_again_changes_the_schedules_and_what_vouches_for_them_only(world
     assert changed == {"schedule.json", "run.json"}
     run = read_run(copy, "predictor/1")
     verify_files(copy, run)
-    assert run["searched_on"]["prompts"] == 1 and run["config"]["search_prompts"] == 3
+    assert [on["prompts"] for on in run["searched_on"]] == [1] and run["config"]["search_prompts"] == 3
     assert read_schedules(copy / "schedule.json") == schedules
     assert train_predictor(replace(config, search_prompts=3), copy) == read_schedules(trained("wan") / "schedule.json")
 
 
-def test_another_grid_can_be_searched(world, tmp_path):
+def test_other_grids_can_be_searched_and_stand_beside(world, tmp_path):
+    own = train_predictor(settings(world), tmp_path)
+    found = train_predictor(settings(world, stage="search", steps=6, shift=1.0), tmp_path)
+    assert {(schedule.steps, schedule.shift) for schedule in found} == {(6, 1.0)}
+    assert read_schedules(tmp_path / "schedule.json") == own + found
+    again = train_predictor(settings(world, stage="search", steps=6, shift=2.0), tmp_path)
+    assert read_schedules(tmp_path / "schedule.json") == own + again
+    assert [(on["steps"], on["shift"]) for on in read_run(tmp_path, "predictor/1")["searched_on"]] == [(4, 2), (6, 2)]
+
+
+def test_a_new_training_drops_the_schedules_of_the_one_before(world, tmp_path):
     train_predictor(settings(world), tmp_path)
-    schedules = train_predictor(settings(world, stage="search", steps=6, shift=1.0), tmp_path)
-    assert {schedule.steps for schedule in schedules.values()} == {6} and schedules[3].shift == 1.0
+    train_predictor(settings(world, stage="search", steps=6), tmp_path)
+    (tmp_path / "run.json").unlink()
+    assert train_predictor(settings(world), tmp_path) == read_schedules(tmp_path / "schedule.json")
 
 
 # faults
@@ -318,7 +329,7 @@ def test_a_model_without_r_and_guidance_can_have_a_predictor(world, tmp_path):
     """Its sampler's steps end somewhere too, or the discriminator would see no difference."""
     stages = {"adversarial": replace(STAGE, steps=1), "mse": replace(STAGE, steps=1)}
     config = settings(world, student=str(world("wan") / "teacher"), guidance=1.0, steps=3, **stages)
-    assert set(train_predictor(config, tmp_path)) == {1, 2, 3}
+    assert len(train_predictor(config, tmp_path)) == 3
     assert Predictor.from_pretrained(tmp_path).config.shift == 3.0
 
 

@@ -157,7 +157,7 @@ class Models:
         if method.budget is None:
             return {"steps": method.steps, "full_steps": method.schedule()}
         schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
-        return {"steps": method.steps, "schedule": pick(schedules, method.budget)}
+        return {"steps": method.steps, "schedule": pick(schedules, method.budget, method.steps)}
 
     def _bring(self, loaded: LoadedPipeline) -> None:
         if self.device.type != "cuda":

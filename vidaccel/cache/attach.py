@@ -51,7 +51,8 @@ def attach(
         pipe: of a supported family, on its device.
         predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor", or any
             forecaster, taken as it is.
-        steps: denoising steps that the pipeline will be called with; needed with `full_steps`.
+        steps: denoising steps that the pipeline will be called with; needed with `full_steps`, and where schedules for
+            several are at hand.
         full_steps: positions of the full steps, rising from 0.
         budget: how many full steps, where schedules for several are at hand.
         schedule: a schedule, or a file of them; left out with `full_steps`, it is the predictor's own.
@@ -152,7 +153,7 @@ def _schedule(predictor, steps, full_steps, budget, schedule) -> Schedule:
     if schedule is None:
         raise UserError("nothing says which steps are full", "pass full_steps= and steps=, or schedule=")
     if not isinstance(schedule, Schedule):
-        schedule = pick(read_schedules(schedule), budget)
+        schedule = pick(read_schedules(schedule), budget, steps)
     elif budget not in (None, schedule.budget):
         raise UserError(f"budget={budget}, and the schedule has {schedule.budget} full steps", "leave budget= out")
     if steps not in (None, schedule.steps):

@@ -1,15 +1,15 @@
 """Which steps are full: listed, evenly spread, or found by dynamic programming on measured costs.
 
-    schedule.json    {"format": "schedule/1", "<budget>": {"steps", "shift", "full_steps", "budget", "how",
+    schedule.json    {"format": "schedule/1", "<budget>-of-<steps>": {"steps", "shift", "full_steps", "budget", "how",
                      "expected_error"}, ...}, or one of the inner objects alone
 
 The budget of a schedule is the number of its full steps. Budgets are found for a whole range at once, because the
-program for the largest holds those for all smaller ones.
+program for the largest holds those for all smaller ones. A file may hold those of several grids.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,37 +104,38 @@ def search(
     return found
 
 
-def write_schedules(path: str | Path, schedules: Mapping[int, Schedule]) -> None:
-    """schedule.json, keyed by budget."""
-    entries = {str(budget): asdict(s) | {"budget": s.budget} for budget, s in sorted(schedules.items())}
+def write_schedules(path: str | Path, schedules: Iterable[Schedule]) -> None:
+    """schedule.json, grid by grid, with rising budgets."""
+    ordered = sorted(schedules, key=lambda s: (s.steps, s.budget))
+    entries = {f"{s.budget}-of-{s.steps}": asdict(s) | {"budget": s.budget} for s in ordered}
     write_json(path, {"format": FORMAT, **entries})
 
 
-def read_schedules(path: str | Path) -> dict[int, Schedule]:
-    """The schedules of a file by budget; `UserError` naming the file and what is wrong with it."""
+def read_schedules(path: str | Path) -> list[Schedule]:
+    """The schedules of a file; `UserError` naming the file and what is wrong with it."""
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
         if (made_as := content.pop("format", FORMAT)) != FORMAT:
             raise UserError(f"{path} is of format {made_as}", f"this vidaccel reads {FORMAT}")
         entries = [content] if "full_steps" in content else content.values()
-        schedules = [_schedule(**entry) for entry in entries]
+        return [_schedule(**entry) for entry in entries]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "give the path of a schedule.json") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no schedule: {error}", "search it again, or list full_steps=") from error
-    return {schedule.budget: schedule for schedule in schedules}
 
 
-def pick(schedules: Mapping[int, Schedule], budget: int | None) -> Schedule:
-    """The schedule of a budget, or the only one there is; `UserError` naming those there are."""
-    if budget is None and len(schedules) == 1:
-        return next(iter(schedules.values()))
-    if budget not in schedules:
-        there = ", ".join(map(str, sorted(schedules))) or "none"
-        asked = "no budget was given" if budget is None else f"no schedule has {budget} full steps"
-        raise UserError(asked, f"budget= takes one of: {there}")
-    return schedules[budget]
+def pick(schedules: Iterable[Schedule], budget: int | None, steps: int | None = None) -> Schedule:
+    """The only schedule with that many full steps, of that many steps; None is any. `UserError` naming those there are
+    unless it is one."""
+    schedules = list(schedules)
+    fitting = [s for s in schedules if budget in (None, s.budget) and steps in (None, s.steps)]
+    if len(fitting) != 1:
+        asked = f"{'any' if budget is None else budget} full of {'any' if steps is None else steps} steps"
+        there = ", ".join(f"{s.budget} of {s.steps}" for s in fitting or schedules) or "none"
+        raise UserError(f"{len(fitting) or 'no'} schedules have {asked}", f"budget= and steps= take one of: {there}")
+    return fitting[0]
 
 
 def _schedule(budget: int, **fields) -> Schedule:

@@ -26,7 +26,7 @@ def train_predictor(
 
     vidaccel train-predictor --conf sprites --features runs/features -o runs/predictor
 
-    vidaccel train-predictor -o runs/predictor stage=search
+    vidaccel train-predictor -o runs/predictor stage=search steps=8
 
     On many processes: torchrun -m vidaccel train-predictor ...
     """
@@ -36,8 +36,8 @@ def train_predictor(
     from vidaccel.train.predictor import train_predictor as run
 
     schedules = run(config, output, device)
-    for budget, schedule in sorted(schedules.items()):
-        full = " ".join(map(str, schedule.full_steps))
-        typer.echo(f"{budget} of {schedule.steps} steps full, expected error {schedule.expected_error:.3f}: {full}")
+    for schedule in schedules:
+        full, of = " ".join(map(str, schedule.full_steps)), f"{schedule.budget} of {schedule.steps}"
+        typer.echo(f"{of} steps full, expected error {schedule.expected_error:.3f}: {full}")
     if schedules:
         typer.echo(f"{output}: the predictor and these schedules")

@@ -1,7 +1,7 @@
 """`vidaccel train-predictor` from end to end: a student and data in, a predictor's folder with its schedules out.
 
 folder/config.json, model.safetensors   the predictor
-folder/schedule.json                    the best full steps for each budget
+folder/schedule.json                    the best full steps for each budget, on each grid that was searched
 folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from vidaccel import config as configuration
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_writable, read_run, sha256_file, write_run
-from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import PredictorConfig, TrainConfig
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
@@ -39,10 +39,10 @@ NOT_SHAPING = {"student", "stage", "features", "data", "clips", "on_damage", "se
 """Settings that shape no stage, or that `train` is told otherwise."""
 
 
-def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> dict[int, Schedule]:
+def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> list[Schedule]:
     """Train a predictor into the folder `output`, going on where an earlier run was stopped, and search its schedules;
-    or, for `stage=search`, search those of the predictor that is there. Returns them by budget; of many processes the
-    first does.
+    or, for `stage=search`, search those of the predictor that is there, beside which those of other grids stay.
+    Returns what was found; of many processes the first does.
 
     Raises:
         UserError: student, data and settings do not go together, or cannot be read or written.
@@ -62,7 +62,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
                 run = _described(setting, started)
             schedules = _search(setting, output)
         on_first(lambda: _finish(setting, output, run, schedules))
-        return schedules if rank() == 0 else {}
+        return schedules if rank() == 0 else []
 
 
 def _train(setting: Setting, output: Path) -> None:
@@ -152,13 +152,13 @@ def _save(predictor: Predictor, output: Path) -> None:
     on_first(write)  # the others go on when it is there
 
 
-def _search(setting: Setting, output: Path) -> dict[int, Schedule]:
+def _search(setting: Setting, output: Path) -> list[Schedule]:
     """The schedules of the predictor in `output`, run as it is when it serves."""
     transformer = setting.student.transformer
     predictor = Predictor.from_pretrained(output).to(setting.device)
     predictor.check_fits(transformer, setting.loaded.family, student_hash(setting.loaded))
     costs = measured_costs(setting, predictor.run_like(transformer))
-    return searched(costs, setting.sampling.shift)
+    return list(searched(costs, setting.sampling.shift).values())
 
 
 def _described(setting: Setting, started: datetime) -> dict[str, Any]:
@@ -171,9 +171,13 @@ def _described(setting: Setting, started: datetime) -> dict[str, Any]:
     return {"config": config, "seed": setting.config.seed, "started": started.isoformat(), "parents": parents}
 
 
-def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: dict[int, Schedule]) -> None:
+def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
+    """A new training's `run` has searched nothing yet: schedules of an earlier one in the folder go."""
+    steps = setting.sampling.steps
+    others = [on for on in run.get("searched_on", []) if on["steps"] != steps]
+    kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []
     (output / RUN_FILE).unlink(missing_ok=True)
-    write_schedules(output / SCHEDULE_FILE, schedules)
+    write_schedules(output / SCHEDULE_FILE, [*kept, *schedules])
     write_run(
         output,
         format=FORMAT,
@@ -182,7 +186,7 @@ def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: dict
         seed=run["seed"],
         started=datetime.fromisoformat(run["started"]),
         parents=run["parents"],
-        searched_on=asdict(setting.sampling) | {"prompts": setting.config.search_prompts},
+        searched_on=[*others, asdict(setting.sampling) | {"prompts": setting.config.search_prompts}],
     )
 
 
