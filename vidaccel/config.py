@@ -472,6 +472,8 @@ class TeacherTraining:
     """Shift of the logit-normal distribution of t (method.md, section 0)."""
     caption_dropout: float = 0.1
     """Share of samples trained with the empty caption, for classifier-free guidance."""
+    alignment: float = 0.5
+    """Weight of the loss for naming what each token shows; used where scenes are rendered, and so known."""
     growth: int = 4
     """Blocks at full depth for each one of the shallow stage."""
     shallow: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
@@ -481,6 +483,7 @@ class TeacherTraining:
 
     def __post_init__(self) -> None:
         _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "must be in [0, 1)")
+        _require(self.alignment >= 0, "alignment", self.alignment, "must be at least 0")
         _require(self.growth >= 1, "growth", self.growth, "must be at least 1")
         if self.shallow.steps:
             for key in ("double_blocks", "single_blocks"):

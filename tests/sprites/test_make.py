@@ -110,12 +110,19 @@ def test_other_widths_cannot_go_on(made, tmp_path):
     assert "cannot be gone on from" in result.output
 
 
+def test_what_tokens_show_is_learnt_where_scenes_are_known(made):
+    lines = (made / "teacher" / "deep" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["loss"] == pytest.approx(last["flow_matching"] + 0.5 * last["alignment"], rel=1e-5)
+
+
 def test_it_trains_on_a_folder_of_clips(tmp_path):
     run("render", "-o", tmp_path / "clips", "--clips", 4, "--held-out")
     lines = [json.loads(line) for line in (tmp_path / "clips" / "captions.jsonl").read_text().splitlines()]
     run("make", "-o", tmp_path / "made", *MICRO, f"data={tmp_path / 'clips'}")
     features = ShardFolder(tmp_path / "made" / "features", kind="encoded")
     assert [features[i][1]["caption"] for i in range(len(features))] == [line["caption"] for line in lines]
+    assert "alignment" not in (tmp_path / "made" / "teacher" / "deep" / "metrics.jsonl").read_text()
 
 
 def test_score_prints_a_line_a_dimension(made, tmp_path):

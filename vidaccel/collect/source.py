@@ -57,24 +57,26 @@ class RenderedScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Record]:
-        scene, said = self._scene(index)
-        return render([scene])[0], {"caption": said, "fps": FPS}
+        return render([self.scene(index)])[0], self.record(index)
 
     def record(self, index: int) -> Record:
-        return {"caption": self._scene(index)[1], "fps": FPS}
+        rng = self._rng(index)
+        scene = random_scene(rng)
+        return {"caption": caption(told(scene, rng), rng), "fps": FPS}
 
     def another_caption(self, index: int, rng: random.Random) -> str:
         """The clip in other words, or with other things left unsaid."""
-        return caption(told(self._scene(index)[0], rng), rng)
+        return caption(told(self.scene(index), rng), rng)
+
+    def scene(self, index: int) -> Scene:
+        return random_scene(self._rng(index))
 
     @property
     def identity(self) -> Record:
         return {"data": None, "seed": self.seed, "unsaid": UNSAID}
 
-    def _scene(self, index: int) -> tuple[Scene, str]:
-        rng = random.Random(f"{self.seed}/{index}")
-        scene = random_scene(rng)
-        return scene, caption(told(scene, rng), rng)
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"{self.seed}/{index}")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from vidaccel.models.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate
-from vidaccel.sprites import text
+from vidaccel.sprites import align, text
 from vidaccel.sprites.captions import caption, told
 from vidaccel.sprites.card import STAGES_FILE, model_card, trained_stages
 from vidaccel.sprites.parse import parse
@@ -261,13 +261,17 @@ def train_teacher(
     reader: text.CaptionReader,
     start: LoadedPipeline | None,
 ) -> nn.Module:
-    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random.
+    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random, and by naming
+    what its tokens show where that is known.
 
     A shallow one comes first and is deepened: what a caption means is learnt there, at a fraction of the price.
     """
     settings = config.teacher
     channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
     latents = torch.stack([features[i][0]["latent"] for i in range(len(features))])
+    labels = None
+    if settings.alignment and isinstance(source, RenderedScenes):
+        labels = torch.cat([align.shown([source.scene(i)]) for i in range(len(source))])
 
     def say(index: int, rng: random.Random) -> str:
         if rng.random() < settings.caption_dropout:
@@ -285,16 +289,27 @@ def train_teacher(
             embeds, tokens, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
         longest = int(tokens.attention_mask.sum(1).max())
         embeds, mask = embeds[:, :longest], tokens.attention_mask[:, :longest].float()
+        scores = []
 
         def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return model(x_t, 1000 * t, embeds, mask, pooled, return_dict=False)[0]
+            v, score = model(x_t, 1000 * t, embeds, mask, pooled)
+            scores.append(score)
+            return v
 
-        return flow_matching_loss(velocity, x_0, settings.train_shift, generator), {}
+        flow_matching = flow_matching_loss(velocity, x_0, settings.train_shift, generator)
+        if labels is None:
+            return flow_matching, {}
+        alignment = align.alignment_loss(scores[0], labels[indices].to(device))
+        measured = {"flow_matching": flow_matching.item(), "alignment": alignment.item()}
+        return flow_matching + settings.alignment * alignment, measured
 
     def stage(model: nn.Module, which: TrainConfig, name: str, **more) -> nn.Module:
         of_batch = partial(loss, which.batch_size)
         shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader), **more)
-        return train(model, of_batch, which, folder / name, seed=config.seed, title=f"{name} teacher", settings=shaping)
+        title = f"{name} teacher"
+        aligned = align.Aligned(model).to(device)
+        train(aligned, of_batch, which, folder / name, seed=config.seed, title=title, settings=shaping)
+        return model
 
     torch.manual_seed(config.seed)
     model = build_transformer(settings, channels, width).to(device)
