@@ -288,14 +288,16 @@ def _rows(folder: Path, *names: str) -> list[dict]:
     return [json.loads(next((folder / "rows").glob(f"{name}*")).read_text()) for name in names]
 
 
-def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tmp_path, monkeypatch):
-    words = ("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]")
+@pytest.mark.parametrize("stage", ["counting", "timing", "scoring"])
+def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tmp_path, monkeypatch, stage):
+    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]")
     made = runner.make
 
-    def deadly(loaded, method, *rest):
-        if method.steps == 4:
+    def deadly(loaded, method, size, prompts, seeds, guidance, decode=True):
+        at = "scoring" if len(prompts) > 1 else "timing" if decode else "counting"
+        if method.steps == 4 and at == stage:
             raise Stop
-        return made(loaded, method, *rest)
+        return made(loaded, method, size, prompts, seeds, guidance, decode)
 
     monkeypatch.setattr(runner, "make", deadly)
     for _ in range(2):
@@ -306,6 +308,20 @@ def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tm
     runs = by_method(tmp_path)
     assert runs["student"]["error"] == "the process ended 2 times while it ran"
     assert runs["cfg"]["denoise_seconds"]["rounds"] == 2
+
+
+def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monkeypatch):
+    words = ("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(runner.ATTEMPTS + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "make", interrupted)
+            assert run(*words).exit_code == 130
+    assert run(*words).exit_code == 0
+    assert by_method(tmp_path)["student"]["error"] is None
 
 
 @pytest.mark.parametrize("stage", ["counting", "timing"])

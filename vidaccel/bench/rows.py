@@ -64,7 +64,7 @@ class Row:
     """{"marks", "likeness"} of each scored prompt."""
     error: str | None = None
     attempts: int = 0
-    """Times that its first generation was begun."""
+    """Times that the piece of work it is at was begun and not ended."""
 
     @property
     def id(self) -> str:

@@ -11,9 +11,9 @@ Whatever a row raises is its result. results.json is written again after each st
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -106,17 +106,10 @@ class Benchmark:
         todo = [row for row in self.rows.running if row.counts is None]
         with Progress("counting", total=len(todo)) as bar:
             for row in todo:
-                row.attempts += 1
-                if row.attempts > ATTEMPTS:
-                    row.error = f"the process ended {ATTEMPTS} times while it ran"
-                self.rows.save(row)
-                with self._row(row):
-                    self._count_row(row)
+                self._attempt(row, partial(self._count_row, row))
                 bar.advance()
 
     def _count_row(self, row: Row) -> None:
-        if row.error is not None:
-            return
         loaded = self.models.pipeline(row.method)
         seed = self.config.seed + CALIBRATION_SEED
         row.settings = calibrate(
@@ -149,11 +142,10 @@ class Benchmark:
         with Progress("timing", total=total, live=False) as bar:
             for _ in range(done, self.config.rounds):
                 for row in list(self.rows.running):
-                    with self._row(row):
-                        row.rounds.append(self._time_row(row))
+                    self._attempt(row, partial(self._time_row, row))
                     bar.advance()
 
-    def _time_row(self, row: Row) -> dict[str, float]:
+    def _time_row(self, row: Row) -> None:
         seconds = {"denoise": 0.0, "end_to_end": 0.0}
         with self.models.running(row.method, row.settings) as loaded:
             if row.id not in self._warm:
@@ -165,7 +157,7 @@ class Benchmark:
                 seconds["end_to_end"] += made.seconds
                 if i == 0 and not row.rounds:
                     self.rows.save_frames(row, made.frames[0])
-        return seconds
+        row.rounds.append(seconds)
 
     def _warm_decoder(self) -> None:
         method = self.methods[self.config.baseline]
@@ -180,9 +172,8 @@ class Benchmark:
                 step = self._batch_size(row)
                 for first in range(len(row.videos), len(self.scored), step):
                     if row.error is None:
-                        with self._row(row):
-                            indices = range(first, min(first + step, len(self.scored)))
-                            self._score_batch(row, indices, bar.advance)
+                        indices = range(first, min(first + step, len(self.scored)))
+                        self._attempt(row, partial(self._score_batch, row, indices, bar.advance))
 
     def _score_batch(self, row: Row, indices: range, advance: Callable[[], None]) -> None:
         prompts, seeds = [self.scored[i] for i in indices], [self.config.seed + i for i in indices]
@@ -215,11 +206,23 @@ class Benchmark:
     def _is_baseline(self, row: Row) -> bool:
         return row.name == self.config.baseline
 
-    @contextmanager
-    def _row(self, row: Row) -> Iterator[None]:
-        """Whatever is raised in the block becomes the row's error; then all that is known is written."""
+    def _attempt(self, row: Row, work: Callable[[], None]) -> None:
+        """Do a piece of a row's work, unless it has ended the process before; then all that is known is written.
+
+        Whatever it raises becomes the row's error.
+        """
+        row.attempts += 1
+        if row.attempts > ATTEMPTS:
+            row.error = f"the process ended {ATTEMPTS} times while it ran"
+        self.rows.save(row)
         try:
-            yield
+            if row.error is None:
+                work()
+            row.attempts = 0
+        except KeyboardInterrupt:  # which is not the row's doing
+            row.attempts = 0
+            self.rows.save(row)
+            raise
         except Exception as error:  # a method may fail in any way, and that is then what there is to report about it
             row.error = _one_line(error)
             log.warning("%s: %s", row.name, row.error)
