@@ -145,6 +145,20 @@ def test_a_student_starts_equal_to_its_teacher(world, distilled, family, method)
         assert torch.equal(student(x, t, text, r=r, g=g), expected)
 
 
+def test_a_few_step_teacher_keeps_its_r_when_guidance_is_distilled(world, tmp_path):
+    distill(settings(world, "wan", method="mean_velocity"), tmp_path / "few")
+    loaded = load_pipeline(tmp_path / "few", dtype="float32")
+    teacher = velocity_of(loaded)
+    student = velocity_of(student_of(loaded, settings(world, "wan", teacher=str(tmp_path / "few"))))
+    assert student.conditioning.config.embeds == ("r", "g")
+    text = batch([{name: t[0] for name, t in encode_texts(loaded, CAPTIONS[:1]).items()}], "cpu", torch.float32)
+    x = torch.randn(1, loaded.pipe.transformer.config.out_channels, 2, 4, 4)
+    t, r, g = torch.tensor([0.7]), torch.tensor([0.2]), torch.tensor([3.0])
+    with torch.no_grad():
+        assert torch.equal(student(x, t, text, r=r, g=g), teacher(x, t, text, r=r))
+        assert not torch.equal(teacher(x, t, text, r=r), teacher(x, t, text))
+
+
 # behaviour
 
 
@@ -184,12 +198,15 @@ def test_a_few_step_student_of_a_cfg_student(world, distilled, family, tmp_path)
     assert (tmp_path / "student" / "samples" / "00000002.png").exists()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("derivative", ["exact", "finite_difference"])
-def test_training_on_the_derivative_says_first_what_it_trains_on(world, distilled, derivative, tmp_path, caplog):
+def test_training_on_the_derivative_says_first_what_it_trains_on(
+    world, distilled, derivative, precision, tmp_path, caplog
+):
     own = MeanVelocityTraining(target="derivative", derivative=derivative, tangent_warmup=1, restrict=None)
     teacher = str(distilled("hunyuan_video"))
     config = settings(world, "hunyuan_video", method="mean_velocity", teacher=teacher, mean_velocity=own)
-    config.sample_steps, config.shift = 10, 5.0
+    config.sample_steps, config.shift, config.train.precision = 10, 5.0, precision
     with caplog.at_level(logging.INFO, "vidaccel"):
         distill(config, tmp_path / "student")
     assert "10 steps, shift 5: widest interval 0.36; R starts at 0.36" in caplog.text
@@ -300,6 +317,24 @@ def test_a_plain_teacher_is_warned_about(world, tmp_path, caplog):
 def test_guidance_is_not_distilled_twice(world, distilled, tmp_path):
     with pytest.raises(UserError, match="guidance distilled into one pass already"):
         distill(settings(world, "wan", teacher=str(distilled("wan"))), tmp_path / "student")
+
+
+def test_a_run_does_not_go_on_with_another_teacher_of_the_hub(world, tmp_path, monkeypatch):
+    """Of whose files there are no hashes here."""
+    plain = module.load_pipeline
+    monkeypatch.setattr(module, "_save", lambda *_: None)  # which would ask the hub
+
+    def distil_from(name):
+        def load(*args, **options):
+            return replace(plain(*args, **options), source=name, hashes={})
+
+        monkeypatch.setattr(module, "load_pipeline", load)
+        distill(settings(world, "wan"), tmp_path / "student")
+
+    distil_from("one/wan")
+    distil_from("one/wan")
+    with pytest.raises(UserError, match="settings.teacher was 'one/wan', now 'two/wan'"):
+        distil_from("two/wan")
 
 
 def test_features_of_another_model_are_refused(world, tmp_path):

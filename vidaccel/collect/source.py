@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vidaccel.collect.encode import encode_samples
@@ -124,9 +125,10 @@ class EncodedSource:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
-        """As `ShardFolder.read`; they are encoded together."""
+        """As `ShardFolder.read`; they are encoded together, in the models' own dtypes even where training autocasts."""
         videos, records = zip(*(self.source[i] for i in indices), strict=True)
-        return encode_samples(self.loaded, videos, records, self.dtype)
+        with torch.autocast(self.loaded.pipe.device.type, enabled=False):
+            return encode_samples(self.loaded, videos, records, self.dtype)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """As `ShardFolder.order`."""

@@ -91,7 +91,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         output,
         seed=config.seed,
         title="student",
-        settings=_shaping(config) | {"made_of": made_of, "teacher": loaded.hashes},
+        settings=_shaping(config) | {"made_of": made_of, "teacher": loaded.hashes or loaded.source},
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
     )
@@ -115,7 +115,7 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
     if config.features is not None:
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
         check_tensors(features, loaded)
-        return features, {"features": sha256_file(features.folder / RUN_FILE)}
+        return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     clips = CollectConfig(model=config.teacher, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.identity
@@ -128,7 +128,8 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     modules.pop(attribute)
     copy = load_pipeline(config.teacher, device=loaded.pipe.device.type, dtype="float32", given=modules)
     transformer = getattr(copy.pipe, attribute)
-    wanted = ["g"] if config.method == "cfg" else ["r", *(["g"] if velocity_of(loaded).embeds("g") else [])]
+    added = {"cfg": "g", "mean_velocity": "r"}[config.method]
+    wanted = [name for name in ("r", "g") if name == added or velocity_of(loaded).embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
     trained = {"shift": config.shift or shift_of(loaded), "steps": config.sample_steps}
     if config.method == "mean_velocity":

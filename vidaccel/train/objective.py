@@ -76,7 +76,7 @@ def _mean_velocity(setting: Distillation) -> Callable:
         if config.target == "rollout":
             target = meanflow.rollout_target(lambda x, t: teacher(x, t, t), x, t, r, config.substeps)
         else:
-            v = teacher(x, t, t).detach() if config.velocity == "teacher" else eps - x_0
+            v = teacher(x, t, t).detach().to(x) if config.velocity == "teacher" else eps - x_0
             warmup = min(1.0, index / per_step / config.tangent_warmup) if config.tangent_warmup else 1.0
             target = meanflow.derivative_target(student, v, x, t, r, config, warmup)
         error, left_out = meanflow.weighted_error(student(x, t, r), target, config.error_power, config.error_constant)

@@ -195,7 +195,11 @@ def trajectory_pair(
         with trunk.predicted(forecaster, memory=memory):
             x = stepped(x, at(step), student(x, at(step).t, text, r=at(step).r, g=g))
     times = at(length)
-    return Pair(x, times, text, g, student(x, times.t, text, r=times.r, g=g), memory)
+    target = student(x, times.t, text, r=times.r, g=g)
+    # Autocast has kept the forecaster's weights as casts without gradients, and where PyTorch lacks its change 165068 a
+    # training of this step would take those.
+    torch.clear_autocast_cache()
+    return Pair(x, times, text, g, target, memory)
 
 
 def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
