@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -210,6 +211,8 @@ def test_a_predictor_is_trained_on_trajectories(world, tmp_path):
     config = settings(world, pairs="trajectory", features=str(world("wan") / "runs"))
     assert [schedule.budget for schedule in train_predictor(config, tmp_path)] == [1, 2, 3, 4]
     assert read_run(tmp_path, "predictor/1")["searched_on"][0]["guidance"] == 4.0
+    again = settings(world, pairs="trajectory", features=str(world("wan") / "runs"), stage="search", steps=6)
+    assert {schedule.steps for schedule in train_predictor(again, tmp_path)} == {6}
 
 
 def test_scales_are_drawn_from_a_range_only_when_asked(world):
@@ -264,11 +267,20 @@ def test_other_grids_can_be_searched_and_stand_beside(world, tmp_path):
     assert [(on["steps"], on["shift"]) for on in read_run(tmp_path, "predictor/1")["searched_on"]] == [(4, 2), (6, 2)]
 
 
+def test_the_same_training_again_keeps_other_grids(world, tmp_path):
+    own = train_predictor(settings(world), tmp_path)
+    found = train_predictor(settings(world, stage="search", steps=6), tmp_path)
+    assert train_predictor(settings(world), tmp_path) == own
+    assert read_schedules(tmp_path / "schedule.json") == own + found
+    verify_files(tmp_path, read_run(tmp_path, "predictor/1"))
+
+
 def test_a_new_training_drops_the_schedules_of_the_one_before(world, tmp_path):
     train_predictor(settings(world), tmp_path)
     train_predictor(settings(world, stage="search", steps=6), tmp_path)
-    (tmp_path / "run.json").unlink()
-    assert train_predictor(settings(world), tmp_path) == read_schedules(tmp_path / "schedule.json")
+    rmtree(tmp_path / "checkpoints")
+    changed = replace(STAGE, learning_rate=2 * STAGE.learning_rate)
+    assert train_predictor(settings(world, mse=changed), tmp_path) == read_schedules(tmp_path / "schedule.json")
 
 
 # faults

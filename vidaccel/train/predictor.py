@@ -20,7 +20,7 @@ from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import PredictorConfig, TrainConfig
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
-from vidaccel.predictor.checkpoint import FORMAT, SCHEDULE_FILE
+from vidaccel.predictor.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.predictor.forecasters import Reuse
 from vidaccel.predictor.network import Predictor, new_predictor
 from vidaccel.train.discriminator import Discriminator, trunk_blocks
@@ -58,8 +58,11 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         setting = setting_of(loaded, config, made)
         with setting.trunk:
             if run is None:
+                before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
                 _train(setting, output)
                 run = _described(setting, started)
+                if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
+                    run["searched_on"] = before["searched_on"]
             schedules = _search(setting, output)
         on_first(lambda: _finish(setting, output, run, schedules))
         return schedules if rank() == 0 else []
@@ -172,7 +175,7 @@ def _described(setting: Setting, started: datetime) -> dict[str, Any]:
 
 
 def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
-    """A new training's `run` has searched nothing yet: schedules of an earlier one in the folder go."""
+    """Beside what was searched before by `run`, which a new training has not."""
     steps = setting.sampling.steps
     others = [on for on in run.get("searched_on", []) if on["steps"] != steps]
     kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []

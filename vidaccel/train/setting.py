@@ -114,11 +114,14 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
 
 def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampling:
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
-    if config.pairs == "trajectory":
-        own = {name: data[0][1][name] for name in own}
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    differing = [f"{name}={own[name]:g}, not {value:g}" for name, value in asked.items() if value != own[name]]
-    if differing and config.pairs == "trajectory":
+    fixed = []
+    if config.pairs == "trajectory":  # schedules are searched on any grid, whatever was learnt from
+        fixed = list(own) if config.stage == "all" else ["guidance"]
+    own |= {name: data[0][1][name] for name in fixed}
+    changed = [name for name in fixed if asked.get(name, own[name]) != own[name]]
+    if changed:
+        differing = [f"{name}={own[name]:g}, not {asked[name]:g}" for name in changed]
         raise UserError(
             f"the trajectories in {config.features} are of {'; '.join(differing)}",
             "leave these settings out, or collect trajectories with them",
