@@ -122,6 +122,8 @@ class GenerateConfig(RuntimeConfig):
     """Number of full steps, in place of `full_steps`: the predictor's schedule says which."""
     schedule: str | None = None
     """A schedule.json to take them from; null is the predictor's own."""
+    force: bool = False
+    """true takes a predictor that was trained for another student."""
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None

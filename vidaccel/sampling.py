@@ -72,7 +72,7 @@ def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> AbstractC
         return nullcontext()
     steps = loaded.default("steps") if config.steps is None else config.steps
     which = {"full_steps": config.full_steps, "budget": config.budget, "schedule": config.schedule}
-    return attach(loaded, predictor=config.predictor, steps=steps, **which)
+    return attach(loaded, predictor=config.predictor, steps=steps, **which, force=config.force)
 
 
 def generate(

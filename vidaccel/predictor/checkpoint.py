@@ -102,5 +102,5 @@ class Checkpointed:
             which = "a model whose weight files are not known" if student is None else "another one"
             raise UserError(
                 f"the predictor was trained for the student {made.student[:12]}, and this is {which}",
-                "train one for this model, or pass force=True to see what it does",
+                "train one for this model, or see what it does with force=true",
             )
