@@ -36,6 +36,14 @@ def test_the_card_shows_the_measured_scores():
         assert f"| {name.replace('_', ' ')} | {mark['mean']:.1f} | {interval} |" in card
 
 
+def test_the_readme_shows_the_measured_scores():
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    score = json.loads((TEACHER / "score.json").read_text())
+    total = score["total"]
+    assert f"{total['mean']:.1f} of 100 ({total['low']:.1f} to {total['high']:.1f}, 256 held-out prompts)" in readme
+    assert f"{score['shape']['mean']:.0f} in 100 shapes are right" in readme
+
+
 def test_generate_uses_it_without_being_told(loaded):
     config = load("generate", GenerateConfig, "teacher")
     assert config.model == "sprites/teacher"
