@@ -506,6 +506,8 @@ class SpritesConfig:
     stays as it is there."""
     clips: int = 10000
     """Clips that are encoded once and then trained on (all of the folder's, if `data` is set)."""
+    pair_share: float = 0.5
+    """Share of rendered scenes with two sprites."""
     text: TextTraining = field(default_factory=TextTraining)
     autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
     teacher: TeacherTraining = field(default_factory=TeacherTraining)
@@ -519,6 +521,7 @@ class SpritesConfig:
     def __post_init__(self) -> None:
         for key in ("clips", "score_prompts", "steps"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        _require(0 <= self.pair_share <= 1, "pair_share", self.pair_share, "must be in [0, 1]")
 
 
 BETWEEN = ("predictor", "linear", "trunk", "branches", "attention")

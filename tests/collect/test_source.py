@@ -39,6 +39,15 @@ def test_a_rendered_scene_depends_on_seed_and_index_alone():
     assert source.identity == again.identity != other.identity
 
 
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.8, 60, 95), (1.0, 100, 100)])
+def test_a_share_of_scenes_has_two_sprites(share, low, high):
+    source = RenderedScenes(100, 0, share)
+    pairs = [len(source.scene(i).sprites) == 2 for i in range(100)]
+    assert pairs == [" and " in source.record(i)["caption"] for i in range(100)]
+    assert low <= sum(pairs) <= high
+    assert source.identity["pair_share"] == share
+
+
 def test_models_of_the_sprites_world_are_known_by_their_words(sprites):
     assert knows_sprites(sprites)
     assert len(open_source(sprites, CollectConfig(clips=5))) == 5

@@ -49,10 +49,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class RenderedScenes:
-    """Random scenes of the sprites world: the i-th is a function of (seed, i) alone."""
+    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, i) alone."""
 
     count: int
     seed: int
+    pair_share: float = 0.5
+    """Share of scenes with two sprites."""
 
     def __len__(self) -> int:
         return self.count
@@ -62,7 +64,7 @@ class RenderedScenes:
 
     def record(self, index: int) -> Record:
         rng = self._rng(index)
-        scene = random_scene(rng)
+        scene = random_scene(rng, pair_share=self.pair_share)
         return {"caption": caption(told(scene, rng), rng), "fps": FPS}
 
     def another_caption(self, index: int, rng: random.Random) -> str:
@@ -70,11 +72,11 @@ class RenderedScenes:
         return caption(told(self.scene(index), rng), rng)
 
     def scene(self, index: int) -> Scene:
-        return random_scene(self._rng(index))
+        return random_scene(self._rng(index), pair_share=self.pair_share)
 
     @property
     def identity(self) -> Record:
-        return {"data": None, "seed": self.seed, "unsaid": UNSAID}
+        return {"data": None, "seed": self.seed, "unsaid": UNSAID, "pair_share": self.pair_share}
 
     def _rng(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{index}")

@@ -70,7 +70,7 @@ def make(
     clips = open_clips(config)
     start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
     reader = train_text(config, output / "text", device, start)
-    source = RenderedScenes(config.clips, config.seed) if clips is None else FolderClips(clips)
+    source = RenderedScenes(config.clips, config.seed, config.pair_share) if clips is None else FolderClips(clips)
     autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
     features = encode_clips(config, output / "features", autoencoder, reader, source)
     transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
