@@ -3,6 +3,7 @@
 make    text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model folder with its card
 render  clips of the world as mp4 with captions.jsonl
 score   marks any model that knows the world's captions
+ship    a distilled student and its predictor, as the package has them
 """
 
 import hashlib
@@ -39,6 +40,7 @@ from vidaccel.sprites.parse import parse
 from vidaccel.sprites.pipeline import CALL, assemble, build_autoencoder, build_transformer, deepen, inflate, whiten
 from vidaccel.sprites.render import render, to_uint8
 from vidaccel.sprites.score import score_clip, summarise
+from vidaccel.sprites.ship import ship_predictor, ship_student
 from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
 from vidaccel.train.autoencoder import autoencoder_loss
 from vidaccel.train.flow_matching import flow_matching_loss
@@ -118,6 +120,24 @@ def score(
     summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
     for name, mark in summary.items():
         typer.echo(f"{name:24} {mark['mean']:6.2f}  [{mark['low']:.2f}, {mark['high']:.2f}]")
+
+
+@app.command()
+@reported
+def ship(
+    student: Annotated[Path, typer.Option(help="A finished `vidaccel distill` folder.")] = Path("runs/student"),
+    predictor: Annotated[Path, typer.Option(help="A `vidaccel train-predictor` folder.")] = Path("runs/predictor"),
+    distilled: Annotated[Path, typer.Option(help="The CFG-distilled teacher of the student.")] = Path("runs/cfg"),
+    results: Annotated[Path | None, typer.Option(help="The results.json that their cards quote.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for student/ and predictor/.")] = Path(
+        "runs/shipped"
+    ),
+    debug: Debug = False,
+) -> None:
+    """Put what was distilled from the shipped teacher into the form that it ships in, with cards."""
+    ship_student(student, distilled, results, output / "student")
+    ship_predictor(predictor, results, output / "predictor")
+    typer.echo(f"{output}: student and predictor, each with its card")
 
 
 def open_clips(config: SpritesConfig) -> ClipFolder | None:

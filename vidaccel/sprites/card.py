@@ -1,9 +1,10 @@
-"""The model card that stands beside the shipped weights: how they were made and how they scored, as measured."""
+"""The model cards that stand beside the shipped weights: how they were made and how they scored, as measured."""
 
 import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,24 +32,21 @@ def trained_stages(runs: Path, start: Path | None) -> list[dict]:
         stages = [stage for stage in stages if not stage["stage"].startswith("transformer")]
     for stage, title in TITLES.items():
         if (metrics := runs / stage / "metrics.jsonl").exists():
-            last = json.loads(metrics.read_text().splitlines()[-1])
-            stages.append({"stage": title} | {key: last[key] for key in ("step", "seconds", "loss", "skipped")})
+            stages.append(trained_stage(title, metrics))
     return stages
+
+
+def trained_stage(title: str, metrics: Path) -> dict[str, Any]:
+    """How long a training took and where it ended, by its metrics.jsonl."""
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    return {"stage": title} | {key: last[key] for key in ("step", "seconds", "loss", "skipped")}
 
 
 def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[str, float]]) -> str:
     """Markdown for the model that went through `stages`."""
-    rows = [
-        f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
-    ]
     marks = [
         f"| {n.replace('_', ' ')} | {m['mean']:.1f} | {m['low']:.1f} to {m['high']:.1f} |" for n, m in score.items()
     ]
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
     return "\n".join(
         [
             "# sprites/teacher",
@@ -61,12 +59,7 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
             "",
             "    python -m vidaccel.sprites make",
             "",
-            f"On {device}, torch {torch.__version__}, seed {config.seed}.",
-            "",
-            "| stage | steps | minutes | last loss | skipped steps |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
+            *made_here(stages, config.seed),
             "## How it scores",
             "",
             f"`python -m vidaccel.sprites score --prompts {config.score_prompts}`: captions, half with two sprites, of",
@@ -85,3 +78,23 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
             "",
         ]
     )
+
+
+def made_here(stages: list[dict], seed: int) -> list[str]:
+    """Lines of Markdown: the machine, and a table of the stages that were trained on it."""
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    )
+    rows = [
+        f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
+    ]
+    return [
+        f"On {device}, torch {torch.__version__}, seed {seed}.",
+        "",
+        "| stage | steps | minutes | last loss | skipped steps |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]

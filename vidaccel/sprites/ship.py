@@ -1,0 +1,140 @@
+"""A student of the shipped teacher, and its predictor, as the package has them.
+
+    student/     the transformer, conditioning/ and scheduler/; run.json names sprites/teacher for the rest
+    predictor/   as `vidaccel train-predictor` left it
+
+Each has a card with how it was made and what a results.json of `vidaccel benchmark` says about it. No weight changes,
+and so neither does the identity by which a predictor knows its student.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, atomic_folder, read_run, sha256_file, write_run
+from vidaccel.bench.tables import passes_text
+from vidaccel.config import MethodConfig
+from vidaccel.errors import UserError
+from vidaccel.models.loading import SHIPPED, read_model
+from vidaccel.models.student import FORMAT as MODEL
+from vidaccel.predictor.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
+from vidaccel.predictor.checkpoint import FORMAT as PREDICTOR
+from vidaccel.sprites.card import made_here, trained_stage
+from vidaccel.train.metrics import FILE as METRICS
+from vidaccel.train.predictor import STAGES
+
+TEACHER = "sprites/teacher"
+STUDENT = """\
+The few-step student of sprites/teacher: one forward pass a step, guidance included, in 20 steps unless told otherwise.
+With `instantaneous=true` it is the CFG-distilled teacher, to be sampled in 50. All but the transformer are the
+teacher's own parts. Licence: Apache-2.0."""
+INSTEAD = """\
+Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
+number of full steps, those that the search found. Licence: Apache-2.0."""
+SCORES = [
+    "## How it scores",
+    "",
+    "Rows of `vidaccel benchmark --speedup --quality only=null rounds=5`: percent, with 95 % bootstrap intervals over",
+    "held-out prompts; the latent error is relative to the teacher's 50 steps of two passes from the same noise.",
+    "",
+    "| | passes | semantic | quality | total | interval | latent error |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def ship_student(student: Path, distilled: Path, results: Path | None, output: Path) -> None:
+    """Write the student's own parts to `output`, with its card.
+
+    Args:
+        student: folder of `vidaccel distill`, whose every component but the transformer is the shipped teacher's.
+        distilled: folder of the CFG distillation before it.
+        results: the results.json that its card quotes; None leaves that out.
+        output: the new folder.
+
+    Raises:
+        UserError: a folder is not finished, another teacher's, or cannot be written.
+    """
+    run, before = read_run(student, MODEL), read_run(distilled, MODEL)
+    files, teacher = read_model(student), read_model(TEACHER)
+    own = teacher.contents.family.denoisers[0].attribute
+    shared = {name: digest for name, digest in teacher.hashes.items() if not name.startswith(f"{own}/")}
+    if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
+        raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
+    made_by = {
+        "CFG distillation": ("vidaccel distill --conf sprites/cfg", before, distilled / METRICS),
+        "few steps": ("vidaccel distill --conf sprites/restricted_meanflow", run, student / METRICS),
+    }
+    with atomic_folder(output) as folder:
+        shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
+        for name in ("conditioning", "scheduler"):
+            shutil.copytree(student / name, folder / name)
+        card = _card("sprites/student", STUDENT, made_by, _rows(results, lambda row: row.full_count() == row.steps))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        parents = {role: sha256_file(SHIPPED / "teacher" / RUN_FILE) for role in ("teacher", "pipeline")}
+        _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
+
+
+def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
+    """Write the predictor to `output`, with its card; arguments and errors as for `ship_student`."""
+    run = read_run(predictor, PREDICTOR)
+    command = "vidaccel train-predictor --conf sprites"
+    stages = [stage for stage in STAGES if run["config"][stage]["steps"]]
+    made_by = {f"predictor, {stage}": (command, run, predictor / CHECKPOINTS / stage / METRICS) for stage in stages}
+    with atomic_folder(output) as folder:
+        for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):
+            shutil.copy(predictor / name, folder / name)
+        card = _card("sprites/predictor", INSTEAD, made_by, _rows(results, lambda row: row.predicts))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
+
+
+def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[str, str], **extra) -> None:
+    """run.json, which says of the training what the training said."""
+    write_run(
+        folder,
+        format=format,
+        command=run["command"],
+        config=run["config"],
+        seed=run["seed"],
+        started=datetime.fromisoformat(run["started"]),
+        parents=parents,
+        **extra,
+    )
+
+
+def _rows(results: Path | None, wanted: Callable[[MethodConfig], bool]) -> list[dict[str, Any]]:
+    """The scored rows without a training-free cache that are `wanted`."""
+    runs = json.loads(results.read_text(encoding="utf-8"))["runs"] if results else []
+    scored = [run for run in runs if run["total"] is not None]
+    methods = [MethodConfig(**run["settings"]) for run in scored]
+    return [run for run, method in zip(scored, methods, strict=True) if not method.cache and wanted(method)]
+
+
+def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], runs: list[dict]) -> str:
+    """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
+    commands = {command: run for command, run, _ in made_by.values()}
+    stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
+    seed = next(iter(commands.values()))["seed"]
+    lines = [f"# {title}", "", about, "", "## How it was made", ""]
+    lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
+    if runs:
+        lines += [*SCORES, *map(_marks, runs), ""]
+    for command, run in commands.items():
+        lines += [f"## Settings of `{command}`", "", "```yaml", _yaml(run["config"]), "```", ""]
+    return "\n".join(lines)
+
+
+def _marks(run: Mapping[str, Any]) -> str:
+    low, high = run["intervals"]["total"]
+    marks = " | ".join(f"{run[name]:.1f}" for name in ("semantic", "quality", "total"))
+    error = run["fidelity"]["latent_relative_l2"] if run["fidelity"] else 0.0  # the baseline itself
+    return f"| {run['method']} | {passes_text(run)} | {marks} | {low:.1f} to {high:.1f} | {error:.3f} |"
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config))).rstrip()
