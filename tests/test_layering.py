@@ -30,7 +30,7 @@ LAYERS = (
     "vidaccel.cli",
     "vidaccel.__main__",
 )
-PROGRAMS = {"vidaccel.sprites.__main__": "vidaccel.cli"}
+PROGRAMS = dict.fromkeys(("vidaccel.sprites.__main__", "vidaccel.sprites.ship"), "vidaccel.cli")
 """Modules that count as another layer than the package they lie in."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from vidaccel.cli.common import (
-    Conf,
     Debug,
     Device,
     PrintConf,
@@ -38,7 +37,14 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    conf: Conf = "teacher",
+    conf: Annotated[
+        str | None,
+        typer.Option(
+            help="A shipped configuration, or the path of a YAML file. [default: the shipped student with its "
+            "predictor; with model=, that model as it is]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first video; the next ones count up.")] = None,
     device: Device = "auto",
     sheet: Annotated[Path | None, typer.Option(help="Also write a PNG of frames side by side.")] = None,
@@ -53,6 +59,8 @@ def generate(
     free, overrides = split_settings(words or [])
     if seed is not None:
         overrides.append(f"seed={seed}")
+    if conf is None:  # the predictor of default.yaml belongs to its model
+        conf = "teacher" if any(word.startswith("model=") for word in overrides) else "default"
     config = settings("generate", conf, overrides, print_conf)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
