@@ -118,8 +118,10 @@ class GenerateConfig(RuntimeConfig):
     sprites/predictor, `reuse` or `taylor`; null runs every step in full."""
     full_steps: list[int] | None = None
     """Positions of the full steps, from 0."""
+    every: int | None = None
+    """n, in place of `full_steps`: steps 0, n, 2n, ... are full."""
     budget: int | None = None
-    """Number of full steps, in place of `full_steps`: the predictor's schedule says which."""
+    """Number of full steps, in place of either: the predictor's schedule says which."""
     schedule: str | None = None
     """A schedule.json to take them from; null is the predictor's own."""
     force: bool = False

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 REFERENCE_PASSES = 100
 """Of the reference sampler: 50 steps, with and without the prompt."""
 
+SCHEDULED_BY = ("full_steps", "every", "budget", "schedule")
+"""Settings, and arguments of `attach`, that say which steps are full."""
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -66,12 +69,12 @@ def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> AbstractC
         UserError: as `attach` does, or full steps came without anything to take the place of the others.
     """
     if config.predictor is None:
-        for key in ("full_steps", "budget", "schedule"):
+        for key in SCHEDULED_BY:
             if getattr(config, key) is not None:
                 raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
         return nullcontext()
     steps = loaded.default("steps") if config.steps is None else config.steps
-    which = {"full_steps": config.full_steps, "budget": config.budget, "schedule": config.schedule}
+    which = {key: getattr(config, key) for key in SCHEDULED_BY}
     return attach(loaded, predictor=config.predictor, steps=steps, **which, force=config.force)
 
 

@@ -304,6 +304,15 @@ def test_a_predictors_folder_brings_its_schedules(trained):
     assert attachment.full_passes == attachment.predicted_passes == 4
 
 
+def test_every_nth_step_is_the_list_of_them():
+    pipe = tiny_pipeline("wan")
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
+        listed = call(pipe)
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, every=2) as attachment:
+        assert torch.equal(call(pipe), listed)
+    assert attachment.predicted_passes == attachment.full_passes
+
+
 def test_a_shipped_predictor_is_known_by_name(trained, monkeypatch):
     monkeypatch.setattr("vidaccel.models.loading.SHIPPED", trained)
     loaded = load_pipeline("sprites/model")
@@ -352,6 +361,10 @@ def test_on_a_fused_model_the_predictor_is_fused_too(trained):
         ({"predictor": "reuse", "steps": 4, "full_steps": [1, 2]}, "does not start at 0"),
         ({"predictor": "reuse", "steps": 4, "full_steps": [0, 2, 2]}, r"repeats \[2\]"),
         ({"predictor": "reuse", "steps": 4, "full_steps": [0, 2], "budget": 2}, "came with budget="),
+        ({"predictor": "reuse", "steps": 4, "full_steps": [0, 2], "every": 2}, "full_steps= came with every="),
+        ({"predictor": "reuse", "steps": 4, "every": 2, "schedule": "x"}, "every= came with schedule="),
+        ({"predictor": "reuse", "every": 2}, "every= came without steps="),
+        ({"predictor": "reuse", "steps": 4, "every": 0}, "every 0 steps"),
         ({"predictor": "reuse", "steps": 8, "schedule": Schedule(4, (0, 2))}, "steps=8, and the schedule is for 4"),
         ({"predictor": "reuse", "budget": 3, "schedule": Schedule(4, (0, 2))}, "the schedule has 2 full steps"),
         ({"predictor": "predictor"}, "2 schedules have any full of any steps\nhint: .* one of: 2 of 4, 3 of 4"),

@@ -116,6 +116,8 @@ def test_predicted_steps_are_counted_and_said(students):
     made = json.loads(run("a blue square", *own, "schedule=schedule.json", "--seed", "1", "--json").stdout)
     assert made["passes"] == {"full": 2, "predicted": 2}
     assert Path("out.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
+    assert run("a blue square", *own, "every=2", "--seed", "1", "-o", "every.mp4").exit_code == 0
+    assert Path("every.mp4").read_bytes() == Path("out.mp4").read_bytes()
     full = run("a blue square", own[0], "--seed", "1", "-o", "full.mp4")
     assert "4 passes" in full.stdout
     assert Path("full.mp4").read_bytes() != Path("out.mp4").read_bytes()
@@ -125,6 +127,8 @@ def test_predicted_steps_are_counted_and_said(students):
     ("words", "message"),
     [
         (["full_steps=[0,2]"], "without a predictor"),
+        (["every=2"], "without a predictor"),
+        (["predictor=reuse", "every=2", "budget=2"], "every= came with budget="),
         (["predictor=reuse"], "nothing says which steps are full"),
         (["predictor=reuse", "full_steps=[1,2]"], "does not start at 0"),
         (["predictor=reuse", "full_steps=[0,4]"], "there are 4 steps"),

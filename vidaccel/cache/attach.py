@@ -20,6 +20,7 @@ from torch import Tensor
 from vidaccel.artefacts import sha256_file
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
+from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
@@ -41,6 +42,7 @@ def attach(
     predictor: str | Path | Forecaster,
     steps: int | None = None,
     full_steps: list[int] | None = None,
+    every: int | None = None,
     budget: int | None = None,
     schedule: str | Path | Schedule | None = None,
     force: bool = False,
@@ -51,11 +53,12 @@ def attach(
         pipe: of a supported family, on its device.
         predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor", or any
             forecaster, taken as it is.
-        steps: denoising steps that the pipeline will be called with; needed with `full_steps`, and where schedules for
-            several are at hand.
+        steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
+            schedules for several are at hand.
         full_steps: positions of the full steps, rising from 0.
+        every: n, for the full steps 0, n, 2n, ...
         budget: how many full steps, where schedules for several are at hand.
-        schedule: a schedule, or a file of them; left out with `full_steps`, it is the predictor's own.
+        schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own.
         force: take a predictor that was trained for another student.
 
     Returns:
@@ -69,7 +72,7 @@ def attach(
     family = family_of_pipeline(type(pipe).__name__)
     if isinstance(predictor, str | Path) and predictor not in ZOO:
         predictor = local_path(predictor)
-    chosen = _schedule(predictor, steps, full_steps, budget, schedule)
+    chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     forecaster = _forecaster(predictor, pipe)
     if isinstance(forecaster, Predictor):
         student = student_hash(loaded) if loaded else _student_of(pipe, family)
@@ -138,20 +141,22 @@ class Attachment:
             self._index, self._unnamed = index, 0
 
 
-def _schedule(predictor, steps, full_steps, budget, schedule) -> Schedule:
+def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule:
     """The one that these arguments of `attach` mean."""
-    if full_steps is not None:
-        if budget is not None or schedule is not None:
-            raise UserError(
-                "full_steps= came with budget= or schedule=", "full_steps= says it all: leave the others out"
-            )
+    ways = {"full_steps": full_steps, "every": every, "budget": budget, "schedule": schedule}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1 and given != ["budget", "schedule"]:
+        raise UserError(
+            f"{given[0]}= came with {given[1]}=", f"{given[0]}= says it all: leave {given[1]}= out, or set it to null"
+        )
+    if full_steps is not None or every is not None:
         if steps is None:
-            raise UserError("full_steps= came without steps=", "pass the number of denoising steps as well")
-        return Schedule(steps, tuple(full_steps))
+            raise UserError(f"{given[0]}= came without steps=", "pass the number of denoising steps as well")
+        return every_nth(steps, every) if full_steps is None else Schedule(steps, tuple(full_steps))
     if schedule is None and isinstance(predictor, Path):
         schedule = predictor / SCHEDULE_FILE
     if schedule is None:
-        raise UserError("nothing says which steps are full", "pass full_steps= and steps=, or schedule=")
+        raise UserError("nothing says which steps are full", "pass steps= with full_steps= or every=, or schedule=")
     if not isinstance(schedule, Schedule):
         schedule = pick(read_schedules(schedule), budget, steps)
     elif budget not in (None, schedule.budget):
