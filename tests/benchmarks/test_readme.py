@@ -46,6 +46,13 @@ def test_figures(folder):
     assert "- sea, lake: it cannot" in text
 
 
+def test_speedups_over_something_faster_are_not_held_against_the_aim(folder):
+    found = json.loads((folder / "mine.json").read_text())
+    found["runs"].append(RUN | {"method": "cfg-50", "settings": {"cache": None, "two_pass": False}})
+    (folder / "mine.json").write_text(json.dumps(found))
+    assert "From 3x to 20x" not in figures("mine", folder)
+
+
 def test_without_results_it_says_so(tmp_path):
     assert "there is no `benchmarks/results/mine.json`" in figures("mine", tmp_path)
 
