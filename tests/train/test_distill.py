@@ -287,8 +287,8 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
     own = {"method": "mean_velocity", "teacher": str(distilled("wan")), "times": "uniform"}
     train = TRAIN | {"steps": 5, "learning_rate": 1e-5}
     distill(settings(world, "wan", **own, train=train | {"accumulate": 2}), tmp_path / "one")
-    words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}"]
-    words += [f"train.{key}={value}" for key, value in train.items()]
+    words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}", "train.optimizer=adamw"]
+    words += ["mean_velocity.restrict=0.2", *(f"train.{key}={value}" for key, value in train.items())]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
     command = [*run, "distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -39,8 +39,8 @@ number of full steps, those that the search found. Licence: Apache-2.0."""
 SCORES = [
     "## How it scores",
     "",
-    "Rows of `vidaccel benchmark --speedup --quality only=null rounds=5`: percent, with 95 % bootstrap intervals over",
-    "held-out prompts; the latent error is relative to the teacher's 50 steps of two passes from the same noise.",
+    "Rows of `vidaccel benchmark --speedup --quality rounds=5`: percent, with 95 % bootstrap intervals over held-out",
+    "prompts; the latent error is relative to the teacher's 50 steps of two passes from the same noise.",
     "",
     "| | passes | semantic | quality | total | interval | latent error |",
     "|---|---|---|---|---|---|---|",
