@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from decord import VideoReader
 from peft import LoraConfig
 from PIL import Image
@@ -150,6 +151,16 @@ def test_a_shipped_student_takes_one_yaml(students, monkeypatch):
     assert ": 5 frames 32x32; 6 steps, 6 passes" in run("a red circle", "--conf", "cfg.yaml", "-o", "b.gif").stdout
     assert run("a red circle", "--conf", "student.yaml", "steps=6", "-o", "c.gif").exit_code == 0
     assert Path("b.gif").read_bytes() != Path("c.gif").read_bytes()  # r = t is another model
+
+
+def test_the_default_goes_with_its_own_model_only(students):
+    """A predictor fits one student, so that a model= of one's own leaves default.yaml out."""
+    own = yaml.safe_load(run("--print-conf", f"model={students['student']}").stdout)
+    assert own == yaml.safe_load(run("--print-conf", "--conf", "teacher", f"model={students['student']}").stdout)
+    assert own["predictor"] is None
+    shipped = yaml.safe_load(run("--print-conf").stdout)
+    assert shipped == yaml.safe_load(run("--print-conf", "--conf", "default").stdout)
+    assert shipped["predictor"] == "sprites/predictor"
 
 
 def test_two_passes_of_a_student_are_refused(students):

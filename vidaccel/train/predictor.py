@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidaccel import config as configuration
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_writable, read_run, sha256_file, write_run
@@ -21,13 +21,13 @@ from vidaccel.config import PredictorConfig, TrainConfig
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
 from vidaccel.predictor.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
-from vidaccel.predictor.forecasters import Reuse
+from vidaccel.predictor.forecasters import Cached, Reuse, Tokens
 from vidaccel.predictor.network import Predictor, new_predictor
 from vidaccel.train.discriminator import Discriminator, trunk_blocks
 from vidaccel.train.lesson import Lesson
 from vidaccel.train.loop import generator_for, train
 from vidaccel.train.meanflow import widest_interval
-from vidaccel.train.pairs import Pairs
+from vidaccel.train.pairs import Pair, Pairs
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
 from vidaccel.train.search import measured_costs, searched
 from vidaccel.train.setting import Setting, setting_of
@@ -85,7 +85,7 @@ def _train(setting: Setting, output: Path) -> None:
 
 
 def _start(setting: Setting) -> tuple[Predictor, Pairs]:
-    """A new predictor, which starts from the tokens of a first pass, and what it will learn from."""
+    """A new predictor, which has the statistics of a first pair of passes, and what it will learn from."""
     config, student, sampling = setting.config, setting.student, setting.sampling
     trained_on = student.conditioning.config.restrict if student.conditioning else None
     restrict = config.restrict or trained_on or widest_interval(sampling.steps, sampling.shift)
@@ -93,16 +93,32 @@ def _start(setting: Setting) -> tuple[Predictor, Pairs]:
     pairs = Pairs(student, setting.trunk, Reuse(), setting.data, config, grid, sampling.guidance, restrict, config.seed)
     with _autocast(setting, config.mse):
         first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
+        entering = _entering(setting, first)
     predictor = new_predictor(
         student.transformer,
         student.family,
         first.memory[0].tokens,
         config.blocks,
+        entering,
         steps=sampling.steps,
         shift=sampling.shift,
         student=student_hash(setting.loaded),
     )
     return predictor, replace(pairs, predictor=predictor)
+
+
+@torch.no_grad()
+def _entering(setting: Setting, pair: Pair) -> Tokens:
+    """The tokens that enter the trunk on the predicted step of `pair`."""
+    seen: Tokens = {}
+
+    def look(arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+        seen.update({name: arguments[name] for name in memory[0].tokens})
+        return memory[0].tokens
+
+    with setting.trunk.predicted(look, memory=pair.memory):
+        setting.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
+    return seen
 
 
 def _stage(name: str, setting: Setting, pairs: Pairs, lesson: Lesson, output: Path) -> None:
