@@ -23,7 +23,7 @@ from vidaccel.bench.work import WORK
 from vidaccel.config import BenchmarkConfig
 from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.family import DiTFamily
-from vidaccel.predictor.network import new_predictor
+from vidaccel.predictor.network import Statistics, new_predictor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 MATMULS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -164,7 +164,8 @@ def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     mlp = fusion(transformer)
     streams = WORK[family.name].fusions
     inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
-    fused = counted(lambda: [mlp(tokens, tokens, "reference") for tokens in inputs]).get_total_flops()
+    statistics = Statistics(mlp.outer.in_features)
+    fused = counted(lambda: [mlp(tokens, tokens, statistics, "reference") for tokens in inputs]).get_total_flops()
     assert one["predictor"].blocks == in_last + fused
     assert one["predictor"].embedders == one["full"].embedders
 

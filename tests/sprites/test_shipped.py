@@ -1,4 +1,4 @@
-"""The model inside the package: whole, small enough, and as good as its card says it is."""
+"""The models inside the package: whole, small enough, and as good as their cards say they are."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vidaccel.config import GenerateConfig, load
-from vidaccel.models.loading import SHIPPED, load_pipeline
-from vidaccel.sampling import generate
+from vidaccel.config import GenerateConfig, MethodConfig, load
+from vidaccel.models.identity import student_hash
+from vidaccel.models.loading import SHIPPED, load_pipeline, read_model
+from vidaccel.predictor.network import Predictor
+from vidaccel.sampling import generate, predicted_steps
 from vidaccel.sprites.parse import parse
 from vidaccel.sprites.score import score_clip
 
 TEACHER = SHIPPED / "teacher"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "sprites.json"
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +24,12 @@ def loaded():
     return load_pipeline("sprites/teacher")
 
 
-def test_all_shipped_weights_fit_and_are_half_precision():
-    files = list(SHIPPED.rglob("*.safetensors"))
+def test_all_shipped_weights_fit_and_the_large_ones_are_half_precision():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 48e6
-    for file in files:
+    for file in SHIPPED.rglob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} <= {torch.float16, torch.bfloat16}  # noqa: SIM118
+            dtypes = {tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+        assert dtypes <= {torch.float16, torch.bfloat16} or file.stat().st_size < 2e6
 
 
 def test_the_card_shows_the_measured_scores():
@@ -44,13 +47,49 @@ def test_the_readme_shows_the_measured_scores():
     assert f"{score['shape']['mean']:.0f} in 100 shapes are right" in readme
 
 
-def test_generate_uses_it_without_being_told(loaded):
-    config = load("generate", GenerateConfig, "teacher")
-    assert config.model == "sprites/teacher"
-    assert Path(loaded.source) == TEACHER
-    made = generate(loaded, ["a red circle moving right on black"], config, [0])
-    assert (made.steps, made.passes) == (50, 100)
+@pytest.mark.parametrize("name", ["student", "predictor"])
+def test_the_cards_quote_the_shipped_results(name):
+    card = (SHIPPED / name / "README.md").read_text()
+    rows = [row for row in json.loads(RESULTS.read_text())["runs"] if row["total"] is not None]
+    for row in rows:
+        method = MethodConfig(**row["settings"])
+        if not method.cache and (method.predicts if name == "predictor" else method.full_count() == method.steps):
+            (line,) = (line for line in card.splitlines() if line.startswith(f"| {row['method']} |"))
+            assert f"| {row['total']:.1f} |" in line
+    assert card.count("| cfg-50 |") == (name == "student")
+
+
+def test_the_student_belongs_to_the_teacher_and_the_predictor_to_the_student():
+    student, teacher = read_model("sprites/student"), read_model("sprites/teacher")
+    own = {"transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"}
+    assert dict(student.hashes.items() ^ teacher.hashes.items()).keys() == own
+    predictor = Predictor.from_pretrained(SHIPPED / "predictor")
+    assert predictor.config.student == student_hash(load_pipeline("sprites/student"))
+    transformer = load_pipeline("sprites/student").pipe.transformer
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (predictor, transformer)]
+    assert sizes[0] < 0.04 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("conf", "model", "steps", "passes"),
+    [("teacher", "teacher", 50, 100), ("cfg", "student", 50, 50), ("student", "student", 20, 20)],
+)
+def test_a_configuration_a_model(conf, model, steps, passes):
+    config = load("generate", GenerateConfig, conf)
+    shipped = load_pipeline(config.model)
+    assert Path(shipped.source) == SHIPPED / model
+    made = generate(shipped, ["a red circle moving right on black"], config, [0])
+    assert (made.steps, made.passes, made.predicted) == (steps, passes, 0)
     assert made.frames.shape == (1, 17, 64, 64, 3)
+
+
+def test_the_default_is_the_student_with_its_predictor():
+    config = load("generate", GenerateConfig, "default")
+    shipped = load_pipeline(config.model)
+    assert Path(shipped.source) == SHIPPED / "student"
+    with predicted_steps(shipped, config) as attachment:
+        made = generate(shipped, ["a red circle moving right on black"], config, [0], attachment)
+    assert (made.passes, made.passes - made.predicted) == (20, config.budget)
 
 
 @pytest.mark.slow
