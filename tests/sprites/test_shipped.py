@@ -52,7 +52,7 @@ def test_the_cards_quote_the_shipped_results(name):
     card = (SHIPPED / name / "README.md").read_text()
     rows = [row for row in json.loads(RESULTS.read_text())["runs"] if row["total"] is not None]
     for row in rows:
-        method = MethodConfig(**row["settings"])
+        method = MethodConfig(**{key: value for key, value in row["settings"].items() if key != "runtime"})
         if not method.cache and (method.predicts if name == "predictor" else method.full_count() == method.steps):
             (line,) = (line for line in card.splitlines() if line.startswith(f"| {row['method']} |"))
             assert f"| {row['total']:.1f} |" in line

@@ -111,7 +111,8 @@ def _rows(results: Path | None, wanted: Callable[[MethodConfig], bool]) -> list[
     """The scored rows without a training-free cache that are `wanted`."""
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"] if results else []
     scored = [run for run in runs if run["total"] is not None]
-    methods = [MethodConfig(**run["settings"]) for run in scored]
+    names = MethodConfig.__dataclass_fields__.keys()  # beside them stands how the machine ran it
+    methods = [MethodConfig(**{name: run["settings"][name] for name in names}) for run in scored]
     return [run for run, method in zip(scored, methods, strict=True) if not method.cache and wanted(method)]
 
 
