@@ -70,8 +70,8 @@ def test_a_yaml_elsewhere_can_build_on_a_shipped_one(tmp_path):
     ("conf", "message", "hint"),
     [
         ("techer", 'no configuration "techer" for generate', 'did you mean "teacher"?'),
-        ("zzz", 'no configuration "zzz" for generate', "choose from: teacher"),
-        ("", 'no configuration "" for generate', "choose from: teacher"),
+        ("zzz", 'no configuration "zzz" for generate', "choose from: cfg, default, student, teacher"),
+        ("", 'no configuration "" for generate', "choose from: cfg, default, student, teacher"),
         ("nowhere/mine.yaml", "no configuration file nowhere/mine.yaml", "give the path"),
         ("mine.yml", "mine.yml does not end in .yaml", "rename it"),
     ],
