@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 # README.md's table: methods on the shipped models, swept and scored; ARGS=only=null is all there are. An hour on two CPU
-# cores, four for all; goes on where it was stopped.
+# cores, hours for all; goes on where it was stopped.
 bench: setup
 	$(BIN)/vidaccel benchmark --speedup --quality rounds=5 $(ARGS) -o runs/quality
 	cp runs/quality/results.json benchmarks/results/sprites.json
@@ -41,7 +41,8 @@ bench: setup
 sprites: setup
 	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
 
-# The shipped student and predictor made from the shipped teacher, in the form they ship in: two hours on two CPU cores.
+# The shipped student and predictor made from the shipped teacher, in the form they ship in: an hour and a half on two
+# CPU cores.
 distilled: setup
 	$(BIN)/vidaccel collect-features --conf sprites -o runs/features
 	$(BIN)/vidaccel distill --conf sprites/cfg -o runs/cfg features=runs/features

@@ -91,9 +91,9 @@ def _total(run: dict[str, Any]) -> str:
 
 
 def _standing(baseline: str, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Where ours are not the best from 3x to 20x, if that is of the two-pass sampler."""
-    other = any(run["method"] == baseline and not run["settings"]["two_pass"] for run in runs)
-    if other or not any(run["total"] is not None for run in runs):
+    """Where ours are not the best from 3x to 20x, if speedups are over the two-pass sampler."""
+    over_another = any(run["method"] == baseline and not run["settings"]["two_pass"] for run in runs)
+    if over_another or not any(run["total"] is not None for run in runs):
         return []
     others = [f"{run['method']} ({run['speedup']['measured']:.2f}x, {run['total']:.1f})" for run in above_ours(runs)]
     if not others:

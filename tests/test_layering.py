@@ -30,7 +30,7 @@ LAYERS = (
     "vidaccel.cli",
     "vidaccel.__main__",
 )
-PROGRAMS = dict.fromkeys(("vidaccel.sprites.__main__", "vidaccel.sprites.ship"), "vidaccel.cli")
+PROGRAMS = {f"vidaccel.sprites.{name}": "vidaccel.cli" for name in ("__main__", "make", "score_model", "ship")}
 """Modules that count as another layer than the package they lie in."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

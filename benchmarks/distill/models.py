@@ -22,7 +22,7 @@ from benchmarks.distill.cost import median_step_seconds
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, atomic_path, write_json
 from vidaccel.config import DistillConfig, GenerateConfig
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sprites.__main__ import score_model
+from vidaccel.sprites.score_model import score_model
 from vidaccel.train.distill import distill
 from vidaccel.train.metrics import FILE as METRICS
 

@@ -174,7 +174,7 @@ def test_predictor_parameters_are_those_of_a_predictor(one_pass):
     transformer, family, _, _ = one_pass
     tokens = {name: torch.randn(1, 4, width(transformer)) for name in family.block_lists[-1].returns}
     for blocks in (1, 2):
-        predictor = new_predictor(transformer, family, tokens, blocks)
+        predictor = new_predictor(transformer, family, tokens, tokens, blocks)
         assert predictor_parameters(transformer, family, blocks) == parameters(predictor)
 
 

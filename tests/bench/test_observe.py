@@ -96,7 +96,7 @@ def test_a_reused_trunk_leaves_embedders_and_head(model):
 def test_a_predictor_costs_what_is_planned(model, kernels):
     loaded, _, costs, cache = model
     tokens = {name: torch.randn(1, 8, 24) for name in loaded.family.block_lists[-1].returns}
-    predictor = new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=2).eval()
+    predictor = new_predictor(loaded.pipe.transformer, loaded.family, tokens, tokens, blocks=2).eval()
     predictor.kernels = kernels
     with attach(loaded, predictor=predictor, steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
         run(loaded)

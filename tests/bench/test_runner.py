@@ -80,7 +80,7 @@ def models(tmp_path_factory) -> Path:
     loaded = load_pipeline(student(folder, "hunyuan_video"))
     tokens = {name: torch.randn(1, 8, 24) for name in ("hidden_states", "encoder_hidden_states")}
     made_for = {"steps": 4, "shift": 2.0, "student": student_hash(loaded)}
-    new_predictor(loaded.pipe.transformer, loaded.family, tokens, blocks=1, **made_for).save_pretrained(
+    new_predictor(loaded.pipe.transformer, loaded.family, tokens, tokens, blocks=1, **made_for).save_pretrained(
         folder / "predictor"
     )
     write_schedules(folder / "predictor" / "schedule.json", [evenly(4, 1)])

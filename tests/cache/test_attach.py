@@ -282,7 +282,8 @@ def predictor_for(pipe, **made_for):
         handle = pipe.transformer.register_forward_hook(lambda *_: kept.extend(trunk._memory.values()))
         call(pipe, steps=1)
         handle.remove()
-    predictor = new_predictor(pipe.transformer, family, kept[0][0].tokens, blocks=1, **made_for)
+    tokens = kept[0][0].tokens
+    predictor = new_predictor(pipe.transformer, family, tokens, tokens, blocks=1, **made_for)
     for parameter in predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     return predictor.eval()

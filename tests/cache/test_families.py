@@ -35,7 +35,8 @@ def trained(velocity, trunk):
     """A predictor whose weights are large enough to matter."""
     with torch.no_grad(), trunk.full():
         velocity(*inputs(velocity))
-    predictor = new_predictor(velocity.transformer, velocity.family, trunk.memory()[0].tokens)
+    tokens = trunk.memory()[0].tokens
+    predictor = new_predictor(velocity.transformer, velocity.family, tokens, tokens)
     for parameter in predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     return predictor

@@ -157,6 +157,7 @@ def test_the_default_goes_with_its_own_model_only(students):
     """A predictor fits one student, so that a model= of one's own leaves default.yaml out."""
     own = yaml.safe_load(run("--print-conf", f"model={students['student']}").stdout)
     assert own == yaml.safe_load(run("--print-conf", "--conf", "teacher", f"model={students['student']}").stdout)
+    assert own == yaml.safe_load(run("--print-conf", f"++model={students['student']}").stdout)
     assert own["predictor"] is None
     shipped = yaml.safe_load(run("--print-conf").stdout)
     assert shipped == yaml.safe_load(run("--print-conf", "--conf", "default").stdout)

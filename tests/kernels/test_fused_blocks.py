@@ -72,7 +72,8 @@ def test_cuda_graphs_give_the_same_and_leave_what_is_remembered_alone():
     with torch.no_grad(), fuse(model, "fused"), Trunk(model, WAN) as trunk:
         with trunk.full():
             models.run(model, inputs)
-        predictor = new_predictor(model, WAN, trunk.memory()[0].tokens, blocks=1).run_like(model)
+        tokens = trunk.memory()[0].tokens
+        predictor = new_predictor(model, WAN, tokens, tokens, blocks=1).run_like(model)
         expected = passes()
     with torch.no_grad(), fuse(model, "fused"):
         compile_blocks(model, WAN)

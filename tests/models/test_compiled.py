@@ -79,7 +79,8 @@ def test_full_and_predicted_steps_go_from_graph_to_graph():
     with torch.no_grad(), Trunk(model, family) as trunk:
         with trunk.full():
             call(model, inputs)
-        predictor = new_predictor(model, family, trunk.memory()[0].tokens, blocks=2)
+        tokens = trunk.memory()[0].tokens
+        predictor = new_predictor(model, family, tokens, tokens, blocks=2)
         expected = passes()
         assert graphs() == GRAPHS[hunyuan_video]
         predictor.run_like(model)

@@ -136,7 +136,8 @@ def test_a_predictor_sees_what_the_trunk_sees():
     with torch.no_grad(), Trunk(model, family) as trunk:
         with trunk.full():
             call(model, inputs)
-        predictor = new_predictor(model, family, trunk.memory()[0].tokens, blocks=2)
+        tokens = trunk.memory()[0].tokens
+        predictor = new_predictor(model, family, tokens, tokens, blocks=2)
         torch.manual_seed(0)
         for parameter in predictor.blocks.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

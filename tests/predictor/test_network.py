@@ -57,7 +57,8 @@ def cached(transformer, family):
 
 def made(name, **made_for):
     transformer, family = student(name)
-    return transformer, family, new_predictor(transformer, family, cached(transformer, family), **made_for)
+    tokens = cached(transformer, family)
+    return transformer, family, new_predictor(transformer, family, tokens, tokens, **made_for)
 
 
 def statistics_of(tokens, cache):
@@ -214,10 +215,10 @@ def test_a_predictor_is_made_under_a_hook_too():
     transformer, family = student("wan")
     tokens = cached(transformer, family)
     torch.manual_seed(0)
-    plain = new_predictor(transformer, family, tokens)
+    plain = new_predictor(transformer, family, tokens, tokens)
     torch.manual_seed(0)
     with Trunk(transformer, family):
-        hooked = new_predictor(transformer, family, tokens)
+        hooked = new_predictor(transformer, family, tokens, tokens)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), hooked.parameters(), strict=True))
     assert all("forward" not in vars(module) for module in hooked.modules())
 
@@ -227,7 +228,7 @@ def test_more_blocks_than_the_trunk_has_are_refused():
     tokens = cached(transformer, family)
     for blocks in (0, 3):
         with pytest.raises(UserError, match=f"predictor of {blocks} blocks\nhint: the trunk's last list has 2"):
-            new_predictor(transformer, family, tokens, blocks=blocks)
+            new_predictor(transformer, family, tokens, tokens, blocks=blocks)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from vidaccel.config import AutoencoderTraining
 from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import load_pipeline
-from vidaccel.sprites.__main__ import app, excerpt
+from vidaccel.sprites.__main__ import app
+from vidaccel.sprites.make import excerpt
 
 MICRO = [
     *("text.train.steps=2", "text.train.batch_size=4", "text.width=16"),

@@ -102,6 +102,6 @@ def _points(axes: Axes, runs: Sequence[dict[str, Any]], heights: Sequence[float]
             speeds, ys = zip(*((run["speedup"]["measured"], y) for run, y in chosen), strict=True)
             axes.scatter(speeds, ys, marker=marker, color=colour, label=kind, s=28, zorder=2)
         for run, y in chosen:
-            axes.annotate(
-                run["method"], (run["speedup"]["measured"], y), fontsize=6, xytext=(4, 3), textcoords="offset points"
-            )
+            if "=" not in run["method"]:  # points of a sweep would write over one another
+                at = run["speedup"]["measured"], y
+                axes.annotate(run["method"], at, fontsize=6, xytext=(4, 3), textcoords="offset points")

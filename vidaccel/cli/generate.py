@@ -60,7 +60,7 @@ def generate(
     if seed is not None:
         overrides.append(f"seed={seed}")
     if conf is None:  # the predictor of default.yaml belongs to its model
-        conf = "teacher" if any(word.startswith("model=") for word in overrides) else "default"
+        conf = "teacher" if any(word.lstrip("+").startswith("model=") for word in overrides) else "default"
     config = settings("generate", conf, overrides, print_conf)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)

@@ -37,8 +37,8 @@ from vidaccel.predictor.forecasters import Cached, Tokens
 
 RESIDUAL_OUTPUTS = ("proj_out", "to_out.0", "to_add_out", "net.2")
 """How the names of those Linear layers of a block end whose output is added to its tokens, in all families."""
-SMALLEST = 1e-3
-"""Deviation of a channel that hardly changes, as a share of the mean one."""
+SMALLEST, TINY = 1e-3, 1e-6
+"""Least deviation of a channel, as a share of the mean one; and where none changes."""
 
 
 class Statistics(nn.Module):
@@ -50,14 +50,15 @@ class Statistics(nn.Module):
         self.register_buffer("deviation", torch.ones(2, width))
 
     @torch.no_grad()
-    def measure(self, tokens: Tensor | None, cache: Tensor) -> None:
-        """Take them from tokens [..., D] like those to come; None leaves the entering ones at 0 and 1."""
+    def measure(self, tokens: Tensor, cache: Tensor) -> None:
+        """Take them from tokens [..., D] like those to come."""
         for i, values in enumerate((tokens, cache)):
-            if values is not None:
-                values = values.float().flatten(0, -2)
-                deviation = values.std(0)
-                self.mean[i] = values.mean(0)
-                self.deviation[i] = deviation.clamp(min=max(SMALLEST * float(deviation.mean()), 1e-6))
+            values = values.float().flatten(0, -2)
+            deviation = values.std(0)
+            self.mean[i] = values.mean(0)
+            self.deviation[i] = deviation.clamp(
+                min=max(SMALLEST * float(deviation.mean()), 1e-6)
+            )  # all may be constant
 
     def _apply(self, fn, recurse=True):
         """To another device, but to no other type: what is divided by is not rounded."""
@@ -141,9 +142,9 @@ class Predictor(Checkpointed, nn.Module):
 def new_predictor(
     transformer: nn.Module,
     family: DiTFamily,
+    entering: Tokens,
     cached: Tokens,
     blocks: int = 2,
-    entering: Tokens | None = None,
     **made_for,
 ) -> Predictor:
     """An untrained predictor in float32 on the transformer's device.
@@ -151,9 +152,9 @@ def new_predictor(
     Args:
         transformer: whose trunk it is to stand in for.
         family: its record.
-        cached: tokens that a full pass left (`Cached.tokens`), for their statistics.
+        entering: tokens that entered the trunk, for their statistics.
+        cached: those that a full pass left (`Cached.tokens`), by the same names, for theirs.
         blocks: k, at most the length of the transformer's last block list.
-        entering: tokens that entered the trunk, by the same names, for theirs; None takes 0 and 1.
         made_for: further fields of `NetworkConfig`.
 
     Raises:
@@ -173,7 +174,7 @@ def new_predictor(
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
     for name, statistics in predictor.statistics.items():
-        statistics.measure(entering[name].cpu() if entering else None, cached[name].cpu())
+        statistics.measure(entering[name].cpu(), cached[name].cpu())
     return predictor.to(next(transformer.parameters()).device)
 
 

@@ -9,7 +9,7 @@ and so neither does the identity by which a predictor knows its student.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, atomic_folder, read_run, sha256_file, write_run
+from vidaccel.bench.plots import kind_of
 from vidaccel.bench.tables import passes_text
-from vidaccel.config import MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import SHIPPED, read_model
 from vidaccel.models.student import FORMAT as MODEL
@@ -47,13 +47,14 @@ SCORES = [
 ]
 
 
-def ship_student(student: Path, distilled: Path, results: Path | None, output: Path) -> None:
+def ship_student(student: Path, distilled: Path, results: Path | None, remark: str, output: Path) -> None:
     """Write the student's own parts to `output`, with its card.
 
     Args:
         student: folder of `vidaccel distill`, whose every component but the transformer is the shipped teacher's.
         distilled: folder of the CFG distillation before it.
         results: the results.json that its card quotes; None leaves that out.
+        remark: a paragraph for the card on what the settings do not say of the training.
         output: the new folder.
 
     Raises:
@@ -73,7 +74,7 @@ def ship_student(student: Path, distilled: Path, results: Path | None, output: P
         shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
         for name in ("conditioning", "scheduler"):
             shutil.copytree(student / name, folder / name)
-        card = _card("sprites/student", STUDENT, made_by, _rows(results, lambda row: row.full_count() == row.steps))
+        card = _card("sprites/student", STUDENT, made_by, _rows(results, "sampler"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         parents = {role: sha256_file(SHIPPED / "teacher" / RUN_FILE) for role in ("teacher", "pipeline")}
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
@@ -88,7 +89,9 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
     with atomic_folder(output) as folder:
         for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):
             shutil.copy(predictor / name, folder / name)
-        card = _card("sprites/predictor", INSTEAD, made_by, _rows(results, lambda row: row.predicts))
+        steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
+        remark = f"Schedules were searched on grids of {steps} steps."
+        card = _card("sprites/predictor", INSTEAD, made_by, _rows(results, "with a predictor"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
 
@@ -107,22 +110,21 @@ def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[
     )
 
 
-def _rows(results: Path | None, wanted: Callable[[MethodConfig], bool]) -> list[dict[str, Any]]:
-    """The scored rows without a training-free cache that are `wanted`."""
+def _rows(results: Path | None, kind: str) -> list[dict[str, Any]]:
+    """The scored rows of a `kind_of` that begins so."""
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"] if results else []
-    scored = [run for run in runs if run["total"] is not None]
-    names = MethodConfig.__dataclass_fields__.keys()  # beside them stands how the machine ran it
-    methods = [MethodConfig(**{name: run["settings"][name] for name in names}) for run in scored]
-    return [run for run, method in zip(scored, methods, strict=True) if not method.cache and wanted(method)]
+    return [run for run in runs if run["total"] is not None and kind_of(run).startswith(kind)]
 
 
-def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], runs: list[dict]) -> str:
+def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], runs: list[dict], remark: str) -> str:
     """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
     commands = {command: run for command, run, _ in made_by.values()}
     stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
     seed = next(iter(commands.values()))["seed"]
     lines = [f"# {title}", "", about, "", "## How it was made", ""]
     lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
+    if remark:
+        lines += [remark, ""]
     if runs:
         lines += [*SCORES, *map(_marks, runs), ""]
     for command, run in commands.items():

@@ -97,9 +97,9 @@ def _start(setting: Setting) -> tuple[Predictor, Pairs]:
     predictor = new_predictor(
         student.transformer,
         student.family,
+        entering,
         first.memory[0].tokens,
         config.blocks,
-        entering,
         steps=sampling.steps,
         shift=sampling.shift,
         student=student_hash(setting.loaded),
