@@ -17,7 +17,7 @@ from tests.train.test_distill import write_features
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.models.call import call_arguments, set_guidance
 from vidaccel.models.loading import load_pipeline
-from vidaccel.sprites import __main__ as sprites
+from vidaccel.sprites import score_model
 
 SMALL = ["train.batch_size=2", "train.warmup=0", "train.log_every=1", "sample_steps=2"]
 
@@ -52,7 +52,7 @@ def few_steps():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "REFERENCE_STEPS", 4)
         patch.setattr(study, "FEW_STEPS", (2, 1))
-        patch.setattr(sprites, "summarise", partial(sprites.summarise, resamples=20))
+        patch.setattr(score_model, "summarise", partial(score_model.summarise, resamples=20))
         yield
 
 

@@ -201,7 +201,8 @@ def test_it_is_the_formula_of_the_method(name):
     for key in tokens:
         fusion = predictor.fusions["tokens" if name == "hunyuan_video" else key]
         mean, deviation = predictor.statistics[key].mean, predictor.statistics[key].deviation
-        both = torch.cat([arguments[key], (tokens[key] - mean[1]) / deviation[1]], dim=-1)
+        standard = [(each[key] - mean[i]) / deviation[i] for i, each in enumerate((arguments, tokens))]
+        both = torch.cat(standard, dim=-1)
         values[key] = tokens[key] + deviation[1] * fusion.outer(torch.nn.functional.silu(fusion.inner(both)))
     for block in predictor.blocks:
         left = block(*values.values())

@@ -165,8 +165,8 @@ class Model:
         return found
 
     def _predictor(self) -> Predictor:
-        tokens = self.trunk.memory()[0].tokens
-        network = new_predictor(self.transformer, self.family, tokens, self.config.predictor_blocks).eval()
+        tokens = self.trunk.memory()[0].tokens  # for those that enter as well: its statistics change no time
+        network = new_predictor(self.transformer, self.family, tokens, tokens, self.config.predictor_blocks).eval()
         return network.run_like(self.transformer).to(self.device)
 
 
