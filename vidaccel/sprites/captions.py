@@ -28,7 +28,7 @@ AFTER = ("{subject} on {bg}", "{subject}, on {bg}", "{subject} on a {bg} backgro
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of the scene's phrasings; sprites are named in the order of the scene, which is random itself."""
+    """One of the scene's phrasings; sprites are named in the order of the scene: from the left, or from the top."""
     phrases = [sprite.motion and rng.choice(MOTION_PHRASES[sprite.motion]) for sprite in scene.sprites]
     subjects = [describe(sprite, phrase) for sprite, phrase in zip(scene.sprites, phrases, strict=True)]
     return rng.choice(BEFORE + AFTER).format(subject=" and ".join(subjects), bg=scene.background)
