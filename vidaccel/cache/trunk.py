@@ -116,6 +116,7 @@ class Trunk:
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
             self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
+        self._contexts_moved()
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
         return self
@@ -125,6 +126,7 @@ class Trunk:
         self.reset()
         while self._undo:
             self._undo.pop()()
+        self._contexts_moved()
 
     def __enter__(self) -> "Trunk":
         return self.attach()
@@ -143,7 +145,6 @@ class Trunk:
     def _hook(self, block: nn.Module, hook: ModelHook) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(block)
         registry.register_hook(hook, HOOK)
-        self._contexts_moved()
         self._undo.append(lambda: self._unhook(block, registry))
 
     def _unhook(self, block: nn.Module, registry: HookRegistry) -> None:
@@ -152,7 +153,6 @@ class Trunk:
             del block._diffusers_hook
         if vars(block)["forward"] == type(block).forward.__get__(block):
             del block.forward
-        self._contexts_moved()
 
     def _contexts_moved(self) -> None:
         """`cache_context` keeps a list of the hooked modules that it tells."""
