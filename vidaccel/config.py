@@ -676,6 +676,8 @@ class BenchmarkConfig(RuntimeConfig):
     """Times that every row is timed, one after the other."""
     timed_prompts: int = 1
     """Prompts of a round."""
+    timed_seconds: float = 0.75
+    """Least that a row denoises in a round: its videos are made again until then, and the mean is what counts."""
     scored_prompts: int = 64
     """Prompts that quality is measured on."""
     batch_size: int = 8
@@ -693,6 +695,7 @@ class BenchmarkConfig(RuntimeConfig):
         _require(self.rounds >= 2, "rounds", self.rounds, "must be at least 2: one time has no spread")
         for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "batch_size"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        _require(0 <= self.timed_seconds < math.inf, "timed_seconds", self.timed_seconds, "is in seconds, 0 or more")
         _require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
         dtypes = ("float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")

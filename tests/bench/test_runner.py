@@ -1,7 +1,9 @@
 """`vidaccel benchmark --speedup --quality` on tiny pipelines: real files, caches and faults; nothing about time."""
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ dtype: float32
 sizes: [[5, 32, 32]]
 prompts: [a red circle, a green circle on black, blue]
 rounds: 2
+timed_seconds: 0
 scored_prompts: 3
 batch_size: 2
 baseline: cfg
@@ -150,6 +153,30 @@ def test_speedups(bench):
     assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1}
     # the student embeds r and g besides: 256 frequencies -> 24 -> 24 each
     assert flops["student"] / 4 - flops["cfg"] / 12 == 2 * 2 * (256 * 24 + 24 * 24)
+
+
+def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
+    """Videos of 0.5, 0.2 and 0.3 s are a round of 0.8 s: their mean counts, and the decoder runs once."""
+    made, decoded, times = runner.make, [], itertools.cycle([0.5, 0.2, 0.3])
+
+    def timed(loaded, method, size, prompts, seeds, guidance, decode=True):
+        video = made(loaded, method, size, prompts, seeds, guidance, decode)
+        if method.steps != 4 or not timing:  # another row, or one that nobody times
+            return replace(video, denoise_seconds=1.0, seconds=1.0 + decode)
+        decoded.append(decode)
+        seconds = next(times)
+        return replace(video, denoise_seconds=seconds, seconds=seconds + 2.0 * decode)
+
+    timing = []
+    monkeypatch.setattr(runner, "make", timed)
+    monkeypatch.setattr(runner.Benchmark, "_warm_decoder", lambda self: timing.append(True))
+    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]", "timed_seconds=0.8")
+    assert result.exit_code == 0, result.output
+    assert decoded == [True, False, False] * 2
+    student = by_method(tmp_path)["student"]
+    assert student["denoise_seconds"]["median"] == pytest.approx(1 / 3)
+    assert student["end_to_end_seconds"]["median"] == pytest.approx(1 / 3 + 2)
+    assert student["speedup"]["measured"] == pytest.approx(3)
 
 
 def test_how_models_are_run_is_a_setting(bench, conf, tmp_path):
@@ -349,6 +376,7 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
         ([], "nothing was asked for", "give one of --plan, --speedup"),
         (["--plan", "--speedup"], "--plan and --speedup were asked for together", "give one of"),
         (["--quality", "--plan"], "--quality was asked for without --speedup", "add --speedup"),
+        (["--speedup", "timed_seconds=-1"], "timed_seconds=-1.0 is not possible", "0 or more"),
         (["--speedup", "rounds=1"], "rounds=1 is not possible", "at least 2"),
         (["--speedup", "only=[zzz]"], 'there is no method "zzz"', "choose from"),
         (["--speedup", "baseline=cgf"], 'there is no method "cgf"', 'did you mean "cfg"?'),

@@ -31,8 +31,8 @@ def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int])
         return run
     run |= row.counts | {"speedup": _speedup(row, baseline), "prompts": config.timed_prompts}
     if len(row.rounds) > 1:
-        run["denoise_seconds"] = spread([each["denoise"] / config.timed_prompts for each in row.rounds])
-        run["end_to_end_seconds"] = spread([each["end_to_end"] / config.timed_prompts for each in row.rounds])
+        run["denoise_seconds"] = spread([each["denoise"] for each in row.rounds])
+        run["end_to_end_seconds"] = spread([each["end_to_end"] for each in row.rounds])
     if row.videos and row.error is None:
         run |= summary(row.videos) | {"prompts": len(row.videos)}
     return run | {"seeds": list(seeds[: run["prompts"]])}
