@@ -1,5 +1,6 @@
 """Speed against quality, as a picture: every row a point, and the line that ours make together."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 from vidaccel.artefacts import atomic_path
 
@@ -18,6 +21,10 @@ KINDS = {
     "cache on the student": ("s", "#8fbbe0"),
 }
 """Marker and colour."""
+LEADER = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+"""From a name to its point."""
+PLACES = 12
+"""Directions from a point in which its name is tried."""
 TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30)
 """Speedups that the axis names."""
 
@@ -52,7 +59,7 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     """A PNG: total against measured speedup; likeness to the baseline where nothing was marked; else measured against
     ideal speedup."""
     timed = [run for run in runs if run["speedup"]["measured"] is not None]
-    figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if any(run["total"] is not None for run in timed):
@@ -66,7 +73,8 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     if timed:
         fastest = max(run["speedup"]["measured"] for run in timed)
         axes.set_xlim(0.9, 1.5 * fastest)
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(KINDS), fontsize=8)
+        _label(axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -101,7 +109,31 @@ def _points(axes: Axes, runs: Sequence[dict[str, Any]], heights: Sequence[float]
         if chosen:
             speeds, ys = zip(*((run["speedup"]["measured"], y) for run, y in chosen), strict=True)
             axes.scatter(speeds, ys, marker=marker, color=colour, label=kind, s=28, zorder=2)
+        sweeps: dict[str, list[tuple[float, float]]] = {}
         for run, y in chosen:
-            if "=" not in run["method"]:  # points of a sweep would write over one another
-                at = run["speedup"]["measured"], y
-                axes.annotate(run["method"], at, fontsize=6, xytext=(4, 3), textcoords="offset points")
+            at = run["speedup"]["measured"], y
+            sweeps.setdefault(run["method"].split()[0], []).append(at)
+            if "=" not in run["method"]:  # a sweep has one name
+                axes.annotate(
+                    run["method"], at, xytext=(0, 0), textcoords="offset points", fontsize=6, arrowprops=LEADER
+                )
+        for points in sweeps.values():
+            axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, zorder=1)
+
+
+def _label(axes: Axes) -> None:
+    """Put each name at the free place that is nearest to its point."""
+    figure = axes.get_figure()
+    figure.draw_without_rendering()  # the layout decides where points are in pixels
+    figure.set_layout_engine("none")
+    points = axes.transData.transform([(x, y) for each in axes.collections for x, y in each.get_offsets()])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
+    rings = [(r, 2 * math.pi * k / PLACES) for r in range(8, 240, 8) for k in range(PLACES)]
+    for text in [each for each in axes.texts if isinstance(each, Annotation)]:
+        for radius, angle in rings:
+            x, y = radius * math.cos(angle), radius * math.sin(angle)
+            text.set(position=(x, y), ha="left" if x > -1 else "right", va="center")
+            box = Text.get_window_extent(text).padded(1)
+            if axes.bbox.count_contains(box.corners()) == 4 and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)

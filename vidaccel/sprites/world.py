@@ -133,4 +133,3 @@ def _swept(sprite: Sprite) -> Box:
         max(x + r for x, _, r in states) + MARGIN,
         max(y + r for _, y, r in states) + MARGIN,
     )
-
