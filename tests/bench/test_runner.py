@@ -17,6 +17,7 @@ from vidaccel.bench.once import make
 from vidaccel.cache.schedule import evenly, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config import BenchmarkConfig, load
+from vidaccel.data.video import read_video
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
 from vidaccel.predictor.network import new_predictor
@@ -239,6 +240,21 @@ def test_quality(bench, models):
     assert row["videos"][1]["likeness"]["latent_relative_l2"] == pytest.approx(expected, rel=1e-4)
     low, high = runs["student"]["intervals"]["fidelity.latent_relative_l2"]
     assert low <= runs["student"]["fidelity"]["latent_relative_l2"] <= high
+
+
+def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):
+    """By the names that VBench gives a prompt's videos, and nothing that a file cannot be called."""
+    long = "a cat " + 300 * "é"
+    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]", "keep_videos=true")
+    result = run(*words, f"prompts=['a/b', 'a circle', '{long}', 'a circle']", "scored_prompts=4")
+    assert result.exit_code == 0, result.output
+    for row in ("cfg_teacher_5x32x32", "student_student_5x32x32"):
+        made = {file.name for file in (tmp_path / "videos" / row).iterdir()}
+        assert made == {"a b-0.mp4", "a circle-0.mp4", "a circle-1.mp4", f"a cat {112 * 'é'}-0.mp4"}
+    frames = read_video(
+        tmp_path / "videos/student_student_5x32x32/a circle-1.mp4", fps=24, num_frames=5, height=32, width=32
+    )
+    assert frames.shape == (5, 32, 32, 3)
 
 
 def test_report_is_one_file(bench):

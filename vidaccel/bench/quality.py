@@ -3,7 +3,8 @@
 Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
 The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
 that slows down after distillation shows here. LPIPS is there where its package is installed, which loads AlexNet by
-itself. VBench cannot be: its package pins transformers to 4.33, and the pipelines need 5.
+itself. VBench cannot be: its package pins transformers to 4.33 and torch below 2. `keep_videos` keeps what it would
+score.
 
 T frames, H and W pixels, P prompts
 """

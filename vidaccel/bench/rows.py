@@ -3,6 +3,7 @@
     rows/<name>.json      counts, seconds of each round, marks of each prompt, or the error
     frames/<name>.safetensors    some frames of the first prompt, for the sheet
     reference/<i>.safetensors    the baseline's video i, until the end
+    videos/<name>/<prompt>-<n>.mp4    with keep_videos: what is scored, by the names that VBench expects
 
 A round counts when all rows that have no error were timed in it: a ratio is between neighbours in time.
 """
@@ -21,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from vidaccel.artefacts import atomic_path, write_json
 from vidaccel.bench.once import Made, Size
 from vidaccel.config import MethodConfig
+from vidaccel.data.video import write_video
 
 SHEET_FRAMES = 8
+LONGEST_NAME = 230
+"""Bytes of a prompt in the name of its video, which with the rest may not pass the 255 of a file system."""
 SCHEMA = 1
 """Version of results.json."""
 FIELDS = (
@@ -59,7 +63,7 @@ class Row:
     counts: dict[str, Any] | None = None
     """full_steps, passes, flops, cache_bytes, peak_memory_bytes, parameters."""
     rounds: list[dict[str, float]] = field(default_factory=list)
-    """{"denoise", "end_to_end"} seconds of each round, all its prompts together."""
+    """{"denoise", "end_to_end"} seconds of each round, the mean of its videos."""
     videos: list[dict[str, Any]] = field(default_factory=list)
     """{"marks", "likeness"} of each scored prompt."""
     error: str | None = None
@@ -119,6 +123,11 @@ class Rows:
     def frames(self, row: Row) -> np.ndarray | None:
         file = self.folder / "frames" / f"{row.file_name}.safetensors"
         return load_file(file)["frames"].numpy() if file.exists() else None
+
+    def save_video(self, row: Row, prompt: str, number: int, frames: np.ndarray, fps: float) -> None:
+        """The row's video of a prompt, the `number`-th of those that are asked for the same."""
+        name = re.sub(r"[/\\\0]", " ", prompt).encode()[:LONGEST_NAME].decode(errors="ignore")
+        write_video(frames, self.folder / "videos" / row.file_name / f"{name}-{number}.mp4", fps)
 
     def save_reference(self, size: Size, index: int, made: Made) -> None:
         _save(self._reference(size, index), frames=torch.from_numpy(made.frames), latents=made.latents)

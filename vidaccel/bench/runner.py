@@ -199,6 +199,9 @@ class Benchmark:
                     "likeness": likeness(made, reference, place) if reference else None,
                 }
             )
+            if self.config.keep_videos:
+                number = self.scored[:index].count(prompt)
+                self.rows.save_video(row, prompt, number, made.frames[place], loaded.default("fps"))
             advance()
         row.videos += videos
 
