@@ -47,6 +47,15 @@ def test_two_sprites_never_touch_and_share_neither_shape_nor_colour(scene):
             assert max(abs(x - u), abs(y - v)) >= r + s + 2 * MARGIN - 1e-6
 
 
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_the_first_of_two_is_the_left_one_or_the_upper_one_where_one_moves_sideways(seed):
+    one, other = random_scene(random.Random(seed), pair_share=1.0).sprites
+    sideways = {one.motion, other.motion} & {"left", "right"}
+    for (x, y, r), (u, v, s) in ((one.state(f / 16), other.state(f / 16)) for f in range(17)):
+        assert (y + r < v - s) if sideways else (x + r < u - s)
+
+
 @given(seed=st.integers(0, 2**32 - 1), split=st.sampled_from(["train", "held_out"]))
 @settings(max_examples=200, deadline=None)
 def test_every_sprite_of_a_scene_belongs_to_its_split(seed, split):
