@@ -111,6 +111,22 @@ def test_auto_dtype_on_cuda_is_the_stored_one(saved, tmp_path):
     assert loading._dtype(components["vae"], "auto", torch.device("cuda")) == torch.float32
 
 
+def test_denoisers_may_have_a_dtype_of_their_own(saved):
+    pipe = load_pipeline(saved("hunyuan_video"), dtype="bfloat16", denoiser_dtype="float32").pipe
+    assert pipe.transformer.dtype == torch.float32
+    assert pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
+
+
+def test_what_is_not_placed_stays_on_the_cpu_as_the_device_wants_it(tmp_path, monkeypatch):
+    pipe = tiny_pipeline("hunyuan_video")
+    pipe.text_encoder.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "mixed")
+    monkeypatch.setattr(loading, "resolve_device", lambda name: torch.device("cuda"))
+    pipe = load_pipeline(tmp_path / "mixed", device="cuda", denoiser_dtype="float32", placed=False).pipe
+    assert pipe.device.type == "cpu" and pipe.transformer.dtype == torch.float32
+    assert pipe.text_encoder.dtype == torch.bfloat16
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_asked_for_and_absent(saved):
     assert "CUDA" in refused(saved("hunyuan_video"), device="cuda").message

@@ -60,6 +60,8 @@ def load_pipeline(
     device: str = "cpu",
     dtype: str = "auto",
     given: Mapping[str, torch.nn.Module] | None = None,
+    denoiser_dtype: str | None = None,
+    placed: bool = True,
 ) -> LoadedPipeline:
     """Load a model after checking that it is whole and supported.
 
@@ -69,6 +71,8 @@ def load_pipeline(
         device: "cpu", "cuda", or "auto" (cuda if there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (as stored on cuda, float32 on a CPU).
         given: modules to take instead of loading them, by component name, such as those of a pipeline in memory.
+        denoiser_dtype: the transformers', where it is not `dtype`.
+        placed: whether all of it goes to the device; otherwise it stays on the CPU, typed for the device.
 
     Raises:
         UserError: the model cannot be found, is broken, foreign or a pickle, or the device is not there.
@@ -78,12 +82,16 @@ def load_pipeline(
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
     files = read_model(model)
     modules = dict(given or {})
+    denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
     for component in files.contents.components.values():
         if component.is_module and component.name not in modules:
-            modules[component.name] = load_module(component, _dtype(component, dtype, target))
+            wanted = denoiser_dtype if denoiser_dtype and component.name in denoisers else dtype
+            modules[component.name] = load_module(component, _dtype(component, wanted, target))
     if files.contents.lora:
-        merge_adapter(modules[files.contents.family.denoisers[0].attribute], files.contents.lora)
-    pipe = _assemble(files.contents, modules).to(target)
+        merge_adapter(modules[denoisers[0]], files.contents.lora)
+    pipe = _assemble(files.contents, modules)
+    if placed:
+        pipe.to(target)
     loaded = LoadedPipeline(pipe, files.contents.family, files.source, files.call, files.hashes)
     return _as_saved(loaded, files.contents)
 

@@ -27,7 +27,7 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.family import DiTFamily
-from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
+from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
 from vidaccel.models.steps import GridScheduler
 from vidaccel.models.student import save_student
 from vidaccel.models.velocity import Velocity
@@ -59,30 +59,27 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> None:
 
 def _distill(config: DistillConfig, output: Path, device: str) -> None:
     started = datetime.now(UTC)
-    config = _resolved(config)
-    loaded = load_pipeline(config.teacher, device=device, dtype="float32")
+    config, target = _resolved(config), resolve_device(device)
+    loaded = load_pipeline(config.teacher, device=device, denoiser_dtype="float32", placed=world() == 1)
     _check_teacher(loaded, config)
     data, made_of = open_data(loaded, config)
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     copy = student_of(loaded, config)
-    setting = Distillation(
-        config,
-        teacher=velocity_of(loaded).requires_grad_(False).eval(),
-        student=velocity_of(copy).requires_grad_(True),
-        data=data,
-        empty=encode_texts(loaded, [""]),
-        shift=config.shift or shift_of(loaded),
-    )
-    blocks = _blocks(setting.student.transformer, loaded.family)
+    teacher, student = velocity_of(loaded).requires_grad_(False).eval(), velocity_of(copy).requires_grad_(True)
+    blocks = _blocks(student.transformer, loaded.family)
     if config.train.lora_rank:
         from vidaccel.train import lora  # wants peft, which the extra `train` brings
 
-        lora.add_lora(setting.student.transformer, blocks, config.train.lora_rank, config.seed)
+        lora.add_lora(student.transformer, blocks, config.train.lora_rank, config.seed)
+    parts = [part for part in (student.transformer, student.conditioning) if part]
+    # The parts on their own too: a pipeline calls them without the student.
+    shard(student, [*blocks, *parts], target)
+    shard(teacher, _blocks(teacher.transformer, loaded.family), target)
+    loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
+    empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded)
+    setting = Distillation(config, teacher, student, data, empty, shift)
     if config.method == "mean_velocity":
         say_what_is_trained_on(setting)
-    parts = [part for part in (setting.student.transformer, setting.student.conditioning) if part]
-    shard(setting.student, [*blocks, *parts])  # the parts on their own too: a pipeline calls them without the student
-    shard(setting.teacher, _blocks(setting.teacher.transformer, loaded.family))
     loss = LOSSES[config.method](setting)
     train(
         setting.student,
@@ -126,7 +123,8 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     family, attribute = loaded.family, loaded.family.denoisers[0].attribute
     modules = {name: part for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)}
     modules.pop(attribute)
-    copy = load_pipeline(config.teacher, device=loaded.pipe.device.type, dtype="float32", given=modules)
+    device = loaded.pipe.device.type
+    copy = load_pipeline(config.teacher, device=device, given=modules, denoiser_dtype="float32")
     transformer = getattr(copy.pipe, attribute)
     added = {"cfg": "g", "mean_velocity": "r"}[config.method]
     wanted = [name for name in ("r", "g") if name == added or velocity_of(loaded).embeds(name)]

@@ -51,15 +51,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Spreads the parameters of `model`, on the device where they are, over all processes; `blocks` one by one.
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device | None = None) -> None:
+    """Spreads the parameters of `model` over all processes; `blocks` one by one.
 
-    Every process has the same weights before. From then on call `model`, whose call gathers what it needs: the forward
-    of a part of it finds shards. What is to be added to the model (adapters, embeddings) is added before.
+    They stay on the device where they are, or go to `device`: no more of the model is whole there than the largest
+    block, or what is in none. Every process has the same weights before. From then on call `model`, whose call gathers
+    what it needs: the forward of a part of it finds shards. What is to be added to the model (adapters, embeddings) is
+    added before.
     """
     if world() == 1:
         return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
+    mesh = init_device_mesh((device or next(model.parameters()).device).type, (world(),))
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
 
