@@ -288,7 +288,8 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
     train = TRAIN | {"steps": 5, "learning_rate": 1e-5}
     distill(settings(world, "wan", **own, train=train | {"accumulate": 2}), tmp_path / "one")
     words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}", "train.optimizer=adamw"]
-    words += ["mean_velocity.restrict=0.2", *(f"train.{key}={value}" for key, value in train.items())]
+    words += ["guidance_range=[1,8]", "mean_velocity.restrict=0.2", "mean_velocity.substeps=2"]
+    words += [f"train.{key}={value}" for key, value in train.items()]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
     command = [*run, "distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words]
     done = subprocess.run(command, capture_output=True, text=True)
