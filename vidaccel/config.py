@@ -680,6 +680,8 @@ class BenchmarkConfig(RuntimeConfig):
     """Least that a row denoises in a round: its videos are made again until then, and the mean is what counts."""
     scored_prompts: int = 64
     """Prompts that quality is measured on."""
+    sweeps: bool = True
+    """Whether caches whose threshold sets their speed are scored at others too, as their rows say."""
     keep_videos: bool = False
     """Whether the videos that quality is measured on stay: videos/ROW/PROMPT-N.mp4, as VBench wants them named."""
     batch_size: int = 8

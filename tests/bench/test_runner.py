@@ -245,16 +245,17 @@ def test_quality(bench, models):
 def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):
     """By the names that VBench gives a prompt's videos, and nothing that a file cannot be called."""
     long = "a cat " + 300 * "é"
-    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]", "keep_videos=true")
-    result = run(*words, f"prompts=['a/b', 'a circle', '{long}', 'a circle']", "scored_prompts=4")
+    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[first-block]", "keep_videos=true")
+    result = run(*words, f"prompts=['a/b', 'a circle', '{long}', 'a circle']", "scored_prompts=4", "sweeps=false")
     assert result.exit_code == 0, result.output
-    for row in ("cfg_teacher_5x32x32", "student_student_5x32x32"):
+    for row in ("cfg_teacher_5x32x32", "first-block_teacher_5x32x32"):
         made = {file.name for file in (tmp_path / "videos" / row).iterdir()}
         assert made == {"a b-0.mp4", "a circle-0.mp4", "a circle-1.mp4", f"a cat {112 * 'é'}-0.mp4"}
     frames = read_video(
-        tmp_path / "videos/student_student_5x32x32/a circle-1.mp4", fps=24, num_frames=5, height=32, width=32
+        tmp_path / "videos/first-block_teacher_5x32x32/a circle-1.mp4", fps=24, num_frames=5, height=32, width=32
     )
     assert frames.shape == (5, 32, 32, 3)
+    assert set(by_method(tmp_path)) == {"cfg", "first-block"}
 
 
 def test_report_is_one_file(bench):

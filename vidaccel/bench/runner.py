@@ -65,7 +65,7 @@ class Benchmark:
     """One output folder, begun or finished."""
 
     def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
-        self.methods = methods = config.wanted(swept=quality)
+        self.methods = methods = config.wanted(swept=quality and config.sweeps)
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
