@@ -41,7 +41,7 @@ bench: setup
 sprites: setup
 	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
 
-# The shipped student and predictor made from the shipped teacher, in the form they ship in: an hour and a half on two
+# The shipped student and predictor made from the shipped teacher, in the form they ship in: about an hour on two
 # CPU cores.
 distilled: setup
 	$(BIN)/vidaccel collect-features --conf sprites -o runs/features
