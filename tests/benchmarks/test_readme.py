@@ -15,7 +15,7 @@ NAMES = [name for _, name, _ in BLOCK.findall(README.read_text(encoding="utf-8")
 
 def test_readme_is_what_make_readme_figures_writes():
     text = README.read_text(encoding="utf-8")
-    assert NAMES == ["sprites"]
+    assert NAMES == ["sprites", "caching"]
     assert filled(text, RESULTS) == text, "run make readme-figures"
 
 

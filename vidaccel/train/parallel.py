@@ -131,6 +131,7 @@ def shared_folder(target: Path) -> Iterator[Path]:
     """`atomic_folder` for a folder on a disk that all processes see, and write to."""
     with contextlib.ExitStack() as stack:
         yield on_first(lambda: stack.enter_context(atomic_folder(target)))
+        on_all(lambda: None)  # nobody writes any more
         on_first(stack.close)
 
 
