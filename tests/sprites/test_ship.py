@@ -41,7 +41,7 @@ def made(tmp_path_factory) -> Path:
         config = DistillConfig(method="cfg" if name == "cfg" else "mean_velocity")
         save(root / name, teacher, trained(teacher), config=asdict(config))
     save_predictor(root / "predictor", load_pipeline(root / "student"))
-    write_json(root / "results.json", {"runs": [result(name) for name in METHODS]})
+    write_json(root / "results.json", {"command": "vidaccel benchmark --quality", "runs": [result(n) for n in METHODS]})
     words = ["--results", root / "results.json", "--remark", "It was interrupted once."]
     run("ship", *places(root), *words, "-o", root / "shipped")
     return root
@@ -117,6 +117,7 @@ def test_both_are_vouched_for(made):
 
 def test_the_cards_quote_trainings_and_results(made):
     student, predictor = ((made / "shipped" / name / "README.md").read_text() for name in ("student", "predictor"))
+    assert all("Rows of `vidaccel benchmark --quality`." in card for card in (student, predictor))
     for name, passes, card, other in (
         ("student-8", "4", student, predictor),
         ("predictor-2-of-4", "4 + 2", predictor, student),

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from vidaccel.artefacts import atomic_path
@@ -129,11 +129,11 @@ def _label(axes: Axes) -> None:
     points = axes.transData.transform([(x, y) for each in axes.collections for x, y in each.get_offsets()])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
     rings = [(r, 2 * math.pi * k / PLACES) for r in range(8, 240, 8) for k in range(PLACES)]
-    for text in [each for each in axes.texts if isinstance(each, Annotation)]:
+    for text in axes.texts:
         for radius, angle in rings:
             x, y = radius * math.cos(angle), radius * math.sin(angle)
             text.set(position=(x, y), ha="left" if x > -1 else "right", va="center")
-            box = Text.get_window_extent(text).padded(1)
+            box = Text.get_window_extent(text).padded(1)  # without the line to its point
             if axes.bbox.count_contains(box.corners()) == 4 and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)

@@ -56,9 +56,7 @@ class Statistics(nn.Module):
             values = values.float().flatten(0, -2)
             deviation = values.std(0)
             self.mean[i] = values.mean(0)
-            self.deviation[i] = deviation.clamp(
-                min=max(SMALLEST * float(deviation.mean()), 1e-6)
-            )  # all may be constant
+            self.deviation[i] = deviation.clamp(min=max(SMALLEST * float(deviation.mean()), TINY))
 
     def _apply(self, fn, recurse=True):
         """To another device, but to no other type: what is divided by is not rounded."""

@@ -37,10 +37,8 @@ INSTEAD = """\
 Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
 number of full steps, those that the search found. Licence: Apache-2.0."""
 SCORES = [
-    "## How it scores",
-    "",
-    "Rows of `vidaccel benchmark --speedup --quality rounds=5`: percent, with 95 % bootstrap intervals over held-out",
-    "prompts; the latent error is relative to the teacher's 50 steps of two passes from the same noise.",
+    "Percent, with 95 % bootstrap intervals over held-out prompts; the latent error is relative to the teacher's 50",
+    "steps of two passes from the same noise.",
     "",
     "| | passes | semantic | quality | total | interval | latent error |",
     "|---|---|---|---|---|---|---|",
@@ -74,7 +72,7 @@ def ship_student(student: Path, distilled: Path, results: Path | None, remark: s
         shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
         for name in ("conditioning", "scheduler"):
             shutil.copytree(student / name, folder / name)
-        card = _card("sprites/student", STUDENT, made_by, _rows(results, "sampler"), remark)
+        card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         parents = {role: sha256_file(SHIPPED / "teacher" / RUN_FILE) for role in ("teacher", "pipeline")}
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
@@ -91,7 +89,7 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
             shutil.copy(predictor / name, folder / name)
         steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
         remark = f"Schedules were searched on grids of {steps} steps."
-        card = _card("sprites/predictor", INSTEAD, made_by, _rows(results, "with a predictor"), remark)
+        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
 
@@ -110,13 +108,16 @@ def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[
     )
 
 
-def _rows(results: Path | None, kind: str) -> list[dict[str, Any]]:
-    """The scored rows of a `kind_of` that begins so."""
-    runs = json.loads(results.read_text(encoding="utf-8"))["runs"] if results else []
-    return [run for run in runs if run["total"] is not None and kind_of(run).startswith(kind)]
+def _scores(results: Path | None, kind: str) -> list[str]:
+    """Markdown about the scored rows of a `kind_of` that begins so; nothing where there are none."""
+    found = json.loads(results.read_text(encoding="utf-8")) if results else {"runs": []}
+    runs = [run for run in found["runs"] if run["total"] is not None and kind_of(run).startswith(kind)]
+    if not runs:
+        return []
+    return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_marks, runs), ""]
 
 
-def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], runs: list[dict], remark: str) -> str:
+def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], scores: list[str], remark: str) -> str:
     """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
     commands = {command: run for command, run, _ in made_by.values()}
     stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
@@ -125,8 +126,7 @@ def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]],
     lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
     if remark:
         lines += [remark, ""]
-    if runs:
-        lines += [*SCORES, *map(_marks, runs), ""]
+    lines += scores
     for command, run in commands.items():
         lines += [f"## Settings of `{command}`", "", "```yaml", _yaml(run["config"]), "```", ""]
     return "\n".join(lines)
