@@ -71,7 +71,7 @@ def main(
 
 def command_line(options: dict[str, object], words: Iterable[object]) -> str:
     """The command that was given; of a place on this machine the name alone."""
-    given = map(str, [*_flat((f"--{name}", value) for name, value in options.items()), *words])
+    given = map(str, [*_flat((f"--{name.replace('_', '-')}", value) for name, value in options.items()), *words])
     return shlex.join(["python", "-m", "benchmarks.distill", *(_without_place(word) for word in given)])
 
 

@@ -1,12 +1,14 @@
 """The study of few-step students in miniature: a tiny teacher of 64 x 64 pixels, which the marker of sprites takes."""
 
 import json
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from benchmarks.distill import cost, models, results, study
@@ -152,6 +154,13 @@ def test_no_place_of_this_machine_is_written(finished, places):
         assert str(finished.parent) not in file.read_text()
         assert str(places[0].parent) not in file.read_text()
     assert not list(finished.parent.glob("work/*/*/checkpoints"))
+
+
+def test_the_command_that_is_written_down_is_one_that_there_is(finished):
+    (command,) = json.loads(finished.read_text())["commands"]
+    known = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+    given = {word for word in shlex.split(command) if word.startswith("--")}
+    assert "--cfg-minutes" in given <= known
 
 
 def row(model: str, steps: int, total: float, **fields: object) -> dict:
