@@ -369,6 +369,9 @@ class PredictorConfig:
     """Longest time from the full step to the predicted one, in (0, 1]."""
     longest: int = 4
     """Of trajectories: most predicted steps in a row."""
+    relative: bool = False
+    """Count each sample's squared error as a share of what reusing the cached tokens has. Long lags, where that is
+    large, are then not all that is learnt."""
     guidance: float | None = None
     """Scale g that the predictor learns to work at, for a student that embeds it; null is the student's own."""
     guidance_range: list[float] | None = None

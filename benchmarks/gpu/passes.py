@@ -117,9 +117,9 @@ def _passes(
     few["warmup"] = 2 if "compiled" in variant else int(small)
     with rows.attempt("passes", variant, shape.row()), running(model, variant), Trunk(model, FAMILY) as trunk:
         alike = copy.deepcopy(predictor).run_like(model)
-        with trunk.full():
+        with trunk.full(0.5):
             full = rows.measure("full pass", variant, shape.row(), call, flops=shape.flops(variant), **few)
-        with trunk.predicted(alike):
+        with trunk.predicted(alike, 0.5):
             predicted = rows.measure("predicted pass", variant, shape.row(), call, **few)
         if variant == "eager":
             baseline[shape] = full
@@ -158,7 +158,11 @@ def _sample(model, trunk: Trunk, predictor: Predictor, given: dict, steps: int, 
         now = given | {"hidden_states": x, "timestep": torch.full((1,), 1000 * t, device=DEVICE)}
         guided = passes > 1  # and predicts nothing, so nothing need be kept
         mode = (
-            contextlib.nullcontext() if guided else trunk.full() if step in full_steps else trunk.predicted(predictor)
+            contextlib.nullcontext()
+            if guided
+            else trunk.full(t)
+            if step in full_steps
+            else trunk.predicted(predictor, t)
         )
         with mode:
             outputs = [model(**now).sample for _ in range(passes)]

@@ -68,9 +68,9 @@ def test_recomputed_activations_change_no_gradient_in_either_mode(velocity):
 
     def gradients():
         start = x.clone().requires_grad_()
-        with torch.no_grad(), trunk.full():
+        with torch.no_grad(), trunk.full(t + 0.1):
             velocity(before, t, text)
-        with trunk.predicted(predictor):
+        with trunk.predicted(predictor, t):
             u = velocity(start, t, text)
         with trunk.full():
             judged = velocity(start - 0.1 * u, t, text)

@@ -60,13 +60,13 @@ def test_cuda_graphs_give_the_same_and_leave_what_is_remembered_alone():
 
     def passes():
         """Both predicted passes look back on the same full one, whose graphs ran again in between, unremembered."""
-        with trunk.full():
+        with trunk.full(0.6):
             full = models.run(model, inputs)
         memory = trunk.memory()
-        with trunk.predicted(predictor, memory=memory):
+        with trunk.predicted(predictor, 0.5, memory):
             first = models.run(model, later)
         other = models.run(model, later)
-        with trunk.predicted(predictor, memory=memory):
+        with trunk.predicted(predictor, 0.5, memory):
             return full, first, other, models.run(model, later)
 
     with torch.no_grad(), fuse(model, "fused"), Trunk(model, WAN) as trunk:

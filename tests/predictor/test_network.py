@@ -11,8 +11,10 @@ from vidaccel.cache.trunk import Trunk
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
 from vidaccel.models.fuse import FUSED_BLOCKS, fuse
+from vidaccel.models.steps import step_grid
 from vidaccel.models.velocity import Velocity
-from vidaccel.predictor.network import SMALLEST, Fusion, Predictor, Statistics, new_predictor
+from vidaccel.predictor.forecasters import Cached
+from vidaccel.predictor.network import LAG, SMALLEST, Fusion, Predictor, Statistics, new_predictor
 
 FAMILIES = sorted(BUILDERS)
 
@@ -37,13 +39,13 @@ def inputs(transformer, family, batch=2, lengths=(5, 3)):
 
 
 @torch.no_grad()
-def predicted(transformer, family, predictor, x, t, text, full_from=None):
+def predicted(transformer, family, predictor, x, t, text, full_from=None, lag=LAG):
     """u of a predicted step behind a full one, and that of reusing what it left."""
     velocity = Velocity(transformer, family)
     with Trunk(transformer, family) as trunk:
-        with trunk.full():
-            velocity(x if full_from is None else full_from, t, text)
-        with trunk.predicted(predictor):
+        with trunk.full(t + lag):
+            velocity(x if full_from is None else full_from, t + lag, text)
+        with trunk.predicted(predictor, t):
             u = velocity(x, t, text)
         with trunk.predicted(lambda arguments, memory, t: memory[0].tokens):
             return u, velocity(x, t, text)
@@ -137,9 +139,9 @@ def test_it_starts_as_reuse_and_every_weight_learns(name):
     velocity, touched = Velocity(transformer, family), set()
     with Trunk(transformer, family) as trunk:
         for _ in range(3):  # layers behind a zero one see a gradient once it has moved
-            with torch.no_grad(), trunk.full():
+            with torch.no_grad(), trunk.full(t + LAG):
                 velocity(before, t, text)
-            with trunk.predicted(predictor):
+            with trunk.predicted(predictor, t):
                 velocity(x, t, text).square().mean().backward()
             touched |= {n for n, p in predictor.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
             optimizer.step()
@@ -209,7 +211,33 @@ def test_it_is_the_formula_of_the_method(name):
         values |= zip(tokens, left if isinstance(left, tuple) else (left,), strict=True)
     assert len(predictor.fusions) == (2 if name == "hunyuan_video_15" else 1)
     for key in tokens:
-        torch.testing.assert_close(out[key], values[key])
+        torch.testing.assert_close(out[key], values[key], rtol=1e-4, atol=1e-4)  # at the lag that counts once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [None, 5.0])
+def test_what_it_adds_grows_with_the_steps_since_the_full_one(shift):
+    """Exactly: with one state and cache, twice the steps are twice the addition, and none is none."""
+    transformer, family, predictor = made("wan", shift=shift)
+    randomised(predictor.fusions["hidden_states"])  # its blocks are the identity still
+    tokens, seen, added = cached(transformer, family), [], []
+    predicted(transformer, family, lambda arguments, *_: seen.append(arguments) or tokens, *inputs(transformer, family))
+    grid = step_grid(10, shift or 1.0)
+    for first in (4, 3, 2):
+        left = predictor(seen[0], (Cached(tokens, grid[first]),), grid[4])
+        added.append(left["hidden_states"] - tokens["hidden_states"])
+    assert not added[0].any() and added[1].abs().max() > 0.1
+    torch.testing.assert_close(added[2], 2 * added[1])
+
+
+def test_without_the_times_of_both_passes_it_cannot_tell():
+    transformer, family, predictor = made("wan")
+    for full, later in ((None, 0.5), (0.5, None)):
+        with pytest.raises(ValueError, match="the time of each pass"), Trunk(transformer, family) as trunk:
+            with torch.no_grad(), trunk.full(full):
+                Velocity(transformer, family)(*inputs(transformer, family))
+            with trunk.predicted(predictor, later):
+                Velocity(transformer, family)(*inputs(transformer, family))
 
 
 def test_a_predictor_is_made_under_a_hook_too():

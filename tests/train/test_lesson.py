@@ -12,11 +12,11 @@ from tests.train.test_discriminator import student
 from tests.train.test_loop import interrupting_at, outcome
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig, TrainConfig
-from vidaccel.predictor.forecasters import Reuse
+from vidaccel.predictor.forecasters import Cached, Reuse
 from vidaccel.train.discriminator import Discriminator, discriminator_hinge, predictor_hinge, token_grid, trunk_features
-from vidaccel.train.lesson import Lesson
+from vidaccel.train.lesson import SHARE, Lesson
 from vidaccel.train.loop import train
-from vidaccel.train.pairs import Pair, noised_pair, restricted_times
+from vidaccel.train.pairs import Pair, Times, noised_pair, restricted_times
 
 WIDTH = 24
 CONFIG = DiscriminatorConfig(depths=[0.5, 1.0], scales=[1, 2], width=8, weight=0.5)
@@ -94,6 +94,29 @@ def test_the_first_stage_is_the_squared_error(lesson):
     with torch.no_grad(), first.trunk.predicted(Reuse(), memory=pair.memory):
         again = first.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
     assert measured["reuse"] == pytest.approx(F.mse_loss(again, pair.target).item())
+
+
+def test_relative_errors_are_shares_of_what_reuse_has(lesson):
+    plain, relative, pair = lesson(adversarial=False), lesson(adversarial=False), lesson.pair
+    relative.relative = True
+    _, each = plain(pair)
+    shares = []
+    for b in range(2):
+        alone = pair._replace(
+            x=pair.x[b : b + 1],
+            times=Times(*(time[b : b + 1] for time in pair.times)),
+            text={name: tensor[b : b + 1] for name, tensor in pair.text.items()},
+            target=pair.target[b : b + 1],
+            memory=tuple(Cached({n: x[b : b + 1] for n, x in m.tokens.items()}, m.t[b : b + 1]) for m in pair.memory),
+        )
+        _, measured = plain(alone)
+        least = SHARE * float(alone.target.square().mean())
+        shares.append(measured["mse"] / (measured["reuse"] + least))
+    loss, measured = relative(pair)
+    assert loss.item() == measured["share"] == pytest.approx(sum(shares) / 2, rel=1e-4)
+    assert measured["mse"] == each["mse"] and abs(shares[0] - shares[1]) > 1e-3
+    unmoved = relative(pair._replace(target=relative._predicted(pair, Reuse()).detach()))  # reuse has no error at all
+    assert unmoved[0].isfinite()
 
 
 def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(lesson):

@@ -78,6 +78,7 @@ def test_a_noised_pair_sees_one_clip_and_noise_at_both_times():
         with trunk.full():
             velocity(x_t, full.t, text, r=full.r)
         torch.testing.assert_close(pair.memory[0].tokens, trunk.memory()[0].tokens)
+    assert torch.equal(pair.memory[0].t, full.t)
     torch.testing.assert_close(pair.x, torch.stack([0.3 * x_0[0] + 0.7 * eps[0], 0.55 * x_0[1] + 0.45 * eps[1]]))
     assert torch.equal(pair.target, velocity(pair.x, predicted.t, text, r=predicted.r))
 
@@ -106,3 +107,4 @@ def test_a_trajectory_pair_is_where_the_sampler_gets_to_with_predicted_steps(len
     assert torch.equal(pair.target, velocity(pair.x, pair.times.t, text, r=pair.times.r))
     torch.testing.assert_close(stored.x, pair.x, atol=1e-5, rtol=1e-4)
     assert stored.memory == (remembered,)
+    assert pair.memory[0].t.tolist() == grid[first].tolist()

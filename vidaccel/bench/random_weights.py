@@ -122,11 +122,11 @@ class Model:
         return calls, {"full": full, "predictor": {"outside": 1, "network": 1}, "trunk": {"outside": 1}}
 
     def full(self) -> Tensor:
-        with self.trunk.full():
+        with self.trunk.full(self.inputs["t"]):
             return self.velocity(**self.inputs)
 
     def predicted(self, forecaster: Any) -> Tensor:
-        with self.trunk.predicted(forecaster):
+        with self.trunk.predicted(forecaster, self.inputs["t"]):
             return self.velocity(**self.inputs)
 
     def without_trunk(self) -> Tensor:
@@ -135,7 +135,7 @@ class Model:
     def _network(self) -> Any:
         kind = self.family.block_lists[0]
         arguments = dict(zip(kind.arguments, self.arguments[kind.name], strict=False))
-        return self.predictor(arguments, self.trunk.memory())
+        return self.predictor(arguments, self.trunk.memory(), self.inputs["t"])
 
     def _inputs(self, costs: SizeCosts) -> dict[str, Any]:
         config, frames, height, width = self.transformer.config, *costs.size

@@ -61,7 +61,7 @@ class Taylor:
     are those of steps: times are taken back through the shift s of the grid, whose steps are even in
     k = t / (s - (s - 1) t). On the sprites teacher (20 steps, s = 3, every second, third and fourth step full) its
     velocities are 5, 10 and 16 % nearer than with distances in t. Above order 1 it is exact on polynomials, which
-    differences divided by factorials are not.
+    differences divided by factorials are not. Without the time of each pass it raises `ValueError`.
     """
 
     def __init__(self, order: int = 1, shift: float = 1.0):
@@ -71,10 +71,7 @@ class Taylor:
         self.history, self.shift = order + 1, shift
 
     def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
-        times = [t, *(cached.t for cached in memory)]
-        if any(time is None for time in times):
-            raise ValueError("Taylor has to know the time of each pass: trunk.full(t=...), trunk.predicted(..., t=...)")
-        now, *then = (time / (self.shift - (self.shift - 1) * time) for time in times)
+        now, *then = (even_time(time, self.shift) for time in (t, *(cached.t for cached in memory)))
         latest = memory[0].tokens
         forecast = dict(latest)
         for k, cached in enumerate(memory[1:], start=1):
@@ -82,6 +79,18 @@ class Taylor:
             for name, tokens in latest.items():
                 forecast[name] = forecast[name] + weight.to(tokens) * (cached.tokens[name] - tokens)
         return forecast
+
+
+def even_time(t: Tensor | None, shift: float | None) -> Tensor:
+    """k in [0, 1] of the time t = shift k / (1 + (shift - 1) k): steps of a grid of that shift are even in it.
+
+    Raises:
+        ValueError: the time is not known.
+    """
+    if t is None:
+        raise ValueError("it has to know the time of each pass: trunk.full(t=...), trunk.predicted(..., t=...)")
+    shift = shift or 1.0
+    return t / (shift - (shift - 1) * t)
 
 
 def _lagrange(at: Tensor, places: list[Tensor], k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The learned forecaster: tokens and cache fused, then a few blocks of the family's own kind (method.md, section 3).
 
     fused  = cache + deviation * Linear(D, D)(SiLU(Linear(2D, D)([tokens; cache])))
-    leaves = blocks(fused, and whatever else the trunk's first block was called with)
+    leaves = cache + s (blocks(fused, and whatever else the trunk's first block was called with) - cache)
 
 Video and text have a fusion each, except where the family's last blocks treat them as one sequence: both then share
 one, and since it acts on each token by itself nothing has to be put side by side for it. The fusion's first layer is
@@ -12,6 +12,10 @@ tokens of the full step before is 3 to 8 % wrong in velocity, while the trunk's 
 time are 7 to 14 % wrong, and a random fusion is no better than nothing. So the fusion is a correction of the cache, and
 what writes it is zero at first; the blocks are copies of the trunk's last ones but for the layers that write into the
 residual stream, which are zero too: each starts as the identity and keeps what it has learnt to look at.
+
+What it adds is scaled by how much time has passed since the cache was filled: s is that time in tenths of a sampling,
+taken back through the shift of the grid as `Taylor` does. So it is exact where none has, and has to find a slope, which
+changes less with the distance than what is missing does.
 
 Fusions see tokens standardised by channel, and correct in units of the cache's own deviation, video and text each by
 their own statistics, those of one pass. Channels of one trunk differ a thousandfold, text from video more, and Adam's
@@ -33,12 +37,14 @@ from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.fuse import FUSED_BLOCKS
 from vidaccel.predictor.checkpoint import Checkpointed, NetworkConfig
-from vidaccel.predictor.forecasters import Cached, Tokens
+from vidaccel.predictor.forecasters import Cached, Tokens, even_time
 
 RESIDUAL_OUTPUTS = ("proj_out", "to_out.0", "to_add_out", "net.2")
 """How the names of those Linear layers of a block end whose output is added to its tokens, in all families."""
 SMALLEST, TINY = 1e-3, 1e-6
 """Least deviation of a channel, as a share of the mean one; and where none changes."""
+LAG = 0.1
+"""Share of a sampling since the full step at which what is added to the cache counts once."""
 
 
 class Statistics(nn.Module):
@@ -101,18 +107,21 @@ class Predictor(Checkpointed, nn.Module):
         self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in config.cached})
         self.blocks = _blocks(config).to_empty(device="cpu")
 
-    def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
-        """As `Forecaster.__call__`; the blocks see t through their own arguments."""
-        cached, fused = self.config.cached, {}
+    def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+        """As `Forecaster.__call__`. Raises `ValueError` without the times of both passes."""
+        lag = even_time(memory[0].t, self.config.shift) - even_time(t, self.config.shift)
+        kept, cached, fused = memory[0].tokens, self.config.cached, {}
         for name in cached:
-            streams = arguments[name], memory[0].tokens[name], self.statistics[name]
-            fused[name] = self.fusion(name)(*streams, self.kernels)
+            fused[name] = self.fusion(name)(arguments[name], kept[name], self.statistics[name], self.kernels)
         values = [(arguments | fused)[name] for name in self._arguments]
         for block in self.blocks:
             left = block(*values)
             left = left if isinstance(left, tuple) else (left,)
             values[: len(left)] = left
-        return dict(zip(cached, left, strict=True))
+        scale = (lag / LAG).reshape(-1, 1, 1)
+        return {
+            name: torch.lerp(kept[name], tokens, scale.to(tokens)) for name, tokens in zip(cached, left, strict=True)
+        }
 
     def fusion(self, name: str) -> Fusion:
         """The fusion that tokens of this name go through."""

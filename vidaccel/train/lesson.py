@@ -7,7 +7,6 @@ neither sees the other's gradients. The student between them lets gradients thro
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config import DiscriminatorConfig
@@ -22,6 +21,9 @@ from vidaccel.train.discriminator import (
 )
 from vidaccel.train.pairs import Pair
 
+SHARE = 1e-4
+"""Of a velocity's square, what an error is compared with where the step before is so near that reuse has hardly any."""
+
 
 class Lesson(nn.Module):
     """Predictor and discriminator, beside the frozen student whose trunk they are for."""
@@ -33,10 +35,13 @@ class Lesson(nn.Module):
         predictor: nn.Module,
         discriminator: Discriminator | None = None,
         config: DiscriminatorConfig | None = None,
+        relative: bool = False,
     ):
+        """`relative` counts each sample's squared error as a share of what giving the cached tokens again has, plus
+        SHARE of the target's own square."""
         super().__init__()
         self.student, self.predictor, self.discriminator = student, predictor, discriminator
-        self.trunk, self.config = trunk, config
+        self.trunk, self.config, self.relative = trunk, config, relative
 
     def train(self, mode: bool = True) -> "Lesson":
         super().train(mode)
@@ -44,19 +49,23 @@ class Lesson(nn.Module):
         return self
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, float]]:
-        """The loss, and what is worth knowing: the squared error, and that of giving the cached tokens again."""
+        """The loss, and what is worth knowing: the squared error, that of giving the cached tokens again, and the mean
+        share of the one in the other."""
         u = self._predicted(pair, self.predictor)
-        error = F.mse_loss(u.float(), pair.target.float())
+        errors = _squares(u.float() - pair.target.float())
         with torch.no_grad():
-            reused = F.mse_loss(self._predicted(pair, Reuse()).float(), pair.target.float())
-        measured = {"mse": error.item(), "reuse": reused.item()}
+            reused = _squares(self._predicted(pair, Reuse()).float() - pair.target.float())
+            least = reused + SHARE * _squares(pair.target.float())
+        shares = errors / least
+        measured = {"mse": errors.mean().item(), "reuse": reused.mean().item(), "share": shares.mean().item()}
+        loss = (shares if self.relative else errors).mean()
         if self.discriminator is None:
-            return error, measured
+            return loss, measured
         adversarial, judged = self._judged(pair, u)
-        return error + adversarial, measured | judged
+        return loss + adversarial, measured | judged
 
     def _predicted(self, pair: Pair, forecaster: Forecaster) -> Tensor:
-        with self.trunk.predicted(forecaster, memory=pair.memory):
+        with self.trunk.predicted(forecaster, pair.times.t, pair.memory):
             return self.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
 
     def _judged(self, pair: Pair, u: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -74,3 +83,8 @@ class Lesson(nn.Module):
 
     def _features(self, pair: Pair, u: Tensor) -> list[Tensor]:
         return trunk_features(self.student, self.config.depths, pair.stepped(u), pair.times.r, pair.text, pair.g)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """[B], means over each sample."""
+    return x.square().flatten(1).mean(1)

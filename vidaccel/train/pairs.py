@@ -108,8 +108,8 @@ class Pairs:
         text = batch(chosen, self.grid.device, torch.float32)
         x, u = text.pop("x"), text.pop("velocity")
         tokens = {name: text.pop(stored) for name, stored in CACHES.items() if stored in text}
-        stored = (u, Cached(tokens, None)) if tokens else None
         g, first = self._scales(len(samples), generator), first.to(self.grid.device)
+        stored = (u, Cached(tokens, self.grid[first])) if tokens else None
         return trajectory_pair(self.student, self.trunk, self.predictor, x, first, length, self.grid, text, g, stored)
 
     def _scales(self, count: int, generator: torch.Generator) -> Tensor | None:
@@ -152,7 +152,7 @@ def noised_pair(
     predicted: Times,
 ) -> Pair:
     """Clips x_0 under the noise eps, both [B, C, T, H, W], at the times of a full and of a predicted step."""
-    with trunk.full():
+    with trunk.full(full.t):
         student(_noised(x_0, eps, full.t), full.t, text, r=full.r, g=g)
     x = _noised(x_0, eps, predicted.t)
     target = student(x, predicted.t, text, r=predicted.r, g=g)
@@ -185,14 +185,14 @@ def trajectory_pair(
         return Times(grid[first + step], grid[first + step + 1])
 
     if stored is None:
-        with trunk.full():
+        with trunk.full(at(0).t):
             u = student(x, at(0).t, text, r=at(0).r, g=g)
         memory = trunk.memory()
     else:
         u, memory = stored[0], stored[1:]
     x = stepped(x, at(0), u)
     for step in range(1, length):
-        with trunk.predicted(forecaster, memory=memory):
+        with trunk.predicted(forecaster, at(step).t, memory):
             x = stepped(x, at(step), student(x, at(step).t, text, r=at(step).r, g=g))
     times = at(length)
     target = student(x, times.t, text, r=times.r, g=g)

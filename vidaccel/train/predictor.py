@@ -77,9 +77,10 @@ def _train(setting: Setting, output: Path) -> None:
     own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
     log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
     _shard(setting, predictor, discriminator)
-    _stage("mse", setting, pairs, Lesson(student, setting.trunk, predictor), output)
+    lesson = Lesson(student, setting.trunk, predictor, relative=config.relative)
+    _stage("mse", setting, pairs, lesson, output)
     if config.adversarial.steps:
-        judged = Lesson(student, setting.trunk, predictor, discriminator, config.discriminator)
+        judged = Lesson(student, setting.trunk, predictor, discriminator, config.discriminator, config.relative)
         _stage("adversarial", setting, pairs, judged, output)
     _save(predictor, output)
 
@@ -116,7 +117,7 @@ def _entering(setting: Setting, pair: Pair) -> Tokens:
         seen.update({name: arguments[name] for name in memory[0].tokens})
         return memory[0].tokens
 
-    with setting.trunk.predicted(look, memory=pair.memory):
+    with setting.trunk.predicted(look, pair.times.t, pair.memory):
         setting.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
     return seen
 
