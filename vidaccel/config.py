@@ -357,6 +357,9 @@ class PredictorConfig:
     seed: int = 0
     blocks: int = 2
     """Transformer blocks of the predictor."""
+    history: int = 1
+    """Full steps that it looks back on, 1 or 2; each takes the memory of one set of tokens. With 2 it corrects the line
+    through both, and needs `pairs=trajectory`."""
     pairs: str = "data"
     """What it learns from: `data` (noised clips) or `trajectory` (the student's own sampling, predicted steps
     included)."""
@@ -401,6 +404,9 @@ class PredictorConfig:
             _require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
         for key in ("clips", "blocks", "longest", "search_prompts"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        _require(self.history in (1, 2), "history", self.history, "is 1 or 2")
+        both = self.history == 1 or self.pairs == "trajectory"
+        _require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")
         _require(self.steps is None or self.steps >= 2, "steps", self.steps, "must be at least 2, or null")
         _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         _require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")

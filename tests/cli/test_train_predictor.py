@@ -30,6 +30,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 def run(world: Path, *words: str):
     small = [f"{stage}.{key}={value}" for stage in ("mse", "adversarial") for key, value in TRAIN.items()]
     small += [f"student={world / 'student'}", "blocks=1", "discriminator.width=8", "search_prompts=2"]
+    small += ["pairs=data", "history=1"]
     return CliRunner().invoke(app, ["train-predictor", "--conf", "sprites", *small, *words])
 
 
@@ -50,6 +51,8 @@ def test_trains_searches_and_says_the_schedules(world):
 
 MISTAKES = {
     "an unknown setting": (["blokcs=2"], 'did you mean "blocks"?'),
+    "two full steps of noised clips": (["history=2"], "needs pairs=trajectory"),
+    "three full steps": (["history=3"], "is 1 or 2"),
     "an impossible stage": (["stage=seek"], "all or search"),
     "no such student": (["student=./nowhere"], "nowhere"),
     "no such features": (["--features", "nowhere"], "there is no folder nowhere"),

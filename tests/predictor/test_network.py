@@ -230,6 +230,26 @@ def test_what_it_adds_grows_with_the_steps_since_the_full_one(shift):
     torch.testing.assert_close(added[2], 2 * added[1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_new_one_of_two_full_steps_follows_their_line_and_never_far(name):
+    """From full steps 2 and 5 of a grid of 20: one step on 1 / 3.5 of their difference, ten on 10 / 8."""
+    transformer, family, predictor = made(name, history=2, shift=3.0)
+    before, latest = cached(transformer, family), cached(transformer, family)
+    latest = {key: tokens + 1 + tokens.square() for key, tokens in latest.items()}
+    grid, seen = step_grid(20, 3.0), []
+    predicted(transformer, family, lambda arguments, *_: seen.append(arguments) or before, *inputs(transformer, family))
+    memory = Cached(latest, grid[5]), Cached(before, grid[2])
+    for later, share in ((6, 1 / 3.5), (15, 10 / 8)):
+        left = predictor(seen[0], memory, grid[later])
+        for key, tokens in latest.items():
+            torch.testing.assert_close(left[key], tokens + share * (tokens - before[key]), rtol=1e-4, atol=1e-5)
+    alone = predictor(seen[0], memory[:1], grid[6])
+    assert all(torch.equal(alone[key], tokens) for key, tokens in latest.items())
+    same = predictor(seen[0], (memory[0], memory[0]), grid[6])
+    assert all(torch.equal(same[key], tokens) for key, tokens in latest.items())
+
+
 def test_without_the_times_of_both_passes_it_cannot_tell():
     transformer, family, predictor = made("wan")
     for full, later in ((None, 0.5), (0.5, None)):

@@ -10,7 +10,7 @@ from tests.train.test_discriminator import student
 from vidaccel.cache.trunk import Trunk
 from vidaccel.models.steps import step_grid
 from vidaccel.sampling import sample
-from vidaccel.train.pairs import Times, grid_times, noised_pair, restricted_times, stepped, trajectory_pair
+from vidaccel.train.pairs import FullStep, Times, grid_times, noised_pair, restricted_times, stepped, trajectory_pair
 
 MANY = 100_000
 
@@ -92,7 +92,7 @@ def test_a_trajectory_pair_is_where_the_sampler_gets_to_with_predicted_steps(len
     first = torch.tensor([2, 0])
     x, u = (torch.stack([states[i][part][b] for b, i in enumerate(first)]) for part in (0, 1))
     with Trunk(velocity.transformer, velocity.family) as trunk:
-        pair = trajectory_pair(velocity, trunk, plus, x, first, length, grid, text, None)
+        pair = trajectory_pair(velocity, trunk, plus, [FullStep(first, x, u, {})], length, grid, text, None)
         remembered = trunk.memory()[0]
         for b, start in enumerate(first):  # one sample at a time, by the plain loop
             alone = {name: tensor[b : b + 1] for name, tensor in text.items()}
@@ -101,10 +101,32 @@ def test_a_trajectory_pair_is_where_the_sampler_gets_to_with_predicted_steps(len
             with trunk.predicted(plus):
                 y = sample(velocity, y, alone, grid[start + 1 : start + length + 1])
             torch.testing.assert_close(pair.x[b : b + 1], y, atol=1e-5, rtol=1e-4)
-        stored = trajectory_pair(velocity, trunk, plus, x, first, length, grid, text, None, (u, remembered))
+        kept = FullStep(first, x, u, remembered.tokens)
+        stored = trajectory_pair(velocity, trunk, plus, [kept], length, grid, text, None)
     assert pair.times.t.tolist() == grid[first + length].tolist()
     assert pair.times.r.tolist() == grid[first + length + 1].tolist()
     assert torch.equal(pair.target, velocity(pair.x, pair.times.t, text, r=pair.times.r))
     torch.testing.assert_close(stored.x, pair.x, atol=1e-5, rtol=1e-4)
-    assert stored.memory == (remembered,)
+    assert stored.memory[0].tokens is remembered.tokens and torch.equal(stored.memory[0].t, remembered.t)
     assert pair.memory[0].t.tolist() == grid[first].tolist()
+
+
+@torch.no_grad()
+def test_a_trajectory_pair_of_two_full_steps_remembers_both():
+    """The second sample has none before its first step, which then stands in for it."""
+    velocity, noise, text = student("wan")
+    grid, states = step_grid(6, 3.0), []
+    sample(velocity, noise, text, grid, None, lambda index, x, u: states.append((x, u)))
+
+    def full_step(indices: list[int]) -> FullStep:
+        x, u = (torch.stack([states[i][part][b] for b, i in enumerate(indices)]) for part in (0, 1))
+        return FullStep(torch.tensor(indices), x, u, {})
+
+    full = [full_step([3, 0]), full_step([1, 0])]
+    with Trunk(velocity.transformer, velocity.family, history=2) as trunk:
+        pair = trajectory_pair(velocity, trunk, Plus(), full, 2, grid, text, None)
+        for remembered, step in zip(pair.memory, full, strict=True):
+            with trunk.full():
+                velocity(step.x, grid[step.index], text, r=grid[step.index + 1])
+            torch.testing.assert_close(remembered.tokens, trunk.memory()[0].tokens)
+            assert torch.equal(remembered.t, grid[step.index])

@@ -195,23 +195,31 @@ def test_trajectories_are_learnt_from_alike_with_and_without_stored_caches(world
     student = load_pipeline(world(family) / "student", dtype="float32")
     drawn = []
     for features in ("runs", "cached"):
-        config = settings(world, family, pairs="trajectory", features=str(world(family) / features), longest=2)
+        config = settings(
+            world, family, pairs="trajectory", features=str(world(family) / features), longest=2, history=2
+        )
         setting = setting_of(student, config, None)
         with setting.trunk:
             _, pairs = module._start(setting)
             drawn.append(pairs.draw(3, 2, 3, generator_for(0, 3)))
+            assert len(drawn[-1].memory) == 2
     for one, other in zip(*drawn, strict=True):
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert drawn[0].g.tolist() == [4.0, 4.0]
-    torch.testing.assert_close(*(pair.memory[0].tokens for pair in drawn), atol=1e-5, rtol=1e-4)
+    for one, other in zip(*(pair.memory for pair in drawn), strict=True):
+        torch.testing.assert_close(one.tokens, other.tokens, atol=1e-5, rtol=1e-4)
+        assert torch.equal(one.t, other.t)
 
 
-def test_a_predictor_is_trained_on_trajectories(world, tmp_path):
-    config = settings(world, pairs="trajectory", features=str(world("wan") / "runs"))
+@pytest.mark.parametrize("history", [1, 2])
+def test_a_predictor_is_trained_on_trajectories(world, tmp_path, history):
+    learnt = {"pairs": "trajectory", "features": str(world("wan") / "runs"), "history": history}
+    config = settings(world, **learnt, relative=True)
     assert [schedule.budget for schedule in train_predictor(config, tmp_path)] == [1, 2, 3, 4]
     assert read_run(tmp_path, "predictor/1")["searched_on"][0]["guidance"] == 4.0
-    again = settings(world, pairs="trajectory", features=str(world("wan") / "runs"), stage="search", steps=6)
+    assert Predictor.from_pretrained(tmp_path).history == history
+    again = settings(world, **learnt | {"history": 1}, stage="search", steps=6)  # the predictor knows its own
     assert {schedule.steps for schedule in train_predictor(again, tmp_path)} == {6}
 
 

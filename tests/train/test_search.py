@@ -10,14 +10,20 @@ from tests.train.test_discriminator import student
 from vidaccel.cache.schedule import search
 from vidaccel.cache.trunk import Trunk
 from vidaccel.models.steps import step_grid
+from vidaccel.predictor.forecasters import Reuse, Taylor
 from vidaccel.sampling import sample
-from vidaccel.train.search import searched, stretch_costs
+from vidaccel.train.search import PROBE, searched, stretch_costs
+
+REUSE = Reuse()
 
 
 class Switch:
     """A trunk that only says which way it is set."""
 
     predicting = False
+
+    def reset(self):
+        """Nothing is remembered."""
 
     @contextmanager
     def full(self, t=None):
@@ -44,7 +50,7 @@ def noise():
 def test_a_constant_error_adds_up_over_the_time_that_is_predicted(noise):
     grid = step_grid(5, 2.0)
     velocity, switch = toy(0.0, 0.1)
-    costs = stretch_costs(velocity, switch, None, noise, {}, grid)
+    costs = stretch_costs(velocity, switch, REUSE, noise, {}, grid)
     assert costs.shape == (5, 6)
     for i in range(5):
         for j in range(i + 1, 6):
@@ -55,7 +61,7 @@ def test_an_error_counts_as_what_it_has_grown_to_in_the_end(noise):
     """x falls by the factor 1 - 2 (s_k - s_k+1) a step, an error that is there at j by all those from j on."""
     grid, wrong = step_grid(4, 1.0), 0.1
     velocity, switch = toy(2.0, wrong)
-    costs = stretch_costs(velocity, switch, None, noise, {}, grid)
+    costs = stretch_costs(velocity, switch, REUSE, noise, {}, grid)
     factor = 1 - 2 * 0.25
     final = factor**4
     one_predicted = 0.25 * wrong  # the next predicted step halves it and adds as much again
@@ -66,15 +72,15 @@ def test_an_error_counts_as_what_it_has_grown_to_in_the_end(noise):
 
 def test_a_perfect_forecaster_costs_nothing(noise):
     velocity, switch = toy(1.5, 0.0)
-    assert not stretch_costs(velocity, switch, None, noise, {}, step_grid(6, 3.0)).any()
+    assert not stretch_costs(velocity, switch, REUSE, noise, {}, step_grid(6, 3.0)).any()
 
 
 def test_costs_are_averaged_over_prompts():
     grid = step_grid(3, 1.0)
     velocity, switch = toy(0.0, 0.3)
     one, two = (torch.full((1, 1, 1, 1, 1), float(n)) for n in (1, 2))
-    both = stretch_costs(velocity, switch, None, torch.cat([one, two]), {}, grid)
-    alone = [stretch_costs(velocity, switch, None, noise, {}, grid) for noise in (one, two)]
+    both = stretch_costs(velocity, switch, REUSE, torch.cat([one, two]), {}, grid)
+    alone = [stretch_costs(velocity, switch, REUSE, noise, {}, grid) for noise in (one, two)]
     torch.testing.assert_close(both, sum(alone) / 2)
     torch.testing.assert_close(alone[0], 4 * alone[1])
 
@@ -108,3 +114,22 @@ def test_the_cost_of_a_last_stretch_is_the_error_of_the_run_that_has_only_it():
             assert float(costs[first, 5]) == pytest.approx(float(wrong.mean()), rel=1e-3)
         assert (costs[0, 2:] > 0).all()
         assert search(costs.tolist())[5].full_steps == (0, 1, 2, 3, 4)
+
+
+@torch.no_grad()
+def test_a_forecaster_that_looks_back_further_has_the_full_step_of_a_probe_before():
+    velocity, noise, text = student("wan")
+    grid, forecaster, first = step_grid(6, 3.0), Taylor(shift=3.0), 4
+    with Trunk(velocity.transformer, velocity.family, history=2) as trunk:
+        costs = stretch_costs(velocity, trunk, forecaster, noise, text, grid)
+        states = [noise]
+        for step in range(6):
+            states.append(sample(velocity, states[-1], text, grid[step : step + 2]))
+        trunk.reset()
+        for step in (first - PROBE, first):
+            with trunk.full(grid[step]):
+                x = sample(velocity, states[step], text, grid[step : step + 2])
+        with trunk.predicted(forecaster, grid[first + 1]):
+            x = sample(velocity, x, text, grid[first + 1 :])
+    wrong = (x - states[-1]).square().mean(dim=(1, 2, 3, 4)) / states[-1].square().mean(dim=(1, 2, 3, 4))
+    assert float(costs[first, 6]) == pytest.approx(float(wrong.mean()), rel=1e-3)

@@ -39,6 +39,8 @@ class NetworkConfig:
     """Which tokens it takes from the cache and gives back."""
     transformer: dict[str, Any]
     """Config of the transformer it was made for, from which its blocks are built."""
+    history: int = 1
+    """Full steps that it looks back on."""
     steps: int | None = None
     """Steps of the grid that it was trained for."""
     shift: float | None = None

@@ -2,11 +2,13 @@
 
 noised       the full step at (t, r) and the predicted one at (t', r') see one clip and noise (method.md, section 3)
 trajectory   the full step is one of the student's own sampling; predicted steps lead from it to the one that is learnt,
-             so that the predictor meets the states that its own errors lead to
+             so that the predictor meets the states that its own errors lead to. One that looks back on two full steps
+             has another before it
 
 B batch, S steps, C channels, T frames, H and W latent pixels
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from vidaccel.collect.trajectory import CACHES
 from vidaccel.config import PredictorConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.models.velocity import Text, Velocity
-from vidaccel.predictor.forecasters import Cached, Forecaster
+from vidaccel.predictor.forecasters import Cached, Forecaster, Tokens
 from vidaccel.train.cfg_distill import sample_guidance
 from vidaccel.train.loop import generator_for
 from vidaccel.train.meanflow import sample_interval_ends
@@ -49,11 +51,24 @@ class Pair(NamedTuple):
     target: Tensor
     """u(x, r, t) of the student, [B, C, T, H, W]."""
     memory: tuple[Cached, ...]
-    """What the full step before left."""
+    """What the full steps before left, newest first."""
 
     def stepped(self, u: Tensor) -> Tensor:
         """Where a sampler's step with u ends."""
         return stepped(self.x, self.times, u)
+
+
+class FullStep(NamedTuple):
+    """A full step of a run that is stored."""
+
+    index: Tensor
+    """[B]."""
+    x: Tensor
+    """Latents that it starts from, [B, C, T, H, W]."""
+    u: Tensor
+    """Their velocity."""
+    tokens: Tokens
+    """What it left, where that is stored; else nothing, and it is run again."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +116,21 @@ class Pairs:
         longest = min(self.config.longest, steps - 1)
         length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
         first = torch.randint(steps - length, (len(samples),), generator=generator)
-        chosen = [
-            {name: tensor[i] if name in ALONG else tensor for name, tensor in sample.items() if name != "times"}
-            for sample, i in zip(samples, first, strict=True)
-        ]
-        text = batch(chosen, self.grid.device, torch.float32)
-        x, u = text.pop("x"), text.pop("velocity")
-        tokens = {name: text.pop(stored) for name, stored in CACHES.items() if stored in text}
-        g, first = self._scales(len(samples), generator), first.to(self.grid.device)
-        stored = (u, Cached(tokens, self.grid[first])) if tokens else None
-        return trajectory_pair(self.student, self.trunk, self.predictor, x, first, length, self.grid, text, g, stored)
+        starts = [first]
+        if self.config.history > 1:
+            starts.append((first - torch.randint(1, longest + 1, first.shape, generator=generator)).clamp(min=0))
+        g = self._scales(len(samples), generator)
+        alike = [{n: x for n, x in sample.items() if n not in (*ALONG, "times")} for sample in samples]
+        text = batch(alike, self.grid.device, torch.float32)
+        full = [self._full_step(samples, start) for start in starts]
+        return trajectory_pair(self.student, self.trunk, self.predictor, full, length, self.grid, text, g)
+
+    def _full_step(self, samples: list[dict[str, Tensor]], index: Tensor) -> FullStep:
+        """That of each run at its own index."""
+        taken = [{n: sample[n][i] for n in ALONG if n in sample} for sample, i in zip(samples, index, strict=True)]
+        taken = batch(taken, self.grid.device, torch.float32)
+        tokens = {name: taken[stored] for name, stored in CACHES.items() if stored in taken}
+        return FullStep(index.to(self.grid.device), taken["x"], taken["velocity"], tokens)
 
     def _scales(self, count: int, generator: torch.Generator) -> Tensor | None:
         if not self.student.embeds("g"):
@@ -164,33 +184,27 @@ def trajectory_pair(
     student: Velocity,
     trunk: Trunk,
     forecaster: Forecaster,
-    x: Tensor,
-    first: Tensor,
+    full: Sequence[FullStep],
     length: int,
     grid: Tensor,
     text: Text,
     g: Tensor | None,
-    stored: tuple[Tensor, Cached] | None = None,
 ) -> Pair:
     """The last of `length` predicted steps in a row.
 
     Args:
-        x: latents [B, C, T, H, W] at the full steps, as full runs of the student have them.
-        first: the full steps [B], each below S - length.
+        full: the full steps behind which they come, newest first: that one, below S - length, and, where the forecaster
+            looks back further, one before it. Where nothing came before, that is the same one again: nothing has
+            changed between them.
         grid: the runs' times [S + 1].
-        stored: u at the full steps and what they left, where that is kept; else they are run.
     """
+    first = full[0].index
 
     def at(step: int) -> Times:
         return Times(grid[first + step], grid[first + step + 1])
 
-    if stored is None:
-        with trunk.full(at(0).t):
-            u = student(x, at(0).t, text, r=at(0).r, g=g)
-        memory = trunk.memory()
-    else:
-        u, memory = stored[0], stored[1:]
-    x = stepped(x, at(0), u)
+    memory = tuple(_remembered(student, trunk, step, grid, text, g) for step in full)
+    x = stepped(full[0].x, at(0), full[0].u)
     for step in range(1, length):
         with trunk.predicted(forecaster, at(step).t, memory):
             x = stepped(x, at(step), student(x, at(step).t, text, r=at(step).r, g=g))
@@ -200,6 +214,15 @@ def trajectory_pair(
     # training of this step would take those.
     torch.clear_autocast_cache()
     return Pair(x, times, text, g, target, memory)
+
+
+def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, text: Text, g: Tensor | None) -> Cached:
+    """What a full step leaves."""
+    if step.tokens:
+        return Cached(step.tokens, grid[step.index])
+    with trunk.full(grid[step.index]):
+        student(step.x, grid[step.index], text, r=grid[step.index + 1], g=g)
+    return trunk.memory()[0]
 
 
 def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def _start(setting: Setting) -> tuple[Predictor, Pairs]:
         entering,
         first.memory[0].tokens,
         config.blocks,
+        history=config.history,
         steps=sampling.steps,
         shift=sampling.shift,
         student=student_hash(setting.loaded),

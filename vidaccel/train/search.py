@@ -18,7 +18,7 @@ B prompts, S steps, C channels, T frames, H and W latent pixels
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -87,7 +87,7 @@ def stretch_costs(
         left = torch.zeros(steps, steps + 1, len(noise), dtype=torch.float64)
         drifted = {}
         for first in range(steps):
-            for end, x in run.stretches(forecaster, first, states[first]):
+            for end, x in run.stretches(forecaster, first, states):
                 left[first, end] = _mean_square(x - states[end])
                 if first == max(0, end - PROBE):
                     drifted[end] = x
@@ -117,10 +117,15 @@ class _Run:
         """The state after a step from x, full or predicted as the trunk is set."""
         return sample(self.student, x, self.text, self.grid[index : index + 2], self.g)
 
-    def stretches(self, forecaster: Forecaster, first: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(j, state at j) of the stretches that begin at x with a full step `first`, shortest first; not (i, i + 1)."""
-        with self.trunk.full(self.grid[first]):
-            x = self.step(first, x)
+    def stretches(self, forecaster: Forecaster, first: int, states: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """(j, state at j) of the stretches that begin with a full step `first`, shortest first; not (i, i + 1).
+
+        A forecaster that looks back further has the full steps PROBE, 2 PROBE ... before, which schedules may not."""
+        self.trunk.reset()
+        for full in range(first - PROBE * (forecaster.history - 1), first + 1, PROBE):
+            if full >= 0:
+                with self.trunk.full(self.grid[full]):
+                    x = self.step(full, states[full])
         for index in range(first + 1, len(self.grid) - 1):
             with self.trunk.predicted(forecaster, self.grid[index]):
                 x = self.step(index, x)

@@ -78,7 +78,9 @@ def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkCon
     sampling = _sampling(own, config, data)
     if sampling.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
-    return Setting(config, loaded, student, Trunk(transformer, loaded.family), data, made_of, sampling)
+    history = made.history if made else config.history
+    trunk = Trunk(transformer, loaded.family, history)
+    return Setting(config, loaded, student, trunk, data, made_of, sampling)
 
 
 def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity) -> float:
