@@ -71,9 +71,9 @@ def test_full_and_predicted_steps_go_from_graph_to_graph():
     family = compile_model(model)
 
     def passes():
-        with trunk.full():
+        with trunk.full(0.6):
             full = call(model, inputs)
-        with trunk.predicted(predictor):
+        with trunk.predicted(predictor, 0.5):
             return full, call(model, inputs)
 
     with torch.no_grad(), Trunk(model, family) as trunk:

@@ -144,9 +144,9 @@ def test_a_predictor_sees_what_the_trunk_sees():
 
     def sampled():
         with torch.no_grad(), Trunk(model, family) as trunk:
-            with trunk.full():
+            with trunk.full(0.6):
                 call(model, inputs)
-            with trunk.predicted(predictor), Masks() as masks:
+            with trunk.predicted(predictor, 0.5), Masks() as masks:
                 return call(model, inputs), masks.seen
 
     expected, seen = sampled()

@@ -9,9 +9,9 @@ Embedders and output head always run. Between them a pass of the transformer goe
 Training, collection and search say which, per pass:
 
     with Trunk(transformer, family) as trunk:
-        with torch.no_grad(), trunk.full():
+        with torch.no_grad(), trunk.full(t=0.9):
             transformer(...)
-        with trunk.predicted(predictor):
+        with trunk.predicted(predictor, t=0.8):
             loss(transformer(...)).backward()
 
 In a pipeline `trunk.choose` is asked before each pass. Without either, a pass is left alone and nothing is remembered.
