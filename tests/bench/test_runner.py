@@ -392,6 +392,7 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
     [
         ([], "nothing was asked for", "give one of --plan, --speedup"),
         (["--plan", "--speedup"], "--plan and --speedup were asked for together", "give one of"),
+        (["--quality"], "--quality was asked for without --speedup", "add --speedup"),
         (["--quality", "--plan"], "--quality was asked for without --speedup", "add --speedup"),
         (["--speedup", "timed_seconds=-1"], "timed_seconds=-1.0 is not possible", "0 or more"),
         (["--speedup", "rounds=1"], "rounds=1 is not possible", "at least 2"),

@@ -48,9 +48,9 @@ def benchmark(
     if free:
         raise UserError(f'"{free[0]}" is neither a flag nor a key=value setting', "write settings as key=value")
     config = settings("benchmark", conf, overrides, print_conf)
-    way = _way(plan=plan, speedup=speedup, random_weights=random_weights)
-    if quality and way != "--speedup":
+    if quality and not speedup:
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
+    way = _way(plan=plan, speedup=speedup, random_weights=random_weights)
     quiet_libraries()
     command = shlex.join(["vidaccel", "benchmark", way, *["--quality"] * quality, "--conf", conf, *overrides])
     results, lines = _work(way, config, output, quality, device, command)
