@@ -126,6 +126,21 @@ def test_a_killed_collection_goes_on_at_the_sample_it_was_at(loaded, clips, feat
     assert tree(folder) == tree(features)
 
 
+def test_a_finished_folder_is_left_alone_for_trainings_to_know_it_by_its_run(loaded, clips, features):
+    before = (features / "run.json").read_bytes()
+    collect(job_of(loaded, config(clips)), features)
+    assert (features / "run.json").read_bytes() == before
+
+
+def test_a_run_that_does_not_vouch_for_the_folder_is_written_again(loaded, clips, features):
+    run = json.loads((features / "run.json").read_text())
+    right = dict(run["files"])
+    run["files"]["shard-00001.tar"] = "0" * 64
+    (features / "run.json").write_text(json.dumps(run))
+    collect(job_of(loaded, config(clips)), features)
+    assert json.loads((features / "run.json").read_text())["files"] == right
+
+
 def test_models_are_not_mixed_in_a_folder(loaded, clips, features, tmp_path):
     other = load_pipeline(save_model(tmp_path / "other", seed=1))
     before = tree(features)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import config as configuration
-from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
+from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files, write_run
 from vidaccel.collect.folder import FORMAT
 from vidaccel.config import CollectConfig
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
@@ -62,7 +62,7 @@ def plan(job: Job) -> Plan:
 
 
 def collect(job: Job, folder: Path) -> None:
-    """Write the folder, going on where an earlier, killed run was.
+    """Write the folder, going on where an earlier, killed run was; one that is finished and whole stays as it is.
 
     Raises:
         UserError: the folder was begun with another model, other clips or other settings, or cannot be written.
@@ -79,6 +79,8 @@ def collect(job: Job, folder: Path) -> None:
         batch_size=config.batch_size,
         title=f"collecting {config.kind}",
     )
+    if _finished(folder):
+        return  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE
     write_run(
         folder,
@@ -91,6 +93,15 @@ def collect(job: Job, folder: Path) -> None:
         kind=config.kind,
         made_with=job.made_with,
     )
+
+
+def _finished(folder: Path) -> bool:
+    """Whether run.json vouches for what the folder holds."""
+    try:
+        verify_files(folder, read_run(folder, FORMAT))
+    except UserError:
+        return False
+    return True
 
 
 def decimal_bytes(count: int) -> str:
