@@ -519,6 +519,8 @@ class SpritesConfig:
     """Clips that are encoded once and then trained on (all of the folder's, if `data` is set)."""
     pair_share: float = 0.5
     """Share of rendered scenes with two sprites."""
+    odds: dict[str, int] = field(default_factory=dict)
+    """How often a shape or a background is drawn, by its name, against once for the others: {cross: 2, gray: 2}."""
     text: TextTraining = field(default_factory=TextTraining)
     autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
     teacher: TeacherTraining = field(default_factory=TeacherTraining)
@@ -533,6 +535,7 @@ class SpritesConfig:
         for key in ("clips", "score_prompts", "steps"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         _require(0 <= self.pair_share <= 1, "pair_share", self.pair_share, "must be in [0, 1]")
+        _require(all(times >= 1 for times in self.odds.values()), "odds", self.odds, "must each be at least 1")
 
 
 BETWEEN = ("predictor", "linear", "trunk", "branches", "attention")

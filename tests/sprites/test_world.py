@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vidaccel.errors import UserError
 from vidaccel.sprites.world import (
     COLOURS,
     DIRECTIONS,
@@ -62,6 +63,16 @@ def test_every_sprite_of_a_scene_belongs_to_its_split(seed, split):
     scene = random_scene(random.Random(seed), split)
     assert all(sprite.triple in TRIPLES[split] for sprite in scene.sprites)
     assert all(is_held_out(sprite.triple) == (split == "held_out") for sprite in scene.sprites)
+
+
+def test_what_has_twice_the_odds_is_drawn_twice_as_often():
+    rng = random.Random(0)
+    drawn = [random_scene(rng, pair_share=0, odds={"cross": 2, "gray": 3}) for _ in range(4000)]
+    crosses = sum(scene.sprites[0].shape == "cross" for scene in drawn)
+    gray = sum(scene.background == "gray" for scene in drawn)
+    assert crosses == pytest.approx(4000 * 2 / 5, abs=4 * 31) and gray == pytest.approx(4000 * 3 / 5, abs=4 * 31)
+    with pytest.raises(UserError, match="odds of pink"):
+        random_scene(rng, odds={"pink": 2})
 
 
 def test_the_splits_share_no_triple_and_training_sees_every_pair_of_attributes():

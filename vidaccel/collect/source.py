@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from vidaccel.models.call import check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sprites.captions import UNSAID, caption, told, vocabulary
 from vidaccel.sprites.render import render
-from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, Scene, random_scene
+from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene, random_scene
 
 Record = dict[str, Any]
 
@@ -49,12 +49,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class RenderedScenes:
-    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, i) alone."""
+    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, odds, i) alone."""
 
     count: int
     seed: int
     pair_share: float = 0.5
     """Share of scenes with two sprites."""
+    odds: Odds = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count
@@ -64,7 +65,7 @@ class RenderedScenes:
 
     def record(self, index: int) -> Record:
         rng = self._rng(index)
-        scene = random_scene(rng, pair_share=self.pair_share)
+        scene = self._draw(rng)
         return {"caption": caption(told(scene, rng), rng), "fps": FPS}
 
     def another_caption(self, index: int, rng: random.Random) -> str:
@@ -72,11 +73,20 @@ class RenderedScenes:
         return caption(told(self.scene(index), rng), rng)
 
     def scene(self, index: int) -> Scene:
-        return random_scene(self._rng(index), pair_share=self.pair_share)
+        return self._draw(self._rng(index))
 
     @property
     def identity(self) -> Record:
-        return {"data": None, "seed": self.seed, "unsaid": UNSAID, "pair_share": self.pair_share}
+        return {
+            "data": None,
+            "seed": self.seed,
+            "unsaid": UNSAID,
+            "pair_share": self.pair_share,
+            "odds": dict(self.odds),
+        }
+
+    def _draw(self, rng: random.Random) -> Scene:
+        return random_scene(rng, pair_share=self.pair_share, odds=self.odds)
 
     def _rng(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{index}")

@@ -10,6 +10,7 @@ from dataclasses import is_dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ def make_model(config: SpritesConfig, output: Path) -> None:
     clips = open_clips(config)
     start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
     reader = train_text(config, output / "text", device, start)
-    source = RenderedScenes(config.clips, config.seed, config.pair_share) if clips is None else FolderClips(clips)
+    scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds)
+    source = scenes if clips is None else FolderClips(clips)
     autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
     features = encode_clips(config, output / "features", autoencoder, reader, source)
     transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
@@ -94,7 +96,7 @@ def train_autoencoder(
     model = build_autoencoder(settings).to(device)
     if start:
         _go_on(model, start.pipe.vae, config.start)
-    shaping = _shaping(settings, data=config.data, start=_digest(model) if start else None)
+    shaping = _shaping(settings, data=config.data, odds=config.odds, start=_digest(model) if start else None)
 
     def stage(name: str, title: str, excerpts: list[list[int]], *irrelevant: str, **before: str) -> None:
         which = getattr(settings, name)
@@ -104,7 +106,7 @@ def train_autoencoder(
             count, frames, pixels = excerpt(excerpts, which.batch_size * settings.image_pixels**2, index)
             first = rng.randint(0, NUM_FRAMES - frames)
             if clips is None:
-                video = render([random_scene(rng) for _ in range(count)], frames, first)
+                video = render([random_scene(rng, odds=config.odds) for _ in range(count)], frames, first)
             else:
                 drawn = [clips[rng.randrange(len(clips))][0] for _ in range(count)]
                 video = torch.stack([clip[:, first : first + frames] for clip in drawn])
@@ -305,7 +307,7 @@ def _go_on(part: nn.Module, trained: nn.Module, source: str) -> None:
         ) from error
 
 
-def _shaping(group: object, **more: str | None) -> dict:
+def _shaping(group: object, **more: Any) -> dict:
     """The settings of a group that train() does not see itself, and whatever else shapes that training."""
     own = {key: value for key, value in configuration.to_dict(group).items() if not is_dataclass(getattr(group, key))}
     return own | more

@@ -8,8 +8,12 @@ pattern, so every pair of attributes is still seen in training, and only the com
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
+
+from vidaccel.errors import UserError
 
 SIZE = 64
 NUM_FRAMES = 17
@@ -71,6 +75,9 @@ class Scene:
 
 
 Split = Literal["train", "held_out"]
+Odds = Mapping[str, int]
+"""How often a shape or a background is drawn, by its name, against once for those that are not named."""
+EVEN: Odds = MappingProxyType({})
 
 
 def is_held_out(triple: tuple[str, str, str]) -> bool:
@@ -89,16 +96,20 @@ TRIPLES: dict[Split, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def random_scene(rng: random.Random, split: Split = "train", pair_share: float = 0.5) -> Scene:
+def random_scene(rng: random.Random, split: Split = "train", pair_share: float = 0.5, odds: Odds = EVEN) -> Scene:
     """A scene of one sprite, or with probability `pair_share` of two, every triple of which belongs to `split`.
 
     The two sprites of a pair differ in colour and in shape, so that each can be told from the other in the caption.
+    Raises `UserError` if `odds` name neither a shape nor a background.
     """
-    triples = [rng.choice(TRIPLES[split])]
+    if strange := set(odds) - set(SHAPES) - set(BACKGROUNDS):
+        raise UserError(f"odds of {min(strange)}", f"they are of {', '.join([*SHAPES, *BACKGROUNDS])}")
+    drawn = [triple for triple in TRIPLES[split] for _ in range(odds.get(triple[0], 1))]
+    triples = [rng.choice(drawn)]
     if rng.random() < pair_share:
-        others = [t for t in TRIPLES[split] if t[0] != triples[0][0] and t[1] != triples[0][1]]
-        triples.append(rng.choice(others))
-    return Scene(rng.choice(tuple(BACKGROUNDS)), place(rng, triples))
+        triples.append(rng.choice([t for t in drawn if t[0] != triples[0][0] and t[1] != triples[0][1]]))
+    backgrounds = [background for background in BACKGROUNDS for _ in range(odds.get(background, 1))]
+    return Scene(rng.choice(backgrounds), place(rng, triples))
 
 
 def place(rng: random.Random, triples: list[tuple[str, str, str]]) -> tuple[Sprite, ...]:
