@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"attach": "vidaccel.cache.attach"}
+_LAZY = {"attach": "vidaccel.cache.attach", "load_pipeline": "vidaccel.models.loading"}
 """What is imported when it is first asked for, so that importing the package loads no torch."""
 
 

@@ -31,7 +31,7 @@ class TrainConfig:
     accumulate: int = 1
     """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
-    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for the rest. One process, PyTorch 2.9."""
+    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for the rest. PyTorch 2.9."""
     learning_rate: float = 1e-3
     """AdamW's; Muon's is five times that."""
     warmup: int = 50

@@ -11,6 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 
 import vidaccel
+from tests.students import student
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, write_schedules
@@ -18,9 +19,12 @@ from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import FAMILIES as FAMILY_RECORDS
 from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.fuse import FUSED_BLOCKS, fuse
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
+from vidaccel.models.step_hook import StepHook
+from vidaccel.models.steps import GridScheduler
 from vidaccel.predictor.network import Predictor, new_predictor
 
 FAMILIES = sorted(BUILDERS)
@@ -335,6 +339,26 @@ def test_a_pipeline_that_diffusers_loaded_is_known_by_its_files(trained, tmp_pat
     pipe.transformer = other.transformer
     with pytest.raises(UserError, match="whose weight files are not known"):
         vidaccel.attach(pipe, predictor=trained / "predictor", budget=2)
+
+
+def test_a_student_that_diffusers_loaded_needs_its_conditioning(tmp_path):
+    folder = student(tmp_path, "wan", ("r",))
+    loaded = load_pipeline(folder)
+    predictor = predictor_for(loaded.pipe, student=student_hash(loaded))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    places = {"schedule": Schedule(4, (0, 2))}
+    with pytest.raises(UserError, match="without its conditioning/") as error:
+        vidaccel.attach(pipe, predictor=predictor, **places)
+    assert "vidaccel.load_pipeline" in error.value.hint
+    conditioning = Conditioning.from_pretrained(folder / "conditioning")
+    conditioning.attach(pipe.transformer, loaded.family)
+    pipe.scheduler = GridScheduler.from_config(pipe.scheduler.config)  # Wan leaves the grid to its scheduler
+    StepHook(pipe, loaded.family, conditioning, loaded.hook.guidance)
+    made = []
+    for one in (pipe, loaded):
+        with vidaccel.attach(one, predictor=predictor, **places):
+            made.append(call(getattr(one, "pipe", one)))
+    assert torch.equal(*made)
 
 
 def test_a_predictor_of_another_family_is_refused(trained):

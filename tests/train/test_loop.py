@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from vidaccel.config import TrainConfig
 from vidaccel.errors import UserError
-from vidaccel.train import loop
 from vidaccel.train import metrics as metrics_module
 from vidaccel.train.average import Average
 from vidaccel.train.loop import TrainingFailed, generator_for, learning_rate, train
@@ -265,12 +264,6 @@ def test_muon_is_refused_where_pytorch_has_none(tmp_path, monkeypatch):
         run(tmp_path, config=MUON)
 
 
-def test_muon_is_refused_for_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "world", lambda: 2)
-    with pytest.raises(UserError, match="needs whole matrices"):
-        run(tmp_path, config=MUON)
-
-
 def test_frozen_weights_stay_and_tied_weights_stay_tied(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
@@ -335,7 +328,7 @@ def test_recomputed_activations_give_the_same_training(tmp_path):
 def test_a_model_that_cannot_recompute_activations_says_so(tmp_path):
     with pytest.raises(UserError, match="Sequential cannot compute activations again") as error:
         run(tmp_path, config=replace(CONFIG, checkpointing=True))
-    assert error.value.hint == "set checkpointing=false"
+    assert error.value.hint == "set its checkpointing to false"
 
 
 def test_half_precision_and_frozen_models_are_not_trained(tmp_path):

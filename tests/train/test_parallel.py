@@ -23,7 +23,7 @@ import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
@@ -35,7 +35,7 @@ from tests.train.test_metrics import Notebook
 from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.loop import train
-from vidaccel.train.lora import add_lora, save_lora
+from vidaccel.train.lora import add_lora
 from vidaccel.train.parallel import (
     full_state,
     load_sharded,
@@ -131,7 +131,7 @@ def in_two(function, *arguments) -> None:
 # Mathematics
 
 
-def train_and_compare(folder: Path) -> None:
+def train_and_compare(folder: Path, config: TrainConfig) -> None:
     model = Blocks()
     shard(model, model.blocks)
     assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -146,22 +146,27 @@ def train_and_compare(folder: Path) -> None:
         seen.append(index)
         return regression(model, index, generator)
 
-    trained = train(model, loss, CONFIG, folder, seed=3, title="blocks", settings={})
+    trained = train(model, loss, config, folder, seed=3, title="blocks", settings={})
     assert seen == [2 * step + rank() for step in range(5)]
     torch.save(full_state(trained), folder / f"trained-{rank()}.pt")
 
 
-def test_two_processes_equal_two_passes_of_one(tmp_path):
-    in_two(train_and_compare, tmp_path / "two")
+# Muon's iteration is in bfloat16, which rounds the sums of shards otherwise than whole ones, to 2^-8 of an update.
+@pytest.mark.parametrize(("optimizer", "rtol", "atol"), [("adamw", 1e-5, 1e-6), ("muon", 1e-2, 2e-3)])
+def test_two_processes_equal_two_passes_of_one(tmp_path, optimizer, rtol, atol):
+    config = replace(CONFIG, optimizer=optimizer)
+    in_two(train_and_compare, tmp_path / "two", config)
     alone = train(
-        Blocks(), regression, replace(CONFIG, accumulate=2), tmp_path / "one", seed=3, title="blocks", settings={}
+        Blocks(), regression, replace(config, accumulate=2), tmp_path / "one", seed=3, title="blocks", settings={}
     )
     two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
     for a, b in zip(two, one, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
-    together = torch.load(tmp_path / "two" / "trained-0.pt")
-    torch.testing.assert_close(together, alone.state_dict(), rtol=1e-5, atol=1e-6)
+        assert a == pytest.approx(b, rel=rtol)
+    together, moved = torch.load(tmp_path / "two" / "trained-0.pt"), alone.state_dict()
+    torch.testing.assert_close(together, moved, rtol=rtol, atol=atol)
+    steps = [moved[name] - start for name, start in Blocks().state_dict().items() if "blocks" in name]
+    assert min(step.abs().max() for step in steps) > 10 * atol
 
 
 LORA = replace(CONFIG, steps=3, checkpointing=True, lora_rank=2)
@@ -177,13 +182,15 @@ def train_adapters(folder: Path, config: TrainConfig) -> None:
         return model(x, torch.full((1,), 500.0), text, return_dict=False)[0].square().mean(), {}
 
     train(model, loss, config, folder, seed=3, title="adapters", settings={})
-    save_lora(model, folder / "lora")
+    whole = full_state(model) if world() > 1 else model.state_dict()
+    if rank() == 0:
+        save_file({name: p.contiguous() for name, p in whole.items() if "lora_" in name}, folder / "lora.safetensors")
 
 
 def test_adapters_and_recomputed_activations_are_sharded_too(tmp_path):
     in_two(train_adapters, tmp_path / "two", LORA)
     train_adapters(tmp_path / "one", replace(LORA, accumulate=2, checkpointing=False))
-    two, one = (load_file(next((tmp_path / name / "lora").iterdir())) for name in ("two", "one"))
+    two, one = (load_file(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
     assert any(tensor.abs().max() > 0 for name, tensor in one.items() if "lora_B" in name)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):

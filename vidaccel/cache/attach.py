@@ -24,6 +24,7 @@ from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
 from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline, local_path
@@ -50,7 +51,7 @@ def attach(
     """Let a forecaster stand in for the transformer's blocks on all but the full steps.
 
     Args:
-        pipe: of a supported family, on its device.
+        pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives.
         predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor", or any
             forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
@@ -75,7 +76,7 @@ def attach(
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     forecaster = _forecaster(predictor, pipe)
     if isinstance(forecaster, Predictor):
-        student = student_hash(loaded) if loaded else _student_of(pipe, family)
+        student = student_hash(loaded) if loaded else _student_of(pipe, family, force)
         for denoiser in family.denoisers:
             forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
         if forecaster is not predictor:
@@ -182,12 +183,20 @@ def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline) -> 
     return Predictor.from_pretrained(predictor)
 
 
-def _student_of(pipe: DiffusionPipeline, family: DiTFamily) -> str | None:
+def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> str | None:
     """`student_hash` of a pipeline that diffusers loaded, by the files it came from; None if it was put together."""
     source = pipe.name_or_path
-    folders = {d.attribute: f"{source}/{d.attribute}" for d in family.denoisers}
-    if source is None or any(getattr(pipe, n).config.get("_name_or_path") != f for n, f in folders.items()):
+    parts = {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
+    if source is None or any(part.config.get("_name_or_path") != f"{source}/{name}" for name, part in parts.items()):
         return None
-    files = [(name, file) for name, folder in folders.items() for file in sorted(Path(folder).glob("*.safetensors"))]
+    names = list(parts)
+    if (Path(source) / "conditioning").is_dir():
+        if not force and not all(Conditioning.of(part, family) for part in parts.values()):
+            raise UserError(
+                f"this pipeline has only what diffusers loads of {source}, without its conditioning/",
+                "load it by vidaccel.load_pipeline(folder), and attach to what that gives",
+            )
+        names.append("conditioning")
+    files = [(name, file) for name in names for file in sorted((Path(source) / name).glob("*.safetensors"))]
     hashes = {f"{name}/{file.name}": sha256_file(file) for name, file in files}
     return student_hash(LoadedPipeline(pipe, family, source, {}, hashes))

@@ -103,6 +103,13 @@ class Conditioning(nn.Module):
         return transformer.get_submodule(family.timestep_embedder).register_forward_hook(self._add)
 
     @staticmethod
+    def of(transformer: nn.Module, family: DiTFamily) -> "Conditioning | None":
+        """The one that the transformer carries."""
+        hooks = transformer.get_submodule(family.timestep_embedder)._forward_hooks.values()
+        owners = (getattr(hook, "__self__", None) for hook in hooks)
+        return next((owner for owner in owners if isinstance(owner, Conditioning)), None)
+
+    @staticmethod
     def detach(transformer: nn.Module, family: DiTFamily) -> None:
         """Take off whichever conditioning the transformer carries."""
         hooks = transformer.get_submodule(family.timestep_embedder)._forward_hooks

@@ -158,16 +158,19 @@ def _check(model: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
         raise ValueError(
             f"{low[0]} is {trained[low[0]].dtype}: what is trained has to be float32, or steps vanish in it"
         )
-    if config.optimizer == "muon" and world() > 1:
-        raise UserError("optimizer=muon needs whole matrices, and several processes have shards", "set optimizer=adamw")
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UserError(f"optimizer=muon needs PyTorch 2.9, this is {torch.__version__}", "set optimizer=adamw")
+        raise UserError(
+            f"the optimizer muon needs PyTorch 2.9, this is {torch.__version__}",
+            "take adamw as the training's optimizer",
+        )
     if world() > 1 and not all(isinstance(p, DTensor) for p in trained.values()):
         raise ValueError("there are several processes and whole parameters: shard(model, blocks) comes first")
     if config.lora_rank and not any("lora_" in name for name in trained):
-        raise UserError(f"lora_rank={config.lora_rank}, but this training has no adapters", "set lora_rank=0")
+        raise UserError(
+            f"a lora_rank of {config.lora_rank}, but this training has no adapters", "set its lora_rank to 0"
+        )
     if config.checkpointing and not _recomputing(model):
-        raise UserError(f"{type(model).__name__} cannot compute activations again", "set checkpointing=false")
+        raise UserError(f"{type(model).__name__} cannot compute activations again", "set its checkpointing to false")
     check_trackers(config.trackers)
 
 
@@ -179,7 +182,7 @@ def _recomputing(model: nn.Module) -> list[nn.Module]:
 def _optimizers(
     trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices of the blocks if it is asked for.
+    """AdamW, and Muon for the matrices of the blocks if it is asked for, which gathers each one that is sharded.
 
     A group for each of `rates` that has parameters, and one for all others. Moments are made at once, not at the first
     step: a checkpoint is loaded into tensors that exist.
