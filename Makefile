@@ -47,9 +47,8 @@ distilled: setup
 	$(BIN)/vidaccel collect-features --conf sprites -o runs/features
 	$(BIN)/vidaccel distill --conf sprites/cfg -o runs/cfg features=runs/features
 	$(BIN)/vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg features=runs/features
-	$(BIN)/vidaccel collect-features --conf trajectories -o runs/trajectories model=runs/student
-	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/trajectories
-	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/trajectories stage=search steps=8
+	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features
+	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features stage=search steps=8
 	$(BIN)/python -m vidaccel.sprites ship -o runs/shipped
 
 # Few-step students at equal training time: hours on a CPU, a row at a time. TEACHER, FEATURES, WORK, NAME, ARGS=--cost ...

@@ -346,12 +346,12 @@ class PredictorConfig:
     stage: str = "all"
     """`all` (train, then search schedules) or `search` (search schedules for the predictor that is there already)."""
     features: str | None = None
-    """A folder from `vidaccel collect-features`: encoded clips or, for `pairs=trajectory`, trajectories of the student;
-    null encodes clips while training."""
+    """A folder from `vidaccel collect-features`: encoded clips or trajectories of the student. Null encodes clips while
+    training; `pairs=trajectory` collects trajectories first, unless they are given, on the captions of what is."""
     data: str | None = None
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
-    """Scenes of the sprites world, where neither of those is given."""
+    """Scenes of the sprites world, where neither of those is given, and most trajectories that are collected."""
     on_damage: str = "stop"
     """What to do about damaged shards of `features`: `stop`, or `skip` to train without them."""
     seed: int = 0

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from vidaccel.bench.plots import kind_of
+from vidaccel.cli.main import app
 from vidaccel.config import GenerateConfig, load
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import SHIPPED, load_pipeline, read_model
@@ -106,3 +108,14 @@ def test_it_heeds_the_prompt(loaded):
     made = generate(loaded, prompts, GenerateConfig(steps=20), list(range(4)))
     marks = [score_clip(frames, parse(prompt)) for frames, prompt in zip(made.frames, prompts, strict=True)]
     assert [mark["background"] for mark in marks] == [1.0] * 4
+
+
+def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp_path, monkeypatch):
+    """Of its own runs, which it collects; here two of them, for one step."""
+    monkeypatch.chdir(tmp_path)
+    small = ["clips=2", "search_prompts=1", "mse.steps=1", "mse.batch_size=2", "adversarial.steps=0"]
+    result = CliRunner().invoke(app, ["train-predictor", *small])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "runs/predictor: the predictor and these schedules"
+    made = Predictor.from_pretrained("runs/predictor")
+    assert made.config.student == student_hash(load_pipeline("sprites/student")) and made.history == 2

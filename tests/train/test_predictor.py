@@ -19,11 +19,13 @@ from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
 from vidaccel.config import CollectConfig, DiscriminatorConfig, PredictorConfig, TrainConfig, to_yaml
+from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
 from vidaccel.predictor.network import Predictor
 from vidaccel.train import predictor as module
+from vidaccel.train import runs as runs_module
 from vidaccel.train.loop import generator_for
 from vidaccel.train.predictor import train_predictor
 from vidaccel.train.setting import setting_of
@@ -223,6 +225,29 @@ def test_a_predictor_is_trained_on_trajectories(world, tmp_path, history):
     assert {schedule.steps for schedule in train_predictor(again, tmp_path)} == {6}
 
 
+def test_runs_are_collected_first_where_none_are_given(world, tmp_path):
+    """On the captions of the encoded clips, as many as asked for; what was collected is not collected again."""
+    config = settings(world, pairs="trajectory", clips=2, history=2)
+    train_predictor(config, tmp_path / "one")
+    encoded, runs = ShardFolder(config.features), ShardFolder(tmp_path / "one" / "trajectories", "trajectory")
+    assert [runs[i][1]["caption"] for i in range(2)] == [encoded[i][1]["caption"] for i in range(2)] and len(runs) == 2
+    assert read_run(tmp_path / "one", "predictor/1")["parents"]["features"] == sha256_file(runs.folder / "run.json")
+    train_predictor(replace(config, features=str(runs.folder)), tmp_path / "two")
+    weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    before = contents(tmp_path / "one")
+    train_predictor(config, tmp_path / "one")
+    after = contents(tmp_path / "one")
+    assert {name for name in before if before[name] != after[name]} <= {"run.json"}
+    searched = train_predictor(replace(config, stage="search", steps=6), tmp_path / "one")
+    assert {schedule.steps for schedule in searched} == {6}
+
+
+def test_several_processes_do_not_collect(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module, "world", lambda: 2)
+    assert "several processes do not collect" in refused(world, tmp_path, pairs="trajectory")
+
+
 def test_scales_are_drawn_from_a_range_only_when_asked(world):
     student = load_pipeline(world("wan") / "student", dtype="float32")
     for changes, low, high in (
@@ -305,9 +330,7 @@ def test_what_cannot_be_trained_is_refused(world, tmp_path):
     teacher, runs = str(world("wan") / "teacher"), str(world("wan") / "runs")
     told = {
         "makes two passes a step": {"student": teacher},
-        "samples of kind encoded": {"pairs": "trajectory"},
         "samples of kind trajectory": {"features": runs},
-        "needs trajectories of the student": {"pairs": "trajectory", "features": None},
         "steps=4, not 8": {"pairs": "trajectory", "features": runs, "steps": 8},
         "guidance=4, not 2": {"pairs": "trajectory", "features": runs, "guidance": 2.0},
         "guidance_range": {"student": teacher, "guidance": 1.0, "guidance_range": [1.0, 2.0]},

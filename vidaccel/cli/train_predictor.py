@@ -26,6 +26,8 @@ def train_predictor(
 
     vidaccel train-predictor --conf sprites --features runs/features -o runs/predictor
 
+    The student's own runs, where the settings want them and the features are encoded clips, are collected first.
+
     vidaccel train-predictor -o runs/predictor stage=search steps=8
 
     On many processes: torchrun -m vidaccel train-predictor ...

@@ -16,12 +16,14 @@ NOT_TEXT = {LATENT, "times", "x", "velocity", "cache", "cache_text"}
 log = logging.getLogger(__name__)
 
 
-def open_features(folder: str | Path, kind: str, hashes: Mapping[str, str], on_damage: str = "stop") -> ShardFolder:
+def open_features(
+    folder: str | Path, kind: str | None, hashes: Mapping[str, str], on_damage: str = "stop"
+) -> ShardFolder:
     """A feature folder to train on, every byte of it checked.
 
     Args:
         folder: as `vidaccel collect-features` wrote it.
-        kind: `encoded` or `trajectory`.
+        kind: `encoded` or `trajectory`; None takes both.
         hashes: those of the model that will be trained on it, as `LoadedPipeline` has them.
         on_damage: `stop`, or `skip` to go on without the shards that are damaged, which a warning names.
 

@@ -147,7 +147,7 @@ class ShardFolder:
                 raise _damaged(path, "it is missing")
             if path.stat().st_size != shard.bytes:
                 raise _damaged(path, f"it has {path.stat().st_size} bytes where {INDEX_FILE} says {shard.bytes}")
-        others = {span.kind for _, span in self._samples} - {kind}
+        others = self.kinds - {kind}
         if kind is not None and others:
             raise UserError(
                 f"{self.folder} holds samples of kind {', '.join(sorted(others))}, where {kind} is needed",
@@ -168,6 +168,10 @@ class ShardFolder:
             return safetensors.torch.load(tensors), json.loads(record)
         except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
             raise _damaged(path, f"sample {span.key} cannot be read ({error})") from error
+
+    @property
+    def kinds(self) -> set[str]:
+        return {span.kind for _, span in self._samples}
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """Those samples, which a folder that computes its own makes together."""

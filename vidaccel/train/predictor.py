@@ -3,6 +3,7 @@
 folder/config.json, model.safetensors   the predictor
 folder/schedule.json                    the best full steps for each budget, on each grid that was searched
 folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
+folder/trajectories                     runs of the student, where it learns from such and was given none (runs.py)
 """
 
 import logging
@@ -29,6 +30,7 @@ from vidaccel.train.loop import generator_for, train
 from vidaccel.train.meanflow import widest_interval
 from vidaccel.train.pairs import Pair, Pairs
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
+from vidaccel.train.runs import with_runs
 from vidaccel.train.search import measured_costs, searched
 from vidaccel.train.setting import Setting, setting_of
 
@@ -55,7 +57,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         made = Predictor.from_pretrained(output).config if run else None
         halves = config.mse.precision == config.adversarial.precision == "bfloat16"
         loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
-        setting = setting_of(loaded, config, made)
+        setting = setting_of(loaded, with_runs(config, loaded, output), made)
         with setting.trunk:
             if run is None:
                 before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}

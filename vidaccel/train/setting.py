@@ -100,15 +100,11 @@ def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity
 
 def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, dict[str, Any]]:
     if config.features is not None:
-        kind = {"data": "encoded", "trajectory": "trajectory"}[config.pairs]
+        # Only the texts are wanted for a search, and both kinds have them.
+        kind = None if config.stage == "search" else {"data": "encoded", "trajectory": "trajectory"}[config.pairs]
         features = open_features(config.features, kind, loaded.hashes, config.on_damage)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
-    if config.pairs == "trajectory":
-        raise UserError(
-            "pairs=trajectory needs trajectories of the student",
-            f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
-        )
     clips = CollectConfig(model=config.student, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.identity
@@ -118,9 +114,11 @@ def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampl
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
     fixed = []
-    if config.pairs == "trajectory":  # schedules are searched on any grid, whatever was learnt from
+    sampled = data[0][1]
+    if config.pairs == "trajectory" and "guidance" in sampled:
+        # Schedules are searched on any grid, whatever was learnt from.
         fixed = list(own) if config.stage == "all" else ["guidance"]
-    own |= {name: data[0][1][name] for name in fixed}
+    own |= {name: sampled[name] for name in fixed}
     changed = [name for name in fixed if asked.get(name, own[name]) != own[name]]
     if changed:
         differing = [f"{name}={own[name]:g}, not {asked[name]:g}" for name in changed]

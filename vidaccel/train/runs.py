@@ -1,0 +1,70 @@
+"""Runs of the student for a predictor that learns from such and was given none: they are collected first."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vidaccel.artefacts import RUN_FILE, sha256_file
+from vidaccel.collect.folder import check_made_for
+from vidaccel.collect.job import collect, plan
+from vidaccel.collect.source import open_source
+from vidaccel.collect.trajectory import running
+from vidaccel.config import CollectConfig, PredictorConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.errors import UserError
+from vidaccel.models.identity import encoder_hashes
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.train.parallel import world
+
+log = logging.getLogger(__name__)
+FOLDER = "trajectories"
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Those of the first encoded clips: a source of runs, which needs no videos."""
+
+    features: ShardFolder
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.features))
+
+    def record(self, index: int) -> dict[str, Any]:
+        return self.features[index][1]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"captions": sha256_file(self.features.folder / RUN_FILE), "clips": len(self)}
+
+
+def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
+    """`config` with runs of the student as its features, where it is to learn from such.
+
+    Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips;
+    a collection that was stopped is gone on with.
+
+    Raises:
+        UserError: there are no captions, or several processes would all collect.
+    """
+    if config.pairs != "trajectory" or config.stage == "search":
+        return config
+    features = ShardFolder(config.features) if config.features is not None else None
+    if features and features.kinds == {"trajectory"}:
+        return config
+    if world() > 1:
+        raise UserError(
+            "pairs=trajectory needs runs of the student, and several processes do not collect them",
+            f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
+        )
+    sampled = {name: getattr(config, name) for name in ("data", "clips", "seed", "steps", "shift", "guidance")}
+    asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
+    if features:
+        check_made_for(features.folder, encoder_hashes(loaded))
+    job = running(loaded, Captions(features, config.clips) if features else open_source(loaded, asked), asked)
+    folder = output / FOLDER
+    log.info("runs of the student to learn from: %s, in %s", plan(job), folder)
+    collect(job, folder)
+    return replace(config, features=str(folder))
