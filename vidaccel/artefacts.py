@@ -204,6 +204,15 @@ def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
         )
 
 
+def is_finished(folder: str | os.PathLike, format: str) -> bool:
+    """Whether a run.json of this `format` vouches for all that `folder` holds of it."""
+    try:
+        verify_files(folder, read_run(folder, format))
+    except UserError:
+        return False
+    return True
+
+
 def _artefacts(folder: Path) -> list[str]:
     """Sorted names, relative and with forward slashes, of the files a finished folder vouches for."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

@@ -139,6 +139,7 @@ class GenerateConfig(RuntimeConfig):
         super().__post_init__()
         _require(bool(self.model.strip()), "model", self.model, "must name a model")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        _require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
 
@@ -285,7 +286,7 @@ class DistillConfig:
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Scales g that the student learns, drawn uniformly."""
     times: str = "logit_normal"
-    """Distribution of t, moved towards noise by `shift`: `uniform` or `logit_normal`."""
+    """Distribution of t: `uniform`, or `logit_normal` moved towards noise by `shift`."""
     sample_steps: int = 50
     """Sampler steps that the student is made for: what it is saved, sampled and shown with."""
     guidance: float | None = None

@@ -152,6 +152,13 @@ def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:
         )
 
 
+def warn_of_guidance(loaded: LoadedPipeline, guidance: float | None) -> None:
+    """Say so where a student was trained on other scales than this."""
+    trained = loaded.conditioning.config.guidance_range if loaded.conditioning else None
+    if guidance is not None and trained and not trained[0] <= guidance <= trained[1]:
+        log.warning("guidance=%g: the student was trained on scales from %g to %g", guidance, *trained)
+
+
 class _Passes:
     """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
 

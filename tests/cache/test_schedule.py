@@ -121,10 +121,10 @@ def test_the_one_schedule_that_fits_is_picked():
     assert pick(made, 2, 8) is two
     assert pick(made, None, 20) is pick(made, 2, 20) is long
     for budget, steps, message in [
-        (3, None, "no schedules have 3 full of any steps\nhint: .* one of: 2 of 8, 4 of 8, 2 of 20"),
-        (2, 10, "no schedules have 2 full of 10 steps"),
-        (2, None, "2 schedules have 2 full of any steps\nhint: .* one of: 2 of 8, 2 of 20"),
-        (None, None, "3 schedules have any full of any steps"),
+        (3, None, "no schedule for budget=3\nhint: choose budget=2 or 4 with steps=8; budget=2 with steps=20"),
+        (2, 10, "no schedule for budget=2 with steps=10"),
+        (2, None, "2 schedules for budget=2\nhint: choose budget=2 with steps=8; budget=2 with steps=20"),
+        (None, None, "3 schedules for any steps"),
     ]:
         with pytest.raises(UserError, match=message):
             pick(made, budget, steps)

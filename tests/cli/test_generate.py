@@ -164,6 +164,35 @@ def test_the_default_goes_with_its_own_model_only(students):
     assert shipped["predictor"] == "sprites/predictor"
 
 
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ([], {"budget": 6}),
+        (["budget=4", "steps=8"], {"budget": 4}),
+        (["full_steps=[0,5]"], {"full_steps": [0, 5]}),
+        (["every=3"], {"every": 3}),
+        (["+every=3"], {"every": 3}),
+        (["predictor=null"], {}),
+        (["predictor=reuse", "full_steps=[0,5]"], {"full_steps": [0, 5]}),
+        (["every=3", "budget=4"], {"every": 3, "budget": 4}),  # which is refused later
+        (["schedule=mine.json"], {"schedule": "mine.json", "budget": 6}),
+    ],
+)
+def test_one_way_of_saying_which_steps_are_full_takes_the_place_of_the_configurations(words, left):
+    chosen = yaml.safe_load(run("--print-conf", *words).stdout)
+    ways = ("full_steps", "every", "budget", "schedule")
+    assert {way: chosen[way] for way in ways if chosen[way] is not None} == left
+
+
+def test_a_scale_that_a_student_was_not_trained_on_is_warned_of(students, tmp_path):
+    teacher = load_pipeline(students["student"].parent / "teacher")
+    taught = save(tmp_path / "taught", teacher, trained(teacher, guidance_range=(1.0, 4.0)))
+    for guidance, warned in ((4, False), (7, True)):
+        result = run("a red circle", f"model={taught}", f"guidance={guidance}")
+        assert ("guidance=7: the student was trained on scales from 1 to 4" in result.stderr) == warned
+        assert result.exit_code == 0
+
+
 def test_two_passes_of_a_student_are_refused(students):
     result = run("a red circle", f"model={students['student']}", "two_pass=true")
     assert result.exit_code == 2

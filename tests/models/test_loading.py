@@ -138,6 +138,12 @@ def test_unknown_device_and_dtype(saved):
     assert '"float16"' in refused(saved("hunyuan_video"), dtype="float6").hint
 
 
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "runs/my/student", "~/nowhere"])
+def test_a_path_that_no_hub_id_can_be_is_a_missing_folder(name):
+    with pytest.raises(UserError, match="there is no folder .*nowhere|there is no folder runs/my/student"):
+        load_pipeline(name)
+
+
 def test_a_hub_id_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no-such-org/no-such-model" in refused("no-such-org/no-such-model").message

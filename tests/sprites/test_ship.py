@@ -112,7 +112,8 @@ def test_both_are_vouched_for(made):
         assert "README.md" in record["files"]
     assert record["searched_on"] == read_run(made / "predictor", "predictor/1")["searched_on"]
     parents = read_run(made / "shipped" / "student", "model/1")["parents"]
-    assert parents["pipeline"] == sha256_file(SHIPPED / "teacher" / RUN_FILE)
+    own = read_run(made / "student", "model/1")["parents"]["teacher"]
+    assert parents == {"teacher": own, "pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
 
 
 def test_the_cards_quote_trainings_and_results(made):
@@ -130,7 +131,12 @@ def test_the_cards_quote_trainings_and_results(made):
     assert "searched on grids of 4 steps" in predictor
     assert "| CFG distillation | 7 | 2 | 0.2500 | 3 |" in student and "| few steps | 7 | 2 | 0.2500 | 3 |" in student
     assert "| predictor, mse | 5 | 1 | 0.5000 | 0 |" in predictor and "adversarial |" not in predictor
-    for card, command in ((student, "distill --conf sprites/cfg"), (predictor, "train-predictor --conf sprites")):
+    teacher = read_run(made / "student", "model/1")["config"]["teacher"]
+    for card, command in (
+        (student, "distill --conf sprites/cfg"),
+        (student, f"distill --conf sprites/restricted_meanflow teacher={teacher}"),
+        (predictor, "train-predictor --conf sprites student=sprites/student"),
+    ):
         assert f"    vidaccel {command}\n" in card and f"## Settings of `vidaccel {command}`" in card
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.students import save_teacher
+from tests.students import contents, save_teacher
 from tests.tiny import BUILDERS
 from tests.train.test_loop import outcome
 from vidaccel.artefacts import sha256_file, write_run
@@ -26,6 +27,7 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.sampling import generate
 from vidaccel.train import distill as module
+from vidaccel.train import objective
 from vidaccel.train.cfg_distill import cfg_loss, sample_guidance
 from vidaccel.train.distill import distill, student_of, velocity_of
 from vidaccel.train.objective import Distillation
@@ -34,7 +36,7 @@ CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
 
 
-def write_features(folder: Path, loaded: LoadedPipeline, spoil: float = 1.0) -> Path:
+def write_features(folder: Path, loaded: LoadedPipeline, spoil: float = 1.0, per_shard: int = 256) -> Path:
     """Three samples with random latents, the first one's multiplied by `spoil`."""
     generator = torch.Generator().manual_seed(0)
     channels = loaded.pipe.transformer.config.out_channels
@@ -43,7 +45,8 @@ def write_features(folder: Path, loaded: LoadedPipeline, spoil: float = 1.0) -> 
     samples = rows(loaded, encode_texts(loaded, CAPTIONS), [{"caption": c, "fps": 8} for c in CAPTIONS], "float32")
     for (tensors, _), latent in zip(samples, latents, strict=True):
         tensors["latent"] = latent
-    write_shards(folder, lambda indices: [samples[i] for i in indices], count=3, kind="encoded", settings={})
+    settings = {"count": 3, "kind": "encoded", "settings": {}, "per_shard": per_shard}
+    write_shards(folder, lambda indices: [samples[i] for i in indices], **settings)
     made_with = encoder_hashes(loaded)
     write_run(
         folder,
@@ -77,6 +80,11 @@ def settings(world, family: str, **changes) -> DistillConfig:
     teacher, features = world(family)
     train = TrainConfig(**TRAIN | changes.pop("train", {}))
     return DistillConfig(**{"teacher": str(teacher), "features": str(features), "train": train} | changes)
+
+
+def derivative(**changes) -> dict:
+    """A training on the MeanFlow identity."""
+    return {"mean_velocity": MeanVelocityTraining(target="derivative", derivative="finite_difference", **changes)}
 
 
 def logged(folder: Path, key: str) -> list[float]:
@@ -217,9 +225,9 @@ def test_training_on_the_derivative_says_first_what_it_trains_on(
 def test_a_second_run_trains_nothing_and_another_setting_is_refused(world, distilled, tmp_path):
     own = {"method": "mean_velocity", "teacher": str(distilled("wan"))}
     distill(settings(world, "wan", **own), tmp_path / "student")
-    before = (tmp_path / "student" / "metrics.jsonl").read_text()
+    before = contents(tmp_path / "student")
     distill(settings(world, "wan", **own), tmp_path / "student")
-    assert (tmp_path / "student" / "metrics.jsonl").read_text() == before
+    assert contents(tmp_path / "student") == before  # what was made of it knows it by its run.json
     changed = settings(world, "wan", **own, mean_velocity=MeanVelocityTraining(restrict=0.4))
     with pytest.raises(UserError, match="restrict was 0.2, now 0.4"):
         distill(changed, tmp_path / "student")
@@ -276,7 +284,8 @@ def test_from_the_command_line(world, tmp_path):
     result = CliRunner().invoke(app, ["distill", "--conf", "sprites/cfg", "-o", str(tmp_path / "cfg"), *small])
     assert result.exit_code == 0, result.output
     assert f"vidaccel generate model={tmp_path / 'cfg'}" in result.output
-    assert load_pipeline(tmp_path / "cfg").default("steps") == 50
+    loaded = load_pipeline(tmp_path / "cfg")
+    assert loaded.default("steps") == 50 and loaded.conditioning.config.guidance_range == (1.0, 4.0)
 
 
 def test_two_processes_train_what_one_does(world, distilled, tmp_path):
@@ -304,6 +313,57 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
     assert load_pipeline(tmp_path / "two").conditioning.config.embeds == ("r", "g")
     saved = json.loads((tmp_path / "two" / "transformer" / "config.json").read_text())
     assert saved["_class_name"] == "WanTransformer3DModel"
+
+
+def test_a_derivative_and_adapters_in_two_processes(world, distilled, tmp_path):
+    """Which take the difference unless told otherwise; the adapters alone are gathered and saved."""
+    words = {"method": "mean_velocity", "teacher": str(distilled("wan")), "times": "uniform", "merge_lora": False}
+    train = TRAIN | {"learning_rate": 1e-5, "lora_rank": 2}
+    alone = settings(world, "wan", **words, **derivative(), train=train | {"accumulate": 2})
+    distill(alone, tmp_path / "one")
+    given = [f"{key}={value}" for key, value in words.items()] + [
+        f"train.{key}={value}" for key, value in train.items()
+    ]
+    given += [f"features={alone.features}", "mean_velocity.target=derivative"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
+    Path(tmp_path / "own.yaml").write_text("{}")
+    command = [*run, "distill", "--conf", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "two"), *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the student; `vidaccel generate") == 1
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["config"]["mean_velocity"]["derivative"] == (
+        "finite_difference"
+    )
+    one, two = (logged(tmp_path / name, "loss") for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
+    one, two = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=2e-5)
+    assert generate(load_pipeline(tmp_path / "two"), ["a red circle"], GenerateConfig(steps=2), [0]).passes == 2
+
+
+@pytest.mark.parametrize("target", ["rollout", "derivative"])
+@pytest.mark.parametrize(
+    ("family", "option", "added"),
+    [("hunyuan_video", "guidance_embeds", ("r",)), ("hunyuan_video_15", "use_meanflow", None)],
+)
+def test_what_a_model_embeds_itself_is_not_added(tmp_path, family, option, added, target):
+    """A student of a model that knows r, or g, is saved without an embedding of it, and told it all the same."""
+    teacher = load_pipeline(save_teacher(tmp_path / "teacher", family, **{option: True}))
+    features = write_features(tmp_path / "features", teacher)
+    own = MeanVelocityTraining(target=target, derivative="finite_difference")
+    places = {"teacher": teacher.source, "features": str(features), "train": TrainConfig(**TRAIN)}
+    distill(DistillConfig(method="mean_velocity", mean_velocity=own, sample_steps=2, **places), tmp_path / "student")
+    loaded = load_pipeline(tmp_path / "student")
+    assert (loaded.conditioning.config.embeds if loaded.conditioning else None) == added
+    assert generate(loaded, ["a red circle"], GenerateConfig(), [0]).passes == 2
+    student = velocity_of(loaded)
+    assert student.embeds("r")
+    text = batch([{name: t[0] for name, t in encode_texts(loaded, CAPTIONS[:1]).items()}], "cpu", torch.float32)
+    x, t = torch.randn(1, loaded.pipe.transformer.config.out_channels, 2, 4, 4), torch.tensor([0.7])
+    with torch.no_grad():
+        g = torch.tensor([3.0]) if student.embeds("g") else None
+        far, near = (student(x, t, text, r=torch.tensor([r]), g=g) for r in (0.2, 0.6))
+    assert not torch.equal(far, near)
 
 
 # faults
@@ -364,9 +424,68 @@ def test_clips_that_none_can_be_read_of(world, tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "captions.jsonl").write_text('{"file": "gone.mp4", "caption": "a red circle"}\n')
     config = settings(world, "wan", features=None, data=str(tmp_path / "clips"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="1 of 1 clips in .* cannot be used: .*gone.mp4"):
         distill(config, tmp_path / "student")
     assert not (tmp_path / "student" / "run.json").exists()
+
+
+def test_an_exact_derivative_that_does_not_fit_is_refused(world, distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(objective.jvp, "missing_memory", lambda *_: (3 * 2**30, 2**30))
+    own = {"method": "mean_velocity", "teacher": str(distilled("wan"))} | derivative()
+    own["mean_velocity"].derivative = "exact"
+    with pytest.raises(UserError, match="need 3.0 GiB for attention, and 1.0 GiB are free") as error:
+        distill(settings(world, "wan", **own), tmp_path / "student")
+    assert "mean_velocity.derivative=finite_difference" in error.value.hint
+
+
+@pytest.mark.parametrize("velocity", ["teacher", "data"])
+def test_the_velocity_and_the_share_of_the_derivative_that_are_trained_on(
+    world, distilled, tmp_path, velocity, monkeypatch
+):
+    """Of the data it is eps - x_0, in the check before training as well; the share grows over the warm-up."""
+    own = {"method": "mean_velocity", "teacher": str(distilled("wan"))}
+    own |= derivative(velocity=velocity, tangent_warmup=4)
+    plain, drawn, followed, shares = Distillation.draw, [], [], []
+
+    def draw(setting, index, generator):
+        drawn.append(plain(setting, index, generator))
+        return drawn[-1]
+
+    def target(student, v, x, t, r, config, warmup):
+        followed.append(v)
+        shares.append(warmup)
+        return meanflow_target(student, v, x, t, r, config, warmup)
+
+    def check(student, x, t, r, v, *rest):
+        followed.append(v)
+
+    meanflow_target = objective.meanflow.derivative_target
+    monkeypatch.setattr(Distillation, "draw", draw)
+    monkeypatch.setattr(objective.meanflow, "derivative_target", target)
+    monkeypatch.setattr(objective.jvp, "check_derivatives", check)
+    distill(
+        settings(world, "wan", **own, train={"steps": 3, "accumulate": 2, "evaluate_every": 100}), tmp_path / "student"
+    )
+    of_data = [torch.equal(v, eps - x_0) for v, (x_0, eps, *_) in zip(followed, drawn, strict=True)]
+    assert of_data == [velocity == "data"] * len(drawn) and len(drawn) >= 7
+    assert shares[:6] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.625]
+
+
+@pytest.mark.parametrize("on_damage", ["stop", "skip"])
+def test_a_damaged_shard_stops_a_training_or_is_left_out(world, tmp_path, on_damage, caplog):
+    teacher = load_pipeline(world("wan")[0])
+    features = write_features(tmp_path / "features", teacher, per_shard=2)
+    last = features / "shard-00001.tar"
+    last.write_bytes(last.read_bytes()[:-100] + bytes(100)[:-1] + b"x")
+    config = settings(world, "wan", features=str(features), on_damage=on_damage)
+    if on_damage == "stop":
+        with pytest.raises(UserError, match="damaged or missing: shard-00001.tar"):
+            distill(config, tmp_path / "student")
+        assert not (tmp_path / "student" / "run.json").exists()
+    else:
+        distill(config, tmp_path / "student")
+        assert "shard-00001.tar, damaged or missing, with its 1 samples" in caplog.text
+        assert load_pipeline(tmp_path / "student")
 
 
 def test_data_that_is_not_finite_stops_after_ten_steps(world, tmp_path):

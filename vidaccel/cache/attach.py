@@ -73,6 +73,8 @@ def attach(
     family = family_of_pipeline(type(pipe).__name__)
     if isinstance(predictor, str | Path) and predictor not in ZOO:
         predictor = local_path(predictor)
+        if not predictor.is_dir():
+            raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     forecaster = _forecaster(predictor, pipe)
     if isinstance(forecaster, Predictor):
@@ -178,8 +180,6 @@ def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline) -> 
     if predictor == "taylor":
         config = pipe.scheduler.config
         return Taylor(shift=config.get("shift") or config.get("flow_shift") or 1.0)
-    if not predictor.is_dir():
-        raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     return Predictor.from_pretrained(predictor)
 
 

@@ -132,10 +132,22 @@ def pick(schedules: Iterable[Schedule], budget: int | None, steps: int | None = 
     schedules = list(schedules)
     fitting = [s for s in schedules if budget in (None, s.budget) and steps in (None, s.steps)]
     if len(fitting) != 1:
-        asked = f"{'any' if budget is None else budget} full of {'any' if steps is None else steps} steps"
-        there = ", ".join(f"{s.budget} of {s.steps}" for s in fitting or schedules) or "none"
-        raise UserError(f"{len(fitting) or 'no'} schedules have {asked}", f"budget= and steps= take one of: {there}")
+        asked = [f"{name}={value}" for name, value in (("budget", budget), ("steps", steps)) if value is not None]
+        found = f"{len(fitting)} schedules" if fitting else "no schedule"
+        raise UserError(f"{found} for {' with '.join(asked) or 'any steps'}", f"choose {_listed(fitting or schedules)}")
     return fitting[0]
+
+
+def _listed(schedules: Iterable[Schedule]) -> str:
+    """What budget= and steps= may be: "budget=4 or 6 with steps=8; budget=6 with steps=20"."""
+    budgets: dict[int, list[int]] = {}
+    for schedule in schedules:
+        budgets.setdefault(schedule.steps, []).append(schedule.budget)
+    ways = []
+    for steps, numbers in sorted(budgets.items()):
+        *others, last = map(str, sorted(numbers))
+        ways.append(f"budget={', '.join(others)}{' or ' if others else ''}{last} with steps={steps}")
+    return "; ".join(ways) or "another file: this one has none"
 
 
 def _schedule(budget: int, **fields) -> Schedule:

@@ -31,5 +31,5 @@ def distill(
     quiet_libraries()
     from vidaccel.train.distill import distill as run
 
-    run(config, output, device)
-    typer.echo(f"{output}: the student; `vidaccel generate model={output}` runs it")
+    if run(config, output, device):
+        typer.echo(f"{output}: the student; `vidaccel generate model={output}` runs it")

@@ -32,7 +32,7 @@ def generate(
         typer.Option(
             "-o",
             "--output",
-            help="A .mp4 or .gif, or a folder of PNGs; with --prompts a folder of videos. [default: out.mp4, or out]",
+            help="A .mp4 or .gif, or a folder of PNGs; with --prompts a folder of videos. Default: out.mp4, or out.",
             show_default=False,
         ),
     ] = None,
@@ -40,8 +40,8 @@ def generate(
     conf: Annotated[
         str | None,
         typer.Option(
-            help="A shipped configuration, or the path of a YAML file. [default: the shipped student with its "
-            "predictor; with model=, that model as it is]",
+            help="A shipped configuration, or the path of a YAML file. Default: the shipped student with its "
+            "predictor; with model=, that model as it is.",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +61,7 @@ def generate(
         overrides.append(f"seed={seed}")
     if conf is None:  # the predictor of default.yaml belongs to its model
         conf = "teacher" if any(word.lstrip("+").startswith("model=") for word in overrides) else "default"
-    config = settings("generate", conf, overrides, print_conf)
+    config = settings("generate", conf, [*overrides, *_instead(overrides)], print_conf)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
 
@@ -69,6 +69,18 @@ def generate(
     report = _make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
+
+
+def _instead(overrides: list[str]) -> list[str]:
+    """Settings that take back a configuration's way of saying which steps are full, where these say another."""
+    given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
+    if given.get("predictor") == "null" or given.keys() & {"full_steps", "every"}:
+        others = {"full_steps", "every", "budget", "schedule"}
+    elif given.keys() & {"budget", "schedule"}:
+        others = {"full_steps", "every"}
+    else:
+        others = set()
+    return [f"{key}=null" for key in sorted(others - given.keys())]
 
 
 def _check_outputs(files: list[Path], sheet: Path | None) -> None:
@@ -89,13 +101,14 @@ def _make(
     from vidaccel.models import runtime
     from vidaccel.models.loading import load_pipeline, resolve_device
     from vidaccel.sampling import generate as sample
-    from vidaccel.sampling import predicted_steps, warn_of_unknown_words
+    from vidaccel.sampling import predicted_steps, warn_of_guidance, warn_of_unknown_words
 
     started = time.perf_counter()
     runtime.check(config, resolve_device(device))
     loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
     ran = runtime.prepare(loaded, config)
     seconds = Counter(load=time.perf_counter() - started)
+    warn_of_guidance(loaded, config.guidance)
     for text in texts:
         warn_of_unknown_words(loaded, text)
     videos = []

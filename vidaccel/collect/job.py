@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import config as configuration
-from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files, write_run
+from vidaccel.artefacts import RUN_FILE, is_finished, sha256_file, write_run
 from vidaccel.collect.folder import FORMAT
 from vidaccel.config import CollectConfig
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
@@ -79,7 +79,7 @@ def collect(job: Job, folder: Path) -> None:
         batch_size=config.batch_size,
         title=f"collecting {config.kind}",
     )
-    if _finished(folder):
+    if is_finished(folder, FORMAT):
         return  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE
     write_run(
@@ -93,15 +93,6 @@ def collect(job: Job, folder: Path) -> None:
         kind=config.kind,
         made_with=job.made_with,
     )
-
-
-def _finished(folder: Path) -> bool:
-    """Whether run.json vouches for what the folder holds."""
-    try:
-        verify_files(folder, read_run(folder, FORMAT))
-    except UserError:
-        return False
-    return True
 
 
 def decimal_bytes(count: int) -> str:

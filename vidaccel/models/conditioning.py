@@ -48,9 +48,13 @@ class ConditioningConfig:
     """Steps of that grid."""
     restrict: float | None = None
     """Restrict factor R: the widest interval t - r it was trained on."""
+    guidance_range: tuple[float, float] | None = None
+    """[low, high] of the scales g it was trained on."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeds", tuple(self.embeds))
+        if self.guidance_range is not None:
+            object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
         if self.rule != "add":
             raise UserError(f"the conditioning combines by {self.rule!r}", "this vidaccel knows the rule add")
         if not self.embeds or set(self.embeds) - {"r", "g"}:

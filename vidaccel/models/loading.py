@@ -142,6 +142,8 @@ def _local_folder(model: str | Path) -> Path | None:
 
 def _download(hub_id: str) -> Path:
     """The local snapshot of a hub model, safetensors only."""
+    if hub_id.count("/") > 1 or hub_id.startswith(("/", ".", "~")):
+        raise UserError(f"there is no folder {hub_id}", "check the path of the model")
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:

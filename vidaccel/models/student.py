@@ -20,7 +20,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from vidaccel.artefacts import RUN_FILE, atomic_folder, explained, read_run, sha256_file, write_json, write_run
+from vidaccel.artefacts import (
+    RUN_FILE,
+    atomic_folder,
+    explained,
+    is_finished,
+    read_run,
+    sha256_file,
+    write_json,
+    write_run,
+)
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import read_json
@@ -90,7 +99,10 @@ def save_student(
             call=teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False},
             **extra,
         )
-    _put_in_place(folder / "draft", folder, old)
+    if _same(folder, folder / "draft"):
+        shutil.rmtree(folder / "draft")  # an adapter knows its pipeline by its run.json, whose times would be others
+    else:
+        _put_in_place(folder / "draft", folder, old)
 
 
 def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module, dtype: torch.dtype) -> None:
@@ -145,6 +157,15 @@ def _parents(teacher: LoadedPipeline, adapter: bool) -> dict[str, str]:
     if not run.exists():
         return {}
     return {role: sha256_file(run) for role in ("teacher", *(["pipeline"] if adapter else []))}
+
+
+def _same(folder: Path, draft: Path) -> bool:
+    """Whether `folder` holds that student already, whole."""
+    if not is_finished(folder, FORMAT):
+        return False
+    there, new = (read_run(place, FORMAT) for place in (folder, draft))
+    times = {name: new[name] for name in ("started", "finished")}
+    return there | times == new
 
 
 def _old_parts(folder: Path) -> set[str]:

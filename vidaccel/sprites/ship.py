@@ -65,8 +65,12 @@ def ship_student(student: Path, distilled: Path, results: Path | None, remark: s
     if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
         raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
     made_by = {
-        "CFG distillation": ("vidaccel distill --conf sprites/cfg", before, distilled / METRICS),
-        "few steps": ("vidaccel distill --conf sprites/restricted_meanflow", run, student / METRICS),
+        "CFG distillation": (_command("distill --conf sprites/cfg", before, "features"), before, distilled / METRICS),
+        "few steps": (
+            _command("distill --conf sprites/restricted_meanflow", run, "teacher", "features"),
+            run,
+            student / METRICS,
+        ),
     }
     with atomic_folder(output) as folder:
         shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
@@ -74,14 +78,14 @@ def ship_student(student: Path, distilled: Path, results: Path | None, remark: s
             shutil.copytree(student / name, folder / name)
         card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        parents = {role: sha256_file(SHIPPED / "teacher" / RUN_FILE) for role in ("teacher", "pipeline")}
+        parents = run["parents"] | {"pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
 
 
 def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
     """Write the predictor to `output`, with its card; arguments and errors as for `ship_student`."""
     run = read_run(predictor, PREDICTOR)
-    command = "vidaccel train-predictor --conf sprites"
+    command = _command("train-predictor --conf sprites", run, "student", "features")
     stages = [stage for stage in STAGES if run["config"][stage]["steps"]]
     made_by = {f"predictor, {stage}": (command, run, predictor / CHECKPOINTS / stage / METRICS) for stage in stages}
     with atomic_folder(output) as folder:
@@ -92,6 +96,12 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
         card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
+
+
+def _command(words: str, run: Mapping[str, Any], *places: str) -> str:
+    """That which `run` is of, with the folders that it read."""
+    given = {place: run["config"][place] for place in places if run["config"][place] is not None}
+    return " ".join(["vidaccel", words, *(f"{place}={folder}" for place, folder in given.items())])
 
 
 def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[str, str], **extra) -> None:

@@ -45,8 +45,10 @@ SHEET_PROMPTS = 4
 """Of a sheet for which the user names none."""
 
 
-def distill(config: DistillConfig, output: Path, device: str = "auto") -> None:
+def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
     """Train a student into the folder `output`, going on where an earlier run was stopped.
+
+    Returns whether this process is the one that saved it: the first of many.
 
     Raises:
         UserError: teacher, data and settings do not go together, or cannot be read.
@@ -55,6 +57,7 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> None:
     check_writable(output / RUN_FILE)
     with processes():
         _distill(config, output, device)
+        return rank() == 0
 
 
 def _distill(config: DistillConfig, output: Path, device: str) -> None:
@@ -133,6 +136,8 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     if config.method == "mean_velocity":
         widest = meanflow.widest_interval(config.sample_steps, trained["shift"])
         trained["restrict"] = meanflow.restrict_at(config.mean_velocity, widest, 1.0)
+    if "g" in embeds:
+        trained["guidance_range"] = tuple(config.guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
     guidance = loaded.default("guidance") if config.guidance is None else config.guidance
     own = {"steps": config.sample_steps, "guidance": guidance, "two_pass": False}

@@ -118,7 +118,7 @@ def say_what_is_trained_on(setting: Distillation) -> None:
             "set mean_velocity.derivative=finite_difference, or run on a GPU with mean_velocity.kernels=fused",
         )
     with torch.no_grad():
-        v = _bound(setting.teacher, text, g)(x, t, t)
+        v = _bound(setting.teacher, text, g)(x, t, t) if config.velocity == "teacher" else eps - x_0
     with_exact = not missing and (world() == 1 or config.derivative == "exact")
     check = jvp.check_derivatives(student, x, t, r, v, config, with_exact)
     log.info("before training: %s", check)

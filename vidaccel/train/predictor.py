@@ -62,7 +62,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
             if run is None:
                 before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
                 _train(setting, output)
-                run = _described(setting, started)
+                run = _described(setting, config, started)
                 if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                     run["searched_on"] = before["searched_on"]
             schedules = _search(setting, output)
@@ -184,14 +184,14 @@ def _search(setting: Setting, output: Path) -> list[Schedule]:
     return list(searched(costs, setting.sampling.shift).values())
 
 
-def _described(setting: Setting, started: datetime) -> dict[str, Any]:
-    """What run.json says of a training."""
+def _described(setting: Setting, config: PredictorConfig, started: datetime) -> dict[str, Any]:
+    """What run.json says of a training: the settings as they were given, and what was learnt from."""
     folders = {"student": Path(setting.loaded.source)}
     if setting.config.features is not None:
         folders["features"] = Path(setting.config.features)
     parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
-    config = configuration.to_dict(setting.config)
-    return {"config": config, "seed": setting.config.seed, "started": started.isoformat(), "parents": parents}
+    given = configuration.to_dict(config)
+    return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
 
 
 def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
