@@ -56,7 +56,7 @@ methods:
 """
 FAIL = {
     "pab-cfg": "keeps one state for both passes of guidance",
-    "lost": "nowhere is neither a folder here nor a model that the hub gave us",
+    "lost": "nowhere (check the path of the model)",
 }
 PASSES = {  # full, predicted, skipped; of two-pass rows both
     "cfg": (12, 0, 0),
