@@ -476,7 +476,7 @@ def test_a_damaged_shard_stops_a_training_or_is_left_out(world, tmp_path, on_dam
     teacher = load_pipeline(world("wan")[0])
     features = write_features(tmp_path / "features", teacher, per_shard=2)
     last = features / "shard-00001.tar"
-    last.write_bytes(last.read_bytes()[:-100] + bytes(100)[:-1] + b"x")
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
     config = settings(world, "wan", features=str(features), on_damage=on_damage)
     if on_damage == "stop":
         with pytest.raises(UserError, match="damaged or missing: shard-00001.tar"):

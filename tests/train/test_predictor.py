@@ -18,6 +18,7 @@ from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
+from vidaccel.collect.trajectory import running
 from vidaccel.config import CollectConfig, DiscriminatorConfig, PredictorConfig, TrainConfig, to_yaml
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import TrainingFailed, UserError
@@ -241,6 +242,30 @@ def test_runs_are_collected_first_where_none_are_given(world, tmp_path):
     assert {name for name in before if before[name] != after[name]} <= {"run.json"}
     searched = train_predictor(replace(config, stage="search", steps=6), tmp_path / "one")
     assert {schedule.steps for schedule in searched} == {6}
+
+
+@pytest.mark.parametrize("kind", ["encoded", "trajectory"])
+def test_damaged_features_are_left_out_where_that_is_asked_for(world, tmp_path, kind, caplog):
+    """Of both kinds, and never where it is not."""
+    student = load_pipeline(world("wan") / "student")
+    whole = write_features(tmp_path / "whole", student, per_shard=2)
+    if kind == "trajectory":
+        whole = collected_runs(world, tmp_path / "first", whole)
+    shard = sorted(whole.glob("*.tar"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    own = {"pairs": "trajectory", "features": str(whole)}
+    assert shard.name in refused(world, tmp_path / "stopped", **own)
+    train_predictor(settings(world, **own, on_damage="skip"), tmp_path / "skipped")
+    assert f"{shard.name}, damaged or missing, with its 1 samples" in caplog.text
+    if kind == "encoded":
+        assert len(ShardFolder(tmp_path / "skipped" / "trajectories")) == 2
+
+
+def collected_runs(world, folder: Path, features: Path) -> Path:
+    """Runs of the student on these captions, two in a shard."""
+    student, asked = load_pipeline(world("wan") / "student"), CollectConfig(kind="trajectory", per_shard=2)
+    collect(running(student, runs_module.Captions(ShardFolder(features), 3), asked), folder)
+    return folder
 
 
 def test_several_processes_do_not_collect(world, tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> str 
         return None
     names = list(parts)
     if (Path(source) / "conditioning").is_dir():
-        if not force and not all(Conditioning.of(part, family) for part in parts.values()):
+        if not force and Conditioning.of(parts[names[0]], family) is None:
             raise UserError(
                 f"this pipeline has only what diffusers loads of {source}, without its conditioning/",
                 "load it by vidaccel.load_pipeline(folder), and attach to what that gives",

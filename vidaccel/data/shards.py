@@ -123,6 +123,11 @@ def sample_bytes(sample: Sample) -> int:
     return len(_pack(_key(0), *sample))
 
 
+def kinds_in(folder: str | os.PathLike) -> set[str]:
+    """The kinds of samples that index.json lists, of damaged shards too; errors as of `ShardFolder`."""
+    return {span.kind for shard in _read_index(Path(folder)) for span in shard.samples}
+
+
 class ShardFolder:
     """The samples of a finished feature folder.
 
@@ -147,7 +152,7 @@ class ShardFolder:
                 raise _damaged(path, "it is missing")
             if path.stat().st_size != shard.bytes:
                 raise _damaged(path, f"it has {path.stat().st_size} bytes where {INDEX_FILE} says {shard.bytes}")
-        others = self.kinds - {kind}
+        others = {span.kind for _, span in self._samples} - {kind}
         if kind is not None and others:
             raise UserError(
                 f"{self.folder} holds samples of kind {', '.join(sorted(others))}, where {kind} is needed",
@@ -168,10 +173,6 @@ class ShardFolder:
             return safetensors.torch.load(tensors), json.loads(record)
         except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
             raise _damaged(path, f"sample {span.key} cannot be read ({error})") from error
-
-    @property
-    def kinds(self) -> set[str]:
-        return {span.kind for _, span in self._samples}
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """Those samples, which a folder that computes its own makes together."""

@@ -155,7 +155,8 @@ def restricted_times(count: int, restrict: float, lag: float, generator: torch.G
 def grid_times(count: int, grid: Tensor, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
     """Full and predicted step: two of a grid [S + 1], neighbours or at most `lag` apart; all such are as likely."""
     steps = len(grid) - 1
-    near = [(i, j) for i in range(steps) for j in range(i + 1, steps) if j == i + 1 or grid[i] - grid[j] <= lag]
+    at = grid.tolist()  # a difference in float32 would be rounded, and may pass for one that is no longer than `lag`
+    near = [(i, j) for i in range(steps) for j in range(i + 1, steps) if j == i + 1 or at[i] - at[j] <= lag]
     full, predicted = torch.tensor(near)[torch.randint(len(near), (count,), generator=generator)].T
     return Times(grid[full], grid[full + 1]), Times(grid[predicted], grid[predicted + 1])
 

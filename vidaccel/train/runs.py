@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
-from vidaccel.collect.folder import check_made_for
+from vidaccel.collect.folder import open_features
 from vidaccel.collect.job import collect, plan
 from vidaccel.collect.source import open_source
 from vidaccel.collect.trajectory import running
 from vidaccel.config import CollectConfig, PredictorConfig
-from vidaccel.data.shards import ShardFolder
+from vidaccel.data.shards import ShardFolder, kinds_in
 from vidaccel.errors import UserError
-from vidaccel.models.identity import encoder_hashes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.train.parallel import world
 
@@ -37,7 +36,12 @@ class Captions:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"captions": sha256_file(self.features.folder / RUN_FILE), "clips": len(self)}
+        made_of = sha256_file(self.features.folder / RUN_FILE)
+        return {
+            "captions": made_of,
+            "samples": len(self.features),
+            "clips": len(self),
+        }  # fewer where shards are left out
 
 
 def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
@@ -47,12 +51,12 @@ def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> 
     a collection that was stopped is gone on with.
 
     Raises:
-        UserError: there are no captions, or several processes would all collect.
+        UserError: there are no captions, the features are damaged or another model's, or several processes would all
+            collect.
     """
     if config.pairs != "trajectory" or config.stage == "search":
         return config
-    features = ShardFolder(config.features) if config.features is not None else None
-    if features and features.kinds == {"trajectory"}:
+    if config.features is not None and kinds_in(config.features) == {"trajectory"}:
         return config
     if world() > 1:
         raise UserError(
@@ -61,9 +65,11 @@ def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> 
         )
     sampled = {name: getattr(config, name) for name in ("data", "clips", "seed", "steps", "shift", "guidance")}
     asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
-    if features:
-        check_made_for(features.folder, encoder_hashes(loaded))
-    job = running(loaded, Captions(features, config.clips) if features else open_source(loaded, asked), asked)
+    if config.features is None:
+        source = open_source(loaded, asked)
+    else:
+        source = Captions(open_features(config.features, "encoded", loaded.hashes, config.on_damage), config.clips)
+    job = running(loaded, source, asked)
     folder = output / FOLDER
     log.info("runs of the student to learn from: %s, in %s", plan(job), folder)
     collect(job, folder)

@@ -113,12 +113,11 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
 def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampling:
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
+    run = data[0][1] if config.pairs == "trajectory" else {}
     fixed = []
-    sampled = data[0][1]
-    if config.pairs == "trajectory" and "guidance" in sampled:
-        # Schedules are searched on any grid, whatever was learnt from.
+    if "guidance" in run:  # a search may have encoded clips, and is of any grid, whatever was learnt from
         fixed = list(own) if config.stage == "all" else ["guidance"]
-    own |= {name: sampled[name] for name in fixed}
+    own |= {name: run[name] for name in fixed}
     changed = [name for name in fixed if asked.get(name, own[name]) != own[name]]
     if changed:
         differing = [f"{name}={own[name]:g}, not {asked[name]:g}" for name in changed]
