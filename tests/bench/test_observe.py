@@ -89,7 +89,7 @@ def test_a_reused_trunk_leaves_embedders_and_head(model):
         run(loaded)
     assert [each.flops for each in seen.passes] == [costs[k] for k in ("full", "trunk", "full", "trunk") for _ in "cu"]
     assert seen.full_steps == [0, 2]
-    assert seen.held == 2 * (cache["trunk"] + TIME)  # a context for each of the two passes of guidance
+    assert seen.held == 2 * (sum(cache["trunk"]) + TIME)  # a context for each of the two passes of guidance
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
@@ -101,7 +101,7 @@ def test_a_predictor_costs_what_is_planned(model, kernels):
     with attach(loaded, predictor=predictor, steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
         run(loaded)
     assert {each.flops for each in seen.passes if each.step in (1, 3)} == {costs["predictor"]}
-    assert seen.held == 2 * (cache["predictor"] + TIME)
+    assert seen.held == 2 * (sum(cache["predictor"]) + TIME)
 
 
 @pytest.mark.parametrize("cache", ["fora", "taylorseer"])
@@ -114,7 +114,7 @@ def test_caches_of_branches_leave_modulation(model, cache):
     skipped = [each.flops for each, full in zip(seen.passes, seen.full, strict=True) if not full]
     assert set(skipped) == {costs["branches"]} and len(skipped) == 4
     # FORA frees a context with its last step; diffusers keeps the derivative too, once it has one
-    assert seen.held == 2 * sizes["branches"] * (1 if cache == "fora" else 2)
+    assert seen.held == 2 * sizes["branches"].each * (1 if cache == "fora" else 2)
 
 
 def test_pab_leaves_attention(model):
@@ -129,7 +129,7 @@ def test_pab_leaves_attention(model):
     # its pattern for blocks finds the attention of the one refiner block of the text as well
     L, D = 0 if loaded.family.name == "wan" else rows["prompt"], width(loaded.pipe.transformer)
     assert seen.passes[1].flops == costs["attention"] - (2 * L * 4 * D**2 + 4 * L**2 * D)
-    assert seen.held == sizes["attention"] + 4 * L * D
+    assert seen.held == sizes["attention"].each + 4 * L * D
 
 
 def test_counted_operations():

@@ -62,7 +62,9 @@ def test_hunyuan_video_as_published(hunyuan):
     full, predicted = (sum(run["plan"][kind].values()) for kind in ("full_pass", "other_pass"))
     assert predicted / full == pytest.approx(0.036, abs=0.002)
     assert run["speedup"]["ideal"] == pytest.approx(100 / (8 + 12 * predicted / full), rel=1e-12)
-    assert run["cache_bytes"] == pytest.approx(0.39e9, rel=0.02)
+    # Published are the tokens; float32 cosines and sines, and the text, are held beside them.
+    held = 33 * 44 * 44 * 128 * 2 * 4 + 256 * 3072 * 2
+    assert run["cache_bytes"] - held == pytest.approx(0.39e9, rel=0.02)
     assert hunyuan["predictor-4-of-8"]["speedup"]["ideal"] == pytest.approx(24, rel=0.02)
     predictor = run["parameters"] - hunyuan["cfg-50"]["parameters"]
     assert predictor / hunyuan["cfg-50"]["parameters"] < 0.04

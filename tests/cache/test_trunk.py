@@ -50,6 +50,53 @@ def test_the_forecaster_gets_the_first_blocks_arguments_by_name_and_what_the_las
     assert torch.equal(memory[0].tokens["encoder_hidden_states"], x(4))
 
 
+def test_a_predicted_pass_takes_what_the_newest_full_one_had_of_embedders_that_are_held():
+    """Each context its own; a pass with a memory that has none of it runs them, and so does one that is left alone."""
+    toy, plus = Toy(), Plus()
+    embedder = toy.texts["embedder"]
+
+    def text() -> float:
+        return plus.calls[-1][0]["encoder_hidden_states"].max().item()
+
+    with Trunk(toy, TOY, history=2) as trunk:
+        for number, name in enumerate(("cond", "uncond", "cond", "uncond"), start=1):
+            embedder.number = number
+            with toy.cache_context(name), trunk.full():
+                toy(x())
+        embedder.number = 9.0
+        for name, expected in (("uncond", 4), ("cond", 3)):
+            with toy.cache_context(name), trunk.predicted(plus):
+                toy(x())
+            assert text() == expected
+        assert embedder.runs == 4
+        newest, older = trunk.memory("cond")
+        assert newest.held["texts.embedder"].max() == 3 and not older.held
+        with trunk.predicted(plus, memory=(older,)):
+            toy(x())
+        assert text() == 9 and embedder.runs == 5
+        toy(x())
+        assert embedder.runs == 6
+    assert embedder._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("when", ["before", "while attached"])
+def test_a_held_embedder_that_is_compiled_stays_so(when):
+    toy, plus = Toy(), Plus()
+    embedder = toy.texts["embedder"]
+    if when == "before":
+        embedder.compile(backend="eager")
+    compiled = embedder._compiled_call_impl
+    with Trunk(toy, TOY) as trunk:
+        if when != "before":
+            embedder.compile(backend="eager")
+            compiled = embedder._compiled_call_impl
+        with trunk.full():
+            toy(x())
+        with trunk.predicted(plus):
+            toy(x())
+    assert embedder._compiled_call_impl is compiled and compiled is not None
+
+
 def test_text_that_the_forecaster_leaves_alone_and_text_that_it_makes_reach_the_last_block():
     toy, seen = Toy(), []
     with Trunk(toy, TOY) as trunk:

@@ -18,6 +18,7 @@ TOY = replace(
         BlockList("doubles", arguments=(*TOKENS, "temb", "freqs"), returns=TOKENS),
         BlockList("singles", arguments=(*TOKENS, "temb", "rope"), returns=TOKENS),
     ),
+    held=("texts.embedder",),
 )
 """Two lists, as in HunyuanVideo, whose fourth argument has two names."""
 
@@ -34,6 +35,18 @@ class Double(nn.Module):
         return hidden_states * 2, encoder_hidden_states + 1
 
 
+class Text(nn.Module):
+    """As many text tokens as video, all `number`; counts how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.runs = 0.0, 0
+
+    def forward(self, video, scale=1.0):
+        self.runs += 1
+        return torch.full_like(video, scale * self.number)
+
+
 class Toy(nn.Module, CacheMixin):
     """3 x + 1 -> `blocks` doublings -> y - temb: with x = 1 and four blocks, 4 x 2^4 = 64."""
 
@@ -43,10 +56,11 @@ class Toy(nn.Module, CacheMixin):
         super().__init__()
         self.doubles = nn.ModuleList(Double() for _ in range(doubles))
         self.singles = nn.ModuleList(Double() for _ in range(singles))
+        self.texts = nn.ModuleDict({"embedder": Text()})
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, temb: float = 0.0, fail: bool = False) -> tuple[Tensor]:
-        video, text = 3 * x + 1, torch.zeros_like(x)
+        video, text = 3 * x + 1, self.texts["embedder"](x, scale=1.0)
         for block in (*self.doubles, *self.singles):
             arguments = video, text, temb, "rotary", "extra"
             if self.gradient_checkpointing and torch.is_grad_enabled():

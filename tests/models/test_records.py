@@ -75,6 +75,32 @@ def test_blocks_are_called_and_answer_as_recorded(family, pipes):
 
 
 @EVERY_FAMILY
+def test_what_is_held_runs_once_a_pass_before_the_blocks_and_nothing_writes_into_it(family, pipes):
+    transformer, order, kept = pipes[family.name].transformer, [], []
+
+    def note(path):
+        def hook(module, inputs, output):
+            order.append(path)
+            parts = output if isinstance(output, tuple) else (output,)
+            kept.extend((part, part.clone()) for part in parts)
+
+        return hook
+
+    first = transformer.get_submodule(family.block_lists[0].name)[0]
+    hooks = [transformer.get_submodule(path).register_forward_hook(note(path)) for path in family.held]
+    hooks.append(first.register_forward_hook(lambda *_: order.append("blocks")))
+    generate(pipes[family.name], family)
+    for hook in hooks:
+        hook.remove()
+    passes, width = order.count("blocks"), len(family.held) + 1
+    assert passes >= 1 and len(order) == passes * width
+    for start in range(0, len(order), width):
+        assert sorted(order[start : start + width - 1]) == sorted(family.held)
+        assert order[start + width - 1] == "blocks"
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@EVERY_FAMILY
 def test_everything_between_embedders_and_head_is_in_the_block_lists(family, pipes):
     recorded = {block_list.name for block_list in family.block_lists}
     children = pipes[family.name].transformer.named_children()

@@ -109,7 +109,7 @@ def pass_flops(
     """
     work, kinds = WORK[family.name], block_flops(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in kinds}
-    outside = _outside(model, family, rows)
+    outside, unheld = _outside(model, family, rows), _outside(model, family, rows, but=family.held)
     last = kinds[family.block_lists[-1].name]
     fused = sum(layer.flops for stream in work.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
 
@@ -122,23 +122,24 @@ def pass_flops(
     linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in work.fusions)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
-        "predictor": PassFlops(outside, predictor_blocks * of_last + fused, predictor_blocks * last.attention),
-        "linear": PassFlops(outside, linear, 0),
-        "trunk": PassFlops(outside, 0, 0),
+        "predictor": PassFlops(unheld, predictor_blocks * of_last + fused, predictor_blocks * last.attention),
+        "linear": PassFlops(unheld, linear, 0),
+        "trunk": PassFlops(unheld, 0, 0),
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
         "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
     }
 
 
-def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:
-    """Of everything but the trunk's blocks."""
-    work = WORK[family.name]
+def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
+    """Of everything but the trunk's blocks, and what is within the modules at the paths in `but`."""
+    work, left_out = WORK[family.name], tuple(f"{path}." for path in but)
     layers = layer_flops(_without_blocks(model, family), work.layers, rows)
     attention = sum(
         len(model.get_submodule(path)) * attention_flops(attentions, rows, width(model))
         for path, attentions in work.attentions.items()
+        if not path.startswith(left_out)
     )
-    return sum(layer.flops for layer in layers) + attention
+    return sum(layer.flops for layer in layers if not layer.name.startswith(left_out)) + attention
 
 
 def _without_blocks(model: nn.Module, family: DiTFamily) -> nn.ModuleDict:

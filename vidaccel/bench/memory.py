@@ -6,8 +6,10 @@ after another. HunyuanVideo-1.5's stock block makes a mask of every pair of toke
 of what it holds. A GPU's allocator adds its rounding.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,22 @@ from vidaccel.bench.work import WORK, Argument
 from vidaccel.models.family import BlockList, DiTFamily
 
 
-def cache_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that each kind of cheap pass keeps from one full pass, by the names that `MethodConfig.between` knows.
+class CacheBytes(NamedTuple):
+    """What a kind of cheap pass keeps for one video."""
 
-    `predictor`, `linear` and `trunk` keep the tokens that leave the trunk; `branches` and `attention` keep tokens of
-    every block.
+    each: int
+    """Bytes from each full pass that it looks back on."""
+    newest: int
+    """Bytes on top, from the last of them."""
+
+
+def cache_bytes(
+    model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dtype: torch.dtype
+) -> dict[str, CacheBytes]:
+    """What each kind of cheap pass keeps, by the names that `MethodConfig.between` knows.
+
+    `predictor`, `linear` and `trunk` keep the tokens that leave the trunk, and from the last full pass what the
+    family's `held` embedders gave; `branches` and `attention` keep tokens of every block.
     """
     work = WORK[family.name]
     depths = {name: len(model.get_submodule(name)) for name in work.blocks}
@@ -34,8 +47,22 @@ def cache_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dt
         "branches": sum(depths[name] * rows[s] for name, block in work.blocks.items() for s in block.branches),
         "attention": sum(depths[name] * rows[q] for name, block in work.blocks.items() for q, _ in block.attentions),
     }
-    size = {kind: tokens * width(model) * dtype.itemsize for kind, tokens in kept.items()}
-    return size | {"predictor": size["trunk"], "linear": size["trunk"]}
+    size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
+    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in work.held))
+    return size | dict.fromkeys(("predictor", "linear", "trunk"), trunk)
+
+
+def _bytes(argument: Argument, model: nn.Module, rows: Mapping[str, int], dtype: torch.dtype) -> int:
+    return argument.copies * math.prod(_shape(argument, model, rows)) * _dtype(argument, dtype).itemsize
+
+
+def _shape(argument: Argument, model: nn.Module, rows: Mapping[str, int]) -> list[int]:
+    sizes = {**rows, "width": width(model), "head": model.config.attention_head_dim}
+    return [sizes.get(size, size) for size in argument.shape]
+
+
+def _dtype(argument: Argument, of_model: torch.dtype) -> torch.dtype:
+    return of_model if argument.dtype == "model" else getattr(torch, argument.dtype)
 
 
 def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:
@@ -54,15 +81,13 @@ def block_arguments(
     model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
 ) -> Iterator[Tensor | tuple[Tensor, ...]]:
     """The arguments of a block's call in order, one video, empty, on the device and in the dtype of the model."""
-    D, like = width(model), next(model.parameters())
+    like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
     known = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
     known |= WORK[family.name].blocks[block_list.name].arguments
-    sizes = {**rows, "width": D, "head": model.config.attention_head_dim}
     for name in block_list.arguments:
         argument = known[name]
-        shape = [sizes.get(size, size) for size in argument.shape]
-        dtype = like.dtype if argument.dtype == "model" else getattr(torch, argument.dtype)
+        shape, dtype = _shape(argument, model, rows), _dtype(argument, like.dtype)
         tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
         yield tensors if argument.copies > 1 else tensors[0]
 

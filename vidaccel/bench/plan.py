@@ -12,7 +12,7 @@ from torch import nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.flops import PassFlops, parameters, pass_flops, predictor_parameters
-from vidaccel.bench.memory import activation_bytes, cache_bytes
+from vidaccel.bench.memory import CacheBytes, activation_bytes, cache_bytes
 from vidaccel.bench.once import Size
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
@@ -45,8 +45,8 @@ class SizeCosts:
     text_tokens: int
     flops: dict[str, PassFlops]
     """Of a pass, by kind: `full`, or one of `MethodConfig.between`."""
-    cache: dict[str, int]
-    """Bytes kept of a full pass, by `MethodConfig.between`."""
+    cache: dict[str, CacheBytes]
+    """By `MethodConfig.between`."""
     activations: int
     """Bytes."""
 
@@ -105,7 +105,8 @@ def _planned(
     count, flops = passes(method), method_flops(method, costs)
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
-    cache = costs.cache[method.between] * (1 + method.order) * (1 + method.two_pass) if caches else 0
+    each, newest = costs.cache[method.between]
+    cache = (each * (1 + method.order) + newest) * (1 + method.two_pass) if caches else 0
     held = weights["model"] + (weights["predictor"] if count.predicted else 0)
     weight_bytes = held * DTYPES[config.dtype].itemsize
     return {

@@ -174,7 +174,7 @@ def _fits(config: BenchmarkConfig, costs: SizeCosts, device: torch.device) -> bo
     """Whether weights, activations and cache of the whole model fit into what is free."""
     model, family = meta_transformer(config), planned_family(config)
     weights = parameters(model) + predictor_parameters(model, family, config.predictor_blocks)
-    needed = weights * DTYPES[config.dtype].itemsize + costs.activations + costs.cache["predictor"]
+    needed = weights * DTYPES[config.dtype].itemsize + costs.activations + sum(costs.cache["predictor"])
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     return ROOM * needed < free
 

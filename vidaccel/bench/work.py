@@ -18,7 +18,7 @@ Attentions = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor that a block is called with besides the tokens."""
+    """A tensor that a block is called with besides the tokens, or that an embedder gives."""
 
     shape: tuple[int | str, ...]
     """Sizes, or what they are: a stream, `width` D or `head` D / H."""
@@ -52,9 +52,12 @@ class FamilyWork:
     """By name of the block list."""
     fusions: tuple[str, ...]
     """Stream of each fusion MLP of the predictor, which is also what the cache holds."""
+    held: tuple[Argument, ...]
+    """What the record's `held` embedders give."""
 
 
 _ROTATIONS = Argument(("video", "head"), "float32", copies=2)
+_WAN_ROTATIONS = Argument((1, "video", 1, "head"), "float32", copies=2)
 _REFINER = (("*time_text_embed.*", "one"), ("*.norm_out.*", "one"))
 _DOUBLE_STREAM = {
     "layers": (
@@ -99,6 +102,7 @@ WORK: dict[str, FamilyWork] = {
             ),
         },
         fusions=("all",),
+        held=(_ROTATIONS, Argument((1, "prompt", "width"))),
     ),
     "hunyuan_video_15": FamilyWork(
         layers=(
@@ -122,6 +126,7 @@ WORK: dict[str, FamilyWork] = {
             ),
         },
         fusions=("video", "text"),
+        held=(_ROTATIONS, *(Argument((1, text, "width")) for text in ("prompt", "glyphs", "image"))),
     ),
     "wan": FamilyWork(
         layers=(
@@ -138,11 +143,12 @@ WORK: dict[str, FamilyWork] = {
                 branches=("video", "video", "video"),
                 arguments={
                     "temb": Argument((1, 6, "width")),
-                    "rotary_emb": Argument((1, "video", 1, "head"), "float32", copies=2),
+                    "rotary_emb": _WAN_ROTATIONS,
                 },
             ),
         },
         fusions=("video",),
+        held=(_WAN_ROTATIONS, Argument((1, "prompt", "width"))),
     ),
 }
 """Of every family in the catalogue, by name."""

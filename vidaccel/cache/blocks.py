@@ -1,4 +1,4 @@
-"""The hooks on the blocks of a trunk: what is traced when blocks are compiled.
+"""The hooks on the blocks of a trunk, what is traced when blocks are compiled, and on the embedders before it.
 
 A block reads one attribute, `trunk.now`, and the last one writes `trunk.now.left`.
 """
@@ -25,6 +25,8 @@ class Pass:
     final: bool
     left: Tokens = field(default_factory=dict)
     """Set by the last block if it runs."""
+    held: dict[str, Any] = field(default_factory=dict)
+    """Set by the embedders that are held, if the blocks run."""
 
 
 class Owner(Protocol):
@@ -48,6 +50,34 @@ class OpenContext(StateManager):
     @property
     def name(self) -> str | None:
         return self._context.name if self._context else None
+
+
+class HeldCall:
+    """Calls an embedder, unless the pass is predicted and what it gave in the last full one is remembered.
+
+    It takes the place that PyTorch has for a compiled module's call, and what is there if it is: a hook on `forward`
+    would be within the graph of HunyuanVideo's text refiner, which `compile_repeated_blocks` compiles.
+    """
+
+    def __init__(self, trunk: Owner, path: str, module: nn.Module):
+        self._trunk, self._path, self._module, self._compiled = trunk, path, module, module._compiled_call_impl
+        module._compiled_call_impl = self
+
+    def __call__(self, *args, **kwargs) -> Any:
+        now = self._trunk.now
+        if now is not None and now.forecaster is not None and self._path in now.memory[0].held:
+            return now.memory[0].held[self._path]
+        output = (self._compiled or self._module._call_impl)(*args, **kwargs)
+        if now is not None and now.forecaster is None:
+            now.held[self._path] = _detached(output)
+        return output
+
+    def remove(self) -> None:
+        """Leave the module as it was, or as it has been compiled since."""
+        if self._module._compiled_call_impl is self:
+            del self._module._compiled_call_impl
+            if self._compiled is not None:
+                self._module._compiled_call_impl = self._compiled
 
 
 class BlockHook(ModelHook):
@@ -88,3 +118,7 @@ class BlockHook(ModelHook):
             tokens = tokens | now.forecaster(tokens, now.memory, now.t)
         returned = tuple(tokens[name] for name in self.kind.returns)
         return returned if len(returned) > 1 else returned[0]
+
+
+def _detached(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)

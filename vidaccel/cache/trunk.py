@@ -1,6 +1,8 @@
 """The trunk boundary: one hook on a transformer's blocks that runs them, or puts a forecaster in their place.
 
-Embedders and output head always run. Between them a pass of the transformer goes one of two ways:
+Output head and embedders always run, but for embedders that give the same at every step or nearly (the family's `held`:
+rotary embeddings, text), whose last output a predicted pass takes. Between them a pass of the transformer goes one of
+two ways:
 
 - *full*: the blocks run as they are, and the tokens that leave the last one are remembered;
 - *predicted*: the first block's call is answered by a forecaster, which gets that block's arguments and what is
@@ -35,7 +37,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from vidaccel.cache.blocks import BlockHook, OpenContext, Pass
+from vidaccel.cache.blocks import BlockHook, HeldCall, OpenContext, Pass
 from vidaccel.errors import UserError
 from vidaccel.models.family import DiTFamily
 from vidaccel.predictor.forecasters import Cached, Forecaster
@@ -116,6 +118,8 @@ class Trunk:
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
             self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
+        for path in self.family.held:
+            self._undo.append(HeldCall(self, path, self.transformer.get_submodule(path)).remove)
         self._contexts_moved()
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
@@ -167,8 +171,9 @@ class Trunk:
             return
         context = self.open.name or mode.context
         if mode.forecaster is None:
-            # The oldest is freed before the new one is made.
-            self._memory[context] = self.memory(context)[: self.history - 1]
+            # The oldest is freed before the new one is made, and what only the newest is asked for.
+            kept = self.memory(context)[: self.history - 1]
+            self._memory[context] = tuple(Cached(cached.tokens, cached.t) for cached in kept)
             memory = ()
         else:
             memory = self.memory(context) if mode.memory is None else mode.memory
@@ -197,7 +202,7 @@ class Trunk:
         if now.final:
             self._memory.pop(now.context, None)
         elif now.left:
-            self._memory[now.context] = (Cached(now.left, now.t), *self._memory[now.context])
+            self._memory[now.context] = (Cached(now.left, now.t, now.held), *self._memory[now.context])
 
     def _bind_checkpoints(self, now: Pass) -> None:
         """Let blocks that are checkpointed in this pass be recomputed as they ran in it, whatever is then in force."""

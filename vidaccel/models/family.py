@@ -119,6 +119,9 @@ class DiTFamily:
     """Published sampling settings."""
     size_multiple: int
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
+    held: tuple[str, ...] = ()
+    """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
+    last full one."""
     r_config: str | None = None
     """Transformer config key that is true when it was built with an embedding of r; None if the class has none."""
     r_argument: str | None = None

@@ -10,8 +10,9 @@ they keep one set of tokens a full pass and not one a layer.
 B batch, N tokens, D width
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Cached(NamedTuple):
     """What the last block returned."""
     t: Tensor | None
     """Time in [0, 1] of that pass, [] or [B]; None where the caller did not say."""
+    held: Mapping[str, Any] = MappingProxyType({})
+    """What the family's `held` embedders gave in it, by their paths; one that is not here runs on predicted steps."""
 
 
 class Forecaster(Protocol):
