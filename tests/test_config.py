@@ -5,7 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vidaccel.config import SCHEMAS, GenerateConfig, SpritesConfig, TrainConfig, conf_root, load, to_dict, to_yaml
+from vidaccel.config import (
+    SCHEMAS,
+    DistillConfig,
+    GenerateConfig,
+    PredictorConfig,
+    SpritesConfig,
+    TrainConfig,
+    conf_root,
+    load,
+    to_dict,
+    to_yaml,
+)
 from vidaccel.errors import UserError
 
 SHIPPED = sorted(path.relative_to(conf_root()).with_suffix("") for path in conf_root().rglob("*.yaml"))
@@ -51,6 +62,19 @@ def test_a_yaml_at_a_path(tmp_path, monkeypatch, name):
     assert load("generate", GenerateConfig, str(path)) == expected
     monkeypatch.chdir(tmp_path)
     assert load("generate", GenerateConfig, name) == expected
+
+
+def test_defaults_of_training_are_the_papers():
+    distill, predictor = DistillConfig(), PredictorConfig()
+    assert (distill.guidance_range, distill.mean_velocity.restrict) == ([1.0, 8.0], 0.2)
+    assert (predictor.blocks, predictor.history, predictor.pairs) == (2, 1, "data")
+    assert (predictor.intervals, predictor.lag, predictor.restrict) == ("restricted", 0.2, None)
+    stages = predictor.mse, predictor.adversarial
+    assert [(stage.steps, stage.learning_rate, stage.schedule) for stage in stages] == [
+        (500, 1e-4, "constant"),
+        (1000, 1e-4, "constant"),
+    ]
+    assert (predictor.discriminator.learning_rate, predictor.discriminator.weight) == (1e-2, 1.0)
 
 
 def test_an_empty_yaml_is_the_defaults(tmp_path):

@@ -671,6 +671,8 @@ class BenchmarkConfig(RuntimeConfig):
     """Videos: [frames, height, width]."""
     predictor_blocks: int = 2
     """Transformer blocks of the learned predictor that is planned with."""
+    predictor_history: int = 1
+    """Full steps that a planned predictor looks back on, 1 or 2: it holds the tokens of each."""
     methods: dict[str, MethodConfig] = field(default_factory=dict)
     """Rows, by name."""
     only: list[str] | None = None
@@ -713,6 +715,7 @@ class BenchmarkConfig(RuntimeConfig):
         for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "batch_size"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         _require(0 <= self.timed_seconds < math.inf, "timed_seconds", self.timed_seconds, "is in seconds, 0 or more")
+        _require(self.predictor_history in (1, 2), "predictor_history", self.predictor_history, "is 1 or 2")
         _require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
         dtypes = ("float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")

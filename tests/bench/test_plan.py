@@ -129,6 +129,21 @@ def test_two_passes_a_step_keep_two_caches():
     assert one["speedup"]["ideal"] == 2
 
 
+def test_a_predictor_that_looks_back_on_two_full_steps_holds_both():
+    def cache(**settings):
+        methods = {"cfg-50": MethodConfig(two_pass=True), "row": MethodConfig(steps=8, every=2, **settings)}
+        shallow = {"num_layers": 1, "num_single_layers": 1}
+        configs = (
+            BenchmarkConfig(transformer=shallow, methods=methods, sizes=[[5, 64, 64]], predictor_history=history)
+            for history in (1, 2)
+        )
+        return [plan(config)["runs"][1]["cache_bytes"] for config in configs]
+
+    one, two = cache()
+    assert two - one == (2 * 8 * 8 // 4 + 256) * 3072 * 2  # [video; text] in bfloat16, and nothing of embedders again
+    assert cache(between="trunk") == [one, one]
+
+
 def test_the_shipped_model_is_planned_as_it_is_called():
     config, folder = benchmark("sprites"), SHIPPED_MODELS / "teacher"
     call = json.loads((folder / "run.json").read_text())["call"]
@@ -230,6 +245,7 @@ def test_settings_of_a_method(settings):
         {"sizes": [[5, 64, 0]]},
         {"compression": [4]},
         {"predictor_blocks": 0},
+        {"predictor_history": 3},
         {"text_tokens": {"prompt": 0}},
         {"dtype": "float8"},
         {"rounds": 1},

@@ -76,6 +76,7 @@ def test_json_says_what_was_made(models):
     assert made["files"] == ["out.mp4"]
     assert (made["seed"], made["steps"], made["guidance"]) == (7, 2, 3.0)
     assert made["passes"] == {"full": 4, "predicted": 0}
+    assert (made["predictor"], made["full_steps"]) == (None, None)
     assert made["size"] == [5, 32, 32]
     assert set(made["seconds"]) == {"load", "text", "denoise", "decode", "write"}
     weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -116,6 +117,7 @@ def test_predicted_steps_are_counted_and_said(students):
     Path("schedule.json").write_text(json.dumps({"steps": 4, "full_steps": [0, 2], "budget": 2}))
     made = json.loads(run("a blue square", *own, "schedule=schedule.json", "--seed", "1", "--json").stdout)
     assert made["passes"] == {"full": 2, "predicted": 2}
+    assert (made["predictor"], made["full_steps"]) == ("reuse", [0, 2])
     assert Path("out.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
     assert run("a blue square", *own, "every=2", "--seed", "1", "-o", "every.mp4").exit_code == 0
     assert Path("every.mp4").read_bytes() == Path("out.mp4").read_bytes()

@@ -106,7 +106,8 @@ def _planned(
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
     each, newest = costs.cache[method.between]
-    cache = (each * (1 + method.order) + newest) * (1 + method.two_pass) if caches else 0
+    looks_back = config.predictor_history if count.predicted else 1 + method.order
+    cache = (each * looks_back + newest) * (1 + method.two_pass) if caches else 0
     held = weights["model"] + (weights["predictor"] if count.predicted else 0)
     weight_bytes = held * DTYPES[config.dtype].itemsize
     return {

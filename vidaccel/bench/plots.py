@@ -73,7 +73,7 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     if timed:
         fastest = max(run["speedup"]["measured"] for run in timed)
         axes.set_xlim(0.9, 1.5 * fastest)
-        figure.legend(loc="outside lower center", ncols=len(KINDS), fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(KINDS) + 1, fontsize=7)
         _label(axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
@@ -86,7 +86,9 @@ def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
         axes.vlines(run["speedup"]["measured"], low, high, color=KINDS[kind_of(run)][1], alpha=0.35)
     ours = [run for run in runs if kind_of(run) == "with a predictor"]
     speeds = sorted(run["speedup"]["measured"] for run in ours)
-    axes.plot(speeds, [best_total(ours, speed) for speed in speeds], color=KINDS["with a predictor"][1], zorder=1)
+    best = [best_total(ours, speed) for speed in speeds]
+    if ours:
+        axes.plot(speeds, best, color=KINDS["with a predictor"][1], zorder=1, label="best of them, at least so fast")
     axes.set(xscale="log", xlabel="speedup, measured", ylabel="total, % (95 % interval over prompts)")
 
 

@@ -51,10 +51,14 @@ def failures(runs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
+def _empty_table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
     runs = list(runs)
     columns = {name: cell for name, cell in COLUMNS.items() if name in NARROW and any(cell(run) for run in runs)}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _empty_table()
     table.add_column("method", overflow="fold")
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -132,8 +136,8 @@ def _predictor(runs: Iterable[dict[str, Any]], parameters: int, full: int) -> It
 
 
 def _table(runs: Iterable[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
+    table = _empty_table()
+    table.add_column("method", overflow="fold")
     for heading in ("steps", "passes", "FLOPs", "cache", "memory", "ideal"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:

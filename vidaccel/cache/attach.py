@@ -91,7 +91,8 @@ class Attachment:
 
     def __init__(self, pipe: DiffusionPipeline, family: DiTFamily, forecaster: Forecaster, policy: Policy):
         """Raises `UserError` as `Trunk.attach` does."""
-        self._pipe, self._forecaster, self._policy = pipe, forecaster, policy
+        self.policy = policy
+        self._pipe, self._forecaster = pipe, forecaster
         self._timesteps: Tensor | None = None
         self._index, self._unnamed = 0, 0
         transformers = [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
@@ -131,7 +132,7 @@ class Attachment:
             # Guidance by two passes in a pipeline that opens no contexts: they are told apart by their order.
             context = f"pass {self._unnamed}"
             self._unnamed += 1
-        forecaster = None if self._policy(step, context) else self._forecaster
+        forecaster = None if self.policy(step, context) else self._forecaster
         return Mode(forecaster, torch.tensor(step.t), context=context, final=step.index == step.count - 1)
 
     def _follow(self, timesteps: Tensor, index: int) -> None:

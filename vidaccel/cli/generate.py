@@ -131,6 +131,8 @@ def _make(
         "seed": config.seed,
         "steps": made.steps,
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
+        "full_steps": sorted(attachment.policy.full_steps) if attachment else None,
+        "predictor": config.predictor,
         "guidance": made.guidance,
         "runtime": ran,
         "size": list(made.frames.shape[1:4]),
