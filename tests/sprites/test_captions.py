@@ -12,7 +12,6 @@ from vidaccel.sprites.captions import (
     MOTION_PHRASES,
     caption,
     describe,
-    plain_caption,
     told,
     vocabulary,
     words,
@@ -47,9 +46,9 @@ def test_every_template_and_every_phrase_reads_back(template):
 def test_any_caption_of_any_scene_reads_back_and_stays_in_the_vocabulary(seed):
     rng = random.Random(seed)
     scene = random_scene(rng, rng.choice(["train", "held_out"]))
-    for text in (caption(scene, rng), plain_caption(scene)):
-        assert read(text) == meaning(scene)
-        assert set(words(text)) <= set(vocabulary())
+    text = caption(scene, rng)
+    assert read(text) == meaning(scene)
+    assert set(words(text)) <= set(vocabulary())
 
 
 def test_no_two_meanings_share_a_caption():
@@ -73,9 +72,9 @@ def test_a_scene_has_many_phrasings_that_follow_the_seed():
     assert drawn == [caption(scene, random.Random(seed)) for seed in range(50)] and len(set(drawn)) > 20
 
 
-def test_the_plain_caption_is_the_one_of_the_readme():
+def test_the_caption_of_the_readme_is_among_them():
     scene = Scene("black", (Sprite("circle", "red", "right", 20.0, 32.0, 8.0),))
-    assert plain_caption(scene) == "a red circle moving right on black"
+    assert "a red circle moving right on black" in {caption(scene, random.Random(seed)) for seed in range(500)}
 
 
 def test_case_and_spaces_do_not_matter():

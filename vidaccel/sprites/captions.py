@@ -43,12 +43,6 @@ def told(scene: Scene, rng: random.Random, unsaid: float = UNSAID) -> Scene:
     return replace(scene, sprites=tuple(sprites))
 
 
-def plain_caption(scene: Scene) -> str:
-    """The first phrasing of everything, such as "a red circle moving right on black"."""
-    subjects = [describe(sprite, MOTION_PHRASES[sprite.motion][0]) for sprite in scene.sprites]
-    return AFTER[0].format(subject=" and ".join(subjects), bg=scene.background)
-
-
 def describe(sprite: Sprite, motion_phrase: str | None) -> str:
     return " ".join(word for word in ("a", sprite.colour, sprite.shape, motion_phrase) if word)
 
