@@ -73,7 +73,7 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     if timed:
         fastest = max(run["speedup"]["measured"] for run in timed)
         axes.set_xlim(0.9, 1.5 * fastest)
-        figure.legend(loc="outside lower center", ncols=len(KINDS) + 1, fontsize=7)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         _label(axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
