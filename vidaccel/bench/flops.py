@@ -109,7 +109,8 @@ def pass_flops(
     """
     work, kinds = WORK[family.name], block_flops(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in kinds}
-    outside, unheld = _outside(model, family, rows), _outside(model, family, rows, but=family.held)
+    outside = _outside(model, family, rows)
+    predicted_outside = _outside(model, family, rows, but=family.held)
     last = kinds[family.block_lists[-1].name]
     fused = sum(layer.flops for stream in work.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
 
@@ -122,9 +123,11 @@ def pass_flops(
     linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in work.fusions)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
-        "predictor": PassFlops(unheld, predictor_blocks * of_last + fused, predictor_blocks * last.attention),
-        "linear": PassFlops(unheld, linear, 0),
-        "trunk": PassFlops(unheld, 0, 0),
+        "predictor": PassFlops(
+            predicted_outside, predictor_blocks * of_last + fused, predictor_blocks * last.attention
+        ),
+        "linear": PassFlops(predicted_outside, linear, 0),
+        "trunk": PassFlops(predicted_outside, 0, 0),
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
         "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
     }

@@ -108,15 +108,15 @@ def _planned(
     each, newest = costs.cache[method.between]
     looks_back = config.predictor_history if count.predicted else 1 + method.order
     cache = (each * looks_back + newest) * (1 + method.two_pass) if caches else 0
-    held = weights["model"] + (weights["predictor"] if count.predicted else 0)
-    weight_bytes = held * DTYPES[config.dtype].itemsize
+    in_use = weights["model"] + (weights["predictor"] if count.predicted else 0)
+    weight_bytes = in_use * DTYPES[config.dtype].itemsize
     return {
         "full_steps": method.schedule(),
         "passes": asdict(count),
         "speedup": {"measured": None, "ideal": baseline / flops, "measured_over_ideal": None},
         "flops": flops,
         "cache_bytes": cache,
-        "parameters": held,
+        "parameters": in_use,
         "plan": {
             "tokens": {"video": costs.video_tokens, "text": costs.text_tokens},
             "full_pass": asdict(costs.flops["full"]),

@@ -86,8 +86,8 @@ def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
         axes.vlines(run["speedup"]["measured"], low, high, color=KINDS[kind_of(run)][1], alpha=0.35)
     ours = [run for run in runs if kind_of(run) == "with a predictor"]
     speeds = sorted(run["speedup"]["measured"] for run in ours)
-    best = [best_total(ours, speed) for speed in speeds]
     if ours:
+        best = [best_total(ours, speed) for speed in speeds]
         axes.plot(speeds, best, color=KINDS["with a predictor"][1], zorder=1, label="best of them, at least so fast")
     axes.set(xscale="log", xlabel="speedup, measured", ylabel="total, % (95 % interval over prompts)")
 

@@ -218,7 +218,7 @@ def trajectory_pair(
 
 
 def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, text: Text, g: Tensor | None) -> Cached:
-    """What a full step leaves."""
+    """What a full step leaves; where its tokens are stored, what embedders gave in it is not, and they run again."""
     if step.tokens:
         return Cached(step.tokens, grid[step.index])
     with trunk.full(grid[step.index]):

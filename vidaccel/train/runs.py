@@ -37,11 +37,8 @@ class Captions:
     @property
     def identity(self) -> Mapping[str, Any]:
         made_of = sha256_file(self.features.folder / RUN_FILE)
-        return {
-            "captions": made_of,
-            "samples": len(self.features),
-            "clips": len(self),
-        }  # fewer where shards are left out
+        # Where damaged shards are left out there are fewer samples.
+        return {"captions": made_of, "samples": len(self.features), "clips": len(self)}
 
 
 def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
