@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vidaccel import __version__
 from vidaccel.errors import UserError
 
 RUN_FILE = "run.json"
@@ -149,7 +150,8 @@ def write_run(
     folder = Path(folder)
     record = {
         "format": format,
-        **{package: metadata.version(package) for package in ("vidaccel", "torch", "diffusers")},
+        "vidaccel": __version__,  # which a source tree that is not installed has as well
+        **{package: metadata.version(package) for package in ("torch", "diffusers")},
         "command": command,
         "config": dict(config),
         "seed": seed,

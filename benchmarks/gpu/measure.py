@@ -75,7 +75,12 @@ class Rows:
     def __init__(self, path: Path, item: str):
         self.path, self.item = path, item
         self.known = {key(row): row for row in read_rows(path)}
-        """What has been measured, also by a process before this one, or what that died in: not measured again."""
+        """What has been measured, also by a process or a run before this one, or what a process died in: not measured
+        again."""
+
+    def before(self, name: str, variant: str, size: dict) -> dict | None:
+        """What is known of this measurement."""
+        return self.known.get(key({"item": self.item, "name": name, "variant": variant, "size": size}))
 
     def add(self, name: str, variant: str, size: dict, **figures) -> dict:
         row = {"item": self.item, "name": name, "variant": variant, "size": size} | figures
@@ -112,7 +117,7 @@ class Rows:
         Returns:
             Its median in seconds, or None if it failed.
         """
-        before = self.known.get(key({"item": self.item, "name": name, "variant": variant, "size": size}))
+        before = self.before(name, variant, size)
         if before is not None:
             return before.get("seconds")
         self.add(name, variant, size, error=UNFINISHED)

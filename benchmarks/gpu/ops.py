@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 from benchmarks.gpu.measure import CUDA, DEVICE, Rows, compiled
 from vidaccel.kernels.adaln.op import adaln
 from vidaccel.kernels.attention_jvp.op import attention_jvp
-from vidaccel.kernels.cache_fusion.op import cache_fusion
 from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
 
@@ -151,29 +150,6 @@ def rotary(rows: Rows, size: Size, everything: bool) -> None:
         _with_tangents(rows, "qk_norm_rope", size, stock, ours, inputs, bytes=2 * least)
 
 
-def fusion(rows: Rows, size: Size, everything: bool) -> None:
-    """cache_fusion, also against two torch products that accumulate, which avoid the concatenation as well."""
-    tokens, cache = size.normal(1, size.N, size.W, seed=1), size.normal(1, size.N, size.W, seed=2)
-    weight = size.normal(size.W, 2 * size.W, seed=3) * size.W**-0.5
-    bias = size.normal(size.W, seed=4)
-    left, right = weight.chunk(2, dim=1)
-    flops = 4 * size.N * size.W**2
-
-    def stock(tokens, cache, weight, bias):
-        return F.silu(F.linear(torch.cat([tokens, cache], dim=-1), weight, bias))
-
-    def two_products() -> Tensor:
-        z = torch.addmm(bias, tokens[0], left.mT)
-        return F.silu(z.addmm_(cache[0], right.mT), inplace=True)
-
-    inputs = [tokens, cache, weight, bias]
-    ours = functools.partial(cache_fusion, kernels=KERNELS)
-    _three_ways(rows, "cache_fusion", size, stock, ours, inputs, flops=flops)
-    rows.measure("cache_fusion", "two products", size.row(), two_products, flops=flops)
-    if everything:
-        _with_gradients(rows, "cache_fusion", size, stock, ours, inputs, flops=3 * flops)
-
-
 def attention(rows: Rows, size: Size, everything: bool) -> None:
     """attention_jvp against torch's forward attention, whose rate is the yardstick."""
     q, k, v, dq, dk, dv = (size.normal(1, size.N, size.H, size.D, seed=i).transpose(1, 2) for i in range(6))
@@ -228,7 +204,7 @@ def run(rows: Rows, sizes: list[Size]) -> None:
     """Forward passes at every size, then gradients and tangents at the smallest: what is aimed at comes first."""
     ceilings(rows, sizes[0])
     for size, everything in [*((size, False) for size in sizes), (sizes[0], True)]:
-        for op in (norms, rotary, fusion, attention):
+        for op in (norms, rotary, attention):
             with rows.attempt(op.__name__, "preparation", size.row()):
                 op(rows, size, everything)
             torch.compiler.reset()

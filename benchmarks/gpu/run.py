@@ -1,10 +1,10 @@
-"""Everything that is measured on a GPU, in one go: `python -m benchmarks.gpu.run [--output DIR] [--minutes 9]`.
+"""Everything that is measured on a GPU, in one go: `python -m benchmarks.gpu.run [--output DIR] [--minutes 12]`.
 
 It runs the kernel tests on the GPU, then the items of items.py, each in a process of its own (a new one where that
 dies) and within what is left of the time. One JSON a machine, written anew after each item, has device, versions, this
 machine's ceilings, what was aimed at (targets.py), one row a measurement, and an error row for whatever failed or did
-not fit. `--items` runs some alone, into a file of their own. `--dry-run` does it all at toy sizes on any machine, to
-show that it runs.
+not fit. `--items` runs some alone, into a file of their own. `--resume` takes the report that is there and measures
+what failed in it, did not fit or is new. `--dry-run` does it all at toy sizes on any machine, to show that it runs.
 
 It needs torch, triton, numpy, pytest with xdist, hypothesis, and the wheels that wheelhouse.sh gathers; no network.
 """
@@ -35,15 +35,16 @@ from benchmarks.gpu.targets import targets
 
 ROOT = Path(__file__).parents[2]
 # Seconds that an item may take at most on a GPU; the last has whatever the others left of the whole time.
-LIMITS = {"tests": 90, "ops": 140, "blocks": 90, "training": 50, "model": 400}
+LIMITS = {"tests": 90, "ops": 140, "blocks": 150, "training": 100, "model": 400}
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "jvp-flash-attention")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU if there is no GPU")
+    parser.add_argument("--resume", action="store_true", help="measure what the report that is there lacks")
     parser.add_argument("--items", nargs="+", choices=LIMITS, default=list(LIMITS))
     options = parser.parse_args()
     some = options.items != list(LIMITS)
@@ -54,7 +55,8 @@ def main() -> int:
     # Some of the items are a report of their own: they must not take the place of a whole one.
     words = ["dry-run"] * options.dry_run + [slug(machine()["device"])] + (options.items if some else [])
     target = options.output / f"{'-'.join(words)}.json"
-    for report in reports(options.items, options.dry_run, time.monotonic() + 60 * options.minutes):
+    known = json.loads(target.read_text())["rows"] if options.resume and target.exists() else []
+    for report in reports(options.items, options.dry_run, time.monotonic() + 60 * options.minutes, known):
         partial = target.with_suffix(".part")
         partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         partial.replace(target)
@@ -63,11 +65,17 @@ def main() -> int:
     return 0
 
 
-def reports(items: list[str], dry: bool, deadline: float) -> Iterator[dict]:
-    """The report as it stands after each item, so that whatever ends this process costs one of them at most."""
+def reports(items: list[str], dry: bool, deadline: float, known: list[dict]) -> Iterator[dict]:
+    """The report as it stands after each item, so that whatever ends this process costs one of them at most.
+
+    Of the rows that are `known`, those without an error are not measured again.
+    """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
+        for row in known:
+            if "error" not in row and row["item"] != "tests":
+                append_row(path, row)
         for item in items:
             error = _until_done(item, path, dry, min(deadline, time.monotonic() + (math.inf if dry else LIMITS[item])))
             if error:

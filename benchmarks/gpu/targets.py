@@ -34,11 +34,9 @@ def _reader(rows: list[dict]) -> Get:
 
 
 def _ops(get: Get, N: int | None):
-    for op in (*MEMORY_BOUND, "cache_fusion"):
-        if op in MEMORY_BOUND:
-            yield f"{op}: share of copy bandwidth", 0.85, lambda op=op: get(op, "vidaccel", N, "of_copy")
-        least = 1.15 if op in MEMORY_BOUND else 1.0
-        for other, factor in (("eager", 1.0), ("compiled", least)):
+    for op in MEMORY_BOUND:
+        yield f"{op}: share of copy bandwidth", 0.85, lambda op=op: get(op, "vidaccel", N, "of_copy")
+        for other, factor in (("eager", 1.0), ("compiled", 1.15)):
             yield f"{op}: faster than {other}", factor, lambda op=op, v=other: get(op, v, N) / get(op, "vidaccel", N)
     yield (
         "attention_jvp: share of the rate of torch's forward attention",

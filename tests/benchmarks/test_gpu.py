@@ -13,7 +13,7 @@ from benchmarks.gpu.targets import targets
 OPTIONAL = {"jvp-flash-attention", "fp8", "int8"}
 EVERYTHING = "trimmed, fused, compiled"
 WANTED = {
-    "ops": {"eager", "compiled", "vidaccel", "two products", "torch forward, no tangent", "jvp-flash-attention"},
+    "ops": {"eager", "compiled", "vidaccel", "torch forward, no tangent", "jvp-flash-attention"},
     "blocks": {"eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn", "trimmed, compiled", EVERYTHING},
     "model": {
         "eager",
@@ -132,10 +132,25 @@ def test_what_tests_came_to_is_read_also_where_they_were_stopped(line):
 
 
 def test_a_report_names_what_did_not_fit_in_the_time():
-    *_, report = run.reports(["ops", "tests"], True, time.monotonic())
+    *_, report = run.reports(["ops", "tests"], True, time.monotonic(), [])
     assert [row["error"] for row in report["rows"]] == ["skipped: the time was used up"] * 2
     assert json.loads(json.dumps(report)) == report
     assert "skipped" in run.table(report)
+
+
+def test_a_report_is_gone_on_from(monkeypatch):
+    def measures(item, path, dry, limit):
+        rows = Rows(path, item)
+        for name in ("kept", "failed", "new"):
+            rows.measure(name, "", {}, lambda: None)
+
+    monkeypatch.setattr(run, "_run", measures)
+    kept = {"item": "ops", "name": "kept", "variant": "", "size": {}, "seconds": 3.0}
+    failed = {"item": "ops", "name": "failed", "variant": "", "size": {}, "error": "died"}
+    *_, report = run.reports(["ops"], True, time.monotonic() + 60, [kept, failed])
+    rows = {row["name"]: row for row in report["rows"]}
+    assert set(rows) == {"kept", "failed", "new"} and rows["kept"] == kept
+    assert all(0 <= rows[name]["seconds"] < 1 for name in ("failed", "new"))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="the fused kernels need Triton: pi
 @pytest.fixture(autouse=True, scope="session")
 def first_configuration():
     """One configuration a kernel: tuning each of the tests' shapes on a GPU would take longer than the tests."""
-    for op in ("adaln", "gated_residual_adaln", "qk_norm_rope", "cache_fusion", "attention_jvp"):
+    for op in ("adaln", "gated_residual_adaln", "qk_norm_rope", "attention_jvp"):
         for kernel in vars(importlib.import_module(f"vidaccel.kernels.{op}.fused")).values():
             if isinstance(kernel, triton.runtime.Autotuner):
                 kernel.configs = kernel.configs[:1]

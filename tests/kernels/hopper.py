@@ -133,11 +133,7 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
                 fused.tangent([(q, q, q, q, weight, weight)], angle, angle, interleaved, 1e-6)
                 fused.backward(q, q, weight, angle, angle, interleaved, 1e-6)
 
-    def cache_fusion(fused):
-        for keep in (False, True):
-            fused.forward(x.flatten(0, 1), x.flatten(0, 1), empty(W, 2 * W), empty(W), keep)
-
-    ops = (adaln, gated_residual_adaln, qk_norm_rope, cache_fusion, attention_jvp)
+    ops = (adaln, gated_residual_adaln, qk_norm_rope, attention_jvp)
     return {op.__name__: op for op in ops}
 
 

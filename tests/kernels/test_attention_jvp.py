@@ -1,4 +1,5 @@
 import functools
+import json
 
 import pytest
 import torch
@@ -105,6 +106,26 @@ def test_scores_of_ten_thousand_are_no_worse_than_eager(size):
         assert relative_error(got, expected) <= max(1.2 * relative_error(eager, expected), 1e-5)
 
 
+@pytest.mark.parametrize("masked", ["nothing", "keys", "pairs"])
+def test_what_a_tuning_is_stored_under_is_plain(masked, monkeypatch):
+    """Triton keeps tunings as JSON, which knows none of its own constants."""
+    from vidaccel.kernels.attention_jvp import fused as module
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(constants)
+
+    monkeypatch.setattr(module, "_attention", Kernel())
+    inputs = draw(B=1, H=1, M=4, N=4, dtype=torch.float16)
+    mask = {"nothing": None, "keys": torch.ones(1, 1, 1, 4), "pairs": torch.ones(1, 1, 4, 4)}[masked]
+    mask = None if mask is None else mask.bool().to(DEVICE).expand(1, 1, 4, 4)
+    module.attention_jvp(*inputs, mask, 0.5)
+    (constants,) = launched
+    assert json.loads(json.dumps(constants)) == constants
+
+
 def test_a_tangent_shared_by_all_keys_is_centred_away():
     q, k, v, _, _, _ = draw(M=16, N=64)
     still = [torch.zeros_like(tensor) for tensor in (q, k, v)]
@@ -162,6 +183,8 @@ def test_bad_input_says_what_is_supported():
     inputs = draw(M=5, N=7)
     with pytest.raises(ValueError, match=r"head dim 8 is not supported; 16 to 128 are"):
         fused(*(tensor[..., :8] for tensor in inputs))
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        fused(*draw(), scale=0.0)
     with pytest.raises(ValueError, match="mask must be bool"):
         fused(*inputs, mask=torch.zeros(1, 7, device=inputs[0].device))
     with pytest.raises(ValueError, match="one type"):

@@ -84,21 +84,21 @@ def of_many_scales(seed):
 @torch.no_grad()
 def test_a_new_fusion_gives_the_cache_back():
     tokens, cache = of_many_scales(0), of_many_scales(1)
-    assert torch.equal(Fusion(16)(tokens, cache, statistics_of(tokens, cache), "reference"), cache)
+    assert torch.equal(Fusion(16)(tokens, cache, statistics_of(tokens, cache)), cache)
 
 
 @torch.no_grad()
 def test_a_fusion_is_the_same_whatever_the_units_of_a_channel():
     """It sees standardised tokens, and corrects in the cache's own units: a float64 reference of the formula."""
     tokens, cache, fusion = of_many_scales(0), of_many_scales(1), randomised(Fusion(16))
-    out = fusion(tokens, cache, statistics_of(tokens, cache), "reference")
+    out = fusion(tokens, cache, statistics_of(tokens, cache))
     standard = [(each.double() - each.double().mean((0, 1))) / each.double().std((0, 1)) for each in (tokens, cache)]
     inner, outer = ([p.double() for p in (layer.weight, layer.bias)] for layer in (fusion.inner, fusion.outer))
     hidden = torch.nn.functional.silu(torch.cat(standard, -1) @ inner[0].T + inner[1])
     correction = (hidden @ outer[0].T + outer[1]) * cache.double().std((0, 1))
     torch.testing.assert_close(out.double(), cache.double() + correction, rtol=1e-4, atol=1e-5)
     units = torch.logspace(0.5, -0.5, 16)
-    other = fusion(tokens / units, cache * units, statistics_of(tokens / units, cache * units), "reference")
+    other = fusion(tokens / units, cache * units, statistics_of(tokens / units, cache * units))
     torch.testing.assert_close(other / units, out, rtol=1e-4, atol=1e-3)
 
 
@@ -108,7 +108,7 @@ def test_a_channel_that_never_changes_does_no_harm():
     statistics = statistics_of(torch.zeros(1, 3, 3), cache)
     assert statistics.deviation[1, 1] == pytest.approx(SMALLEST * float(cache.flatten(0, 1).std(0).mean()))
     assert statistics.deviation[0].min() > 0
-    out = randomised(Fusion(3))(torch.zeros(1, 3, 3), cache, statistics, "reference")
+    out = randomised(Fusion(3))(torch.zeros(1, 3, 3), cache, statistics)
     assert out.isfinite().all() and (out[..., 1] - 7).abs().max() < 0.01
 
 
@@ -120,9 +120,9 @@ def test_statistics_stay_in_float32():
 def test_under_autocast_tokens_and_weights_may_have_types_of_their_own():
     fusion, tokens, cache = randomised(Fusion(8)), torch.randn(1, 5, 8), torch.randn(1, 5, 8).bfloat16()
     statistics = statistics_of(tokens, cache)
-    expected = fusion(tokens, cache.float(), statistics, "reference")
+    expected = fusion(tokens, cache.float(), statistics)
     with torch.autocast("cpu", torch.bfloat16):
-        out = fusion(tokens, cache, statistics, "reference")
+        out = fusion(tokens, cache, statistics)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.02)
 

@@ -19,7 +19,6 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vidaccel.kernels.cache_fusion import op  # noqa: F401, registers the operation
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.steps import current_step
 
@@ -133,9 +132,8 @@ def _product(result: Tensor, left: Tensor, right: Tensor) -> int:
     return 2 * result.numel() * left.shape[-1]
 
 
-def _fusion(result: Any, tokens: Tensor, cache: Tensor, weight: Tensor, *more: Any) -> int:
-    """Of rows [N, K], two side by side."""
-    return 2 * len(tokens) * weight.numel()
+def _added_product(result: Tensor, to: Tensor, left: Tensor, right: Tensor) -> int:
+    return _product(result, left, right)
 
 
 COUNTED = {
@@ -145,9 +143,9 @@ COUNTED = {
     torch.matmul: _product,
     Tensor.matmul: _product,
     Tensor.__matmul__: _product,
-    torch.ops.vidaccel.cache_fusion.default: _fusion,
+    torch.addmm: _added_product,
 }
-"""FLOPs of a call from its result and its arguments. Of our fused kernels one multiplies by weights."""
+"""FLOPs of a call from its result and its arguments. None of our fused kernels multiplies by weights."""
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:

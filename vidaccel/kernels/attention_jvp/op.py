@@ -36,7 +36,8 @@ def attention_jvp(
     scale: float | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k') v and its derivative along (dq, dk, dv); scale is 1 / sqrt(D) unless given.
+    """softmax(scale q k') v and its derivative along (dq, dk, dv); scale is 1 / sqrt(D) unless given, and
+    positive.
 
     q, dq [B, H, M, D], k, v, dk, dv [B, H, N, D] -> o, do [B, H, M, D] in q's memory layout. mask is bool, True where a
     key takes part: [B, N], or anything that broadcasts to [B, H, M, N]. Rows without a key yield zeros.
@@ -51,6 +52,8 @@ def attention_jvp(
     if mask is not None:
         mask = _expand(mask, (B, H, M, N))
     scale = D**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"attention_jvp: scale must be positive, got {scale}")
     if select.choose(kernels, q.device) == "reference":
         return reference.attention_jvp(q, k, v, dq, dk, dv, mask, scale)
     check_tensors("attention_jvp", q, k, v, dq, dk, dv)
