@@ -94,7 +94,8 @@ def test_a_new_transformer_owes_nothing_to_the_one_before(made, tmp_path):
 
 
 def test_the_decoder_alone_goes_on(made, tmp_path):
-    more = ["autoencoder.decoder.steps=2", "teacher.train.steps=0"]
+    """On other scenes, too; latents keep the scale in which the transformer knows them."""
+    more = ["autoencoder.decoder.steps=2", "teacher.train.steps=0", "odds={gray:8}", "pair_share=1"]
     run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", *more)
     old, new = (load_pipeline(f / "model") for f in (made, tmp_path))
     weights = new.pipe.vae.state_dict()
@@ -102,6 +103,7 @@ def test_the_decoder_alone_goes_on(made, tmp_path):
     assert changed
     assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
     assert old.hashes[WEIGHTS[-1]] == new.hashes[WEIGHTS[-1]]
+    assert old.pipe.vae.config.scaling_factor == new.pipe.vae.config.scaling_factor
 
 
 def test_other_widths_cannot_go_on(made, tmp_path):
