@@ -127,3 +127,12 @@ def test_what_does_not_fit_its_dtype_is_refused(models):
         assert encode_samples(loaded, list(large), records, "float32")
     finally:
         loaded.pipe.vae.register_to_config(scaling_factor=0.476986)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_stored_samples_are_stacked_as_they_are_under_autocast(stored):
+    samples = [{"latent": torch.full((2, 3), 0.1 * i, dtype=stored)} for i in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        stacked = batch(samples, torch.device("cpu"), torch.float32)["latent"]
+    assert stacked.dtype == torch.float32
+    assert torch.equal(stacked, torch.stack([sample["latent"].float() for sample in samples]))

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings, split_settings
+from vidaccel.cli.common import (
+    Conf,
+    Debug,
+    Device,
+    PrintConf,
+    Settings,
+    quiet_libraries,
+    reported,
+    settings,
+    split_settings,
+)
 from vidaccel.errors import UserError
 
 WAYS = ("--plan", "--speedup", "--random-weights")
@@ -16,7 +26,7 @@ WAYS = ("--plan", "--speedup", "--random-weights")
 
 @reported
 def benchmark(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    words: Settings = None,
     speedup: Annotated[
         bool, typer.Option("--speedup", help="Time every method; count its passes, FLOPs and memory.")
     ] = False,

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from vidaccel.artefacts import check_writable
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 from vidaccel.errors import UserError
 
 
 @reported
 def collect_features(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    overrides: Settings = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for the features.", show_default=False)
     ] = None,

@@ -14,7 +14,10 @@ from vidaccel.errors import TrainingFailed, UserError
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print the resolved settings and stop.")]
+PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print all settings and stop.")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; --print-conf shows them all.")
+]
 
 _SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 

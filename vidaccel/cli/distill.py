@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 
 
 @reported
 def distill(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    overrides: Settings = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the student, its checkpoints and metrics.")
     ] = Path("runs/student"),
@@ -25,7 +25,7 @@ def distill(
 
     vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg
 
-    On many processes: torchrun -m vidaccel distill ...
+    On many processes: torchrun --nproc-per-node=8 -m vidaccel distill ...
     """
     config = settings("distill", conf, overrides or [], print_conf)
     quiet_libraries()

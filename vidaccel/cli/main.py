@@ -38,10 +38,10 @@ def _program(
 
 
 app.command(no_args_is_help=True)(generate)
-app.command(no_args_is_help=True)(benchmark)
 app.command()(collect_features)
-app.command()(train_predictor)
 app.command()(distill)
+app.command()(train_predictor)
+app.command(no_args_is_help=True)(benchmark)
 
 
 def main() -> None:

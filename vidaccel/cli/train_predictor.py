@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, quiet_libraries, reported, settings
+from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 
 
 @reported
 def train_predictor(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    overrides: Settings = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the predictor, its schedules and checkpoints.")
     ] = Path("runs/predictor"),
@@ -30,7 +30,7 @@ def train_predictor(
 
     vidaccel train-predictor -o runs/predictor stage=search steps=8
 
-    On many processes: torchrun -m vidaccel train-predictor ...
+    On many processes: torchrun --nproc-per-node=8 -m vidaccel train-predictor ...
     """
     given = [] if features is None else [f"features={features}"]
     config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf)

@@ -105,5 +105,8 @@ def is_mask(text: TextTensor) -> bool:
 
 
 def batch(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Stored samples stacked to [B, ...] for a transformer of this dtype, which takes its masks in it as well."""
-    return {name: torch.stack([s[name] for s in samples]).to(device, dtype) for name in samples[0]}
+    """Stored samples stacked to [B, ...] for a transformer of this dtype, which takes its masks in it as well.
+
+    Converted before they are stacked: autocast to bfloat16 refuses to stack float16.
+    """
+    return {name: torch.stack([s[name].to(device, dtype) for s in samples]) for name in samples[0]}

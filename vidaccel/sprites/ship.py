@@ -65,9 +65,13 @@ def ship_student(student: Path, distilled: Path, results: Path | None, remark: s
     if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
         raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
     made_by = {
-        "CFG distillation": (_command("distill --conf sprites/cfg", before, "features"), before, distilled / METRICS),
+        "CFG distillation": (
+            _command("distill --conf sprites/cfg -o runs/cfg", before, "features"),
+            before,
+            distilled / METRICS,
+        ),
         "few steps": (
-            _command("distill --conf sprites/restricted_meanflow", run, "teacher", "features"),
+            _command("distill --conf sprites/restricted_meanflow -o runs/student", run, "teacher", "features"),
             run,
             student / METRICS,
         ),
