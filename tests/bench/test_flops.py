@@ -165,7 +165,7 @@ def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     streams = WORK[family.name].fusions
     inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
     statistics = Statistics(mlp.outer.in_features)
-    fused = counted(lambda: [mlp(tokens, tokens, statistics, "reference") for tokens in inputs]).get_total_flops()
+    fused = counted(lambda: [mlp(tokens, tokens, statistics) for tokens in inputs]).get_total_flops()
     assert one["predictor"].blocks == in_last + fused
     assert one["predictor"].embedders == one["trunk"].total
 
