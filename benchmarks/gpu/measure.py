@@ -78,7 +78,7 @@ class Rows:
         """What has been measured, also by a process or a run before this one, or what a process died in: not measured
         again."""
 
-    def before(self, name: str, variant: str, size: dict) -> dict | None:
+    def known_row(self, name: str, variant: str, size: dict) -> dict | None:
         """What is known of this measurement."""
         return self.known.get(key({"item": self.item, "name": name, "variant": variant, "size": size}))
 
@@ -117,7 +117,7 @@ class Rows:
         Returns:
             Its median in seconds, or None if it failed.
         """
-        before = self.before(name, variant, size)
+        before = self.known_row(name, variant, size)
         if before is not None:
             return before.get("seconds")
         self.add(name, variant, size, error=UNFINISHED)

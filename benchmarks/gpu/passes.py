@@ -120,7 +120,7 @@ def _passes(
         alike = copy.deepcopy(predictor).run_like(model)
         with trunk.full(0.5):
             full = rows.measure("full pass", variant, shape.row(), call, flops=shape.flops(variant), **few)
-            if not trunk.memory() and rows.before("predicted pass", variant, shape.row()) is None:
+            if not trunk.memory() and rows.known_row("predicted pass", variant, shape.row()) is None:
                 call()  # a run before this one measured the full pass and not the predicted one
         with trunk.predicted(alike, 0.5):
             predicted = rows.measure("predicted pass", variant, shape.row(), call, **few | {"budget": 1.0, "most": 5})

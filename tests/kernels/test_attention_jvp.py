@@ -106,8 +106,8 @@ def test_scores_of_ten_thousand_are_no_worse_than_eager(size):
         assert relative_error(got, expected) <= max(1.2 * relative_error(eager, expected), 1e-5)
 
 
-@pytest.mark.parametrize("masked", ["nothing", "keys", "pairs"])
-def test_what_a_tuning_is_stored_under_is_plain(masked, monkeypatch):
+@pytest.mark.parametrize("masks", [None, (1, 1, 1, 4), (1, 1, 4, 4)], ids=["nothing", "keys", "pairs"])
+def test_what_a_tuning_is_stored_under_is_plain(masks, monkeypatch):
     """Triton keeps tunings as JSON, which knows none of its own constants."""
     from vidaccel.kernels.attention_jvp import fused as module
 
@@ -119,8 +119,7 @@ def test_what_a_tuning_is_stored_under_is_plain(masked, monkeypatch):
 
     monkeypatch.setattr(module, "_attention", Kernel())
     inputs = draw(B=1, H=1, M=4, N=4, dtype=torch.float16)
-    mask = {"nothing": None, "keys": torch.ones(1, 1, 1, 4), "pairs": torch.ones(1, 1, 4, 4)}[masked]
-    mask = None if mask is None else mask.bool().to(DEVICE).expand(1, 1, 4, 4)
+    mask = None if masks is None else torch.ones(masks, dtype=torch.bool, device=DEVICE).expand(1, 1, 4, 4)
     module.attention_jvp(*inputs, mask, 0.5)
     (constants,) = launched
     assert json.loads(json.dumps(constants)) == constants

@@ -133,8 +133,8 @@ def test_the_cards_quote_trainings_and_results(made):
     assert "| predictor, mse | 5 | 1 | 0.5000 | 0 |" in predictor and "adversarial |" not in predictor
     teacher = read_run(made / "student", "model/1")["config"]["teacher"]
     for card, command in (
-        (student, "distill --conf sprites/cfg -o runs/cfg"),
-        (student, f"distill --conf sprites/restricted_meanflow -o runs/student teacher={teacher}"),
+        (student, f"distill --conf sprites/cfg -o {made / 'cfg'}"),
+        (student, f"distill --conf sprites/restricted_meanflow -o {made / 'student'} teacher={teacher}"),
         (predictor, "train-predictor --conf sprites student=sprites/student"),
     ):
         assert f"    vidaccel {command}\n" in card and f"## Settings of `vidaccel {command}`" in card

@@ -50,7 +50,7 @@ def make_model(config: SpritesConfig, output: Path) -> None:
     scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds)
     source = scenes if clips is None else FolderClips(clips)
     autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
-    features = encode_clips(config, output / "features", autoencoder, reader, source)
+    features = encode_clips(config, output / "features", autoencoder, reader, source, start)
     transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
     publish(config, output, reader, autoencoder, transformer, start)
 
@@ -96,7 +96,6 @@ def train_autoencoder(
     model = build_autoencoder(settings).to(device)
     if start:
         _go_on(model, start.pipe.vae, config.start)
-        model.register_to_config(scaling_factor=start.pipe.vae.config.scaling_factor)
     shaping = _shaping(settings, data=config.data, odds=config.odds, start=_digest(model) if start else None)
 
     def stage(name: str, title: str, excerpts: list[list[int]], *irrelevant: str, **before: str) -> None:
@@ -151,16 +150,23 @@ def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.T
 
 
 def encode_clips(
-    config: SpritesConfig, folder: Path, autoencoder: nn.Module, reader: text.CaptionReader, source: Source
+    config: SpritesConfig,
+    folder: Path,
+    autoencoder: nn.Module,
+    reader: text.CaptionReader,
+    source: Source,
+    start: LoadedPipeline | None,
 ) -> ShardFolder:
     """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way.
 
-    Where the encoder is still that of the model to start from, its factor stays: the transformer knows latents in it.
+    Where the encoder is still that of the model to start from, so is its factor: the transformer knows latents in it.
     """
     started = datetime.now(UTC)
-    if not config.start or config.autoencoder.images.steps or config.autoencoder.clips.steps:
-        spread = _some_latents(autoencoder, source).std()
-        autoencoder.register_to_config(scaling_factor=round(1 / float(spread), 6))
+    if start and not (config.autoencoder.images.steps or config.autoencoder.clips.steps):
+        factor = start.pipe.vae.config.scaling_factor
+    else:
+        factor = round(1 / float(_some_latents(autoencoder, source).std()), 6)
+    autoencoder.register_to_config(scaling_factor=factor)
     untrained = build_transformer(config.teacher, config.autoencoder.latent_channels, config.text.width)
     pipe = assemble(
         reader.llama, reader.clip, autoencoder, untrained.to(autoencoder.device), config.sample_shift, torch.float32

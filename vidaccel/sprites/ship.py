@@ -66,12 +66,12 @@ def ship_student(student: Path, distilled: Path, results: Path | None, remark: s
         raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
     made_by = {
         "CFG distillation": (
-            _command("distill --conf sprites/cfg -o runs/cfg", before, "features"),
+            _command(f"distill --conf sprites/cfg -o {distilled}", before, "features"),
             before,
             distilled / METRICS,
         ),
         "few steps": (
-            _command("distill --conf sprites/restricted_meanflow -o runs/student", run, "teacher", "features"),
+            _command(f"distill --conf sprites/restricted_meanflow -o {student}", run, "teacher", "features"),
             run,
             student / METRICS,
         ),

@@ -36,8 +36,7 @@ def attention_jvp(
     scale: float | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k') v and its derivative along (dq, dk, dv); scale is 1 / sqrt(D) unless given, and
-    positive.
+    """softmax(scale q k') v and its derivative along (dq, dk, dv); scale is positive, 1 / sqrt(D) unless given.
 
     q, dq [B, H, M, D], k, v, dk, dv [B, H, N, D] -> o, do [B, H, M, D] in q's memory layout. mask is bool, True where a
     key takes part: [B, N], or anything that broadcasts to [B, H, M, N]. Rows without a key yield zeros.
