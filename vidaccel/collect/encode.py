@@ -107,6 +107,6 @@ def is_mask(text: TextTensor) -> bool:
 def batch(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Stored samples stacked to [B, ...] for a transformer of this dtype, which takes its masks in it as well.
 
-    Converted before they are stacked: autocast to bfloat16 refuses to stack float16.
+    Converted before they are stacked: autocast to bfloat16 refuses to stack float16. Sent to the device together.
     """
-    return {name: torch.stack([s[name].to(device, dtype) for s in samples]) for name in samples[0]}
+    return {name: torch.stack([s[name].to(dtype) for s in samples]).to(device) for name in samples[0]}
