@@ -274,6 +274,8 @@ class DistillConfig:
     """`cfg` (two-pass guidance into one pass) or `mean_velocity` (few steps)."""
     teacher: str = "sprites/teacher"
     """The model to distil: shipped, a local folder, or a hub id."""
+    start: str | None = None
+    """A student of this teacher by this method, whose weights are trained further; null starts from the teacher's."""
     features: str | None = None
     """A folder of encoded clips from `vidaccel collect-features`; null encodes while training."""
     on_damage: str = "stop"
@@ -286,7 +288,9 @@ class DistillConfig:
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Scales g that the student learns, drawn uniformly."""
     times: str = "logit_normal"
-    """Distribution of t: `uniform`, or `logit_normal` moved towards noise by `shift`."""
+    """Distribution of t before it is moved towards noise: `uniform` or `logit_normal`."""
+    train_shift: float | None = None
+    """By how much it is: s t / (1 + (s - 1) t). Null is the step grid's shift for `logit_normal`, 1 for `uniform`."""
     sample_steps: int = 50
     """Sampler steps that the student is made for: what it is saved, sampled and shown with."""
     guidance: float | None = None
@@ -310,7 +314,9 @@ class DistillConfig:
         low_high = self.guidance_range
         fits = len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf
         _require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high")
-        _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        for key in ("shift", "train_shift"):
+            value = getattr(self, key)
+            _require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")
 
 
 @dataclass

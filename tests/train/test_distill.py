@@ -222,6 +222,45 @@ def test_training_on_the_derivative_says_first_what_it_trains_on(
     assert load_pipeline(tmp_path / "student").conditioning.config.restrict == pytest.approx(5 / 14, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "shift"),
+    [
+        ({}, 3.0),
+        ({"times": "uniform"}, 1.0),
+        ({"train_shift": 2.0}, 2.0),
+        ({"times": "uniform", "train_shift": 4.0}, 4.0),
+    ],
+)
+def test_the_times_that_are_trained_on(changes, shift):
+    nothing = dict.fromkeys(("teacher", "student", "data", "empty"))
+    assert Distillation(DistillConfig(**changes), **nothing, shift=3.0).train_shift == shift
+
+
+def test_a_training_goes_on_from_an_earlier_student(world, distilled, tmp_path):
+    first = distilled("hunyuan_video")
+    distill(settings(world, "hunyuan_video", start=str(first), train={"steps": 0}), tmp_path / "same", "cpu")
+    for file in ("transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"):
+        assert sha256_file(tmp_path / "same" / file) == sha256_file(first / file)
+    distill(settings(world, "hunyuan_video", start=str(first)), tmp_path / "further", "cpu")
+    run = json.loads((tmp_path / "further" / "run.json").read_text())
+    assert run["parents"]["start"] == sha256_file(first / "run.json")
+    assert logged(tmp_path / "further", "loss") != logged(first, "loss")  # the same batches, another model
+    with pytest.raises(UserError, match="other settings.*start"):
+        distill(settings(world, "hunyuan_video"), tmp_path / "further", "cpu")
+
+
+def test_a_start_is_a_student_of_this_teacher_by_this_method(world, distilled, tmp_path):
+    cfg = distilled("hunyuan_video")
+    others = {
+        "no student": settings(world, "hunyuan_video", start=world("hunyuan_video")[0]),
+        "another's student": settings(world, "wan", start=str(cfg)),
+        "another method": settings(world, "hunyuan_video", method="mean_velocity", start=str(cfg)),
+    }
+    for name, config in others.items():
+        with pytest.raises(UserError, match="is no student of|is not a finished model"):
+            distill(config, tmp_path / name, "cpu")
+
+
 def test_a_second_run_trains_nothing_and_another_setting_is_refused(world, distilled, tmp_path):
     own = {"method": "mean_velocity", "teacher": str(distilled("wan"))}
     distill(settings(world, "wan", **own), tmp_path / "student")

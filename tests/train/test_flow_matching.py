@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vidaccel.models.steps import step_grid
 from vidaccel.train.flow_matching import flow_matching_loss, sample_times
 
 
@@ -12,10 +13,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.parametrize("distribution", ["logit_normal", "uniform"])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-def test_median_time_is_the_shifted_half(shift):
-    # logit-normal has median 1/2, and the shift maps 1/2 to s / (1 + s)
-    times = sample_times(100_000, shift, generator())
+def test_median_time_is_the_shifted_half(shift, distribution):
+    # both have median 1/2, and the shift maps 1/2 to s / (1 + s)
+    times = sample_times(100_000, shift, generator(), distribution)
     assert times.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
 
 
@@ -23,6 +25,12 @@ def test_median_time_is_the_shifted_half(shift):
 def test_times_are_inside_the_unit_interval(shift, seed):
     times = sample_times(1000, shift, generator(seed))
     assert times.min() > 0 and times.max() < 1
+
+
+def test_uniform_times_are_those_of_steps_on_a_grid_of_that_shift():
+    times, grid = sample_times(100_000, 4.0, generator(), "uniform"), step_grid(10, 4.0)
+    shares = [((times < upper) & (times >= lower)).float().mean() for upper, lower in zip(grid, grid[1:], strict=False)]
+    assert torch.stack(shares) == pytest.approx(0.1, abs=0.005)
 
 
 def test_the_true_velocity_has_no_loss():

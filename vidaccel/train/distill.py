@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vidaccel import config as configuration
-from vidaccel.artefacts import RUN_FILE, check_writable, sha256_file
+from vidaccel.artefacts import RUN_FILE, check_writable, read_run, sha256_file
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
@@ -27,8 +27,10 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.family import DiTFamily
+from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
 from vidaccel.models.steps import GridScheduler
+from vidaccel.models.student import FORMAT as MODEL
 from vidaccel.models.student import save_student
 from vidaccel.models.velocity import Velocity
 from vidaccel.sampling import generate
@@ -68,6 +70,8 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     data, made_of = open_data(loaded, config)
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     copy = student_of(loaded, config)
+    if config.start is not None:
+        made_of = made_of | {"start": _go_on_from(config, loaded, copy)}
     teacher, student = velocity_of(loaded).requires_grad_(False).eval(), velocity_of(copy).requires_grad_(True)
     blocks = _blocks(student.transformer, loaded.family)
     if config.train.lora_rank:
@@ -106,7 +110,18 @@ def _resolved(config: DistillConfig) -> DistillConfig:
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
-    elsewhere = {"train", "prompts", "features", "on_damage", "data", "clips", "seed", "guidance", "merge_lora"}
+    elsewhere = {
+        "train",
+        "start",
+        "prompts",
+        "features",
+        "on_damage",
+        "data",
+        "clips",
+        "seed",
+        "guidance",
+        "merge_lora",
+    }
     return {key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere}
 
 
@@ -142,6 +157,22 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     guidance = loaded.default("guidance") if config.guidance is None else config.guidance
     own = {"steps": config.sample_steps, "guidance": guidance, "two_pass": False}
     return as_student(replace(copy, call=copy.call | own), conditioning, GridScheduler(shift=trained["shift"]))
+
+
+def _go_on_from(config: DistillConfig, teacher: LoadedPipeline, copy: LoadedPipeline) -> str:
+    """Puts the weights of the student `config.start` into `copy`, a new one of the same teacher; returns their hash."""
+    run, run_file = read_run(config.start, MODEL), Path(teacher.source) / RUN_FILE
+    same_teacher = run["parents"].get("teacher") == (sha256_file(run_file) if run_file.is_file() else None)
+    start = load_pipeline(config.start, device=copy.pipe.device.type, denoiser_dtype="float32")
+    weights, own = velocity_of(start).state_dict(), velocity_of(copy)
+    alike = {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in own.state_dict().items()}
+    if not (same_teacher and alike and run["config"].get("method") == config.method):
+        raise UserError(
+            f"{config.start} is no student of {config.teacher} by method={config.method}",
+            "give start= one that was distilled so, or leave it out",
+        )
+    own.load_state_dict(weights)
+    return student_hash(start)
 
 
 def _check_teacher(loaded: LoadedPipeline, config: DistillConfig) -> None:
@@ -212,6 +243,7 @@ def _save(
         config=configuration.to_dict(config),
         seed=config.seed,
         started=started,
+        parents={"start": sha256_file(Path(config.start) / RUN_FILE)} if config.start else {},
     )
 
 

@@ -9,9 +9,12 @@ import torch
 from torch.nn import functional as F
 
 
-def sample_times(count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
-    """[count] times in (0, 1): logit-normal, then moved towards noise by s t / (1 + (s - 1) t)."""
-    t = torch.sigmoid(torch.randn(count, generator=generator))
+def sample_times(
+    count: int, shift: float, generator: torch.Generator, distribution: str = "logit_normal"
+) -> torch.Tensor:
+    """[count] times in [0, 1): `uniform` or `logit_normal`, then moved towards noise by s t / (1 + (s - 1) t)."""
+    uniform = distribution == "uniform"
+    t = torch.rand(count, generator=generator) if uniform else torch.randn(count, generator=generator).sigmoid()
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -39,6 +39,11 @@ class Distillation:
     """The unconditional text [1, ...]."""
     shift: float
 
+    @property
+    def train_shift(self) -> float:
+        """Of the times that are trained on."""
+        return self.config.train_shift or (self.shift if self.config.times == "logit_normal" else 1.0)
+
     def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Text]:
         """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
         size, device = self.config.train.batch_size, next(self.student.parameters()).device
@@ -46,10 +51,7 @@ class Distillation:
         text = batch([tensors for tensors, _ in self.data.read(chosen)], device, torch.float32)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        if self.config.times == "uniform":
-            t = torch.rand(size, generator=generator)
-        else:
-            t = sample_times(size, self.shift, generator)
+        t = sample_times(size, self.train_shift, generator, self.config.times)
         g = sample_guidance(size, *self.config.guidance_range, generator)
         return x_0, eps, t.to(device), g.to(device), text
 
