@@ -1,5 +1,7 @@
 """Closed forms of the time distribution and the loss."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +31,7 @@ def test_times_are_inside_the_unit_interval(shift, seed):
 
 def test_uniform_times_are_those_of_steps_on_a_grid_of_that_shift():
     times, grid = sample_times(100_000, 4.0, generator(), "uniform"), step_grid(10, 4.0)
-    shares = [((times < upper) & (times >= lower)).float().mean() for upper, lower in zip(grid, grid[1:], strict=False)]
+    shares = [((times < upper) & (times >= lower)).float().mean() for upper, lower in pairwise(grid)]
     assert torch.stack(shares) == pytest.approx(0.1, abs=0.005)
 
 

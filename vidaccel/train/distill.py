@@ -110,18 +110,8 @@ def _resolved(config: DistillConfig) -> DistillConfig:
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
-    elsewhere = {
-        "train",
-        "start",
-        "prompts",
-        "features",
-        "on_damage",
-        "data",
-        "clips",
-        "seed",
-        "guidance",
-        "merge_lora",
-    }
+    elsewhere = {"train", "start", "features", "on_damage", "data", "clips", "seed"}
+    elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
     return {key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere}
 
 
@@ -139,10 +129,7 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
 def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     """The teacher once more, its transformer to be trained, which starts equal to it: new embeddings give nothing."""
     family, attribute = loaded.family, loaded.family.denoisers[0].attribute
-    modules = {name: part for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)}
-    modules.pop(attribute)
-    device = loaded.pipe.device.type
-    copy = load_pipeline(config.teacher, device=device, given=modules, denoiser_dtype="float32")
+    copy = _beside(config.teacher, loaded)
     transformer = getattr(copy.pipe, attribute)
     added = {"cfg": "g", "mean_velocity": "r"}[config.method]
     wanted = [name for name in ("r", "g") if name == added or velocity_of(loaded).embeds(name)]
@@ -162,17 +149,26 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
 def _go_on_from(config: DistillConfig, teacher: LoadedPipeline, copy: LoadedPipeline) -> str:
     """Puts the weights of the student `config.start` into `copy`, a new one of the same teacher; returns their hash."""
     run, run_file = read_run(config.start, MODEL), Path(teacher.source) / RUN_FILE
-    same_teacher = run["parents"].get("teacher") == (sha256_file(run_file) if run_file.is_file() else None)
-    start = load_pipeline(config.start, device=copy.pipe.device.type, denoiser_dtype="float32")
+    foreign = UserError(
+        f"{config.start} is no student of {config.teacher} by method={config.method}",
+        "give start= one that was distilled so, or leave it out",
+    )
+    its_teacher = sha256_file(run_file) if run_file.is_file() else None
+    if (run["parents"].get("teacher"), run["config"].get("method")) != (its_teacher, config.method):
+        raise foreign
+    start = _beside(config.start, teacher)
     weights, own = velocity_of(start).state_dict(), velocity_of(copy)
-    alike = {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in own.state_dict().items()}
-    if not (same_teacher and alike and run["config"].get("method") == config.method):
-        raise UserError(
-            f"{config.start} is no student of {config.teacher} by method={config.method}",
-            "give start= one that was distilled so, or leave it out",
-        )
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in own.state_dict().items()}:
+        raise foreign  # nothing tells two hub teachers apart but that
     own.load_state_dict(weights)
     return student_hash(start)
+
+
+def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
+    """That model with a transformer of its own and all other parts those of `loaded`, which are not read again."""
+    modules = {name: part for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)}
+    modules.pop(loaded.family.denoisers[0].attribute)
+    return load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32")
 
 
 def _check_teacher(loaded: LoadedPipeline, config: DistillConfig) -> None:
