@@ -8,7 +8,7 @@ from vidaccel import config as configuration
 from vidaccel.artefacts import write_json
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
-from vidaccel.sampling import generate
+from vidaccel.sampling import generate, predicted_steps
 from vidaccel.sprites.captions import caption
 from vidaccel.sprites.parse import parse
 from vidaccel.sprites.score import score_clip, summarise
@@ -20,7 +20,9 @@ SCORE_BATCH = 8
 def score_model(
     loaded: LoadedPipeline, config: configuration.GenerateConfig, prompts: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Mark the model on held-out prompts: half of one sprite, half of two. A killed run goes on where it was.
+    """Mark the model, with the predictor that `config` names, on held-out prompts: half of one sprite, half of two.
+
+    A killed run goes on where it was.
 
     `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with their intervals.
     """
@@ -29,10 +31,11 @@ def score_model(
     marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
-    with Progress("scoring", total=prompts, done=len(marks)) as bar, marks_file.open("a") as file:
+    bar = Progress("scoring", total=prompts, done=len(marks))
+    with predicted_steps(loaded, config) as attachment, bar, marks_file.open("a") as file:
         for first in range(len(marks), prompts, SCORE_BATCH):
             batch = range(first, min(first + SCORE_BATCH, prompts))
-            made = generate(loaded, [texts[i] for i in batch], config, [config.seed + i for i in batch])
+            made = generate(loaded, [texts[i] for i in batch], config, [config.seed + i for i in batch], attachment)
             for i, frames in zip(batch, made.frames, strict=True):
                 marks.append(
                     {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
