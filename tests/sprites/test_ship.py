@@ -140,16 +140,6 @@ def test_the_cards_quote_trainings_and_results(made):
         assert f"    vidaccel {command}\n" in card and f"## Settings of `vidaccel {command}`" in card
 
 
-def test_a_student_that_had_no_training_for_few_steps(made, tmp_path):
-    words = ["--student", made / "cfg", *places(made)[2:4], "--distilled", tmp_path / "none"]
-    run("ship", *words, "--machine", "a borrowed GPU", "-o", tmp_path / "shipped")
-    own = load_pipeline(tmp_path / "shipped" / "student")
-    assert student_hash(own) == student_hash(load_pipeline(made / "cfg"))
-    card = (tmp_path / "shipped" / "student" / "README.md").read_text()
-    assert f"    vidaccel distill --conf sprites/cfg -o {made / 'cfg'}\n\nOn a borrowed GPU, seed 0.\n" in card
-    assert "| CFG distillation | 7 |" in card and "few steps" not in card and "restricted" not in card
-
-
 def test_without_results_the_cards_have_no_scores(made, tmp_path):
     run("ship", *places(made), "-o", tmp_path / "shipped")
     assert "How it scores" not in (tmp_path / "shipped" / "student" / "README.md").read_text()

@@ -93,17 +93,16 @@ def score(
 def ship(
     student: Annotated[Path, typer.Option(help="A finished `vidaccel distill` folder.")] = Path("runs/student"),
     predictor: Annotated[Path, typer.Option(help="A `vidaccel train-predictor` folder.")] = Path("runs/predictor"),
-    distilled: Annotated[Path, typer.Option(help="What a few-step student is distilled from.")] = Path("runs/cfg"),
+    distilled: Annotated[Path, typer.Option(help="The CFG-distilled teacher of the student.")] = Path("runs/cfg"),
     results: Annotated[Path | None, typer.Option(help="The results.json that their cards quote.")] = None,
     remark: Annotated[str, typer.Option(help="What the student's card is to say of its training as well.")] = "",
-    machine: Annotated[str | None, typer.Option(help="Where the student was trained, if not here.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for student/ and predictor/.")] = Path(
         "runs/shipped"
     ),
     debug: Debug = False,
 ) -> None:
     """Put what was distilled from the shipped teacher into the form that it ships in, with cards."""
-    ship_student(student, distilled, results, remark, machine, output / "student")
+    ship_student(student, distilled, results, remark, output / "student")
     ship_predictor(predictor, results, output / "predictor")
     typer.echo(f"{output}: student and predictor, each with its card")
 

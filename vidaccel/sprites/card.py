@@ -59,7 +59,7 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
             "",
             "    python -m vidaccel.sprites make",
             "",
-            *made_on(None, stages, config.seed),
+            *made_here(stages, config.seed),
             "## How it scores",
             "",
             f"`python -m vidaccel.sprites score --prompts {config.score_prompts}`: captions, half with two sprites, of",
@@ -80,8 +80,8 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
     )
 
 
-def made_on(machine: str | None, stages: list[dict], seed: int) -> list[str]:
-    """Lines of Markdown: the machine, None for this one, and a table of the stages that were trained on it."""
+def made_here(stages: list[dict], seed: int) -> list[str]:
+    """Lines of Markdown: the machine, and a table of the stages that were trained on it."""
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -91,7 +91,7 @@ def made_on(machine: str | None, stages: list[dict], seed: int) -> list[str]:
         f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
     ]
     return [
-        f"On {machine or f'{device}, torch {torch.__version__}'}, seed {seed}.",
+        f"On {device}, torch {torch.__version__}, seed {seed}.",
         "",
         "| stage | steps | minutes | last loss | skipped steps |",
         "|---|---|---|---|---|",

@@ -24,14 +24,15 @@ from vidaccel.models.loading import SHIPPED, read_model
 from vidaccel.models.student import FORMAT as MODEL
 from vidaccel.predictor.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.predictor.checkpoint import FORMAT as PREDICTOR
-from vidaccel.sprites.card import made_on, trained_stage
+from vidaccel.sprites.card import made_here, trained_stage
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor import STAGES
 
 TEACHER = "sprites/teacher"
 STUDENT = """\
-Distilled from sprites/teacher: one forward pass a step, guidance included, in 20 steps unless told otherwise. All but
-the transformer are the teacher's own parts. Licence: Apache-2.0."""
+The few-step student of sprites/teacher: one forward pass a step, guidance included, in 20 steps unless told otherwise.
+With `instantaneous=true` it is the CFG-distilled teacher, to be sampled in 50. All but the transformer are the
+teacher's own parts. Licence: Apache-2.0."""
 INSTEAD = """\
 Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
 number of full steps, those that the search found. Licence: Apache-2.0."""
@@ -44,37 +45,42 @@ SCORES = [
 ]
 
 
-def ship_student(
-    student: Path, distilled: Path, results: Path | None, remark: str, machine: str | None, output: Path
-) -> None:
+def ship_student(student: Path, distilled: Path, results: Path | None, remark: str, output: Path) -> None:
     """Write the student's own parts to `output`, with its card.
 
     Args:
         student: folder of `vidaccel distill`, whose every component but the transformer is the shipped teacher's.
-        distilled: folder of the CFG distillation before it; not read where the student is one itself.
+        distilled: folder of the CFG distillation before it.
         results: the results.json that its card quotes; None leaves that out.
         remark: a paragraph for the card on what the settings do not say of the training.
-        machine: where it was trained; None is here.
         output: the new folder.
 
     Raises:
         UserError: a folder is not finished, another teacher's, or cannot be written.
     """
-    run = read_run(student, MODEL)
+    run, before = read_run(student, MODEL), read_run(distilled, MODEL)
     files, teacher = read_model(student), read_model(TEACHER)
     own = teacher.contents.family.denoisers[0].attribute
     shared = {name: digest for name, digest in teacher.hashes.items() if not name.startswith(f"{own}/")}
     if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
         raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
-    few_steps = run["config"]["method"] == "mean_velocity"
-    made_by = {"CFG distillation": _distillation("sprites/cfg", distilled if few_steps else student, "features")}
-    if few_steps:
-        made_by["few steps"] = _distillation("sprites/restricted_meanflow", student, "teacher", "features")
+    made_by = {
+        "CFG distillation": (
+            _command(f"distill --conf sprites/cfg -o {distilled}", before, "features"),
+            before,
+            distilled / METRICS,
+        ),
+        "few steps": (
+            _command(f"distill --conf sprites/restricted_meanflow -o {student}", run, "teacher", "features"),
+            run,
+            student / METRICS,
+        ),
+    }
     with atomic_folder(output) as folder:
         shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
         for name in ("conditioning", "scheduler"):
             shutil.copytree(student / name, folder / name)
-        card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark, machine)
+        card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         parents = run["parents"] | {"pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
@@ -94,12 +100,6 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
         card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), remark)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
-
-
-def _distillation(conf: str, folder: Path, *places: str) -> tuple[str, dict, Path]:
-    """Command, run.json and metrics of the `vidaccel distill` that made `folder` from those places."""
-    run = read_run(folder, MODEL)
-    return _command(f"distill --conf {conf} -o {folder}", run, *places), run, folder / METRICS
 
 
 def _command(words: str, run: Mapping[str, Any], *places: str) -> str:
@@ -131,20 +131,13 @@ def _scores(results: Path | None, kind: str) -> list[str]:
     return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_marks, runs), ""]
 
 
-def _card(
-    title: str,
-    about: str,
-    made_by: Mapping[str, tuple[str, dict, Path]],
-    scores: list[str],
-    remark: str,
-    machine: str | None = None,
-) -> str:
+def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], scores: list[str], remark: str) -> str:
     """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
     commands = {command: run for command, run, _ in made_by.values()}
     stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
     seed = next(iter(commands.values()))["seed"]
     lines = [f"# {title}", "", about, "", "## How it was made", ""]
-    lines += [*(f"    {command}" for command in commands), "", *made_on(machine, stages, seed)]
+    lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
     if remark:
         lines += [remark, ""]
     lines += scores
