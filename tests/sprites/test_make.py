@@ -134,6 +134,17 @@ def test_score_prints_a_line_a_dimension(made, tmp_path):
     assert len((tmp_path / "score" / "marks.jsonl").read_text().splitlines()) == 2
 
 
+def test_score_marks_what_a_predictor_makes_of_it(tmp_path):
+    """Steps left to a predictor change the videos, and so the marks; a schedule that does not fit is refused."""
+    words = ["score", "sprites/student", "--prompts", 2]
+    run(*words, "steps=4", "-o", tmp_path / "full")
+    run(*words, "steps=4", "predictor=reuse", "full_steps=[0]", "-o", tmp_path / "reused")
+    full, reused = (json.loads((tmp_path / name / "score.json").read_text()) for name in ("full", "reused"))
+    assert full != reused
+    refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "none"])))
+    assert refused.exit_code == 2 and "without a predictor" in refused.output
+
+
 @given(st.integers(0, 99), st.integers(1, 200_000))
 def test_excerpts_cost_about_the_same(index, area):
     excerpts = AutoencoderTraining().excerpts
