@@ -135,14 +135,16 @@ def test_score_prints_a_line_a_dimension(made, tmp_path):
 
 
 def test_score_marks_what_a_predictor_makes_of_it(tmp_path):
-    """Steps left to a predictor change the videos, and so the marks; a schedule that does not fit is refused."""
+    """Steps left to it change the videos, and so the marks; a schedule without one is refused, and no mark is lost."""
     words = ["score", "sprites/student", "--prompts", 2]
     run(*words, "steps=4", "-o", tmp_path / "full")
     run(*words, "steps=4", "predictor=reuse", "full_steps=[0]", "-o", tmp_path / "reused")
     full, reused = (json.loads((tmp_path / name / "score.json").read_text()) for name in ("full", "reused"))
     assert full != reused
-    refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "none"])))
+    marks = (tmp_path / "full" / "marks.jsonl").read_text()
+    refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "full"])))
     assert refused.exit_code == 2 and "without a predictor" in refused.output
+    assert (tmp_path / "full" / "marks.jsonl").read_text() == marks
 
 
 @given(st.integers(0, 99), st.integers(1, 200_000))

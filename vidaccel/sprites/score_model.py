@@ -20,29 +20,29 @@ SCORE_BATCH = 8
 def score_model(
     loaded: LoadedPipeline, config: configuration.GenerateConfig, prompts: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Mark the model, with the predictor that `config` names, on held-out prompts: half of one sprite, half of two.
+    """Mark the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
 
-    A killed run goes on where it was.
-
-    `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with their intervals.
+    A killed run goes on where it was. `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with
+    their intervals; settings that are refused leave what it holds.
     """
     settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
-    marks_file = _begin_marks(folder, settings)
-    marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
-    bar = Progress("scoring", total=prompts, done=len(marks))
-    with predicted_steps(loaded, config) as attachment, bar, marks_file.open("a") as file:
-        for first in range(len(marks), prompts, SCORE_BATCH):
-            batch = range(first, min(first + SCORE_BATCH, prompts))
-            made = generate(loaded, [texts[i] for i in batch], config, [config.seed + i for i in batch], attachment)
-            for i, frames in zip(batch, made.frames, strict=True):
-                marks.append(
-                    {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
-                )
-                file.write(json.dumps(marks[-1]) + "\n")
-                bar.advance()
-            file.flush()
+    with predicted_steps(loaded, config) as attachment:
+        marks_file = _begin_marks(folder, settings)
+        marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
+        with Progress("scoring", total=prompts, done=len(marks)) as bar, marks_file.open("a") as file:
+            for first in range(len(marks), prompts, SCORE_BATCH):
+                batch = range(first, min(first + SCORE_BATCH, prompts))
+                seeds = [config.seed + i for i in batch]
+                made = generate(loaded, [texts[i] for i in batch], config, seeds, attachment)
+                for i, frames in zip(batch, made.frames, strict=True):
+                    marks.append(
+                        {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
+                    )
+                    file.write(json.dumps(marks[-1]) + "\n")
+                    bar.advance()
+                file.flush()
     summary = summarise([mark["marks"] for mark in marks])
     write_json(folder / "score.json", summary)
     return summary
