@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from typer.testing import CliRunner
 from tests.students import contents, save_teacher
 from tests.tiny import BUILDERS
 from tests.train.test_loop import outcome
+from tests.train.torchrun import under_torchrun
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import batch, encode_texts, rows
@@ -338,10 +337,7 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
     words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}", "train.optimizer=adamw"]
     words += ["guidance_range=[1,8]", "mean_velocity.restrict=0.2", "mean_velocity.substeps=2"]
     words += [f"train.{key}={value}" for key, value in train.items()]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
-    command = [*run, "distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    under_torchrun("distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words)
     for key in ("loss", "grad_norm"):
         one, two = (logged(tmp_path / name, key) for name in ("one", "two"))
         assert two[0] == pytest.approx(one[0], rel=1e-5)
@@ -364,11 +360,8 @@ def test_a_derivative_and_adapters_in_two_processes(world, distilled, tmp_path):
         f"train.{key}={value}" for key, value in train.items()
     ]
     given += [f"features={alone.features}", "mean_velocity.target=derivative"]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
     Path(tmp_path / "own.yaml").write_text("{}")
-    command = [*run, "distill", "--conf", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "two"), *given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = under_torchrun("distill", "--conf", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "two"), *given)
     assert done.stdout.count("the student; `vidaccel generate") == 1
     assert json.loads((tmp_path / "two" / "run.json").read_text())["config"]["mean_velocity"]["derivative"] == (
         "finite_difference"

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from tests.tiny import tiny_pipeline
 from tests.train.test_loop import interrupting_at, metrics, small_disk
 from tests.train.test_metrics import Notebook
+from tests.train.torchrun import gloo_threads
 from vidaccel.config import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.loop import train
@@ -116,6 +117,7 @@ def enter(number: int, port: int, function, arguments) -> None:
     with processes():
         assert (rank(), world()) == (number, 2)
         function(*arguments)
+    assert not gloo_threads()
 
 
 def in_two(function, *arguments) -> None:

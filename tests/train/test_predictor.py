@@ -1,8 +1,6 @@
 """A predictor's training from a student's folder to a predictor's, on tiny students."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -14,6 +12,7 @@ from tests.students import contents
 from tests.students import student as save_tiny_student
 from tests.train.test_distill import write_features
 from tests.train.test_loop import outcome
+from tests.train.torchrun import under_torchrun
 from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
@@ -173,10 +172,7 @@ def test_two_processes_train_what_one_does(world, tmp_path):
     split = replace(own, accumulate=2)
     train_predictor(settings(world, mse=split, adversarial=split), tmp_path / "one")
     (tmp_path / "two.yaml").write_text(to_yaml(settings(world, mse=own, adversarial=own)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vidaccel"]
-    command = [*launch, "train-predictor", "--conf", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = under_torchrun("train-predictor", "--conf", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "two"))
     assert done.stdout.count("the predictor and these schedules") == 1
     for stage in module.STAGES:
         for one, two in zip(*(logged(tmp_path / name, stage) for name in ("one", "two")), strict=True):

@@ -5,6 +5,7 @@ when it is called. A sharded parameter is a DTensor. With one process every func
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,19 +16,21 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vidaccel.artefacts import atomic_folder
 
 Result = TypeVar("Result")
+_meshes: list[DeviceMesh] = []  # that sharded models lie on
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """The process group that torchrun's environment describes, for the time of the block; nothing without torchrun.
 
-    Tensors on the CPU go through gloo, those on a GPU through NCCL; process i of a machine uses its GPU i.
+    Tensors on the CPU go through gloo, those on a GPU through NCCL; process i of a machine uses its GPU i. What was
+    sharded in the block is to be left in it: the group ends with the last that holds it.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -39,6 +42,12 @@ def processes() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Destroyed, it still has its threads until nothing refers to it, and DTensor's caches keep every mesh, with its
+        # groups. A thread of gloo's that lets go of a finished tensor while the interpreter ends aborts the process.
+        for mesh in _meshes:
+            vars(mesh).get("_pg_registry", {}).clear()  # an older mesh knows them by name alone
+        _meshes.clear()
+        gc.collect()
 
 
 def world() -> int:
@@ -62,6 +71,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device | 
     if world() == 1:
         return
     mesh = init_device_mesh((device or next(model.parameters()).device).type, (world(),))
+    _meshes.append(mesh)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
 

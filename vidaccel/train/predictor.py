@@ -52,22 +52,27 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
     """
     check_writable(output / RUN_FILE)
     with processes():
-        started = datetime.now(UTC)
-        run = read_run(output, FORMAT) if config.stage == "search" else None
-        made = Predictor.from_pretrained(output).config if run else None
-        halves = config.mse.precision == config.adversarial.precision == "bfloat16"
-        loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
-        setting = setting_of(loaded, with_runs(config, loaded, output), made)
-        with setting.trunk:
-            if run is None:
-                before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
-                _train(setting, output)
-                run = _described(setting, config, started)
-                if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
-                    run["searched_on"] = before["searched_on"]
-            schedules = _search(setting, output)
-        on_first(lambda: _finish(setting, output, run, schedules))
+        schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
+
+
+def _train_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
+    started = datetime.now(UTC)
+    run = read_run(output, FORMAT) if config.stage == "search" else None
+    made = Predictor.from_pretrained(output).config if run else None
+    halves = config.mse.precision == config.adversarial.precision == "bfloat16"
+    loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
+    setting = setting_of(loaded, with_runs(config, loaded, output), made)
+    with setting.trunk:
+        if run is None:
+            before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
+            _train(setting, output)
+            run = _described(setting, config, started)
+            if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
+                run["searched_on"] = before["searched_on"]
+        schedules = _search(setting, output)
+    on_first(lambda: _finish(setting, output, run, schedules))
+    return schedules
 
 
 def _train(setting: Setting, output: Path) -> None:
