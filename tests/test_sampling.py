@@ -1,11 +1,13 @@
 """The pipeline driven as a user's own would be, what is counted on the way, and the same latents from the bare loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.students import student
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
@@ -16,7 +18,7 @@ from vidaccel.models.catalog import FAMILIES
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.steps import step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
-from vidaccel.sampling import generate, sample
+from vidaccel.sampling import generate, predicted_steps, sample
 
 STEPS = 2
 BATCHES = {"hunyuan_video": 2, "wan": 2, "hunyuan_video_15": 1, "own r": 1}
@@ -83,6 +85,44 @@ def test_a_student_takes_one_pass_a_step_and_any_guidance(students):
     assert not np.array_equal(instantaneous.frames, made[None].frames)
     again = generate(model, ["a red circle"], GenerateConfig(), [0])
     assert np.array_equal(again.frames, made[None].frames)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_shift_is_another_grid_for_the_time_of_a_call(family):
+    """As on the pipeline whose scheduler has it, whichever scheduler that is; afterwards its own is back."""
+    model, other = loaded(family), loaded(family)
+    own = model.pipe.scheduler
+    key = "shift" if "shift" in own.config else "flow_shift"
+    other.pipe.scheduler = type(own).from_config(own.config, **{key: 7.5})
+    taylor = {"predictor": "taylor", "full_steps": [0, 1, 3]}
+    frames = []
+    for one, shift in ((model, {"shift": 7.5}), (other, {}), (model, {})):
+        config = GenerateConfig(steps=5, guidance=1.0, **shift, **taylor)
+        frames.append(generate(one, ["a red circle"], replace(config, predictor=None, full_steps=None), [0]).frames)
+        with predicted_steps(one, config) as attachment:
+            frames.append(generate(one, ["a red circle"], config, [0], attachment).frames)
+        assert model.pipe.scheduler is own
+    full, predicted, full_there, predicted_there, unshifted, _ = frames
+    assert np.array_equal(full, full_there) and np.array_equal(predicted, predicted_there)
+    assert not np.array_equal(full, unshifted)
+    model.pipe.transformer.proj_out.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, ["a"], GenerateConfig(steps=1, shift=7.5), [0])
+    assert model.pipe.scheduler is own
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "why"),
+    [
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "takes it from the size of the video"),
+        (DDIMScheduler(), "DDIMScheduler knows none"),
+    ],
+)
+def test_a_shift_of_a_scheduler_that_has_none_of_its_own_is_refused(scheduler, why):
+    model = loaded()
+    model.pipe.scheduler = scheduler
+    with pytest.raises(UserError, match=why):
+        generate(model, ["a"], GenerateConfig(steps=1, shift=3.0), [0])
 
 
 class Passes:

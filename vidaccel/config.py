@@ -107,6 +107,8 @@ class GenerateConfig(RuntimeConfig):
     """A shipped model (sprites/teacher), a local folder (a diffusers pipeline or a student), or a hub id."""
     steps: int | None = None
     """Sampler steps."""
+    shift: float | None = None
+    """Shift s of the step grid, whose time k, from 1 for noise down to 0, becomes s k / (1 + (s - 1) k)."""
     guidance: float | None = None
     """Classifier-free guidance scale g."""
     two_pass: bool | None = None
@@ -140,6 +142,7 @@ class GenerateConfig(RuntimeConfig):
         _require(bool(self.model.strip()), "model", self.model, "must name a model")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
         _require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
 
@@ -569,6 +572,10 @@ class MethodConfig:
     it: `BenchmarkConfig.distilled`."""
     steps: int = 50
     """Sampler steps."""
+    shift: float | None = None
+    """Shift of the step grid; null is the model's own."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g of this row alone."""
     two_pass: bool = False
     """true: two forward passes a step, with and without the prompt (classifier-free guidance)."""
     full_steps: list[int] | None = None
@@ -598,7 +605,10 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
+        g = self.guidance
         _require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        _require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        _require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
         _require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         _require(self.order >= 0, "order", self.order, "must be at least 0")
         _require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
@@ -692,7 +702,7 @@ class BenchmarkConfig(RuntimeConfig):
     seed: int = 0
     """Of the first prompt's noise; prompt i gets seed + i."""
     guidance: float | None = None
-    """Classifier-free guidance scale g of all rows; null is each model's own."""
+    """Classifier-free guidance scale g of all rows that name none; null is each model's own."""
     rounds: int = 3
     """Times that every row is timed, one after the other."""
     timed_prompts: int = 1

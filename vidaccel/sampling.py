@@ -6,8 +6,8 @@ B videos, C channels, T frames, H height, W width; of pixels in `generate`, of l
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from vidaccel.config import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, guidance_in_force, set_guidance, unknown_words
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.steps import shifted
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 
@@ -62,7 +63,8 @@ class Generated:
         )
 
 
-def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> AbstractContextManager[Attachment | None]:
+@contextmanager
+def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> Iterator[Attachment | None]:
     """The pipeline with the predictor that `config` names, for the time of a `with` block; as it is, if it names none.
 
     Raises:
@@ -72,10 +74,15 @@ def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> AbstractC
         for key in SCHEDULED_BY:
             if getattr(config, key) is not None:
                 raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
-        return nullcontext()
+        yield None
+        return
     steps = loaded.default("steps") if config.steps is None else config.steps
     which = {key: getattr(config, key) for key in SCHEDULED_BY}
-    return attach(loaded, predictor=config.predictor, steps=steps, **which, force=config.force)
+    with (
+        shifted(loaded.pipe, config.shift),
+        attach(loaded, predictor=config.predictor, steps=steps, **which, force=config.force) as attachment,
+    ):
+        yield attachment
 
 
 def generate(
@@ -104,7 +111,8 @@ def generate(
     steps, (scale, two_pass) = arguments["num_inference_steps"], guidance_in_force(loaded, **guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
-    with _Passes(loaded, steps * (1 + (two_pass and scale > 1)), attachment) as passes:
+    total = steps * (1 + (two_pass and scale > 1))
+    with shifted(loaded.pipe, config.shift), _Passes(loaded, total, attachment) as passes:
         frames = loaded.pipe(prompts, generator=generators, output_type="np", **arguments).frames
     ended = time.perf_counter()
     if not np.isfinite(frames).all():

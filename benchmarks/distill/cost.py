@@ -21,9 +21,9 @@ from torch import nn
 from vidaccel.bench.memory import weight_bytes
 from vidaccel.bench.peak import PeakMemory
 from vidaccel.collect.encode import encode_texts
-from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import DistillConfig
 from vidaccel.models.loading import load_pipeline
+from vidaccel.models.steps import shift_of
 from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
 from vidaccel.train.loop import Loss, generator_for
@@ -120,7 +120,7 @@ def setting_of(config: DistillConfig) -> Distillation:
         student=velocity_of(student_of(loaded, config)).requires_grad_(True),
         data=data,
         empty=encode_texts(loaded, [""]),
-        shift=config.shift or shift_of(loaded),
+        shift=config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
     )
 
 

@@ -229,6 +229,8 @@ def test_refusals(overrides, message, hint):
         {"cache": "magic"},
         {"settings": {"threshold": 1}},
         {"sweep": {"threshold": [1]}},
+        {"shift": 0.0},
+        {"guidance": 0.5},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from vidaccel.bench.models import Models
 from vidaccel.bench.once import make
 from vidaccel.cache.schedule import evenly, write_schedules
 from vidaccel.cli.main import app
-from vidaccel.config import BenchmarkConfig, load
+from vidaccel.config import BenchmarkConfig, MethodConfig, load
 from vidaccel.data.video import read_video
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import load_pipeline
@@ -129,6 +129,29 @@ def test_a_forecast_over_time_knows_the_grid_that_it_is_made_on(conf):
     models, method = Models(config, "cpu"), config.methods["taylor"]
     forecaster = models._forecaster(method, models.pipeline(method))
     assert (forecaster.shift, forecaster.history) == (2.0, 2)
+
+
+def test_a_row_has_a_grid_and_a_scale_of_its_own(conf):
+    """As a model whose grid and scale they are; the model's own are back for the next row."""
+    config = load("benchmark", BenchmarkConfig, str(conf))
+    models, others = (Models(replace(config, guidance=guidance), "cpu") for guidance in (3.0, 7.0))
+
+    def latents(method: MethodConfig, models: Models = models) -> torch.Tensor:
+        with models.running(method, {}) as loaded:
+            return make(loaded, method, (5, 32, 32), ["blue"], [0], models.config.guidance, decode=False).latents
+
+    plain = MethodConfig(steps=4)
+    loaded, other = (each.pipeline(plain) for each in (models, others))
+    own = loaded.pipe.scheduler
+    other.pipe.scheduler = type(own).from_config(own.config, shift=5.0)
+    before = latents(plain)
+    taylor = {"full_steps": [0, 1], "between": "trunk", "order": 1}
+    ways = ({}, taylor, taylor | {"between": "linear", "order": 0})
+    for way in ways:
+        row = latents(MethodConfig(steps=4, shift=5.0, guidance=7.0, **way))
+        assert torch.equal(row, latents(MethodConfig(steps=4, **way), others)) and not torch.equal(row, before)
+        assert loaded.pipe.scheduler is own
+    assert torch.equal(latents(plain), before)
 
 
 def test_passes_are_those_that_happened(bench):

@@ -391,6 +391,7 @@ def test_on_a_fused_model_the_predictor_is_fused_too(trained):
         ({"predictor": "reuse", "every": 2}, "every= came without steps="),
         ({"predictor": "reuse", "steps": 4, "every": 0}, "every 0 steps"),
         ({"predictor": "reuse", "steps": 8, "schedule": Schedule(4, (0, 2))}, "steps=8, and the schedule is for 4"),
+        ({"predictor": "reuse", "schedule": Schedule(4, (0, 2), shift=5.0)}, "grid of shift 5, and .* that of 3"),
         ({"predictor": "reuse", "budget": 3, "schedule": Schedule(4, (0, 2))}, "the schedule has 2 full steps"),
         ({"predictor": "predictor"}, "2 schedules for any steps\nhint: choose budget=2 or 3 with steps=4"),
         ({"predictor": "predictor", "budget": 1}, "no schedule for budget=1"),

@@ -153,6 +153,9 @@ def test_a_shipped_student_takes_one_yaml(students, monkeypatch):
     assert ": 5 frames 32x32; 6 steps, 6 passes" in run("a red circle", "--conf", "cfg.yaml", "-o", "b.gif").stdout
     assert run("a red circle", "--conf", "student.yaml", "steps=6", "-o", "c.gif").exit_code == 0
     assert Path("b.gif").read_bytes() != Path("c.gif").read_bytes()  # r = t is another model
+    for shift, same in ((2, True), (5, False)):  # of which the student has the first
+        assert run("a red circle", "--conf", "cfg.yaml", f"shift={shift}", "-o", f"{shift}.gif").exit_code == 0
+        assert (Path(f"{shift}.gif").read_bytes() == Path("b.gif").read_bytes()) == same
 
 
 def test_the_default_goes_with_its_own_model_only(students):
@@ -268,6 +271,7 @@ MISTAKES = {
     "frames that are not 4k + 1": (["a", "num_frames=16"], "nearest valid: 13 or 17"),
     "a height the model cannot make": (["a", "height=50"], "nearest valid: 48 or 64"),
     "no steps": (["a", "steps=0"], "steps=0"),
+    "a grid of no shift": (["a", "shift=0"], "must be above 0"),
     "no such model": (["a", "model=./nowhere"], "nowhere"),
     "no such shipped model": (["a", "model=sprites/techer"], "sprites/"),
 }

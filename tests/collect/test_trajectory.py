@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.students import save, save_teacher, student, trained
+from tests.students import save, student, trained
 from vidaccel.cache.trunk import Cached, Trunk
 from vidaccel.collect.encode import batch, encode_texts
 from vidaccel.collect.folder import open_features
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
-from vidaccel.collect.trajectory import Runs, shift_of
+from vidaccel.collect.trajectory import Runs
 from vidaccel.config import CollectConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import call_arguments, set_guidance
@@ -194,8 +194,3 @@ def test_other_ways_of_sampling_are_not_mixed(students, tmp_path, changes):
     collect(job_of(loaded, config()), tmp_path)
     with pytest.raises(UserError, match="begun with other settings"):
         collect(job_of(loaded, config(**changes)), tmp_path)
-
-
-def test_the_shift_is_the_schedulers(students, tmp_path):
-    assert shift_of(students["wan"]) == 2.0
-    assert shift_of(load_pipeline(save_teacher(tmp_path, "wan"))) == 3.0  # UniPC calls it flow_shift

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.models.catalog import FAMILIES, family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
-from vidaccel.models.steps import GridScheduler, current_step, step_grid
+from vidaccel.models.steps import GridScheduler, current_step, shift_of, step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
 
 
@@ -31,6 +31,13 @@ def test_grid_scheduler_needs_no_sigmas():
     assert stock.sigmas[-2] < 0.01  # what the stock one makes of it: a fourth step that is hardly one
     grid.set_timesteps(sigmas=[1.0, 0.25])
     assert grid.sigmas.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_shift_is_the_schedulers():
+    wan = FAMILIES["wan"]
+    assert shift_of(GridScheduler(shift=2.0), wan) == 2.0
+    assert shift_of(tiny_pipeline("wan").scheduler, wan) == 3.0  # UniPC calls it flow_shift
+    assert shift_of(DDIMScheduler(), wan) == wan.defaults.shift
 
 
 def test_position_follows_the_scheduler():

@@ -18,12 +18,12 @@ from vidaccel.bench.quality import fitting_prompts
 from vidaccel.cache.attach import attach
 from vidaccel.cache.linear import fitted
 from vidaccel.cache.schedule import pick, read_schedules
-from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import guidance_in_force
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.models.runtime import prepare
+from vidaccel.models.steps import shift_of, shifted
 from vidaccel.predictor.checkpoint import SCHEDULE_FILE
 from vidaccel.predictor.forecasters import LinearMap, Reuse, Taylor
 from vidaccel.predictor.network import Predictor
@@ -39,7 +39,7 @@ class Models:
         self.config, self.device = config, resolve_device(device)
         self._pipelines: dict[str, LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
-        self._fitted: dict[tuple[str, int, tuple[int, ...]], LinearMap] = {}
+        self._fitted: dict[tuple, LinearMap] = {}
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
         """What the row runs on; `UserError`, the same each time, if there is no such model or it cannot be loaded."""
@@ -116,7 +116,10 @@ class Models:
         elif method.full_count() == method.steps:
             yield loaded
         else:
-            with attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)):
+            with (
+                shifted(loaded.pipe, method.shift),  # which a schedule and Taylor's forecast have to fit
+                attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)),
+            ):
                 yield loaded
 
     def _added(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
@@ -136,7 +139,7 @@ class Models:
 
     def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
         if method.between == "trunk":
-            return Taylor(method.order, shift_of(loaded)) if method.order else Reuse()
+            return Taylor(method.order, shift_of(loaded.pipe.scheduler, loaded.family)) if method.order else Reuse()
         if method.between == "linear":
             return self._linear(method, loaded)
         if method.between != "predictor":
@@ -145,7 +148,7 @@ class Models:
 
     def _linear(self, method: MethodConfig, loaded: LoadedPipeline) -> LinearMap:
         """Fitted once for each model and list of full steps, on prompts and noise that are measured nowhere."""
-        key = loaded.source, method.steps, tuple(method.schedule())
+        key = loaded.source, method.steps, method.shift, method.guidance, tuple(method.schedule())
         if key not in self._fitted:
             prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
             seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]

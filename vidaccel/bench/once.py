@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vidaccel.config import MethodConfig
 from vidaccel.models.call import call_arguments, set_guidance
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.steps import shifted
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video in pixels."""
@@ -50,7 +51,7 @@ def make(
         FloatingPointError: the videos are not finite.
         UserError: settings that the model cannot follow.
     """
-    scale = {"guidance": guidance, "two_pass": method.two_pass}
+    scale = {"guidance": guidance if method.guidance is None else method.guidance, "two_pass": method.two_pass}
     arguments = call_arguments(
         loaded, steps=method.steps, **dict(zip(("num_frames", "height", "width"), size, strict=True)), **scale
     )
@@ -63,7 +64,7 @@ def make(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
     kind = "np" if decode else "latent"
-    with Clock(loaded) as clock:
+    with shifted(loaded.pipe, method.shift), Clock(loaded) as clock:
         frames = loaded.pipe(list(prompts), generator=generators, output_type=kind, **arguments).frames
     seconds, latents = time.perf_counter() - started, clock.latents.float().cpu()
     if not latents.isfinite().all() or decode and not np.isfinite(frames).all():

@@ -28,7 +28,7 @@ from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.steps import current_step
+from vidaccel.models.steps import current_step, shift_of
 from vidaccel.predictor.checkpoint import SCHEDULE_FILE
 from vidaccel.predictor.forecasters import Forecaster, Reuse, Taylor
 from vidaccel.predictor.network import Predictor
@@ -76,7 +76,13 @@ def attach(
         if not predictor.is_dir():
             raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
-    forecaster = _forecaster(predictor, pipe)
+    shift = shift_of(pipe.scheduler, family)
+    if chosen.shift not in (None, shift):
+        raise UserError(
+            f"the schedule is for the grid of shift {chosen.shift:g}, and the pipeline is on that of {shift:g}",
+            f"sample on its grid, or search another: vidaccel train-predictor stage=search shift={shift:g}",
+        )
+    forecaster = _forecaster(predictor, shift)
     if isinstance(forecaster, Predictor):
         student = student_hash(loaded) if loaded else _student_of(pipe, family, force)
         for denoiser in family.denoisers:
@@ -173,14 +179,13 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
     return schedule
 
 
-def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline) -> Forecaster:
+def _forecaster(predictor: str | Path | Forecaster, shift: float) -> Forecaster:
     if not isinstance(predictor, str | Path):
         return predictor
     if predictor == "reuse":
         return Reuse()
     if predictor == "taylor":
-        config = pipe.scheduler.config
-        return Taylor(shift=config.get("shift") or config.get("flow_shift") or 1.0)
+        return Taylor(shift=shift)
     return Predictor.from_pretrained(predictor)
 
 

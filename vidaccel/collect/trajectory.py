@@ -21,7 +21,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.call import guidance_in_force
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.steps import step_grid
+from vidaccel.models.steps import shift_of, step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.sampling import sample
 
@@ -47,7 +47,7 @@ class Runs:
             )
         self.size = size_of(loaded, config)
         self.steps = loaded.default("steps") if config.steps is None else config.steps
-        self.shift = config.shift or shift_of(loaded)
+        self.shift = config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
 
     def __call__(self, captions: list[str], seeds: list[int]) -> dict[str, Tensor]:
         """x and velocity [B, S, C, T, H, W] and text tensors [B, ...]; if wanted, `cache` [B, S, N, D] and, where the
@@ -100,9 +100,3 @@ def running(loaded: LoadedPipeline, source: Source, config: CollectConfig) -> Jo
     settings = {"store": config.store, "dtype": str(runs.transformer.dtype), "cache": config.cache, "seed": config.seed}
     settings |= sampled | runs.size | {"text": text_settings(loaded)} | source.identity
     return Job(loaded, config, len(source), compute, loaded.hashes, settings)
-
-
-def shift_of(loaded: LoadedPipeline) -> float:
-    """Shift of the step grid that the pipeline's scheduler has, else the family's."""
-    own = loaded.pipe.scheduler.config
-    return own.get("shift") or own.get("flow_shift") or loaded.family.defaults.shift

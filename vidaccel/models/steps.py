@@ -5,12 +5,17 @@ whose spacing is 4 above 512, so that neighbouring steps of a fine grid look ali
 back to the start, also after a generation that an exception ended.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from vidaccel.errors import UserError
+from vidaccel.models.family import DiTFamily
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,33 @@ def step_grid(steps: int, shift: float) -> torch.Tensor:
     """
     k = np.linspace(1, 0, steps + 1).astype(np.float32)
     return torch.from_numpy(shift * k / (1 + (shift - 1) * k))
+
+
+def shift_of(scheduler: Any, family: DiTFamily) -> float:
+    """Shift of the step grid that a pipeline's scheduler has, else the family's."""
+    return scheduler.config.get("shift") or scheduler.config.get("flow_shift") or family.defaults.shift
+
+
+@contextmanager
+def shifted(pipe: DiffusionPipeline, shift: float | None) -> Iterator[None]:
+    """The pipeline on the step grid of that shift, for the time of the block; None leaves it its own.
+
+    Raises:
+        UserError: its scheduler has no fixed shift.
+    """
+    if shift is None:
+        yield
+        return
+    own = pipe.scheduler
+    key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
+    if key is None or own.config.get("use_dynamic_shifting"):
+        why = "takes it from the size of the video" if key else "knows none"
+        raise UserError(f"shift={shift:g}, and the model's {type(own).__name__} {why}", "leave shift= out")
+    pipe.scheduler = type(own).from_config(own.config, **{key: shift})
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 class GridScheduler(FlowMatchEulerDiscreteScheduler):

@@ -21,7 +21,6 @@ from vidaccel.artefacts import RUN_FILE, check_writable, read_run, sha256_file
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
-from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import CollectConfig, DistillConfig, GenerateConfig
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
@@ -29,7 +28,7 @@ from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.family import DiTFamily
 from vidaccel.models.identity import student_hash
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
-from vidaccel.models.steps import GridScheduler
+from vidaccel.models.steps import GridScheduler, shift_of
 from vidaccel.models.student import FORMAT as MODEL
 from vidaccel.models.student import save_student
 from vidaccel.models.velocity import Velocity
@@ -83,7 +82,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     shard(student, [*blocks, *parts], target)
     shard(teacher, _blocks(teacher.transformer, loaded.family), target)
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
-    empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded)
+    empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
     setting = Distillation(config, teacher, student, data, empty, shift)
     if config.method == "mean_velocity":
         say_what_is_trained_on(setting)
@@ -134,7 +133,7 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     added = {"cfg": "g", "mean_velocity": "r"}[config.method]
     wanted = [name for name in ("r", "g") if name == added or velocity_of(loaded).embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
-    trained = {"shift": config.shift or shift_of(loaded), "steps": config.sample_steps}
+    trained = {"shift": config.shift or shift_of(loaded.pipe.scheduler, loaded.family), "steps": config.sample_steps}
     if config.method == "mean_velocity":
         widest = meanflow.widest_interval(config.sample_steps, trained["shift"])
         trained["restrict"] = meanflow.restrict_at(config.mean_velocity, widest, 1.0)

@@ -15,12 +15,11 @@ from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
-from vidaccel.collect.trajectory import shift_of
 from vidaccel.config import CollectConfig, PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.models.call import guidance_in_force
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.steps import step_grid
+from vidaccel.models.steps import shift_of, step_grid
 from vidaccel.models.velocity import Velocity
 from vidaccel.predictor.checkpoint import NetworkConfig
 from vidaccel.train.pairs import Data
@@ -73,7 +72,8 @@ def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkCon
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, made_of = _open_data(loaded, config)
-    own = {"steps": loaded.default("steps"), "shift": shift_of(loaded), "guidance": guidance}
+    shift = shift_of(loaded.pipe.scheduler, loaded.family)
+    own = {"steps": loaded.default("steps"), "shift": shift, "guidance": guidance}
     own |= {"steps": made.steps, "shift": made.shift} if made else {}
     sampling = _sampling(own, config, data)
     if sampling.steps < 2:
