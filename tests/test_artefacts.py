@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from vidaccel import artefacts
 from vidaccel.artefacts import (
     atomic_folder,
     atomic_path,
+    check_output,
     check_writable,
     read_run,
     sha256_file,
@@ -23,6 +25,7 @@ from vidaccel.artefacts import (
     write_json,
     write_run,
 )
+from vidaccel.cli.main import app
 from vidaccel.errors import UserError
 
 STARTED = datetime(2025, 3, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
@@ -265,6 +268,29 @@ def test_a_folder_that_cannot_be_read(tmp_path, content, reason):
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=reason):
         read_run(tmp_path, "model/1")
+
+
+def test_a_place_where_something_else_is_finished_is_refused(tmp_path):
+    check_output(tmp_path / "new", "model/1")
+    check_output(finished(tmp_path), "model/1")
+    (tmp_path / "run.json").write_text("{")
+    check_output(tmp_path, "features/1")
+    finished(tmp_path)
+    with pytest.raises(UserError, match="is of format model/1, and this makes features/1"):
+        check_output(tmp_path, "features/1")
+
+
+@pytest.mark.parametrize(
+    ("command", "makes"),
+    [("collect-features", "features/1"), ("distill", "model/1"), ("train-predictor", "predictor/1")],
+)
+def test_no_command_writes_over_what_another_made(tmp_path, command, makes):
+    before = tree(finished(tmp_path, format="benchmark/1"))
+    conf = "sprites/cfg" if command == "distill" else "sprites"
+    result = CliRunner().invoke(app, [command, "--conf", conf, "-o", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"is of format benchmark/1, and this makes {makes}" in result.stderr
+    assert tree(tmp_path) == before
 
 
 def test_no_folder(tmp_path):

@@ -188,6 +188,22 @@ def read_run(folder: str | os.PathLike, format: str) -> dict[str, Any]:
     return run
 
 
+def check_output(folder: str | os.PathLike, format: str) -> None:
+    """`check_writable` for a folder of this `format`, new or begun or finished before.
+
+    Raises:
+        UserError: it cannot be written, or what is in it is finished and of another format.
+    """
+    run_file = Path(folder) / RUN_FILE
+    check_writable(run_file)
+    try:
+        found = json.loads(run_file.read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing that is finished
+    if found != format:
+        raise UserError(f"{folder} is of format {found}, and this makes {format}", "choose another folder with -o")
+
+
 def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
     """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be.
 

@@ -74,7 +74,7 @@ def test_json_says_what_was_made(models):
     )
     made = json.loads(result.stdout)
     assert made["files"] == ["out.mp4"]
-    assert (made["seed"], made["steps"], made["guidance"]) == (7, 2, 3.0)
+    assert (made["seed"], made["steps"], made["shift"], made["guidance"]) == (7, 2, 5.0, 3.0)
     assert made["passes"] == {"full": 4, "predicted": 0}
     assert (made["predictor"], made["full_steps"]) == (None, None)
     assert made["size"] == [5, 32, 32]

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from vidaccel.artefacts import sha256_file
 from vidaccel.bench.plots import kind_of
 from vidaccel.cli.main import app
 from vidaccel.config import GenerateConfig, load
@@ -94,6 +95,16 @@ def test_the_default_is_the_student_with_its_predictor():
     with predicted_steps(shipped, config) as attachment:
         made = generate(shipped, ["a red circle moving right on black"], config, [0], attachment)
     assert (made.passes, made.passes - made.predicted) == (20, config.budget)
+
+
+def test_json_names_the_weights_of_student_and_predictor(tmp_path):
+    command = ["generate", "a red circle moving right on black", "-o", str(tmp_path / "out.mp4"), "--json"]
+    made = json.loads(CliRunner().invoke(app, command).stdout)
+    for name, file in (
+        ("conditioning/model.safetensors", "student/conditioning/model.safetensors"),
+        ("predictor/model.safetensors", "predictor/model.safetensors"),
+    ):
+        assert made["hashes"][name] == sha256_file(SHIPPED / file)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ has new timesteps, so whatever ended the one before, nothing of it is used; the 
 last step, before the video is decoded. CPU offload may be enabled before or after, sequential offload before.
 """
 
+import math
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -77,10 +78,11 @@ def attach(
             raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     shift = shift_of(pipe.scheduler, family)
-    if chosen.shift not in (None, shift):
+    if chosen.shift is not None and not math.isclose(chosen.shift, shift, rel_tol=1e-6):
         raise UserError(
             f"the schedule is for the grid of shift {chosen.shift:g}, and the pipeline is on that of {shift:g}",
-            f"sample on its grid, or search another: vidaccel train-predictor stage=search shift={shift:g}",
+            "sample on its grid, say which steps are full (every=3), or search a schedule: vidaccel train-predictor "
+            f"stage=search shift={shift:g} on a copy of the predictor",
         )
     forecaster = _forecaster(predictor, shift)
     if isinstance(forecaster, Predictor):

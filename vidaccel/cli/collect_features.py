@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vidaccel.artefacts import check_writable
+from vidaccel.artefacts import check_output
 from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 from vidaccel.errors import UserError
 
@@ -29,13 +29,14 @@ def collect_features(
     config = settings("collect-features", conf, overrides or [], print_conf)
     if output is None and not dry_run:
         raise UserError("no place was given for the features", "name a folder: -o runs/features")
-    if output is not None:
-        check_writable(output / "index.json")
     quiet_libraries()
+    from vidaccel.collect.folder import FORMAT
     from vidaccel.collect.job import collect, plan
     from vidaccel.collect.kinds import job_of
     from vidaccel.models.loading import load_pipeline
 
+    if output is not None:
+        check_output(output, FORMAT)
     job = job_of(load_pipeline(config.model, device=device, dtype=config.dtype), config)
     planned = plan(job)
     if dry_run:

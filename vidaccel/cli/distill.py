@@ -32,4 +32,4 @@ def distill(
     from vidaccel.train.distill import distill as run
 
     if run(config, output, device):
-        typer.echo(f"{output}: the student; `vidaccel generate model={output}` runs it")
+        typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")

@@ -100,6 +100,7 @@ def _make(
     from vidaccel.data.video import contact_sheet, write_video
     from vidaccel.models import runtime
     from vidaccel.models.loading import load_pipeline, resolve_device
+    from vidaccel.models.steps import shift_of
     from vidaccel.sampling import generate as sample
     from vidaccel.sampling import predicted_steps, warn_of_guidance, warn_of_unknown_words
 
@@ -133,14 +134,27 @@ def _make(
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
         "full_steps": sorted(attachment.policy.full_steps) if attachment else None,
         "predictor": config.predictor,
+        "shift": config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "guidance": made.guidance,
         "runtime": ran,
         "size": list(made.frames.shape[1:4]),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,
         "family": loaded.family.name,
-        "hashes": loaded.hashes,
+        "hashes": loaded.hashes | _predictor_hash(config.predictor),
     }
+
+
+def _predictor_hash(predictor: str | None) -> dict[str, str]:
+    """SHA-256 of a trained predictor's weights."""
+    from vidaccel.artefacts import sha256_file
+    from vidaccel.cache.attach import ZOO
+    from vidaccel.models.loading import local_path
+    from vidaccel.predictor.checkpoint import WEIGHTS_FILE
+
+    if predictor is None or predictor in ZOO:
+        return {}
+    return {f"predictor/{WEIGHTS_FILE}": sha256_file(local_path(predictor) / WEIGHTS_FILE)}
 
 
 def _prompts(free: list[str], file: Path | None) -> list[str]:

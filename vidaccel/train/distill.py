@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vidaccel import config as configuration
-from vidaccel.artefacts import RUN_FILE, check_writable, read_run, sha256_file
+from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.folder import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
@@ -55,7 +55,7 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
         UserError: teacher, data and settings do not go together, or cannot be read.
         TrainingFailed: the training did not stay finite.
     """
-    check_writable(output / RUN_FILE)
+    check_output(output, MODEL)
     with processes():
         _distill(config, output, device)
         return rank() == 0

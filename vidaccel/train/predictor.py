@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel import config as configuration
-from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_writable, read_run, sha256_file, write_run
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sha256_file, write_run
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import PredictorConfig, TrainConfig
 from vidaccel.models.identity import student_hash
@@ -50,7 +50,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         UserError: student, data and settings do not go together, or cannot be read or written.
         TrainingFailed: the training did not stay finite.
     """
-    check_writable(output / RUN_FILE)
+    check_output(output, FORMAT)
     with processes():
         schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
