@@ -321,7 +321,7 @@ def test_from_the_command_line(world, tmp_path):
     small = [f"teacher={teacher}", f"features={features}", *(f"train.{key}={value}" for key, value in TRAIN.items())]
     result = CliRunner().invoke(app, ["distill", "--conf", "sprites/cfg", "-o", str(tmp_path / "cfg"), *small])
     assert result.exit_code == 0, result.output
-    assert f"vidaccel generate model={tmp_path / 'cfg'}" in result.output
+    assert f"vidaccel generate PROMPT model={tmp_path / 'cfg'}" in result.output
     loaded = load_pipeline(tmp_path / "cfg")
     assert loaded.default("steps") == 50 and loaded.conditioning.config.guidance_range == (1.0, 4.0)
 
