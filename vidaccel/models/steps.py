@@ -1,4 +1,4 @@
-"""Where a running pipeline is on its step grid.
+"""The step grid of a pipeline, and where on it a running one is.
 
 The scheduler is asked by position and not by the value of its timestep: HunyuanVideo-1.5 casts timesteps to bfloat16,
 whose spacing is 4 above 512, so that neighbouring steps of a fine grid look alike. `set_timesteps` puts the position
