@@ -34,8 +34,8 @@ lint: setup
 # cores, hours for all; goes on where it was stopped.
 bench: setup
 	$(BIN)/vidaccel benchmark --speedup --quality rounds=5 $(ARGS) -o runs/quality
-	cp runs/quality/results.json benchmarks/results/sprites.json
-	$(BIN)/python -m benchmarks.readme
+	cp runs/quality/results.json studies/results/sprites.json
+	$(BIN)/python -m studies.readme
 
 # The shipped model made from nothing; hours on a CPU, goes on where it was stopped.
 sprites: setup
@@ -53,16 +53,16 @@ distilled: setup
 
 # Few-step students at equal training time: hours on a CPU, a row at a time. TEACHER, FEATURES, WORK, NAME, ARGS=--cost ...
 bench-distill: setup
-	$(BIN)/python -m benchmarks.distill --teacher $(or $(TEACHER),sprites/teacher) --features $(or $(FEATURES),runs/features) --work $(or $(WORK),runs/bench-distill) -o benchmarks/results/distill/$(or $(NAME),sprites).json $(ARGS)
+	$(BIN)/python -m studies.distill --teacher $(or $(TEACHER),sprites/teacher) --features $(or $(FEATURES),runs/features) --work $(or $(WORK),runs/bench-distill) -o studies/results/distill/$(or $(NAME),sprites).json $(ARGS)
 
-# The figures in README.md from benchmarks/results/*.json.
+# The figures in README.md from studies/results/*.json.
 readme-figures: setup
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m studies.readme
 
 # Everything that is measured on a GPU, with the Python that has torch and triton there.
 gpu:
-	$(PYTHON) -m benchmarks.gpu.run
+	$(PYTHON) -m studies.gpu.run
 
 # The wheels that a GPU machine without a network lacks.
 wheelhouse:
-	sh benchmarks/gpu/wheelhouse.sh
+	sh studies/gpu/wheelhouse.sh

@@ -12,7 +12,7 @@ from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
-from vidaccel.models.student import save_student
+from vidaccel.models.saving import save_student
 
 STARTED = datetime(2000, 1, 1, tzinfo=UTC)
 

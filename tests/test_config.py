@@ -5,19 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vidaccel.config import (
-    SCHEMAS,
-    DistillConfig,
-    GenerateConfig,
-    PredictorConfig,
-    SpritesConfig,
-    TrainConfig,
-    conf_root,
-    load,
-    to_dict,
-    to_yaml,
-)
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.loader import SCHEMAS, conf_root, load, to_dict, to_yaml
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
+from vidaccel.worlds.sprites.settings import CONF, SpritesConfig
 
 SHIPPED = sorted(path.relative_to(conf_root()).with_suffix("") for path in conf_root().rglob("*.yaml"))
 
@@ -27,7 +21,7 @@ def generate(*overrides: str) -> GenerateConfig:
 
 
 def sprites(*overrides: str) -> SpritesConfig:
-    return load("sprites", SpritesConfig, "default", overrides)
+    return load(CONF, SpritesConfig, "default", overrides)
 
 
 def from_yaml(folder, text: str, *overrides: str) -> GenerateConfig:
@@ -328,6 +322,13 @@ def test_yaml_of_shipped_settings_loads_as_the_same(tmp_path, path):
     config = load(command, SCHEMAS[command], "/".join(name), seed)
     (tmp_path / "mine.yaml").write_text(to_yaml(config))
     assert load(command, SCHEMAS[command], str(tmp_path / "mine.yaml")) == config
+
+
+@pytest.mark.parametrize("path", CONF.glob("*.yaml"), ids=lambda path: path.stem)
+def test_a_world_has_yamls_of_its_own(tmp_path, path):
+    config = load(CONF, SpritesConfig, path.stem, ["seed=17"])
+    (tmp_path / "mine.yaml").write_text(to_yaml(config))
+    assert load(CONF, SpritesConfig, str(tmp_path / "mine.yaml")) == config
 
 
 @settings(deadline=None, max_examples=30)

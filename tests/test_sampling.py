@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.students import student
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
-from vidaccel.config import GenerateConfig
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
-from vidaccel.models.call import call_arguments, set_guidance
-from vidaccel.models.catalog import FAMILIES
+from vidaccel.families.registry import FAMILIES
+from vidaccel.models.calling import call_arguments, set_guidance
+from vidaccel.models.grid import step_grid
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
-from vidaccel.models.steps import step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.sampling import generate, predicted_steps, sample
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from vidaccel.cache.attach import Attachment, attach
-from vidaccel.config import GenerateConfig
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
-from vidaccel.models.call import call_arguments, guidance_in_force, set_guidance, unknown_words
+from vidaccel.models.calling import call_arguments, guidance_in_force, set_guidance, unknown_words
+from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.steps import shifted
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vidaccel.bench.models import Models
-from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 
 

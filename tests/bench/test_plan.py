@@ -8,9 +8,10 @@ import pytest
 from tests.tiny import tiny_pipeline
 from vidaccel.bench.plan import passes, plan
 from vidaccel.bench.sizes import meta_transformer, rows
-from vidaccel.config import BenchmarkConfig, MethodConfig, conf_root, load
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.loader import conf_root, load
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import FAMILIES
+from vidaccel.families.registry import FAMILIES
 from vidaccel.models.loading import SHIPPED as SHIPPED_MODELS
 
 SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
@@ -252,7 +253,7 @@ def test_settings_of_a_method(settings):
         {"dtype": "float8"},
         {"rounds": 1},
         {"timed_prompts": 0},
-        {"marker": "vbench"},
+        {"scorer": "vbench"},
         {"seed": -1},
         {"guidance": 0.5},
     ],

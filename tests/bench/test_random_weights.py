@@ -12,8 +12,8 @@ from vidaccel.bench.plan import size_costs
 from vidaccel.bench.random_weights import Model, time_random_weights
 from vidaccel.bench.sizes import meta_transformer, planned_family
 from vidaccel.cli.main import app
-from vidaccel.config import BenchmarkConfig, MethodConfig
-from vidaccel.models.catalog import FAMILIES
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.families.registry import FAMILIES
 
 TEXTS = {
     "hunyuan_video": {"prompt": 16},

@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 from tests.students import student
 from vidaccel.bench import runner
+from vidaccel.bench.generation import make
 from vidaccel.bench.models import Models
-from vidaccel.bench.once import make
 from vidaccel.cache.schedule import evenly, write_schedules
 from vidaccel.cli.main import app
-from vidaccel.config import BenchmarkConfig, MethodConfig, load
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.loader import load
 from vidaccel.data.video import read_video
-from vidaccel.models.identity import student_hash
+from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.loading import load_pipeline
-from vidaccel.predictor.network import new_predictor
+from vidaccel.models.weight_hashes import student_hash
 
 CONF = """
 family: hunyuan_video

@@ -17,15 +17,15 @@ from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import FAMILIES as FAMILY_RECORDS
-from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.families.registry import FAMILIES as FAMILY_RECORDS
+from vidaccel.families.registry import family_of_pipeline
+from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.fuse import FUSED_BLOCKS, fuse
-from vidaccel.models.identity import student_hash
+from vidaccel.models.grid import GridScheduler
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.step_hook import StepHook
-from vidaccel.models.steps import GridScheduler
-from vidaccel.predictor.network import Predictor, new_predictor
+from vidaccel.models.weight_hashes import student_hash
+from vidaccel.runtime.fuse import FUSED_BLOCKS, fuse
 
 FAMILIES = sorted(BUILDERS)
 STEPS = 4
@@ -319,7 +319,7 @@ def test_every_nth_step_is_the_list_of_them():
 
 
 def test_a_shipped_predictor_is_known_by_name(trained, monkeypatch):
-    monkeypatch.setattr("vidaccel.models.loading.SHIPPED", trained)
+    monkeypatch.setattr("vidaccel.worlds.sprites.SHIPPED", trained)
     loaded = load_pipeline("sprites/model")
     with vidaccel.attach(loaded, predictor="sprites/predictor", budget=3) as attachment:
         call(loaded.pipe)

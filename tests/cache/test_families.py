@@ -5,9 +5,9 @@ import torch
 
 from tests.tiny import BUILDERS, tiny_pipeline
 from vidaccel.cache.trunk import Trunk
-from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.families.registry import family_of_pipeline
+from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.velocity import Velocity
-from vidaccel.predictor.network import new_predictor
 
 FAMILIES = sorted(BUILDERS)
 

@@ -4,7 +4,7 @@ import pytest
 
 from vidaccel.cache.policy import FullSteps, check_full_steps
 from vidaccel.errors import UserError
-from vidaccel.models.steps import Step
+from vidaccel.models.grid import Step
 
 
 def step(index: int, count: int) -> Step:

@@ -6,9 +6,9 @@ import torch
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from vidaccel.models.family import BlockList
-from vidaccel.models.wan import WAN
-from vidaccel.predictor.forecasters import Cached, Tokens
+from vidaccel.families.base import BlockList
+from vidaccel.families.wan import WAN
+from vidaccel.forecasters.base import Cached, Tokens
 
 TOKENS = ("hidden_states", "encoder_hidden_states")
 TOY = replace(

@@ -146,7 +146,7 @@ def test_predicted_steps_that_cannot_be_meant(students, words, message):
 
 
 def test_a_shipped_student_takes_one_yaml(students, monkeypatch):
-    monkeypatch.setattr("vidaccel.models.loading.SHIPPED", students["student"].parent)
+    monkeypatch.setattr("vidaccel.worlds.sprites.SHIPPED", students["student"].parent)
     Path("student.yaml").write_text("model: sprites/student\n")
     Path("cfg.yaml").write_text("model: sprites/student\nsteps: 6\ninstantaneous: true\n")
     assert ": 5 frames 32x32; 4 steps, 4 passes" in run("a red circle", "--conf", "student.yaml", "-o", "a.gif").stdout

@@ -8,8 +8,8 @@ import torch
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.collect.encode import batch, encode_samples, encode_texts, encode_videos
 from vidaccel.errors import UserError
-from vidaccel.models.call import call_arguments, set_guidance
-from vidaccel.models.catalog import FAMILIES
+from vidaccel.families.registry import FAMILIES
+from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.loading import LoadedPipeline
 
 CAPTIONS = ["a red circle moving right on black", 'a blue square with "red" on white', ""]

@@ -9,14 +9,15 @@ import torch
 from tests.collect.conftest import CAPTIONS, FPS
 from tests.tiny import SIZE, tiny_pipeline
 from vidaccel.collect.encode import encode_samples
-from vidaccel.collect.source import EncodedSource, RenderedScenes, knows_sprites, open_source
-from vidaccel.config import CollectConfig
+from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.config.collect import CollectConfig
 from vidaccel.data.order import epoch_order
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import FAMILIES
+from vidaccel.families.registry import FAMILIES
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sprites.parse import parse
-from vidaccel.sprites.pipeline import build_tokenizer
+from vidaccel.worlds.sprites.parse import parse
+from vidaccel.worlds.sprites.pipeline import build_tokenizer
+from vidaccel.worlds.sprites.source import RenderedScenes, knows_sprites
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_models_of_the_sprites_world_are_known_by_their_words(sprites):
 
 
 def test_another_model_is_asked_for_a_folder(loaded):
-    with pytest.raises(UserError, match="no model of the sprites world") as caught:
+    with pytest.raises(UserError, match="no model of a world whose clips can be rendered") as caught:
         open_source(loaded, CollectConfig())
     assert "data=FOLDER" in caught.value.hint
 

@@ -6,13 +6,13 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.kernels.compare import DEVICE, relative_error
-from tests.models import test_fuse as models
+from tests.runtime import test_fuse as models
 from vidaccel.cache.trunk import Trunk
+from vidaccel.families.wan import WAN
+from vidaccel.forecasters.learned import new_predictor
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
-from vidaccel.models.compiled import compile_blocks
-from vidaccel.models.fuse import fuse
-from vidaccel.models.wan import WAN
-from vidaccel.predictor.network import new_predictor
+from vidaccel.runtime.compiled import compile_blocks
+from vidaccel.runtime.fuse import fuse
 
 CASES = ("hunyuan-video, texts of two lengths", "hunyuan-video-1.5, one text", "wan")
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.students import refused, save, trained, vouch
 from vidaccel.artefacts import RUN_FILE, read_run
 from vidaccel.errors import UserError
-from vidaccel.models import loading, student
+from vidaccel.models import loading
+from vidaccel.models import saving as student
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

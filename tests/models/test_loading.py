@@ -17,7 +17,7 @@ from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.errors import UserError
 from vidaccel.models import loading
-from vidaccel.models.call import call_arguments, set_guidance
+from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.folder import safetensors_header
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 

@@ -7,9 +7,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import FAMILIES, family_of_pipeline
+from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
-from vidaccel.models.steps import GridScheduler, current_step, shift_of, step_grid
+from vidaccel.models.grid import GridScheduler, current_step, shift_of, step_grid
 from vidaccel.models.velocity import Velocity, guided_velocity
 
 

@@ -13,23 +13,25 @@ from typer.testing import CliRunner
 
 from tests.students import contents, save_teacher
 from tests.tiny import BUILDERS
-from tests.train.test_loop import outcome
+from tests.train.test_trainer import outcome
 from tests.train.torchrun import under_torchrun
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import batch, encode_texts, rows
-from vidaccel.config import DistillConfig, GenerateConfig, MeanVelocityTraining, TrainConfig
+from vidaccel.config.distill import DistillConfig, MeanVelocityTraining
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import write_shards
 from vidaccel.errors import TrainingFailed, UserError
-from vidaccel.models.identity import encoder_hashes
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Velocity
+from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.sampling import generate
 from vidaccel.train import distill as module
-from vidaccel.train import objective
-from vidaccel.train.cfg_distill import cfg_loss, sample_guidance
 from vidaccel.train.distill import distill, student_of, velocity_of
-from vidaccel.train.objective import Distillation
+from vidaccel.train.methods import objective
+from vidaccel.train.methods.cfg import cfg_loss, sample_guidance
+from vidaccel.train.methods.objective import Distillation
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidaccel.models.steps import step_grid
+from vidaccel.models.grid import step_grid
 from vidaccel.train.flow_matching import flow_matching_loss, sample_times
 
 

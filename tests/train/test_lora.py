@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.tiny import tiny_pipeline
-from vidaccel.config import TrainConfig
+from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
-from vidaccel.train.loop import train
 from vidaccel.train.lora import add_lora, merge_lora
+from vidaccel.train.trainer import train
 
 RANK = 3
 BLOCKS = {"hunyuan_video": ("transformer_blocks", "single_transformer_blocks"), "wan": ("blocks",)}

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
 
-from tests.train.test_loop import CONFIG, interrupting_at, metrics, outcome, run, spoilt
+from tests.train.test_trainer import CONFIG, interrupting_at, metrics, outcome, run, spoilt
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.metrics import check_trackers
 

@@ -30,12 +30,11 @@ from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 
 from tests.tiny import tiny_pipeline
-from tests.train.test_loop import interrupting_at, metrics, small_disk
 from tests.train.test_metrics import Notebook
+from tests.train.test_trainer import interrupting_at, metrics, small_disk
 from tests.train.torchrun import gloo_threads
-from vidaccel.config import TrainConfig
+from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
-from vidaccel.train.loop import train
 from vidaccel.train.lora import add_lora
 from vidaccel.train.parallel import (
     full_state,
@@ -50,6 +49,7 @@ from vidaccel.train.parallel import (
     shared_folder,
     world,
 )
+from vidaccel.train.trainer import train
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])  # FSDP imports the former, for seconds
 CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidaccel.bench.caches import switched_on
-from vidaccel.bench.once import make
-from vidaccel.bench.quality import fitting_prompts
+from vidaccel.bench.baselines.registry import switched_on
+from vidaccel.bench.generation import make
+from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
-from vidaccel.cache.linear import fitted
 from vidaccel.cache.schedule import pick, read_schedules
-from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
-from vidaccel.models.call import guidance_in_force
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.linear import LinearMap, fitted
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.forecasters.taylor import Taylor
+from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.grid import shift_of, shifted
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
-from vidaccel.models.runtime import prepare
-from vidaccel.models.steps import shift_of, shifted
-from vidaccel.predictor.checkpoint import SCHEDULE_FILE
-from vidaccel.predictor.forecasters import LinearMap, Reuse, Taylor
-from vidaccel.predictor.network import Predictor
+from vidaccel.runtime.prepare import prepare
 
 CALIBRATION_SEED = 2**31
 """Beyond the seed of the first prompt: of videos that are measured nowhere."""

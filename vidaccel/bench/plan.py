@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from vidaccel.bench.environment import environment
-from vidaccel.bench.flops import PassFlops, parameters, pass_flops, predictor_parameters
-from vidaccel.bench.memory import CacheBytes, activation_bytes, cache_bytes
-from vidaccel.bench.once import Size
+from vidaccel.bench.generation import Size
+from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, predictor_parameters
+from vidaccel.bench.measures.memory import CacheBytes, activation_bytes, cache_bytes
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
-from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
-from vidaccel.models.family import DiTFamily
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.loading import DTYPES
 
 UNPLANNED = "what this cache leaves out is known when it runs: vidaccel benchmark --speedup"

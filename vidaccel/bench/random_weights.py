@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from vidaccel.bench.environment import environment
-from vidaccel.bench.flops import parameters, predictor_parameters
+from vidaccel.bench.measures.flops import parameters, predictor_parameters
 from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs
 from vidaccel.bench.results import spread
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
-from vidaccel.config import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import DTYPES, resolve_device
 from vidaccel.models.velocity import Velocity
-from vidaccel.predictor.forecasters import Reuse
-from vidaccel.predictor.network import Predictor, new_predictor
 from vidaccel.progress import Progress
 
 Seconds = dict[str, float]

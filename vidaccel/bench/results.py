@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from vidaccel.bench.quality import summary
+from vidaccel.bench.measures.quality import scorer_of, summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
-from vidaccel.config import BenchmarkConfig, RuntimeConfig
+from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.runtime import RuntimeConfig
 
 
 def results_of(
@@ -34,7 +35,7 @@ def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int])
         run["denoise_seconds"] = spread([each["denoise"] for each in row.rounds])
         run["end_to_end_seconds"] = spread([each["end_to_end"] for each in row.rounds])
     if row.videos and row.error is None:
-        run |= summary(row.videos) | {"prompts": len(row.videos)}
+        run |= summary(row.videos, scorer_of(config)) | {"prompts": len(row.videos)}
     return run | {"seeds": list(seeds[: run["prompts"]])}
 
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidaccel.artefacts import atomic_path, write_json
-from vidaccel.bench.once import Made, Size
-from vidaccel.config import MethodConfig
+from vidaccel.bench.generation import Made, Size
+from vidaccel.config.benchmark import MethodConfig
 from vidaccel.data.video import write_video
 
 SHEET_FRAMES = 8

@@ -23,19 +23,20 @@ from typing import Any
 import torch
 
 from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
-from vidaccel.bench.caches import ADAPTIVE, Unsupported, calibrate, check_settings
-from vidaccel.bench.claim import FORMAT, claim, parents
+from vidaccel.bench.baselines.registry import ADAPTIVE, Unsupported, calibrate, check_settings
 from vidaccel.bench.environment import environment
+from vidaccel.bench.generation import Made, make
+from vidaccel.bench.measures.counting import Observer
+from vidaccel.bench.measures.peak_memory import PeakMemory
+from vidaccel.bench.measures.quality import likeness, perceptual_network, prompts_of, scores_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
-from vidaccel.bench.observe import Observer
-from vidaccel.bench.once import Made, make
-from vidaccel.bench.peak import PeakMemory
-from vidaccel.bench.quality import likeness, marks_of, perceptual_network, prompts_of
+from vidaccel.bench.output_folder import FORMAT, claim, parents
 from vidaccel.bench.results import results_of
 from vidaccel.bench.rows import Row, Rows
-from vidaccel.config import BenchmarkConfig, MethodConfig, to_dict
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.loader import to_dict
 from vidaccel.errors import UserError
-from vidaccel.models.call import check_sizes
+from vidaccel.models.calling import check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
 
@@ -195,7 +196,7 @@ class Benchmark:
             reference = None if baseline else self.rows.reference(row.size, index)
             videos.append(
                 {
-                    "marks": marks_of(self.config, prompt, made.frames[place]),
+                    "marks": scores_of(self.config, prompt, made.frames[place]),
                     "likeness": likeness(made, reference, place) if reference else None,
                 }
             )
@@ -249,7 +250,7 @@ class Benchmark:
         return {"command": self.command} | results_of(self.config, self.rows, self.environment, seeds)
 
     def _finish(self) -> None:
-        from vidaccel.bench.report import write_report
+        from vidaccel.bench.reports.html import write_report
 
         results = self._results()
         write_json(self.folder / RESULTS_FILE, results)

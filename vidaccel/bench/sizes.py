@@ -10,13 +10,13 @@ import diffusers
 import torch
 from torch import nn
 
-from vidaccel.bench.once import Size
-from vidaccel.bench.work import WORK
-from vidaccel.config import BenchmarkConfig
+from vidaccel.bench.generation import Size
+from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError, nearest
-from vidaccel.models.call import refuse_misfits
-from vidaccel.models.catalog import FAMILIES
-from vidaccel.models.family import DiTFamily
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.costs import WORK
+from vidaccel.families.registry import FAMILIES
+from vidaccel.models.calling import refuse_misfits
 from vidaccel.models.folder import read_json
 from vidaccel.models.loading import DTYPES, local_path
 

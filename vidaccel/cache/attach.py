@@ -24,15 +24,17 @@ from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import family_of_pipeline
+from vidaccel.forecasters.base import Forecaster
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.family import DiTFamily
-from vidaccel.models.identity import student_hash
+from vidaccel.models.grid import current_step, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.steps import current_step, shift_of
-from vidaccel.predictor.checkpoint import SCHEDULE_FILE
-from vidaccel.predictor.forecasters import Forecaster, Reuse, Taylor
-from vidaccel.predictor.network import Predictor
+from vidaccel.models.weight_hashes import student_hash
 
 ZOO = ("reuse", "taylor")
 """Forecasters that need nothing but their name."""

@@ -10,8 +10,8 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
-from vidaccel.models.family import BlockList
-from vidaccel.predictor.forecasters import Cached, Forecaster, Tokens
+from vidaccel.families.base import BlockList
+from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vidaccel.errors import UserError
-from vidaccel.models.steps import Step
+from vidaccel.models.grid import Step
 
 
 class Policy(Protocol):

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from vidaccel.cache.blocks import BlockHook, HeldCall, OpenContext, Pass
 from vidaccel.errors import UserError
-from vidaccel.models.family import DiTFamily
-from vidaccel.predictor.forecasters import Cached, Forecaster
+from vidaccel.families.base import DiTFamily
+from vidaccel.forecasters.base import Cached, Forecaster
 
 HOOK = "vidaccel_trunk"
 DEFAULT_CONTEXT = "default"

@@ -82,7 +82,7 @@ def _work(
     way: str, config: Any, output: Path, quality: bool, device: str, command: str
 ) -> tuple[dict[str, Any], Iterable[Any]]:
     """results.json's content, and what to print of it."""
-    from vidaccel.bench.tables import plan_tables, speed_tables
+    from vidaccel.bench.reports.tables import plan_tables, speed_tables
 
     if way == "--plan":
         from vidaccel.bench.plan import plan

@@ -30,7 +30,7 @@ def collect_features(
     if output is None and not dry_run:
         raise UserError("no place was given for the features", "name a folder: -o runs/features")
     quiet_libraries()
-    from vidaccel.collect.folder import FORMAT
+    from vidaccel.collect.features import FORMAT
     from vidaccel.collect.job import collect, plan
     from vidaccel.collect.kinds import job_of
     from vidaccel.models.loading import load_pipeline

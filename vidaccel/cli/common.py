@@ -55,7 +55,7 @@ Schema = TypeVar("Schema")
 
 def settings(command: str, conf: str, overrides: list[str], print_conf: bool) -> Schema:
     """The command's settings; printed, and the program ended, if that is all the user wants."""
-    from vidaccel import config
+    from vidaccel.config import loader as config
 
     loaded = config.load(command, config.SCHEMAS[command], conf, overrides)
     if print_conf:

@@ -18,7 +18,7 @@ from vidaccel.cli.common import (
     settings,
     split_settings,
 )
-from vidaccel.config import GenerateConfig
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 
 
@@ -98,9 +98,9 @@ def _make(
     """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
-    from vidaccel.models import runtime
+    from vidaccel.models.grid import shift_of
     from vidaccel.models.loading import load_pipeline, resolve_device
-    from vidaccel.models.steps import shift_of
+    from vidaccel.runtime import prepare as runtime
     from vidaccel.sampling import generate as sample
     from vidaccel.sampling import predicted_steps, warn_of_guidance, warn_of_unknown_words
 
@@ -149,8 +149,8 @@ def _predictor_hash(predictor: str | None) -> dict[str, str]:
     """SHA-256 of a trained predictor's weights."""
     from vidaccel.artefacts import sha256_file
     from vidaccel.cache.attach import ZOO
+    from vidaccel.forecasters.checkpoint import WEIGHTS_FILE
     from vidaccel.models.loading import local_path
-    from vidaccel.predictor.checkpoint import WEIGHTS_FILE
 
     if predictor is None or predictor in ZOO:
         return {}

@@ -35,7 +35,7 @@ def train_predictor(
     given = [] if features is None else [f"features={features}"]
     config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf)
     quiet_libraries()
-    from vidaccel.train.predictor import train_predictor as run
+    from vidaccel.train.predictor.training import train_predictor as run
 
     schedules = run(config, output, device)
     for schedule in schedules:

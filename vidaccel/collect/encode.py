@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
-from vidaccel.models.family import TextTensor
+from vidaccel.families.base import TextTensor
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, is_finished, sha256_file, write_run
-from vidaccel.collect.folder import FORMAT
-from vidaccel.config import CollectConfig
+from vidaccel.collect.features import FORMAT
+from vidaccel.config import loader as configuration
+from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline

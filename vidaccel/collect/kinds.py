@@ -2,12 +2,12 @@
 
 from vidaccel.collect.encode import encode_samples, text_settings
 from vidaccel.collect.job import Job
-from vidaccel.collect.source import Source, open_source
-from vidaccel.collect.trajectory import running
-from vidaccel.config import CollectConfig
+from vidaccel.collect.source import ClipSource, open_source
+from vidaccel.collect.trajectories import running
+from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
-from vidaccel.models.identity import encoder_hashes
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.weight_hashes import encoder_hashes
 
 
 def job_of(loaded: LoadedPipeline, config: CollectConfig) -> Job:
@@ -20,7 +20,7 @@ def job_of(loaded: LoadedPipeline, config: CollectConfig) -> Job:
     return kinds[config.kind](loaded, open_source(loaded, config), config)
 
 
-def encoding(loaded: LoadedPipeline, source: Source, config: CollectConfig) -> Job:
+def encoding(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
     """These clips, encoded."""
     if config.tiling:
         loaded.pipe.vae.enable_tiling()

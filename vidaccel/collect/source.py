@@ -1,4 +1,4 @@
-"""Where clips and captions come from: a folder of the user's videos, or scenes of the sprites world drawn on the fly.
+"""Where clips and captions come from: a folder of the user's videos, or a world that renders them.
 
 A source is a sequence: `source[i]` is (video float32 [3, T, H, W] in [-1, 1], record), where the record holds the
 caption and what else there is to know about the clip. `EncodedSource` encodes them when asked, in place of a feature
@@ -7,9 +7,8 @@ folder.
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,22 +16,20 @@ import torch
 from torch import Tensor
 
 from vidaccel.collect.encode import encode_samples
-from vidaccel.config import CollectConfig
+from vidaccel.config.collect import CollectConfig
 from vidaccel.data.clips import ClipFolder
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.data.shards import Sample
 from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
-from vidaccel.models.call import check_sizes
+from vidaccel.models.calling import check_sizes
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sprites.captions import UNSAID, caption, told, vocabulary
-from vidaccel.sprites.render import render
-from vidaccel.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene, random_scene
+from vidaccel.worlds import WORLDS, world
 
 Record = dict[str, Any]
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Clips of one size and rate with their captions."""
 
     def __len__(self) -> int: ...
@@ -45,51 +42,6 @@ class Source(Protocol):
     @property
     def identity(self) -> Record:
         """Everything that decides what the clips are, as JSON can hold it."""
-
-
-@dataclass(frozen=True)
-class RenderedScenes:
-    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, odds, i) alone."""
-
-    count: int
-    seed: int
-    pair_share: float = 0.5
-    """Share of scenes with two sprites."""
-    odds: Odds = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
-        return render([self.scene(index)])[0], self.record(index)
-
-    def record(self, index: int) -> Record:
-        rng = self._rng(index)
-        scene = self._draw(rng)
-        return {"caption": caption(told(scene, rng), rng), "fps": FPS}
-
-    def another_caption(self, index: int, rng: random.Random) -> str:
-        """The clip in other words, or with other things left unsaid."""
-        return caption(told(self.scene(index), rng), rng)
-
-    def scene(self, index: int) -> Scene:
-        return self._draw(self._rng(index))
-
-    @property
-    def identity(self) -> Record:
-        return {
-            "data": None,
-            "seed": self.seed,
-            "unsaid": UNSAID,
-            "pair_share": self.pair_share,
-            "odds": dict(self.odds),
-        }
-
-    def _draw(self, rng: random.Random) -> Scene:
-        return random_scene(rng, pair_share=self.pair_share, odds=self.odds)
-
-    def _rng(self, index: int) -> random.Random:
-        return random.Random(f"{self.seed}/{index}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +78,7 @@ class FolderClips:
 class EncodedSource:
     """Samples of kind `encoded`, computed when asked for: to be read like a `ShardFolder` of them."""
 
-    def __init__(self, loaded: LoadedPipeline, source: Source, dtype: str = "float16"):
+    def __init__(self, loaded: LoadedPipeline, source: ClipSource, dtype: str = "float16"):
         """`dtype` is what tensors are rounded to, as they would be in a folder."""
         self.loaded, self.source, self.dtype = loaded, source, dtype
 
@@ -151,7 +103,7 @@ class EncodedSource:
         return index_at(position, len(self), seed)
 
 
-def open_source(loaded: LoadedPipeline, config: CollectConfig) -> Source:
+def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
     """The clips that `config` names, at the size and rate it names or else the model's own.
 
     Raises:
@@ -161,17 +113,13 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> Source:
     size, fps = size_of(loaded, config), config.fps or loaded.default("fps")
     if config.data is not None:
         return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
-    if not knows_sprites(loaded):
-        raise UserError(
-            f"there are no clips: {loaded.source} is no model of the sprites world, whose scenes can be rendered",
-            "give a folder of videos with captions.jsonl: data=FOLDER",
-        )
-    if (*size.values(), fps) != (NUM_FRAMES, SIZE, SIZE, FPS):
-        raise UserError(
-            f"scenes are rendered in {NUM_FRAMES} frames of {SIZE}x{SIZE} at {FPS} a second, not as asked for",
-            "leave num_frames, height, width and fps out, or give a folder of videos: data=FOLDER",
-        )
-    return RenderedScenes(config.clips, config.seed)
+    for name in WORLDS:
+        if (source := world(name).clip_source(loaded, config.clips, config.seed, size, fps)) is not None:
+            return source
+    raise UserError(
+        f"there are no clips: {loaded.source} is no model of a world whose clips can be rendered ({', '.join(WORLDS)})",
+        "give a folder of videos with captions.jsonl: data=FOLDER",
+    )
 
 
 def size_of(loaded: LoadedPipeline, config: CollectConfig) -> dict[str, int]:
@@ -181,9 +129,3 @@ def size_of(loaded: LoadedPipeline, config: CollectConfig) -> dict[str, int]:
     size = {name: loaded.default(name) if getattr(config, name) is None else getattr(config, name) for name in names}
     check_sizes(loaded, **size)
     return size
-
-
-def knows_sprites(loaded: LoadedPipeline) -> bool:
-    """Whether the model's words are those of the sprites world's captions, no fewer and no more."""
-    tokenizer = loaded.pipe.tokenizer
-    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(vocabulary())

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vidaccel.artefacts import write_json
 from vidaccel.errors import UserError
-from vidaccel.models.family import DiTFamily
+from vidaccel.families.base import DiTFamily
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FREQUENCIES = 256

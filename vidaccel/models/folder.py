@@ -20,9 +20,9 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
 from vidaccel.errors import UserError
-from vidaccel.models.catalog import family_of_pipeline
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import family_of_pipeline
 from vidaccel.models.conditioning import WEIGHTS_FILE as CONDITIONING_WEIGHTS
-from vidaccel.models.family import DiTFamily
 
 LIBRARIES = ("diffusers", "transformers")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -16,15 +16,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.errors import UserError, nearest
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.family import DiTFamily
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
+from vidaccel.models.grid import GridScheduler
 from vidaccel.models.step_hook import StepHook
-from vidaccel.models.steps import GridScheduler
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
-
-SHIPPED = Path(__file__).parents[1] / "sprites" / "weights"
-"""Holds the folder of each model that is shipped as sprites/<name>."""
+from vidaccel.worlds import WORLDS, shipped_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -123,18 +121,25 @@ def _dtype(component: Component, name: str, device: torch.device) -> torch.dtype
 
 
 def local_path(name: str | Path) -> Path:
-    """Where the folder of this name would be: within the package for sprites/<name>."""
-    shipped = str(name).startswith("sprites/")
-    return SHIPPED / str(name).removeprefix("sprites/") if shipped else Path(name).expanduser()
+    """Where the folder of this name would be: within the package for the name of a shipped model, WORLD/<name> as text.
+
+    Raises:
+        UserError: such a name is also that of a folder here, which is called ./WORLD/<name>.
+    """
+    shipped = shipped_models()
+    if not isinstance(name, str) or name not in shipped:
+        return Path(name).expanduser()
+    if Path(name).exists():
+        raise UserError(f"{name} is a shipped model, and a folder here has that name too", f"write ./{name} for it")
+    return shipped[name]
 
 
 def _local_folder(model: str | Path) -> Path | None:
     """The folder that `model` means, None if it can only be a hub id."""
     folder = local_path(model)
-    if folder.parent == SHIPPED and not folder.is_dir():
-        shipped = ", ".join(sorted(f"sprites/{path.name}" for path in SHIPPED.glob("*/")))
-        hint = f"choose from: {shipped}; or train one: vidaccel distill"
-        raise UserError(f"no model is shipped as {model}", hint)
+    if str(model).split("/")[0] in WORLDS and not folder.exists():
+        hint = f"choose from: {', '.join(shipped_models())}; or train one: vidaccel distill"
+        raise UserError(f"no model is shipped as {model}, and there is no such folder", hint)
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder", "pass the folder that holds model_index.json")
     return folder if folder.is_dir() else None
@@ -184,7 +189,9 @@ def read_model(model: str | Path) -> ModelFiles:
         for file in weight_files
     }
     call = {name: value for run in runs.values() for name, value in run.get("call", {}).items()}
-    return ModelFiles(str(folder), contents, call, hashes)
+    # A folder here that is called like a shipped model stays itself when its source is read again.
+    source = str(folder.absolute() if str(folder) in shipped_models() else folder)
+    return ModelFiles(source, contents, call, hashes)
 
 
 def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:

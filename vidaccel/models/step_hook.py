@@ -14,9 +14,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.family import DiTFamily
-from vidaccel.models.steps import current_step
+from vidaccel.models.grid import current_step
 
 NAME = "vidaccel_step"
 

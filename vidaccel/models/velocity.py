@@ -11,8 +11,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.family import DiTFamily
 
 Text = dict[str, Tensor]
 """Text tensors with a batch dimension, by the `stored` names of the family's record."""

@@ -16,27 +16,29 @@ import diffusers
 import torch
 from torch import nn
 
-from vidaccel import config as configuration
 from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file
 from vidaccel.collect.encode import encode_texts
-from vidaccel.collect.folder import check_tensors, open_features
+from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
-from vidaccel.config import CollectConfig, DistillConfig, GenerateConfig
+from vidaccel.config import loader as configuration
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning, new_conditioning
-from vidaccel.models.family import DiTFamily
-from vidaccel.models.identity import student_hash
+from vidaccel.models.grid import GridScheduler, shift_of
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
-from vidaccel.models.steps import GridScheduler, shift_of
-from vidaccel.models.student import FORMAT as MODEL
-from vidaccel.models.student import save_student
+from vidaccel.models.saving import FORMAT as MODEL
+from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity
+from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate
-from vidaccel.train import meanflow
-from vidaccel.train.loop import generator_for, train
-from vidaccel.train.objective import LOSSES, Data, Distillation, say_what_is_trained_on
+from vidaccel.train.methods import mean_velocity as meanflow
+from vidaccel.train.methods.objective import LOSSES, Data, Distillation, say_what_is_trained_on
 from vidaccel.train.parallel import full_state, processes, rank, shard, world
+from vidaccel.train.trainer import generator_for, train
 
 log = logging.getLogger(__name__)
 EVALUATION_PASSES = 4

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) in place of full weights: W x + B A x, where only A [r, in] and B [out, r] are trained.
 
 They sit on every linear layer of the trunk's blocks but those that modulate the norms. B starts at zero, so that a
-model with fresh adapters computes what it did without. peft holds them; models/student.py saves them, and
+model with fresh adapters computes what it did without. peft holds them; models/saving.py saves them, and
 models/weights.py loads them.
 """
 

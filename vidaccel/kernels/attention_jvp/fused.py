@@ -15,7 +15,7 @@ of 1e4 is most of them.
 Roofline: six products of 2 B H M N D each where plain attention has two, so three times its arithmetic is the floor. At
 M = N = 64k, H = 24, D = 128: 158 TFLOP, 0.20 s at the 790 TFLOP/s of a large bf16 product on an H200. Memory is 8 M H D
 elements (3.2 GB, 0.8 ms): arithmetic bounds it. Registers limit the tile: two D-wide accumulators and three score tiles
-instead of one and one, all float32. Measured on an H100 (benchmarks/results/gpu): 0.31 s, 0.87 of the rate of torch's
+instead of one and one, all float32. Measured on an H100 (studies/results/gpu): 0.31 s, 0.87 of the rate of torch's
 own flash attention, which computes no tangent.
 
 Keys, values and their tangents come by address, or through tensor descriptors (DESCRIBED), which Hopper's copy engine

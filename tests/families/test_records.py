@@ -1,0 +1,190 @@
+"""Every name in a family's record is the name of something in the real classes."""
+
+import subprocess
+import sys
+from inspect import signature
+
+import diffusers
+import pytest
+import torch
+
+from tests.tiny import BUILDERS, SIZE, tiny_pipeline
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import FAMILIES, PIPELINES, family_of_pipeline
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+@pytest.fixture(scope="module")
+def pipes() -> dict[str, diffusers.DiffusionPipeline]:
+    return {name: tiny_pipeline(name) for name in BUILDERS}
+
+
+def generate(pipe: diffusers.DiffusionPipeline, family: DiTFamily, **arguments: object) -> None:
+    """One denoising step, not decoded."""
+    pipe("a red circle", num_inference_steps=1, output_type="latent", **SIZE, **arguments)
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert FAMILIES.keys() == BUILDERS.keys()
+    assert all(name == family.name for name, family in FAMILIES.items())
+
+
+@EVERY_FAMILY
+def test_classes_are_those_of_the_pipeline(family, pipes):
+    pipe = pipes[family.name]
+    assert type(pipe).__name__ in family.pipelines
+    assert all(hasattr(diffusers, name) for name in (*family.pipelines, family.transformer))
+    for denoiser in family.denoisers:
+        assert type(getattr(pipe, denoiser.attribute)).__name__ == family.transformer
+    assert [denoiser.until for denoiser in family.denoisers][-1] == 0
+
+
+@EVERY_FAMILY
+def test_blocks_are_called_and_answer_as_recorded(family, pipes):
+    transformer = pipes[family.name].transformer
+    for block_list in family.block_lists:
+        blocks = transformer.get_submodule(block_list.name)
+        assert isinstance(blocks, torch.nn.ModuleList)
+        parameters = list(signature(blocks[0].forward).parameters)
+        assert tuple(parameters[: len(block_list.arguments)]) == block_list.arguments
+
+    calls = []
+    lists = [(block_list, transformer.get_submodule(block_list.name)) for block_list in family.block_lists]
+    hooks = [
+        block.register_forward_hook(lambda *call, kind=block_list: calls.append((kind, *call[1:])), with_kwargs=True)
+        for block_list, blocks in lists
+        for block in blocks
+    ]
+    generate(pipes[family.name], family)
+    for hook in hooks:
+        hook.remove()
+
+    order = [call[0].name for call in calls[: sum(len(blocks) for _, blocks in lists)]]
+    assert order == [block_list.name for block_list, blocks in lists for _ in blocks]
+    for block_list, positional, keywords, output in calls:
+        assert not keywords and len(positional) >= len(block_list.arguments)
+        outputs = output if isinstance(output, tuple) else (output,)
+        assert len(outputs) == len(block_list.returns)
+        for name, tensor in zip(block_list.returns, outputs, strict=True):
+            assert tensor.shape == positional[block_list.arguments.index(name)].shape
+        video = positional[block_list.arguments.index("hidden_states")]
+        config = transformer.config
+        assert video.shape[-1] == config.num_attention_heads * config.attention_head_dim
+
+
+@EVERY_FAMILY
+def test_what_is_held_runs_once_a_pass_before_the_blocks_and_nothing_writes_into_it(family, pipes):
+    transformer, order, kept = pipes[family.name].transformer, [], []
+
+    def note(path):
+        def hook(module, inputs, output):
+            order.append(path)
+            parts = output if isinstance(output, tuple) else (output,)
+            kept.extend((part, part.clone()) for part in parts)
+
+        return hook
+
+    first = transformer.get_submodule(family.block_lists[0].name)[0]
+    hooks = [transformer.get_submodule(path).register_forward_hook(note(path)) for path in family.held]
+    hooks.append(first.register_forward_hook(lambda *_: order.append("blocks")))
+    generate(pipes[family.name], family)
+    for hook in hooks:
+        hook.remove()
+    passes, width = order.count("blocks"), len(family.held) + 1
+    assert passes >= 1 and len(order) == passes * width
+    for start in range(0, len(order), width):
+        assert sorted(order[start : start + width - 1]) == sorted(family.held)
+        assert order[start + width - 1] == "blocks"
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@EVERY_FAMILY
+def test_everything_between_embedders_and_head_is_in_the_block_lists(family, pipes):
+    recorded = {block_list.name for block_list in family.block_lists}
+    children = pipes[family.name].transformer.named_children()
+    assert {name for name, child in children if isinstance(child, torch.nn.ModuleList)} == recorded
+
+
+@EVERY_FAMILY
+def test_the_timestep_embedder_sees_the_time_and_nothing_else(family, pipes):
+    transformer = pipes[family.name].transformer
+    seen = []
+    embedder = transformer.get_submodule(family.timestep_embedder)
+    hook = embedder.register_forward_hook(lambda _, args, output: seen.append((args, output)))
+    generate(pipes[family.name], family)
+    generate(pipes[family.name], family, generator=torch.Generator().manual_seed(7))
+    hook.remove()
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    assert {tuple(output.shape) for _, output in seen} == {(1, width)}
+    assert all(torch.equal(output, seen[0][1]) for _, output in seen)
+
+
+@EVERY_FAMILY
+def test_text_tensors_are_what_encode_prompt_gives_and_the_transformer_takes(family, pipes):
+    pipe = pipes[family.name]
+    given = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    # Wan's encode_prompt has another default length than its call
+    length = {"max_sequence_length": 16} if "max_sequence_length" in signature(pipe.encode_prompt).parameters else {}
+    generate(pipe, family, **length)
+    hook.remove()
+    with torch.no_grad():
+        encoded = pipe.encode_prompt("a red circle", device=torch.device("cpu"), **length)
+    calls = signature(type(pipe).__call__).parameters
+    for text, tensor in zip(family.text_tensors, encoded, strict=False):
+        assert text.name in calls and text.argument in signature(pipe.transformer.forward).parameters
+        taken = given[0][text.argument]  # the first pass is the one with the prompt
+        assert torch.equal(taken, tensor.to(taken.dtype))
+    texts = {text.name for text in family.text_tensors}
+    assert texts == {name for name in calls if "prompt_" in name and "negative" not in name} - {
+        "prompt_2",
+        "prompt_template",
+        "num_videos_per_prompt",
+    }
+
+
+@EVERY_FAMILY
+def test_guidance_names_what_the_pipeline_has(family, pipes):
+    pipe = pipes[family.name]
+    calls = signature(type(pipe).__call__).parameters
+    rule = family.guidance
+    assert {rule.cfg_argument, rule.embedded_argument} - {None} <= calls.keys()
+    assert (rule.cfg_argument is None) != (rule.guider is None)
+    assert "negative_prompt" in calls
+    assert rule.guider is None or "guidance_scale" in getattr(pipe, rule.guider).config
+
+
+def test_native_embeddings_are_built_when_their_config_key_is_true():
+    for name, family in FAMILIES.items():
+        for key, embedder in ((family.r_config, "timestep_embedder_r"), (family.g_config, "guidance_embedder")):
+            if key is not None:
+                for asked in (False, True):
+                    transformer = tiny_pipeline(name, **{key: asked}).transformer
+                    assert transformer.config[key] is asked
+                    modules = [path.rpartition(".")[2] for path, _ in transformer.named_modules()]
+                    assert (embedder in modules) is asked
+
+
+@EVERY_FAMILY
+def test_defaults_are_the_pipelines_own_where_it_has_some(family, pipes):
+    calls = signature(type(pipes[family.name]).__call__).parameters
+    own = {name: calls[name].default for name in ("num_frames", "height", "width") if calls[name].default is not None}
+    own["steps"] = calls["num_inference_steps"].default
+    if "guidance_scale" in calls:
+        own["guidance"] = calls["guidance_scale"].default
+    assert own == {name: getattr(family.defaults, name) for name in own}
+
+
+def test_unknown_pipeline_names_the_supported_ones():
+    assert all(family_of_pipeline(name) is family for name, family in PIPELINES.items())
+    with pytest.raises(UserError) as caught:
+        family_of_pipeline("StableDiffusionPipeline")
+    assert "StableDiffusionPipeline" in caught.value.message
+    assert all(name in caught.value.hint for name in PIPELINES)
+
+
+def test_reading_the_catalog_imports_no_torch():
+    code = "import sys, vidaccel.models.catalog; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

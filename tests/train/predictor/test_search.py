@@ -1,0 +1,136 @@
+"""What stretches of predicted steps cost: worked out by hand for velocities that are known, and against whole runs."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.cache.toy import Plus
+from tests.train.predictor.test_discriminator import student
+from vidaccel.cache.schedule import search
+from vidaccel.cache.trunk import Trunk
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.forecasters.taylor import Taylor
+from vidaccel.models.grid import step_grid
+from vidaccel.sampling import sample
+from vidaccel.train.predictor.search import PROBE, searched, stretch_costs
+
+REUSE = Reuse()
+
+
+class Switch:
+    """A trunk that only says which way it is set."""
+
+    predicting = False
+
+    def reset(self):
+        """Nothing is remembered."""
+
+    @contextmanager
+    def full(self, t=None):
+        yield
+
+    @contextmanager
+    def predicted(self, forecaster, t=None):
+        self.predicting = True
+        yield
+        self.predicting = False
+
+
+def toy(slope: float, wrong: float):
+    """u = slope x, and `wrong` more where it is predicted, as the function and its trunk."""
+    switch = Switch()
+    return (lambda x, t, text, r, g: slope * x + wrong * switch.predicting), switch
+
+
+@pytest.fixture
+def noise():
+    return torch.ones(2, 1, 1, 1, 1)
+
+
+def test_a_constant_error_adds_up_over_the_time_that_is_predicted(noise):
+    grid = step_grid(5, 2.0)
+    velocity, switch = toy(0.0, 0.1)
+    costs = stretch_costs(velocity, switch, REUSE, noise, {}, grid)
+    assert costs.shape == (5, 6)
+    for i in range(5):
+        for j in range(i + 1, 6):
+            assert float(costs[i, j]) == pytest.approx((0.1 * float(grid[i + 1] - grid[j])) ** 2, rel=1e-4, abs=1e-12)
+
+
+def test_an_error_counts_as_what_it_has_grown_to_in_the_end(noise):
+    """x falls by the factor 1 - 2 (s_k - s_k+1) a step, an error that is there at j by all those from j on."""
+    grid, wrong = step_grid(4, 1.0), 0.1
+    velocity, switch = toy(2.0, wrong)
+    costs = stretch_costs(velocity, switch, REUSE, noise, {}, grid)
+    factor = 1 - 2 * 0.25
+    final = factor**4
+    one_predicted = 0.25 * wrong  # the next predicted step halves it and adds as much again
+    for i, j, error in ((0, 2, one_predicted), (1, 3, one_predicted), (0, 3, one_predicted * (factor + 1))):
+        expected = (error * factor ** (4 - j) / final) ** 2
+        assert float(costs[i, j]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_perfect_forecaster_costs_nothing(noise):
+    velocity, switch = toy(1.5, 0.0)
+    assert not stretch_costs(velocity, switch, REUSE, noise, {}, step_grid(6, 3.0)).any()
+
+
+def test_costs_are_averaged_over_prompts():
+    grid = step_grid(3, 1.0)
+    velocity, switch = toy(0.0, 0.3)
+    one, two = (torch.full((1, 1, 1, 1, 1), float(n)) for n in (1, 2))
+    both = stretch_costs(velocity, switch, REUSE, torch.cat([one, two]), {}, grid)
+    alone = [stretch_costs(velocity, switch, REUSE, noise, {}, grid) for noise in (one, two)]
+    torch.testing.assert_close(both, sum(alone) / 2)
+    torch.testing.assert_close(alone[0], 4 * alone[1])
+
+
+def test_schedules_are_the_cheapest_and_expect_a_relative_error():
+    """Only stretches that begin at step 1 are free: 0 1 is the best of two, whose error is that of nothing."""
+    costs = torch.full((4, 5), 0.04, dtype=torch.float64)
+    costs[range(4), range(1, 5)] = 0
+    costs[1] = 0
+    found = searched(costs, shift=3.0)
+    assert {budget: schedule.full_steps for budget, schedule in found.items() if budget < 3} == {1: (0,), 2: (0, 1)}
+    assert found[1].expected_error == pytest.approx(0.2)
+    assert found[2].expected_error == found[4].expected_error == 0
+    assert (found[1].how, found[1].shift, found[1].steps) == ("search", 3.0, 4)
+
+
+@torch.no_grad()
+def test_the_cost_of_a_last_stretch_is_the_error_of_the_run_that_has_only_it():
+    velocity, noise, text = student("wan")
+    grid, forecaster = step_grid(5, 3.0), Plus()
+    with Trunk(velocity.transformer, velocity.family) as trunk:
+        costs = stretch_costs(velocity, trunk, forecaster, noise, text, grid)
+        full = sample(velocity, noise, text, grid)
+        for first in (0, 2):
+            x = sample(velocity, noise, text, grid[: first + 1]) if first else noise
+            with trunk.full():
+                x = sample(velocity, x, text, grid[first : first + 2])
+            with trunk.predicted(forecaster):
+                x = sample(velocity, x, text, grid[first + 1 :])
+            wrong = (x - full).square().mean(dim=(1, 2, 3, 4)) / full.square().mean(dim=(1, 2, 3, 4))
+            assert float(costs[first, 5]) == pytest.approx(float(wrong.mean()), rel=1e-3)
+        assert (costs[0, 2:] > 0).all()
+        assert search(costs.tolist())[5].full_steps == (0, 1, 2, 3, 4)
+
+
+@torch.no_grad()
+def test_a_forecaster_that_looks_back_further_has_the_full_step_of_a_probe_before():
+    velocity, noise, text = student("wan")
+    grid, forecaster, first = step_grid(6, 3.0), Taylor(shift=3.0), 4
+    with Trunk(velocity.transformer, velocity.family, history=2) as trunk:
+        costs = stretch_costs(velocity, trunk, forecaster, noise, text, grid)
+        states = [noise]
+        for step in range(6):
+            states.append(sample(velocity, states[-1], text, grid[step : step + 2]))
+        trunk.reset()
+        for step in (first - PROBE, first):
+            with trunk.full(grid[step]):
+                x = sample(velocity, states[step], text, grid[step : step + 2])
+        with trunk.predicted(forecaster, grid[first + 1]):
+            x = sample(velocity, x, text, grid[first + 1 :])
+    wrong = (x - states[-1]).square().mean(dim=(1, 2, 3, 4)) / states[-1].square().mean(dim=(1, 2, 3, 4))
+    assert float(costs[first, 6]) == pytest.approx(float(wrong.mean()), rel=1e-3)

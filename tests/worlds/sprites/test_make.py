@@ -1,0 +1,155 @@
+"""`python -m vidaccel.sprites` in miniature: every stage for a few steps, through real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from vidaccel.data.shards import ShardFolder
+from vidaccel.models.loading import load_pipeline
+from vidaccel.worlds.sprites.__main__ import app
+from vidaccel.worlds.sprites.make import excerpt
+from vidaccel.worlds.sprites.settings import AutoencoderTraining
+
+MICRO = [
+    *("text.train.steps=2", "text.train.batch_size=4", "text.width=16"),
+    *("autoencoder.images.steps=2", "autoencoder.images.batch_size=4", "autoencoder.block_out_channels=[4,4,4,4]"),
+    *("autoencoder.clips.steps=2", "autoencoder.clips.batch_size=4"),
+    *("autoencoder.decoder.steps=2", "autoencoder.decoder.batch_size=4"),
+    *("teacher.train.steps=2", "teacher.train.batch_size=2", "teacher.heads=2", "teacher.head_dim=16"),
+    *("teacher.shallow.steps=2", "teacher.shallow.batch_size=2", "teacher.growth=2"),
+    *("teacher.double_blocks=2", "teacher.single_blocks=2", "clips=6", "score_prompts=3", "steps=2"),
+]
+LEFT = [
+    *("text.train.steps=0", "autoencoder.images.steps=0", "autoencoder.clips.steps=0", "autoencoder.decoder.steps=0"),
+    "teacher.shallow.steps=0",
+]
+"""All that comes before the transformer at full depth left as it is."""
+
+WEIGHTS = [
+    *("text_encoder/model.safetensors", "text_encoder_2/model.safetensors"),
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer")),
+]
+
+
+def run(*args) -> str:
+    result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sprites")
+    run("make", "-o", folder, *MICRO)
+    return folder
+
+
+def test_the_result_is_a_model_that_generates(made):
+    loaded = load_pipeline(made / "model")
+    assert loaded.family.name == "hunyuan_video"
+    assert (loaded.default("steps"), loaded.default("num_frames"), loaded.default("fps")) == (2, 17, 8)
+    assert loaded.pipe.transformer.dtype == torch.float32
+    card, score = (made / "model" / "README.md").read_text(), json.loads((made / "model" / "score.json").read_text())
+    assert f"| total | {score['total']['mean']:.1f} |" in card
+    assert not (made / "draft").exists()
+
+
+def test_latents_have_unit_scale(made):
+    features = ShardFolder(made / "features", kind="encoded")
+    latents = torch.stack([features[i][0]["latent"].float() for i in range(len(features))])
+    assert latents.shape == (6, 16, 5, 8, 8)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_second_run_trains_nothing(made):
+    before = {p: p.read_text() for p in made.rglob("metrics.jsonl")}
+    marks = (made / "scores" / "marks.jsonl").read_text()
+    run("make", "-o", made, *MICRO)
+    assert before == {p: p.read_text() for p in made.rglob("metrics.jsonl")}
+    assert len(before) == 6
+    assert (made / "scores" / "marks.jsonl").read_text() == marks
+
+
+def test_a_model_goes_on_from_its_weights(made, tmp_path):
+    """Parts with 0 steps stay as they are; the card tells what came before as well."""
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", "teacher.train.steps=1")
+    old, new = ({n: load_pipeline(f / "model").hashes[n] for n in WEIGHTS} for f in (made, tmp_path))
+    assert [old[name] == new[name] for name in WEIGHTS] == [True, True, True, False]
+    stages = json.loads((tmp_path / "model" / "stages.json").read_text())
+    titles = ["text encoders", "autoencoder on images", "autoencoder on clips", "decoder", "transformer, shallow"]
+    assert [stage["stage"] for stage in stages] == [*titles, *2 * ["transformer, full depth"]]
+    assert stages[-1]["step"] == 1
+
+
+def test_a_new_transformer_owes_nothing_to_the_one_before(made, tmp_path):
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", "teacher.shallow.steps=1")
+    stages = json.loads((tmp_path / "model" / "stages.json").read_text())
+    ends = [(stage["stage"], stage["step"]) for stage in stages if stage["stage"].startswith("transformer")]
+    assert ends == [("transformer, shallow", 1), ("transformer, full depth", 2)]
+
+
+def test_the_decoder_alone_goes_on(made, tmp_path):
+    """On other scenes, too; latents keep the scale in which the transformer knows them."""
+    more = ["autoencoder.decoder.steps=2", "teacher.train.steps=0", "odds={gray:8}", "pair_share=1"]
+    run("make", "-o", tmp_path, *MICRO, *LEFT, f"start={made / 'model'}", *more)
+    old, new = (load_pipeline(f / "model") for f in (made, tmp_path))
+    weights = new.pipe.vae.state_dict()
+    changed = {name for name, weight in old.pipe.vae.state_dict().items() if not torch.equal(weights[name], weight)}
+    assert changed
+    assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+    assert old.hashes[WEIGHTS[-1]] == new.hashes[WEIGHTS[-1]]
+    assert old.pipe.vae.config.scaling_factor == new.pipe.vae.config.scaling_factor
+
+
+def test_other_widths_cannot_go_on(made, tmp_path):
+    other = ["teacher.head_dim=32", f"start={made / 'model'}"]
+    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path), *MICRO, *LEFT, *other])
+    assert result.exit_code == 2
+    assert "cannot be gone on from" in result.output
+
+
+def test_what_tokens_show_is_learnt_where_scenes_are_known(made):
+    lines = (made / "teacher" / "deep" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["loss"] == pytest.approx(last["flow_matching"] + 0.5 * last["alignment"], rel=1e-5)
+
+
+def test_it_trains_on_a_folder_of_clips(tmp_path):
+    run("render", "-o", tmp_path / "clips", "--clips", 4, "--held-out")
+    lines = [json.loads(line) for line in (tmp_path / "clips" / "captions.jsonl").read_text().splitlines()]
+    run("make", "-o", tmp_path / "made", *MICRO, f"data={tmp_path / 'clips'}")
+    features = ShardFolder(tmp_path / "made" / "features", kind="encoded")
+    assert [features[i][1]["caption"] for i in range(len(features))] == [line["caption"] for line in lines]
+    assert "alignment" not in (tmp_path / "made" / "teacher" / "deep" / "metrics.jsonl").read_text()
+
+
+def test_score_prints_a_line_a_dimension(made, tmp_path):
+    output = run("score", made / "model", "--prompts", 2, "-o", tmp_path / "score")
+    assert output.splitlines()[-1].startswith("total ")
+    assert len((tmp_path / "score" / "marks.jsonl").read_text().splitlines()) == 2
+
+
+def test_score_marks_what_a_predictor_makes_of_it(tmp_path):
+    """Steps left to it change the videos, and so the marks; a schedule without one is refused, and no mark is lost."""
+    words = ["score", "sprites/student", "--prompts", 2]
+    run(*words, "steps=4", "-o", tmp_path / "full")
+    run(*words, "steps=4", "predictor=reuse", "full_steps=[0]", "-o", tmp_path / "reused")
+    full, reused = (json.loads((tmp_path / name / "score.json").read_text()) for name in ("full", "reused"))
+    assert full != reused
+    marks = (tmp_path / "full" / "marks.jsonl").read_text()
+    refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "full"])))
+    assert refused.exit_code == 2 and "without a predictor" in refused.output
+    assert (tmp_path / "full" / "marks.jsonl").read_text() == marks
+
+
+@given(st.integers(0, 99), st.integers(1, 200_000))
+def test_excerpts_cost_about_the_same(index, area):
+    excerpts = AutoencoderTraining().excerpts
+    count, frames, pixels = excerpt(excerpts, area, index)
+    assert [frames, pixels] in excerpts
+    assert count == 1 or count * frames * pixels**2 <= area

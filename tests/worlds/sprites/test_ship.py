@@ -1,0 +1,170 @@
+"""`python -m vidaccel.sprites ship`: a student of the shipped teacher, and its predictor, through real files."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.students import STARTED, save, trained
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, read_run, sha256_file, verify_files, write_json, write_run
+from vidaccel.bench.rows import Row, blank_run
+from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.config.benchmark import MethodConfig
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.training import TrainConfig
+from vidaccel.forecasters.learned import new_predictor
+from vidaccel.models.conditioning import embedding_width
+from vidaccel.models.loading import SHIPPED, LoadedPipeline, load_pipeline
+from vidaccel.models.weight_hashes import student_hash
+from vidaccel.sampling import generate, predicted_steps
+from vidaccel.worlds.sprites.__main__ import app
+
+PROMPT = "a red circle moving right on black"
+TOTALS = {"cfg-50": 80.125, "student-8": 70.25, "predictor-2-of-4": 60.5, "student-fora-3": 50.75}
+METHODS = {
+    "cfg-50": MethodConfig(weights="teacher", two_pass=True),
+    "student-8": MethodConfig(steps=8),
+    "predictor-2-of-4": MethodConfig(steps=4, budget=2),
+    "student-fora-3": MethodConfig(steps=20, cache="fora", every=3, between="branches"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Folders cfg, student, predictor and shipped, and a results.json with a row of each kind."""
+    root = tmp_path_factory.mktemp("chain")
+    teacher = load_pipeline("sprites/teacher")
+    for name in ("cfg", "student"):
+        save_metrics(root / name, step=7, seconds=120.0, loss=0.25, skipped=3)
+        config = DistillConfig(method="cfg" if name == "cfg" else "mean_velocity")
+        save(root / name, teacher, trained(teacher), config=asdict(config))
+    save_predictor(root / "predictor", load_pipeline(root / "student"))
+    write_json(root / "results.json", {"command": "vidaccel benchmark --quality", "runs": [result(n) for n in METHODS]})
+    words = ["--results", root / "results.json", "--remark", "It was interrupted once."]
+    run("ship", *places(root), *words, "-o", root / "shipped")
+    return root
+
+
+def save_predictor(folder: Path, student: LoadedPipeline) -> None:
+    """An untrained one for 4 steps, with a schedule, as if the first stage alone had been trained."""
+    transformer, family = student.pipe.transformer, student.family
+    tokens = torch.randn(1, 8, embedding_width(transformer, family))
+    cached = dict.fromkeys(family.block_lists[-1].returns, tokens)
+    made_for = {"steps": 4, "shift": 2.0, "student": student_hash(student)}
+    network = new_predictor(transformer, family, cached, cached, 1, **made_for)
+    network.save_pretrained(folder)
+    write_schedules(folder / "schedule.json", [Schedule(4, (0, 2), "search", 2.0, 0.1)])
+    save_metrics(folder / CHECKPOINTS / "mse", step=5, seconds=60.0, loss=0.5, skipped=0)
+    config = asdict(PredictorConfig(adversarial=TrainConfig(steps=0)))
+    searched = [{"steps": 4, "shift": 2.0, "guidance": 3.0, "prompts": 1}]
+    write_run(
+        folder, format="predictor/1", command="test", config=config, seed=0, started=STARTED, searched_on=searched
+    )
+
+
+def save_metrics(folder: Path, **last: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + json.dumps(last) + "\n")
+
+
+def result(name: str) -> dict:
+    row = blank_run(Row(name, METHODS[name], (17, 64, 64)), "hunyuan_video")
+    passes = {"full": 4, "predicted": 2 * METHODS[name].predicts, "skipped": 0}
+    scores = {"semantic": 11.0, "quality": 22.0, "total": TOTALS[name], "intervals": {"total": [1.0, 99.0]}}
+    return row | scores | {"passes": passes, "fidelity": None if name == "cfg-50" else {"latent_relative_l2": 0.123}}
+
+
+def places(root: Path) -> list[str | Path]:
+    return ["--student", root / "student", "--predictor", root / "predictor", "--distilled", root / "cfg"]
+
+
+def run(*words: str | Path, fails: bool = False) -> str:
+    got = CliRunner().invoke(app, list(map(str, words)))
+    assert got.exit_code == (2 if fails else 0), got.output
+    return got.output
+
+
+def test_the_student_is_the_same_model_in_fewer_bytes(made):
+    whole, own = load_pipeline(made / "student"), load_pipeline(made / "shipped" / "student")
+    assert student_hash(whole) == student_hash(own)
+    assert not (made / "shipped" / "student" / "vae").exists()
+    assert own.call == whole.call
+    videos = [generate(model, [PROMPT], GenerateConfig(steps=2), [0]) for model in (whole, own)]
+    assert (videos[0].frames == videos[1].frames).all()
+    assert own.pipe.scheduler.config.shift == whole.pipe.scheduler.config.shift
+
+
+def test_the_predictor_goes_with_it(made):
+    own = load_pipeline(made / "shipped" / "student")
+    config = GenerateConfig(predictor=str(made / "shipped" / "predictor"), budget=2, steps=4)
+    with predicted_steps(own, config) as attachment:
+        made = generate(own, [PROMPT], config, [0], attachment)
+    assert (made.passes, made.predicted) == (4, 2)
+
+
+def test_both_are_vouched_for(made):
+    for name, kind in (("student", "model/1"), ("predictor", "predictor/1")):
+        folder = made / "shipped" / name
+        record = read_run(folder, kind)
+        verify_files(folder, record)
+        assert "README.md" in record["files"]
+    assert record["searched_on"] == read_run(made / "predictor", "predictor/1")["searched_on"]
+    parents = read_run(made / "shipped" / "student", "model/1")["parents"]
+    own = read_run(made / "student", "model/1")["parents"]["teacher"]
+    assert parents == {"teacher": own, "pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
+
+
+def test_the_cards_quote_trainings_and_results(made):
+    student, predictor = ((made / "shipped" / name / "README.md").read_text() for name in ("student", "predictor"))
+    assert all("Rows of `vidaccel benchmark --quality`." in card for card in (student, predictor))
+    for name, passes, card, other in (
+        ("student-8", "4", student, predictor),
+        ("predictor-2-of-4", "4 + 2", predictor, student),
+    ):
+        assert f"| {name} | {passes} | 11.0 | 22.0 | {TOTALS[name]:.1f} | 1.0 to 99.0 | 0.123 |" in card
+        assert f"| {name} |" not in other
+    assert "| cfg-50 | 4 | 11.0 | 22.0 | 80.1 | 1.0 to 99.0 | 0.000 |" in student
+    assert "fora" not in student + predictor
+    assert "It was interrupted once." in student and "interrupted" not in predictor
+    assert "searched on grids of 4 steps" in predictor
+    assert "| CFG distillation | 7 | 2 | 0.2500 | 3 |" in student and "| few steps | 7 | 2 | 0.2500 | 3 |" in student
+    assert "| predictor, mse | 5 | 1 | 0.5000 | 0 |" in predictor and "adversarial |" not in predictor
+    teacher = read_run(made / "student", "model/1")["config"]["teacher"]
+    for card, command in (
+        (student, f"distill --conf sprites/cfg -o {made / 'cfg'}"),
+        (student, f"distill --conf sprites/restricted_meanflow -o {made / 'student'} teacher={teacher}"),
+        (predictor, "train-predictor --conf sprites student=sprites/student"),
+    ):
+        assert f"    vidaccel {command}\n" in card and f"## Settings of `vidaccel {command}`" in card
+
+
+def test_without_results_the_cards_have_no_scores(made, tmp_path):
+    run("ship", *places(made), "-o", tmp_path / "shipped")
+    assert "How it scores" not in (tmp_path / "shipped" / "student" / "README.md").read_text()
+
+
+def test_a_student_of_another_model_is_refused(made, tmp_path):
+    teacher = load_pipeline("sprites/teacher")
+    other = tmp_path / "other"
+    shutil.copytree(teacher.source, other)
+    teacher.pipe.vae.decoder.conv_out.conv.bias.data += 1
+    teacher.pipe.vae.save_pretrained(other / "vae")
+    (other / RUN_FILE).unlink()
+    save(tmp_path / "student", replace(teacher, source=str(other)), trained(teacher), config=asdict(DistillConfig()))
+    output = run("ship", "--student", tmp_path / "student", *places(made)[2:], "-o", tmp_path / "shipped", fails=True)
+    assert (
+        f"the vae/diffusion_pytorch_model.safetensors of {tmp_path / 'student'} is not that of sprites/teacher"
+        in output
+    )
+    assert not (tmp_path / "shipped").exists()
+
+
+def test_an_unfinished_folder_is_refused(made, tmp_path):
+    output = run("ship", *places(made)[:4], "--distilled", tmp_path, "-o", tmp_path / "shipped", fails=True)
+    assert "is not a finished model folder" in output

@@ -1,0 +1,133 @@
+"""The models inside the package: whole, small enough, and as good as their cards say they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from vidaccel.artefacts import sha256_file
+from vidaccel.bench.reports.plots import kind_of
+from vidaccel.cli.main import app
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.loader import load
+from vidaccel.forecasters.learned import Predictor
+from vidaccel.models.loading import SHIPPED, load_pipeline, read_model
+from vidaccel.models.weight_hashes import student_hash
+from vidaccel.sampling import generate, predicted_steps
+from vidaccel.worlds.sprites.parse import parse
+from vidaccel.worlds.sprites.score import score_clip
+
+TEACHER = SHIPPED / "teacher"
+RESULTS = Path(__file__).parents[3] / "studies" / "results" / "sprites.json"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_pipeline("sprites/teacher")
+
+
+def test_all_shipped_weights_fit_and_all_but_what_is_small_are_half_precision():
+    """A student's embeddings and its predictor are stored as they were trained."""
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 48e6
+    for file in SHIPPED.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            dtypes = {tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+        small = file.parent.name in ("conditioning", "predictor")
+        assert dtypes <= ({torch.float32} if small else {torch.float16, torch.bfloat16})
+
+
+def test_the_card_shows_the_measured_scores():
+    card = (TEACHER / "README.md").read_text()
+    for name, mark in json.loads((TEACHER / "score.json").read_text()).items():
+        interval = f"{mark['low']:.1f} to {mark['high']:.1f}"
+        assert f"| {name.replace('_', ' ')} | {mark['mean']:.1f} | {interval} |" in card
+
+
+def test_the_readme_shows_the_measured_scores():
+    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+    score = json.loads((TEACHER / "score.json").read_text())
+    total = score["total"]
+    assert f"{total['mean']:.1f} of 100 ({total['low']:.1f} to {total['high']:.1f}, 256 held-out prompts)" in readme
+    assert f"{score['shape']['mean']:.0f} in 100 shapes are right" in readme
+
+
+@pytest.mark.parametrize("name", ["student", "predictor"])
+def test_the_cards_quote_the_shipped_results(name):
+    card = (SHIPPED / name / "README.md").read_text()
+    rows = [row for row in json.loads(RESULTS.read_text())["runs"] if row["total"] is not None]
+    for row in rows:
+        if kind_of(row).startswith("sampler" if name == "student" else "with a predictor"):
+            (line,) = (line for line in card.splitlines() if line.startswith(f"| {row['method']} |"))
+            assert f"| {row['total']:.1f} |" in line
+    assert card.count("| cfg-50 |") == (name == "student")
+
+
+def test_the_student_belongs_to_the_teacher_and_the_predictor_to_the_student():
+    student, teacher = read_model("sprites/student"), read_model("sprites/teacher")
+    own = {"transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"}
+    assert dict(student.hashes.items() ^ teacher.hashes.items()).keys() == own
+    predictor = Predictor.from_pretrained(SHIPPED / "predictor")
+    assert predictor.config.student == student_hash(load_pipeline("sprites/student"))
+    transformer = load_pipeline("sprites/student").pipe.transformer
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (predictor, transformer)]
+    assert sizes[0] < 0.04 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("conf", "model", "steps", "passes"),
+    [("teacher", "teacher", 50, 100), ("cfg", "student", 50, 50), ("student", "student", 20, 20)],
+)
+def test_a_configuration_a_model(conf, model, steps, passes):
+    config = load("generate", GenerateConfig, conf)
+    shipped = load_pipeline(config.model)
+    assert Path(shipped.source) == SHIPPED / model
+    made = generate(shipped, ["a red circle moving right on black"], config, [0])
+    assert (made.steps, made.passes, made.predicted) == (steps, passes, 0)
+    assert made.frames.shape == (1, 17, 64, 64, 3)
+
+
+def test_the_default_is_the_student_with_its_predictor():
+    config = load("generate", GenerateConfig, "default")
+    shipped = load_pipeline(config.model)
+    assert Path(shipped.source) == SHIPPED / "student"
+    with predicted_steps(shipped, config) as attachment:
+        made = generate(shipped, ["a red circle moving right on black"], config, [0], attachment)
+    assert (made.passes, made.passes - made.predicted) == (20, config.budget)
+
+
+def test_json_names_the_weights_of_student_and_predictor(tmp_path):
+    command = ["generate", "a red circle moving right on black", "-o", str(tmp_path / "out.mp4"), "--json"]
+    made = json.loads(CliRunner().invoke(app, command).stdout)
+    for name, file in (
+        ("conditioning/model.safetensors", "student/conditioning/model.safetensors"),
+        ("predictor/model.safetensors", "predictor/model.safetensors"),
+    ):
+        assert made["hashes"][name] == sha256_file(SHIPPED / file)
+
+
+@pytest.mark.slow
+def test_it_heeds_the_prompt(loaded):
+    """The background of each of four prompts, which chance would get right once or twice."""
+    prompts = [
+        "a red circle moving right on black",
+        "a blue square standing still on white",
+        "a yellow square moving left on gray",
+        "a green circle moving down on white",
+    ]
+    made = generate(loaded, prompts, GenerateConfig(steps=20), list(range(4)))
+    marks = [score_clip(frames, parse(prompt)) for frames, prompt in zip(made.frames, prompts, strict=True)]
+    assert [mark["background"] for mark in marks] == [1.0] * 4
+
+
+def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp_path, monkeypatch):
+    """Of its own runs, which it collects; here two of them, for one step."""
+    monkeypatch.chdir(tmp_path)
+    small = ["clips=2", "search_prompts=1", "mse.steps=1", "mse.batch_size=2", "adversarial.steps=0"]
+    result = CliRunner().invoke(app, ["train-predictor", *small])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "runs/predictor: the predictor and these schedules"
+    made = Predictor.from_pretrained("runs/predictor")
+    assert made.config.student == student_hash(load_pipeline("sprites/student")) and made.history == 2

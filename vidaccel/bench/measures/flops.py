@@ -1,0 +1,150 @@
+"""FLOPs of one forward pass, by formula: of a full pass, and of each kind of pass that leaves something out.
+
+A formula and not torch.utils.flop_counter on the meta device, because a whole HunyuanVideo-1.5 does not run there (its
+forward asks its masks for their values), because it splits by what a cache leaves out, and because another video size
+is then a multiplication. The counter is what the tests hold it against. One multiplication and one addition are two
+FLOPs; text padding is counted, since the stock models compute it.
+
+N video tokens, L text tokens, D width, H heads
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.costs import WORK, Attentions, Layers
+from vidaccel.forecasters.learned import Fusion
+
+ATTENTION_MODULES = "attn"
+"""What the names of a block's attention modules begin with, in every family (diffusers' own caches rely on it too)."""
+
+
+@dataclass(frozen=True)
+class PassFlops:
+    """FLOPs of one forward pass of one video."""
+
+    embedders: int
+    """Embedders and output head."""
+    blocks: int
+    """Linear layers of the trunk's blocks, or of the predictor's."""
+    attention: int
+    """Products of queries, keys and values in those blocks."""
+
+    @property
+    def total(self) -> int:
+        return self.embedders + self.blocks + self.attention
+
+
+class LayerFlops(NamedTuple):
+    name: str
+    stream: str
+    flops: int
+
+
+class BlockFlops(NamedTuple):
+    layers: list[LayerFlops]
+    attention: int
+
+
+def width(model: nn.Module) -> int:
+    """D of a transformer."""
+    return model.config.num_attention_heads * model.config.attention_head_dim
+
+
+def layer_flops(module: nn.Module, streams: Layers, rows: Mapping[str, int]) -> list[LayerFlops]:
+    """Of each Linear and patch convolution: 2 a weight and row."""
+    found = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv3d)):
+            stream = next(stream for pattern, stream in streams if fnmatchcase(name, pattern))
+            found.append(LayerFlops(name, stream, 2 * layer.weight.numel() * rows[stream]))
+    return found
+
+
+def attention_flops(attentions: Attentions, rows: Mapping[str, int], width: int) -> int:
+    """Of attentions with H heads of width D / H: 2 D a pair of query and key for the scores, 2 D for the values."""
+    return sum(4 * rows[queries] * rows[keys] * width for queries, keys in attentions)
+
+
+def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> dict[str, BlockFlops]:
+    """Of one block of each list, by name of the list."""
+    return {
+        name: BlockFlops(
+            layer_flops(model.get_submodule(name)[0], work.layers, rows),
+            attention_flops(work.attentions, rows, width(model)),
+        )
+        for name, work in WORK[family.name].blocks.items()
+    }
+
+
+def fusion(model: nn.Module) -> Fusion:
+    """A predictor's fusion MLP for this width, [N, 2 D] -> [N, D]."""
+    with next(model.parameters()).device:
+        return Fusion(width(model))
+
+
+def predictor_parameters(model: nn.Module, family: DiTFamily, blocks: int) -> int:
+    """Parameters of a predictor (method.md, section 3): fusion MLPs and `blocks` copies of the trunk's last block."""
+    last = model.get_submodule(family.block_lists[-1].name)[-1]
+    return blocks * parameters(last) + len(WORK[family.name].fusions) * parameters(fusion(model))
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def pass_flops(
+    model: nn.Module, family: DiTFamily, rows: Mapping[str, int], predictor_blocks: int = 2
+) -> dict[str, PassFlops]:
+    """FLOPs of a `full` pass and of what may run in its place, by the names that `MethodConfig.between` knows.
+
+    Args:
+        model: the transformer; the meta device will do.
+        rows: number of rows of each stream (`sizes.rows`).
+        predictor_blocks: blocks of the learned predictor.
+    """
+    work, kinds = WORK[family.name], block_flops(model, family, rows)
+    depths = {name: len(model.get_submodule(name)) for name in kinds}
+    outside = _outside(model, family, rows)
+    predicted_outside = _outside(model, family, rows, but=family.held)
+    last = kinds[family.block_lists[-1].name]
+    fused = sum(layer.flops for stream in work.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
+
+    def blocks(counted) -> int:
+        return sum(depths[name] * layer.flops for name in kinds for layer in kinds[name].layers if counted(layer))
+
+    attention = sum(depths[name] * kinds[name].attention for name in kinds)
+    of_last = sum(layer.flops for layer in last.layers)
+    D = width(model)
+    linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in work.fusions)
+    return {
+        "full": PassFlops(outside, blocks(lambda layer: True), attention),
+        "predictor": PassFlops(
+            predicted_outside, predictor_blocks * of_last + fused, predictor_blocks * last.attention
+        ),
+        "linear": PassFlops(predicted_outside, linear, 0),
+        "trunk": PassFlops(predicted_outside, 0, 0),
+        "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
+        "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
+    }
+
+
+def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
+    """Of everything but the trunk's blocks, and what is within the modules at the paths in `but`."""
+    work, left_out = WORK[family.name], tuple(f"{path}." for path in but)
+    layers = layer_flops(_without_blocks(model, family), work.layers, rows)
+    attention = sum(
+        len(model.get_submodule(path)) * attention_flops(attentions, rows, width(model))
+        for path, attentions in work.attentions.items()
+        if not path.startswith(left_out)
+    )
+    return sum(layer.flops for layer in layers if not layer.name.startswith(left_out)) + attention
+
+
+def _without_blocks(model: nn.Module, family: DiTFamily) -> nn.ModuleDict:
+    trunk = {block_list.name for block_list in family.block_lists}
+    return nn.ModuleDict({name: child for name, child in model.named_children() if name not in trunk})

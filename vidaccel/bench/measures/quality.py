@@ -1,0 +1,163 @@
+"""How good videos are: their likeness to the baseline's at equal seeds, and scores where a world has a scorer.
+
+Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
+The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
+that slows down after distillation shows here. LPIPS is there where its package is installed, which loads AlexNet by
+itself. VBench cannot be: its package pins transformers to 4.33 and torch below 2. `keep_videos` keeps what it would
+score.
+
+T frames, H and W pixels, P prompts
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from vidaccel.bench.generation import Made
+from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.errors import UserError
+from vidaccel.worlds import Scorer, Scores, world
+
+FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
+RESAMPLES = 1000
+FITTING_PROMPTS = 8
+
+
+def scorer_of(config: BenchmarkConfig) -> Scorer | None:
+    """What scores this benchmark's videos; None where only their likeness to the baseline's is measured."""
+    return world(config.scorer).scorer() if config.scorer else None
+
+
+def prompts_of(config: BenchmarkConfig, count: int) -> list[str]:
+    """The first `count` prompts of the configuration or, where it has none, of the scorer's world.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    scorer = scorer_of(config)
+    if scorer is not None and not config.prompts:
+        return scorer.held_out_prompts(count)
+    if len(config.prompts) < count:
+        raise UserError(
+            f"there are {len(config.prompts)} prompts, and {count} are asked for",
+            "list more in prompts=[...], or set timed_prompts and scored_prompts",
+        )
+    return config.prompts[:count]
+
+
+def fitting_prompts(config: BenchmarkConfig) -> list[str]:
+    """What a forecaster may be fitted on: prompts that the scorer's world trains on, else the configuration's first."""
+    scorer = scorer_of(config)
+    if scorer is not None and not config.prompts:
+        return scorer.training_prompts(FITTING_PROMPTS)
+    return config.prompts[:FITTING_PROMPTS]
+
+
+def scores_of(config: BenchmarkConfig, prompt: str, frames: np.ndarray) -> Scores | None:
+    """Scores of one video uint8 [T, H, W, 3] in each dimension, 0 to 1; None without a scorer."""
+    scorer = scorer_of(config)
+    return None if scorer is None else scorer.score(frames, prompt)
+
+
+def likeness(made: Made, reference: Made, index: int) -> dict[str, float | None]:
+    """Of video `index` of a batch to the baseline's only one, by the names in FIDELITY; None where it is infinite."""
+    frames, others = made.frames[index], reference.frames[0]
+    measured = fidelity(made.latents[index], reference.latents[0], frames, others)
+    motion = mean_change(others)
+    return {
+        "latent_relative_l2": measured["latent_relative_l2"],
+        "psnr_db": measured["psnr"] if np.isfinite(measured["psnr"]) else None,
+        "ssim": measured["ssim"],
+        "lpips": perceptual_distance(frames, others),
+        "dynamic_degree": mean_change(frames) / motion if motion else None,
+    }
+
+
+def fidelity(
+    latent: torch.Tensor,
+    reference_latent: torch.Tensor,
+    frames: np.ndarray | torch.Tensor,
+    reference_frames: np.ndarray | torch.Tensor,
+) -> dict[str, float]:
+    """How near a sampler comes to a reference sampler from the same noise.
+
+    Args:
+        latent, reference_latent: final latents, of one shape.
+        frames, reference_frames: decoded clips, uint8 [T, H, W, 3].
+
+    Returns:
+        "latent_relative_l2": |latent - reference| / |reference|; "psnr" in dB, infinite for equal frames; "ssim".
+    """
+    reference = reference_latent.float()
+    pixels, reference_pixels = (torch.as_tensor(f).movedim(-1, 1).float() for f in (frames, reference_frames))
+    return {
+        "latent_relative_l2": float((latent.float() - reference).norm() / reference.norm()),
+        "psnr": float(peak_signal_noise_ratio(pixels, reference_pixels, data_range=255.0)),
+        "ssim": float(structural_similarity_index_measure(pixels, reference_pixels, data_range=255.0)),
+    }
+
+
+@cache
+def perceptual_network() -> nn.Module | None:
+    """LPIPS on AlexNet; None where the package is not installed.
+
+    Raises:
+        UserError: it is, and its weights cannot be had.
+    """
+    if importlib.util.find_spec("lpips") is None:
+        return None
+    from lpips import LPIPS
+
+    try:
+        return LPIPS(net="alex", verbose=False)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"LPIPS cannot get its weights: {reason}", "go online once, or uninstall lpips") from error
+
+
+def perceptual_distance(frames: np.ndarray, others: np.ndarray) -> float | None:
+    """LPIPS of frames uint8 [T, H, W, 3], averaged over them; None without the package."""
+    network = perceptual_network()
+    if network is None:
+        return None
+    pixels, wanted = (torch.from_numpy(each).movedim(-1, 1) / 127.5 - 1 for each in (frames, others))  # [T, 3, H, W]
+    with torch.no_grad():
+        return float(network(pixels, wanted).mean())
+
+
+def mean_change(frames: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring frames [T, H, W, 3], in levels of 255."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 0.0
+
+
+def summary(videos: Sequence[Mapping[str, Any]], scorer: Scorer | None) -> dict[str, Any]:
+    """Fields of a run in results.json, from {"marks", "likeness"} of each prompt's video: averages, and 95 % bootstrap
+    intervals over prompts. Marks become percentages."""
+    fields: dict[str, Any] = dict.fromkeys(("semantic", "quality", "total", "dimensions", "fidelity"))
+    intervals: dict[str, list[float]] = {}
+    if scorer is not None and all(video["marks"] is not None for video in videos):
+        marks = scorer.summarise([video["marks"] for video in videos], RESAMPLES)
+        intervals |= {name: [mark["low"], mark["high"]] for name, mark in marks.items()}
+        means = {name: mark["mean"] for name, mark in marks.items()}
+        fields |= {name: means.pop(name) for name in ("semantic", "quality", "total")} | {"dimensions": means}
+    if all(video["likeness"] is not None for video in videos):
+        fields["fidelity"] = dict.fromkeys(FIDELITY)
+        for name in FIDELITY:
+            values = [video["likeness"][name] for video in videos if video["likeness"][name] is not None]
+            if values:
+                fields["fidelity"][name] = float(np.mean(values))
+                # The baseline's marks have a dynamic degree of their own.
+                intervals[f"fidelity.{name}"] = bootstrap(values)
+    return fields | {"intervals": intervals}
+
+
+def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
+    """[low, high] of the 95 % interval of the mean of values [P], by resampling them."""
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), size=(resamples, len(values)))
+    return np.percentile(drawn.mean(axis=1), [2.5, 97.5]).tolist()

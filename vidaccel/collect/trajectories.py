@@ -1,0 +1,102 @@
+"""Runs of a model's own sampling, stored step by step: what a predictor of its trunk learns from.
+
+Sample i is one run of our loop on the i-th caption: the latents that each step started from, their velocity, and the
+times, from which the latent at the end follows. The trunk's tokens are stored only when asked for.
+
+B runs, S steps, C channels, T frames, H and W latent pixels, N video and L text tokens, D width
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.encode import encode_texts, rows, text_settings
+from vidaccel.collect.job import Job
+from vidaccel.collect.source import ClipSource, size_of
+from vidaccel.config.collect import CollectConfig
+from vidaccel.data.shards import Sample
+from vidaccel.errors import UserError
+from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.grid import shift_of, step_grid
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Velocity, guided_velocity
+from vidaccel.models.weight_hashes import student_hash
+from vidaccel.sampling import sample
+
+CACHES = {"hidden_states": "cache", "encoder_hidden_states": "cache_text"}
+"""Stored names of the tokens that leave the trunk."""
+
+
+class Runs:
+    """A model, the grid and guidance it is sampled with, and the size of what it makes."""
+
+    def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
+        transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+        self.loaded, self.config, self.transformer = loaded, config, transformer
+        self.velocity = Velocity(transformer, loaded.family, loaded.conditioning)
+        embeds = self.velocity.embeds("g")
+        self.guidance, two_pass = guidance_in_force(loaded, config.guidance, False if embeds else None)
+        self.empty = encode_texts(loaded, [""]) if two_pass and self.guidance > 1 else None
+        self.g = self.guidance if embeds or self.empty else None
+        if config.cache and self.empty:
+            raise UserError(
+                "cache=true is for a model that makes one pass a step, and this one makes two",
+                "collect from a CFG-distilled student, or set guidance=1 or cache=false",
+            )
+        self.size = size_of(loaded, config)
+        self.steps = loaded.default("steps") if config.steps is None else config.steps
+        self.shift = config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
+
+    def __call__(self, captions: list[str], seeds: list[int]) -> dict[str, Tensor]:
+        """x and velocity [B, S, C, T, H, W] and text tensors [B, ...]; if wanted, `cache` [B, S, N, D] and, where the
+        blocks give out text as well, `cache_text` [B, S, L, D]."""
+        text = encode_texts(self.loaded, captions)
+        g = None if self.g is None else torch.full([len(seeds)], self.g, device=self.transformer.device)
+        trunk = Trunk(self.transformer, self.loaded.family)
+        kept: dict[str, list[Tensor]] = {}
+
+        def keep(index: int, x: Tensor, u: Tensor) -> None:
+            tokens = trunk.memory()[0].tokens if self.config.cache else {}
+            for name, tensor in ({"x": x, "velocity": u} | {CACHES[n]: t for n, t in tokens.items()}).items():
+                kept.setdefault(name, []).append(tensor.cpu())
+
+        with trunk if self.config.cache else nullcontext(), trunk.full():
+            sample(self._guided, self.noise(seeds), text, self.grid, g, keep)
+        return {name: torch.stack(tensors, dim=1) for name, tensors in kept.items()} | text
+
+    @property
+    def grid(self) -> Tensor:
+        """Times [S + 1] from 1 down to 0."""
+        return step_grid(self.steps, self.shift)
+
+    def noise(self, seeds: list[int]) -> Tensor:
+        """[B, C, T, H, W], as the pipeline draws it for generators of these seeds."""
+        pipe, (frames, height, width) = self.loaded.pipe, self.size.values()
+        spatial = pipe.vae_scale_factor_spatial
+        shape = (1, self.transformer.config.out_channels, (frames - 1) // pipe.vae_scale_factor_temporal + 1)
+        shape = (*shape, height // spatial, width // spatial)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(drawn).to(self.transformer.device, self.transformer.dtype)
+
+    def _guided(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
+        if self.empty:
+            return guided_velocity(self.velocity, x, t, text, self.empty, g)
+        return self.velocity(x, t, text, r=r, g=g)
+
+
+def running(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
+    """Runs on the captions of these clips."""
+    runs = Runs(loaded, config)
+    sampled = {"guidance": runs.guidance, "steps": runs.steps, "shift": runs.shift, "student": student_hash(loaded)}
+
+    def compute(indices: list[int]) -> list[Sample]:
+        captions, seeds = [source.record(i)["caption"] for i in indices], [config.seed + i for i in indices]
+        records = [{"caption": c, "seed": seed} | sampled for c, seed in zip(captions, seeds, strict=True)]
+        samples = rows(loaded, runs(captions, seeds), records, config.store)
+        return [({"times": runs.grid} | tensors, record) for tensors, record in samples]
+
+    settings = {"store": config.store, "dtype": str(runs.transformer.dtype), "cache": config.cache, "seed": config.seed}
+    settings |= sampled | runs.size | {"text": text_settings(loaded)} | source.identity
+    return Job(loaded, config, len(source), compute, loaded.hashes, settings)

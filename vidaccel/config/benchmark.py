@@ -1,0 +1,221 @@
+"""Settings of `vidaccel benchmark`: its rows, and what they share."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vidaccel.config.checks import require
+from vidaccel.config.runtime import RuntimeConfig
+from vidaccel.errors import UserError, nearest
+from vidaccel.worlds import WORLDS
+
+BETWEEN = ("predictor", "linear", "trunk", "branches", "attention")
+
+
+CACHES = (
+    "pab",
+    "fastercache",
+    "first_block",
+    "taylorseer",
+    "magcache",
+    "seacache",
+    "fora",
+    "teacache",
+    "delta_dit",
+)
+"""Training-free caches: six of diffusers' own and three of ours."""
+
+
+@dataclass
+class MethodConfig:
+    """A row of the benchmark: how many steps, which of them run the whole transformer, and what runs on the others."""
+
+    weights: str = "student"
+    """Which weights it runs on: `teacher` or `student`. A teacher's single pass a step needs guidance distilled into
+    it: `BenchmarkConfig.distilled`."""
+    steps: int = 50
+    """Sampler steps."""
+    shift: float | None = None
+    """Shift of the step grid; null is the model's own."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g of this row alone."""
+    two_pass: bool = False
+    """true: two forward passes a step, with and without the prompt (classifier-free guidance)."""
+    full_steps: list[int] | None = None
+    """Steps, counted from 0, that run the whole transformer; null: all, or those that `every` gives."""
+    every: int | None = None
+    """Steps 0, n, 2n, ... run the whole transformer."""
+    budget: int | None = None
+    """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
+    between: str = "predictor"
+    """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; `linear`, a linear
+    map fitted beforehand to the row's own sampling, with one pass a step; or a cache that gives again the last full
+    step's `trunk` output, every block's residual `branches`, or every block's `attention` (whose blocks compute the
+    rest)."""
+    order: int = 0
+    """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
+    cache: str | None = None
+    """A training-free cache, which then decides on its own by `settings`; `full_steps`, `every` and `between` say what
+    that leads to, where it does not depend on the video, and only plans read them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of that cache, by its own names."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Settings with values that are tried as well, a row each, where quality is measured too."""
+    model: str | None = None
+    """Weights of this row alone, in place of the benchmark's teacher or student."""
+    predictor: str | None = None
+    """The predictor of this row alone."""
+
+    def __post_init__(self) -> None:
+        require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
+        g = self.guidance
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+        require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
+        require(self.order >= 0, "order", self.order, "must be at least 0")
+        require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
+        require(self.between != "linear" or not self.two_pass, "between", self.between, "is for one pass a step")
+        require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
+        require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
+        require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
+        if self.budget is not None:
+            alone = self.every is None and self.full_steps is None and self.cache is None
+            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with between=predictor"
+            fits = 1 <= self.budget <= self.steps and self.between == "predictor"
+            require(alone and fits, "budget", self.budget, rule)
+        if self.full_steps is not None:
+            require(self.every is None, "every", self.every, "must be null where full_steps is set")
+            ordered = self.full_steps == sorted(set(self.full_steps)) and self.full_steps[:1] == [0]
+            rule = f"rises from 0, without repetition, to at most {self.steps - 1}"
+            require(ordered and self.full_steps[-1] < self.steps, "full_steps", self.full_steps, rule)
+
+    @property
+    def planned(self) -> bool:
+        """Whether what it computes is known before it runs."""
+        return self.cache is None or self.every is not None or self.full_steps is not None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the learned predictor takes part."""
+        return self.cache is None and self.between == "predictor" and self.full_count() != self.steps
+
+    def schedule(self) -> list[int] | None:
+        """The steps that run the whole transformer; None where the settings alone do not say."""
+        if not self.planned or self.budget is not None:
+            return None
+        return list(range(0, self.steps, self.every or 1)) if self.full_steps is None else self.full_steps
+
+    def full_count(self) -> int | None:
+        """How many steps run the whole transformer."""
+        return self.budget if self.schedule() is None else len(self.schedule())
+
+    def swept(self) -> dict[str, "MethodConfig"]:
+        """This row for each value of its sweep but the one that it has, by what is to stand behind its name."""
+        return {
+            f" {key}={value}": replace(
+                self, settings=self.settings | {key: value}, sweep={}, full_steps=None, every=None
+            )
+            for key, values in self.sweep.items()
+            for value in values
+            if value != self.settings.get(key)
+        }
+
+
+@dataclass
+class BenchmarkConfig(RuntimeConfig):
+    """`vidaccel benchmark`."""
+
+    family: str = "hunyuan_video"
+    """Name of the model family."""
+    model: str | None = None
+    """The teacher: a shipped model (sprites/teacher), a diffusers pipeline folder or, to run it, a hub id. A plan
+    reads only its transformer's settings; null: `transformer`."""
+    student: str | None = None
+    """The distilled student, as `model`."""
+    distilled: str | None = None
+    """The teacher with guidance distilled into one pass; null: the teacher itself if it embeds its guidance, else the
+    student sampled with r = t."""
+    predictor: str | None = None
+    """Folder of the trained predictor, or a shipped one (sprites/predictor)."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the family's transformer class that are not its defaults."""
+    compression: list[int] = field(default_factory=lambda: [4, 8])
+    """[frames, pixels] of a video that the autoencoder makes one latent of."""
+    text_tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 256})
+    """Tokens of each text, padding included, as the pipeline hands them to the transformer."""
+    dtype: str = "bfloat16"
+    """Of weights, activations and caches: `float32`, `bfloat16` or `float16`."""
+    sizes: list[list[int]] = field(default_factory=lambda: [[129, 704, 704]])
+    """Videos: [frames, height, width]."""
+    predictor_blocks: int = 2
+    """Transformer blocks of the learned predictor that is planned with."""
+    predictor_history: int = 1
+    """Full steps that a planned predictor looks back on, 1 or 2: it holds the tokens of each."""
+    methods: dict[str, MethodConfig] = field(default_factory=dict)
+    """Rows, by name."""
+    only: list[str] | None = None
+    """Names of the rows that are wanted; null: all."""
+    baseline: str = "cfg-50"
+    """Name of the row that speedups are relative to, and whose videos the others' are compared with."""
+    scorer: str | None = None
+    """What scores videos beyond their likeness to the baseline's: `sprites`, for models of the shipped world."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts; where there are none the scorer's world has its own."""
+    seed: int = 0
+    """Of the first prompt's noise; prompt i gets seed + i."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g of all rows that name none; null is each model's own."""
+    rounds: int = 3
+    """Times that every row is timed, one after the other."""
+    timed_prompts: int = 1
+    """Prompts of a round."""
+    timed_seconds: float = 0.75
+    """Least that a row denoises in a round: its videos are made again until then, and the mean is what counts."""
+    scored_prompts: int = 64
+    """Prompts that quality is measured on."""
+    sweeps: bool = True
+    """Whether caches whose threshold sets their speed are scored at others too, as their rows say."""
+    keep_videos: bool = False
+    """Whether the videos that quality is measured on stay: videos/ROW/PROMPT-N.mp4, as VBench wants them named."""
+    batch_size: int = 8
+    """Videos made together where they are only scored; a cache that decides by what it sees gets one at a time."""
+    whole: bool | None = None
+    """Random weights: true times the whole transformer, false one block of each kind; null: whole if it fits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.sizes), "sizes", self.sizes, "must hold at least one size")
+        for size in self.sizes:
+            require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")
+        lowest = min(self.compression, default=0)
+        require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
+        require(self.rounds >= 2, "rounds", self.rounds, "must be at least 2: one time has no spread")
+        for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "batch_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require(0 <= self.timed_seconds < math.inf, "timed_seconds", self.timed_seconds, "is in seconds, 0 or more")
+        require(self.predictor_history in (1, 2), "predictor_history", self.predictor_history, "is 1 or 2")
+        require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
+        dtypes = ("float32", "bfloat16", "float16")
+        require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+        require(self.scorer in (None, *WORLDS), "scorer", self.scorer, f"is one of {', '.join(WORLDS)}, or null")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        g = self.guidance
+        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+
+    def wanted(self, swept: bool = False) -> dict[str, MethodConfig]:
+        """The wanted methods and, first, the baseline; with the rows of their sweeps behind each of them if asked for.
+
+        Raises:
+            UserError: a name is not among `methods`.
+        """
+        names = dict.fromkeys((self.baseline, *(self.methods if self.only is None else self.only)))
+        for name in names:
+            if name not in self.methods:
+                raise UserError(f'there is no method "{name}"', nearest(name, self.methods))
+        rows = {}
+        for name in names:
+            rows[name] = self.methods[name]
+            if swept:
+                rows |= {name + suffix: row for suffix, row in self.methods[name].swept().items()}
+        return rows

@@ -1,0 +1,70 @@
+"""Settings of `vidaccel collect-features`."""
+
+import math
+from dataclasses import dataclass
+
+from vidaccel.config.checks import require
+
+
+@dataclass
+class CollectConfig:
+    """`vidaccel collect-features`. A key left null takes the model's own default."""
+
+    kind: str = "encoded"
+    """`encoded` (clips as latents and text embeddings) or `trajectory` (the model's own sampling of their captions)."""
+    model: str = "sprites/teacher"
+    """A shipped model (sprites/teacher), a local diffusers pipeline folder, or a hub id."""
+    data: str | None = None
+    """A folder of videos with captions.jsonl; null renders scenes, which a model of the sprites world understands."""
+    clips: int = 4000
+    """Scenes that are rendered; of a folder of videos all are taken."""
+    max_bad_share: float = 0.1
+    """Share of a folder's clips that may be unusable, and are then left out; a larger one stops."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels."""
+    fps: float | None = None
+    """Frames a second that clips are brought to."""
+    steps: int | None = None
+    """Of trajectories: sampler steps."""
+    shift: float | None = None
+    """Of trajectories: shift of the step grid."""
+    guidance: float | None = None
+    """Of trajectories: classifier-free guidance scale g."""
+    cache: bool = False
+    """Of trajectories: the tokens that leave the trunk at each step are stored too, instead of being computed again by
+    who needs them. They are large: 0.39 GB a step for HunyuanVideo."""
+    seed: int = 0
+    """Of rendered scenes and of noise: trajectory i starts from the noise of `vidaccel generate` with seed + i."""
+    dtype: str = "auto"
+    """What the model computes in: `auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+    store: str = "float16"
+    """What is stored: `float16`, `bfloat16` or `float32`."""
+    tiling: bool = False
+    """The autoencoder encodes overlapping tiles and blends them: large videos in less memory."""
+    batch_size: int = 1
+    """Samples computed together, which is what a kill loses at most."""
+    per_shard: int = 256
+    """Samples in one file."""
+    max_gigabytes: float | None = 100.0
+    """Nothing is written where the whole folder would be larger; null is no limit."""
+
+    def __post_init__(self) -> None:
+        kinds = ("encoded", "trajectory")
+        require(self.kind in kinds, "kind", self.kind, f"is {' or '.join(kinds)}")
+        require(not self.cache or self.kind == "trajectory", "cache", self.cache, "goes with kind=trajectory")
+        require(bool(self.model.strip()), "model", self.model, "must name a model")
+        for key in ("clips", "batch_size", "per_shard"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        g = self.guidance
+        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up")
+        require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "must be in [0, 1)")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        for key in ("fps", "shift", "max_gigabytes"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")
+        dtypes = ("float32", "bfloat16", "float16")
+        require(self.dtype in ("auto", *dtypes), "dtype", self.dtype, f"is one of auto, {', '.join(dtypes)}")
+        require(self.store in dtypes, "store", self.store, f"is one of {', '.join(dtypes)}")

@@ -1,0 +1,55 @@
+"""Settings of `vidaccel generate`."""
+
+import math
+from dataclasses import dataclass
+
+from vidaccel.config.checks import require
+from vidaccel.config.runtime import RuntimeConfig
+
+
+@dataclass
+class GenerateConfig(RuntimeConfig):
+    """`vidaccel generate`. A key left null takes the model's own default."""
+
+    model: str = "sprites/teacher"
+    """A shipped model (sprites/teacher), a local folder (a diffusers pipeline or a student), or a hub id."""
+    steps: int | None = None
+    """Sampler steps."""
+    shift: float | None = None
+    """Shift s of the step grid, whose time k, from 1 for noise down to 0, becomes s k / (1 + (s - 1) k)."""
+    guidance: float | None = None
+    """Classifier-free guidance scale g."""
+    two_pass: bool | None = None
+    """true: two forward passes a step; false: one, with g embedded; null: two unless the model embeds g."""
+    instantaneous: bool = False
+    """true: a student of mean velocities is sampled as the model of instantaneous ones that it contains (r = t)."""
+    predictor: str | None = None
+    """What stands in for the transformer on the steps that are not full: the folder of a trained predictor,
+    sprites/predictor, `reuse` or `taylor`; null runs every step in full."""
+    full_steps: list[int] | None = None
+    """Positions of the full steps, from 0."""
+    every: int | None = None
+    """n, in place of `full_steps`: steps 0, n, 2n, ... are full."""
+    budget: int | None = None
+    """Number of full steps, in place of either: the predictor's schedule says which."""
+    schedule: str | None = None
+    """A schedule.json to take them from; null is the predictor's own."""
+    force: bool = False
+    """true takes a predictor that was trained for another student."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels."""
+    seed: int = 0
+    """Seed of the first prompt's noise; prompt i of a file gets seed + i."""
+    dtype: str = "auto"
+    """`auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model.strip()), "model", self.model, "must name a model")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")

@@ -1,0 +1,142 @@
+"""Every setting a user meets: dataclasses that validate themselves once, filled by Hydra from `conf/`.
+
+`load` composes conf/<command>/<name>.yaml (or the YAML at a path) with `key=value` overrides and returns the dataclass.
+A key that does not exist names its nearest neighbour; a value of the wrong type or out of range says what it may be."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError, nearest
+
+Schema = TypeVar("Schema")
+
+
+SCHEMAS = {
+    "generate": GenerateConfig,
+    "distill": DistillConfig,
+    "collect-features": CollectConfig,
+    "train-predictor": PredictorConfig,
+    "benchmark": BenchmarkConfig,
+}
+"""Of each command; a world has settings of its own beside these."""
+
+
+def conf_root() -> Path:
+    """The folder of shipped YAMLs: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequence[str] = ()) -> Schema:
+    """The settings of `command`: conf/<command>/<conf>.yaml, or the YAML file `conf`, then the overrides.
+
+    A world, whose YAMLs lie with it, gives their folder in place of a command.
+
+    Either may build on a shipped one, by its name: `defaults: [teacher, _self_]`.
+
+    Raises:
+        UserError: no such file, no such key, or a value the schema refuses.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = _find(command, conf)
+    shipped = QuotedString(f"file://{_folder(command)}", Quote.single).with_quotes()
+    words = [f"hydra.searchpath=[{shipped}]", *(_override(word, schema) for word in overrides)]
+    try:
+        with initialize_config_dir(str(path.parent), version_base=None):
+            chosen = compose(path.stem, words)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key
+        raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
+    _check_keys(OmegaConf.to_container(chosen), schema, path.name)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), chosen))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or path.name
+        raise UserError(f"{key}: {str(error).splitlines()[0]}", "see `--print-conf` for values that fit") from error
+
+
+def to_yaml(config: Any) -> str:
+    """The settings as YAML text that `--conf` would accept."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain dictionaries, lists and scalars, for run.json."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def _folder(command: str | Path) -> Path:
+    return command if isinstance(command, Path) else conf_root() / command
+
+
+def _find(command: str | Path, conf: str) -> Path:
+    if conf.endswith((".yaml", ".yml")):
+        path = Path(conf).resolve()
+        if path.suffix == ".yml":
+            raise UserError(f"{conf} does not end in .yaml", "rename it: Hydra reads no other suffix")
+        if not path.is_file():
+            raise UserError(
+                f"no configuration file {conf}", "give the path of a YAML file, or the name of a shipped one"
+            )
+        return path
+    folder = _folder(command)
+    path = folder / f"{conf}.yaml"
+    if not path.is_file():
+        names = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+        raise UserError(f'no configuration "{conf}" for {folder.name}', nearest(conf, names))
+    return path
+
+
+def _override(word: str, schema: type) -> str:
+    """A `key=value` word, checked, as Hydra takes it.
+
+    Text is quoted, unless it is already: to Hydra's grammar a comma in a path is a sweep and an accent an error.
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, equals, value = word.lstrip("+").partition("=")
+    if not equals:
+        raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
+    here = schema
+    for part in key.split("."):
+        if get_origin(here) is dict:  # of rows or settings by name
+            here = get_args(here)[1]
+            continue
+        hints = get_type_hints(here) if is_dataclass(here) else {}
+        if part not in hints:
+            known = list(hints) or [f.name for f in fields(schema)]
+            raise UserError(f'there is no setting "{key}"', nearest(part, known))
+        here = hints[part]
+    if here in (str, str | None) and value != "null" and not value.startswith(("'", '"')):
+        value = QuotedString(value, Quote.single).with_quotes()
+    return f"++{key}={value}"
+
+
+def _check_keys(chosen: dict, schema: type, where: str) -> None:
+    hints = get_type_hints(schema)
+    for key, value in chosen.items():
+        if key not in hints:
+            raise UserError(f'{where}: there is no setting "{key}"', nearest(str(key), hints))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key}={value!r}, where {key} is a group of settings", f"set {key}.<name>")
+            _check_keys(value, hints[key], where)

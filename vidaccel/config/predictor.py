@@ -1,0 +1,116 @@
+"""Settings of `vidaccel train-predictor`."""
+
+import math
+from dataclasses import dataclass, field
+
+from vidaccel.config.checks import require
+from vidaccel.config.training import TrainConfig
+
+
+@dataclass
+class DiscriminatorConfig:
+    """What tells the predictor's steps from the student's in the second stage of its training."""
+
+    depths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    """Where features are taken from the student's trunk: shares of its blocks, rising; 1 is the last block."""
+    scales: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Heads at each depth: one for means of s x s neighbouring tokens each."""
+    width: int = 64
+    """Hidden units of a head."""
+    learning_rate: float = 1e-2
+    """Its peak; the schedule is the predictor's."""
+    weight: float = 1.0
+    """Of the adversarial loss beside the squared error."""
+
+    def __post_init__(self) -> None:
+        rising = self.depths == sorted(set(self.depths)) and bool(self.depths)
+        rule = "rises within (0, 1], without repetition"
+        require(rising and self.depths[0] > 0 and self.depths[-1] <= 1, "depths", self.depths, rule)
+        require(min(self.scales, default=0) >= 1, "scales", self.scales, "are one or more numbers from 1 up")
+        require(self.width >= 1, "width", self.width, "must be at least 1")
+        for key in ("learning_rate", "weight"):
+            require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "must be above 0 and finite")
+
+
+@dataclass
+class PredictorConfig:
+    """`vidaccel train-predictor`."""
+
+    student: str = "sprites/student"
+    """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id."""
+    stage: str = "all"
+    """`all` (train, then search schedules) or `search` (search schedules for the predictor that is there already)."""
+    features: str | None = None
+    """A folder from `vidaccel collect-features`: encoded clips or trajectories of the student. Null encodes clips while
+    training; `pairs=trajectory` collects trajectories first, unless they are given, on the captions of what is."""
+    data: str | None = None
+    """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
+    clips: int = 4000
+    """Scenes of the sprites world, where neither of those is given, and most trajectories that are collected."""
+    on_damage: str = "stop"
+    """What to do about damaged shards of `features`: `stop`, or `skip` to train without them."""
+    seed: int = 0
+    blocks: int = 2
+    """Transformer blocks of the predictor."""
+    history: int = 1
+    """Full steps that it looks back on, 1 or 2; each takes the memory of one set of tokens. With 2 it corrects the line
+    through both, and needs `pairs=trajectory`."""
+    pairs: str = "data"
+    """What it learns from: `data` (noised clips) or `trajectory` (the student's own sampling, predicted steps
+    included)."""
+    intervals: str = "restricted"
+    """Of noised clips: `restricted` (t uniform, t - r uniform up to `restrict`, the predicted step up to `lag` later)
+    or `grid` (full and predicted step are two of the step grid, at most `lag` and at least one step apart)."""
+    restrict: float | None = None
+    """Widest interval t - r, in (0, 1]; null is what the student was trained on, else its step grid's widest."""
+    lag: float = 0.2
+    """Longest time from the full step to the predicted one, in (0, 1]."""
+    longest: int = 4
+    """Of trajectories: most predicted steps in a row."""
+    relative: bool = False
+    """Count each sample's squared error as a share of what reusing the cached tokens has. Long lags, where that is
+    large, are then not all that is learnt."""
+    guidance: float | None = None
+    """Scale g that the predictor learns to work at, for a student that embeds it; null is the student's own."""
+    guidance_range: list[float] | None = None
+    """[low, high] of scales drawn uniformly in its place, for a predictor that is to serve many."""
+    steps: int | None = None
+    """Steps of the grid that it is made for; null is the student's own."""
+    shift: float | None = None
+    """Shift of that grid; null is the student's own."""
+    search_prompts: int = 8
+    """Prompts whose trajectories schedules are searched on."""
+    mse: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, learning_rate=1e-4, schedule="constant"))
+    """The first stage, on the squared error."""
+    adversarial: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=1000, learning_rate=1e-4, schedule="constant")
+    )
+    """The second stage, against a discriminator as well; 0 steps leave it out."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.student.strip()), "student", self.student, "must name a model")
+        for key, names in {
+            "stage": ("all", "search"),
+            "on_damage": ("stop", "skip"),
+            "pairs": ("data", "trajectory"),
+            "intervals": ("restricted", "grid"),
+        }.items():
+            require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
+        for key in ("clips", "blocks", "longest", "search_prompts"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require(self.history in (1, 2), "history", self.history, "is 1 or 2")
+        both = self.history == 1 or self.pairs == "trajectory"
+        require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")
+        require(self.steps is None or self.steps >= 2, "steps", self.steps, "must be at least 2, or null")
+        require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")
+        widest = self.restrict
+        require(widest is None or 0 < widest <= 1, "restrict", widest, "must be in (0, 1], or null")
+        g = self.guidance
+        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+        scales = self.guidance_range
+        if scales is not None:
+            fits = len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
+            require(fits, "guidance_range", scales, "is [low, high] with 1 <= low <= high, or null")
+            require(self.pairs == "data", "guidance_range", scales, "is null for trajectories, which have their own")

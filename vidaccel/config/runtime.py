@@ -1,0 +1,27 @@
+"""How the model is run, in every command that runs one (runtime/prepare.py)."""
+
+from dataclasses import dataclass
+
+from vidaccel.config.checks import require
+
+
+@dataclass
+class RuntimeConfig:
+    """How the model is run, in every command that runs one (runtime/prepare.py). By default it is the stock one."""
+
+    kernels: str = "reference"
+    """Norms, modulation and rotary embedding of the blocks: `reference` (as diffusers writes them), `fused` (Triton) or
+    `auto` (fused on a CUDA device)."""
+    attention: str = "native"
+    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..."""
+    trim_text: bool = False
+    """Cut text padding off and drop its mask where a batch allows, which lets flash attention run; changes rounding."""
+    quantize: str = "none"
+    """Linear layers of the transformer's blocks: `none`, `int8` or `fp8` (weights and activations)."""
+    compile: bool = False
+    """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
+
+    def __post_init__(self) -> None:
+        kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")
+        require(self.kernels in kernels, "kernels", self.kernels, f"is one of {', '.join(kernels)}")
+        require(self.quantize in quantize, "quantize", self.quantize, f"is one of {', '.join(quantize)}")

@@ -1,0 +1,136 @@
+"""What differs between video DiT families, as data.
+
+Every family here is *embedders -> lists of transformer blocks -> output head* in diffusers. Loading, generating,
+caching and training are written once and read a `DiTFamily` record for the rest: names of classes, attributes and
+arguments. A record holds strings and numbers only, so that reading one costs no import of torch;
+`tests/families/test_records.py` checks each of them against the real classes.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of transformer blocks of one kind, called one after another with the same positional arguments."""
+
+    name: str
+    """Attribute of the transformer that holds the list (a ModuleList)."""
+    arguments: tuple[str, ...]
+    """What the transformer passes to a block, in order and without keywords. `hidden_states` are the video tokens
+    [B, N, D], `encoder_hidden_states` the text tokens [B, L, D]. HunyuanVideo passes more behind these, which only its
+    token-replace (image-to-video) blocks use."""
+    returns: tuple[str, ...]
+    """What a block gives back, by the same names: one name is a bare tensor, several are a tuple in this order."""
+    joint: bool = False
+    """Whether text tokens go through the same weights as video tokens, as one sequence [video; text]."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One of the transformers that a pipeline denoises with, first the one for the noisiest times."""
+
+    attribute: str
+    """Attribute of the pipeline that holds the transformer."""
+    until: float = 0.0
+    """Time in [0, 1] (1 is noise) below which the next denoiser takes over; 0 for the last."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline is told about classifier-free guidance (CFG): two passes a step, or one that embeds the scale."""
+
+    cfg_argument: str | None
+    """Call argument that takes the scale of two-pass CFG; None where a guider component holds it."""
+    embedded_argument: str | None = None
+    """Call argument that takes the scale embedded in a single pass; None where the family has no such embedding."""
+    guider: str | None = None
+    """Attribute of the pipeline that holds a diffusers guider; None where a call argument sets the scale."""
+
+
+@dataclass(frozen=True)
+class TextTensor:
+    """A tensor made from the prompt."""
+
+    name: str
+    """Its name among the pipeline's call arguments."""
+    argument: str
+    """The transformer's forward argument that takes it."""
+    stored: str
+    """Its name in a feature folder, and wherever else text tensors travel by name."""
+
+
+@dataclass(frozen=True)
+class BlankInput:
+    """An input of image-to-video that text-to-video fills with zeros [B, tokens, width]."""
+
+    argument: str
+    """The transformer's forward argument that takes it."""
+    tokens: int
+    """How many the pipeline passes."""
+    width_config: str
+    """Transformer config key of their width."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The family's published sampling settings, for a model folder that brings none of its own."""
+
+    steps: int
+    """Denoising steps."""
+    guidance: float
+    """CFG scale; 1 is no guidance."""
+    num_frames: int
+    """Frames of video."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    fps: float
+    """Frames a second."""
+    shift: float
+    """Shift s of the flow-match step grid s k / (1 + (s - 1) k), k from 1 to 0, for samplers of our own; the pipeline's
+    scheduler keeps the one in its config."""
+
+
+@dataclass(frozen=True)
+class DiTFamily:
+    """One family of video diffusion transformers."""
+
+    name: str
+    """What we call it, in configs and checkpoints."""
+    title: str
+    """What its authors call it, in messages."""
+    pipelines: tuple[str, ...]
+    """diffusers pipeline classes that this record describes."""
+    transformer: str
+    """diffusers class of the denoisers."""
+    denoisers: tuple[Denoiser, ...]
+    """The transformers, in the order in which sampling meets them."""
+    block_lists: tuple[BlockList, ...]
+    """The trunk, in the order in which the transformer runs it."""
+    timestep_embedder: str
+    """Dotted path in the transformer of the module whose output [B, D] stands for t alone: embeddings of r and g are
+    added to it."""
+    text_tensors: tuple[TextTensor, ...]
+    """What `encode_prompt` returns for the prompt, in its order (Wan returns the negative prompt's behind it)."""
+    guidance: Guidance
+    """How guidance is switched on and off."""
+    defaults: SamplingDefaults
+    """Published sampling settings."""
+    size_multiple: int
+    """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
+    held: tuple[str, ...] = ()
+    """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
+    last full one."""
+    r_config: str | None = None
+    """Transformer config key that is true when it was built with an embedding of r; None if the class has none."""
+    r_argument: str | None = None
+    """The transformer's forward argument that then takes 1000 r."""
+    g_config: str | None = None
+    """Transformer config key that is true when it was built with an embedding of g; None if the class has none."""
+    g_argument: str | None = None
+    """The transformer's forward argument that then takes 1000 g."""
+    batched_autoencoder: bool = True
+    """Whether the autoencoder takes several videos at once."""
+    blank_inputs: tuple[BlankInput, ...] = ()
+    """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""

@@ -1,0 +1,20 @@
+"""The families that vidaccel knows, and which of them a pipeline class belongs to."""
+
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
+from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
+from vidaccel.families.wan import WAN
+
+FAMILIES: dict[str, DiTFamily] = {family.name: family for family in (HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, WAN)}
+"""Every family by name."""
+
+PIPELINES: dict[str, DiTFamily] = {name: family for family in FAMILIES.values() for name in family.pipelines}
+"""Every family by the diffusers pipeline classes it describes."""
+
+
+def family_of_pipeline(class_name: str) -> DiTFamily:
+    """The family of a diffusers pipeline class; `UserError` naming the supported classes if there is none."""
+    if class_name not in PIPELINES:
+        raise UserError(f"no model family is known for the pipeline {class_name}", f"supported: {', '.join(PIPELINES)}")
+    return PIPELINES[class_name]

@@ -1,0 +1,108 @@
+"""A predictor on disk, and whether it is the right one.
+
+    folder/config.json          what it is for: `NetworkConfig`
+    folder/model.safetensors    its weights
+
+A finished folder also has schedule.json and run.json, whose hashes are then compared.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, verify_files, write_json
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import FAMILIES
+from vidaccel.models.conditioning import embedding_width
+
+FORMAT = "predictor/1"
+CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What config.json holds."""
+
+    family: str
+    """Name of the family's record."""
+    width: int
+    """D of the tokens."""
+    blocks: int
+    """Transformer blocks."""
+    cached: tuple[str, ...]
+    """Which tokens it takes from the cache and gives back."""
+    transformer: dict[str, Any]
+    """Config of the transformer it was made for, from which its blocks are built."""
+    history: int = 1
+    """Full steps that it looks back on."""
+    steps: int | None = None
+    """Steps of the grid that it was trained for."""
+    shift: float | None = None
+    """Shift of that grid."""
+    student: str | None = None
+    """`student_hash` of the model it was trained for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cached", tuple(self.cached))
+        object.__setattr__(self, "transformer", json.loads(json.dumps(self.transformer)))  # tuples become lists
+        if self.family not in FAMILIES:
+            raise UserError(f"the predictor is for the family {self.family!r}", f"known are {', '.join(FAMILIES)}")
+
+
+class Checkpointed:
+    """What a module with a `NetworkConfig` in `config` inherits to be saved and loaded."""
+
+    config: NetworkConfig
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; run.json is for the command that made the folder."""
+        folder = Path(folder)
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_model(self, str(temporary))
+        write_json(folder / CONFIG_FILE, asdict(self.config))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The saved module in eval mode; `UserError`, naming the folder, unless all of it is there and whole."""
+        folder = Path(folder)
+        if (folder / RUN_FILE).exists():
+            verify_files(folder, read_run(folder, FORMAT))
+        try:
+            module = cls(NetworkConfig(**json.loads((folder / CONFIG_FILE).read_bytes())))
+            load_model(module, folder / WEIGHTS_FILE)
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} is no predictor: {' '.join(str(error).split())}",
+                "give the path of a finished `vidaccel train-predictor` folder",
+            ) from error
+        return module.eval()
+
+    def check_fits(
+        self, transformer: nn.Module, family: DiTFamily, student: str | None = None, force: bool = False
+    ) -> None:
+        """`UserError` unless it was made for this transformer.
+
+        Args:
+            transformer: whose trunk it is to stand in for.
+            family: its record.
+            student: its `student_hash`; None is one that is not known.
+            force: take another student than it was trained for. Another family or width cannot be forced.
+        """
+        made, width = self.config, embedding_width(transformer, family)
+        if (made.family, made.width) != (family.name, width):
+            raise UserError(
+                f"the predictor is for {made.family} of width {made.width}, and this is {family.name} of width {width}",
+                "take the predictor that was trained for this model",
+            )
+        if made.student is not None and made.student != student and not force:
+            which = "a model whose weight files are not known" if student is None else "another one"
+            raise UserError(
+                f"the predictor was trained for the student {made.student[:12]}, and this is {which}",
+                "train one for this model, or see what it does with force=true",
+            )

@@ -1,0 +1,164 @@
+"""From plain settings (steps, guidance, num_frames, ...) to the keyword arguments of a family's own pipeline.
+
+A setting that is not given is the model's own (run.json's "call"), else the family's. At guidance 1 every pipeline
+makes one pass a step, since both passes of two-pass guidance would then end in the prompt's own prediction.
+"""
+
+import inspect
+import math
+import re
+from dataclasses import fields
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from vidaccel.errors import UserError, nearest
+from vidaccel.families.base import SamplingDefaults
+from vidaccel.models.loading import LoadedPipeline
+
+OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {"two_pass"}
+
+
+def call_arguments(
+    loaded: LoadedPipeline,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    two_pass: bool | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments for `loaded.pipe(prompt, ...)`, one prompt a call; `set_guidance` goes with it.
+
+    Args:
+        loaded: the pipeline and its own settings.
+        steps: denoising steps, at least 1.
+        guidance: classifier-free guidance (CFG) scale, at least 1, which is none.
+        two_pass: True runs the transformer with and without the prompt at each step, False once with the scale
+            embedded; None takes two passes unless the model embeds its guidance.
+        num_frames: frames, 4k + 1 for the usual autoencoders.
+        height: pixels.
+        width: pixels.
+
+    Raises:
+        UserError: a value out of range (the message names the nearest valid sizes), guidance that one pass cannot
+            follow, two passes of a student that embeds its guidance, or a setting in the model's run.json that its
+            pipeline does not take.
+    """
+    pipe, rule = loaded.pipe, loaded.family.guidance
+    steps = _given(steps, loaded, "steps")
+    if steps < 1:
+        raise UserError(f"steps={steps} denoises nothing", "take 1 step or more; 50 is usual without distillation")
+    sizes = {"num_frames": num_frames, "height": height, "width": width}
+    sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
+    check_sizes(loaded, **sizes)
+    guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
+
+    arguments = {"num_inference_steps": steps, **sizes}
+    if rule.cfg_argument:
+        arguments[rule.cfg_argument] = guidance if two_pass else 1.0
+    if rule.embedded_argument:
+        arguments[rule.embedded_argument] = 1.0 if two_pass else guidance
+    if two_pass:
+        arguments["negative_prompt"] = ""  # HunyuanVideo's pipeline takes an absent one for "no guidance"
+    return arguments | _extra_arguments(pipe, loaded)
+
+
+def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None) -> None:
+    """Set the scale where it is no call argument: in a pipeline's guider, in the hook of a student that embeds it.
+
+    Arguments and errors are those of `call_arguments`.
+    """
+    guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    if loaded.hook:
+        loaded.hook.guidance = guidance
+    if attribute := loaded.family.guidance.guider:
+        guider = getattr(loaded.pipe, attribute)
+        setattr(loaded.pipe, attribute, guider.new(guidance_scale=guidance, enabled=two_pass))
+
+
+def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
+    """The scale that the arguments of `call_arguments` lead to, and whether it is reached by two passes a step."""
+    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+    distilled = loaded.conditioning is not None and "g" in loaded.conditioning.config.embeds
+    embeds = distilled or bool(loaded.family.g_config and transformer.config[loaded.family.g_config])
+    two_pass = loaded.call.get("two_pass", not embeds) if two_pass is None else two_pass
+    if two_pass and distilled:
+        raise UserError(
+            f"two_pass=true has no meaning here: this {loaded.family.title} student makes guided videos in one pass",
+            "leave two_pass out; guidance=... still sets the scale",
+        )
+    if not two_pass and not embeds:
+        if guidance is not None and guidance != 1:
+            raise UserError(
+                f"guidance={guidance} needs two passes a step: this {loaded.family.title} has no guidance embedding",
+                "set two_pass=true, or guidance=1",
+            )
+        return 1.0, False
+    guidance = _given(guidance, loaded, "guidance")
+    if not 1 <= guidance < math.inf:
+        raise UserError(f"guidance={guidance} is not a number from 1 up", "1 is no guidance, 5 to 7 is usual")
+    return float(guidance), two_pass
+
+
+def size_steps(loaded: LoadedPipeline) -> tuple[int, int]:
+    """(f, s): this pipeline makes f k + 1 frames of a height and width that are multiples of s pixels, k = 0, 1, ..."""
+    pipe, family = loaded.pipe, loaded.family
+    patch = getattr(pipe, family.denoisers[0].attribute).config.patch_size
+    patch = patch if isinstance(patch, int) else patch[-1]
+    return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, patch * pipe.vae_scale_factor_spatial)
+
+
+def neighbours(value: int, step: int, first: int) -> list[int]:
+    """The members of first, first + step, first + 2 step, ... on both sides of `value`; `value` alone if it is one."""
+    below = first + (value - first) // step * step
+    return sorted({max(below, first), max(below if below == value else below + step, first)})
+
+
+def check_sizes(loaded: LoadedPipeline, *, num_frames: int, height: int, width: int) -> None:
+    """`UserError` naming the nearest valid values unless the pipeline can make a video of this size."""
+    refuse_misfits(loaded.family.title, size_steps(loaded), num_frames=num_frames, height=height, width=width)
+
+
+def refuse_misfits(title: str, size_steps: tuple[int, int], *, num_frames: int, height: int, width: int) -> None:
+    """`check_sizes` for a model called `title`, by what the function `size_steps` gives for it."""
+    frame_step, size_step = size_steps
+    rules = {
+        "num_frames": (num_frames, frame_step, 1, f"{frame_step}k + 1 frames"),
+        "height": (height, size_step, size_step, f"multiples of {size_step} pixels"),
+        "width": (width, size_step, size_step, f"multiples of {size_step} pixels"),
+    }
+    for name, (value, step, first, rule) in rules.items():
+        valid = neighbours(value, step, first)
+        if value not in valid:
+            raise UserError(
+                f"{name}={value} does not fit: this {title} makes {rule}",
+                f"nearest valid: {' or '.join(map(str, valid))}",
+            )
+
+
+def unknown_words(pipe: DiffusionPipeline, prompt: str) -> list[str]:
+    """Words of the prompt that the main tokenizer cannot tell apart, in order; [] if it has a token for anything."""
+    tokenizer = pipe.tokenizer
+    if tokenizer.unk_token_id is None:
+        return []
+    words = dict.fromkeys(re.findall(r"\w+", prompt))
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+
+
+def _given(value: Any, loaded: LoadedPipeline, name: str) -> Any:
+    return loaded.default(name) if value is None else value
+
+
+def _extra_arguments(pipe: DiffusionPipeline, loaded: LoadedPipeline) -> dict[str, Any]:
+    """The model's own settings that are not ours but the pipeline's, such as prompt_template."""
+    extra = {name: value for name, value in loaded.call.items() if name not in OWN_SETTINGS}
+    known = inspect.signature(type(pipe).__call__).parameters.keys() - {"self"}
+    for name in extra:
+        if name not in known:
+            raise UserError(
+                f'{type(pipe).__name__} takes no {name}, which "call" in the run.json of {loaded.source} sets',
+                nearest(name, known | OWN_SETTINGS),
+            )
+    return extra

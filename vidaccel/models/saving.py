@@ -1,0 +1,198 @@
+"""A distilled student on disk: a model folder that `load_pipeline` and `vidaccel generate` take as any other.
+
+    model_index.json, vae/, ...   the teacher's, byte for byte
+    transformer/                  the student's weights
+    conditioning/                 embeddings of r and g
+    scheduler/                    flow-match Euler with the student's shift
+    run.json                      how to call it ("call"), and from whom it comes ("parents")
+
+An adapter is saved in lora/ in place of the first two lines, and run.json names the "pipeline" it belongs to. A student
+is built beside its place and put there whole; what else lies there, such as checkpoints, stays.
+"""
+
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from vidaccel.artefacts import (
+    RUN_FILE,
+    atomic_folder,
+    explained,
+    is_finished,
+    read_run,
+    sha256_file,
+    write_json,
+    write_run,
+)
+from vidaccel.errors import UserError
+from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.folder import read_json
+from vidaccel.models.loading import LoadedPipeline, read_model
+from vidaccel.worlds import shipped_models
+
+FORMAT = "model/1"
+INDEX_FILE = "model_index.json"
+SCHEDULER = FlowMatchEulerDiscreteScheduler
+
+
+def save_student(
+    folder: str | Path,
+    teacher: LoadedPipeline,
+    transformer: nn.Module,
+    conditioning: Conditioning | None,
+    *,
+    steps: int,
+    guidance: float,
+    shift: float,
+    command: str,
+    config: Mapping[str, Any],
+    seed: int,
+    started: datetime,
+    parents: Mapping[str, str] | None = None,
+    documents: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the student, in place of any model that `folder` holds.
+
+    Args:
+        folder: the model folder; other files in it are let be.
+        teacher: what it was distilled from, which gives every other component as it lies on disk.
+        transformer: its weights; one that carries a peft adapter is saved as the adapter alone.
+        conditioning: its embeddings of r and g, None where the transformer has its own; stored as they are.
+        steps: denoising steps it is made for.
+        guidance: CFG scale it is sampled with unless told.
+        shift: of its step grid.
+        command: with `config`, `seed`, `started` and `parents` (the teacher is added) for run.json, see `write_run`.
+        documents: further text files, name -> text.
+        dtype: of the stored weights, save those that the class keeps in float32.
+
+    Raises:
+        UserError: the place holds something else or cannot be written, or a weight is not finite in `dtype`.
+    """
+    folder = Path(folder)
+    old = _old_parts(folder)
+    for left in folder.glob(".draft.*"):  # by a killed run
+        shutil.rmtree(left)
+    adapter = bool(getattr(transformer, "peft_config", None))
+    with atomic_folder(folder / "draft") as draft:
+        extra = _write_adapter(draft, teacher, transformer) if adapter else {}
+        if not adapter:
+            _write_pipeline(draft, teacher, transformer, dtype)
+        if conditioning is not None:
+            conditioning.save_pretrained(draft / "conditioning")
+        SCHEDULER(shift=shift).save_pretrained(draft / "scheduler")
+        for name, text in (documents or {}).items():
+            (draft / name).write_text(text, encoding="utf-8")
+        write_run(
+            draft,
+            format=FORMAT,
+            command=command,
+            config=config,
+            seed=seed,
+            started=started,
+            parents=_parents(teacher, adapter) | dict(parents or {}),
+            call=teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False},
+            **extra,
+        )
+    if _same(folder, folder / "draft"):
+        shutil.rmtree(folder / "draft")  # an adapter knows its pipeline by its run.json, whose times would be others
+    else:
+        _put_in_place(folder / "draft", folder, old)
+
+
+def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module, dtype: torch.dtype) -> None:
+    contents = read_model(teacher.source).contents
+    own = teacher.family.denoisers[0].attribute
+    for name, component in contents.components.items():
+        if name not in (own, "scheduler"):
+            shutil.copytree(component.folder, draft / name)
+    index = {key: value for key, value in read_json(contents.path / INDEX_FILE).items() if key != "_name_or_path"}
+    write_json(draft / INDEX_FILE, index | {"scheduler": ["diffusers", SCHEDULER.__name__]})
+    _save_transformer(transformer, draft / own, dtype)
+
+
+def _save_transformer(transformer: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """In diffusers' layout, from an empty double: the trained module may carry hooks, and is needed as it is."""
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        double = type(transformer).from_config(config)
+    double.load_state_dict(_stored(transformer, dtype), assign=True)
+    double.save_pretrained(folder)
+
+
+def _stored(transformer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    kept = set(transformer._keep_in_fp32_modules or ())
+    weights = {}
+    for name, tensor in transformer.state_dict().items():
+        weights[name] = tensor.detach().to("cpu", torch.float32 if kept & set(name.split(".")) else dtype)
+        if not weights[name].isfinite().all():
+            finite = tensor.isfinite().all()
+            hint = "save it in bfloat16 or float32" if finite else "the training diverged: go back to a checkpoint"
+            raise UserError(f"the transformer's {name} is not finite in {dtype}", hint)
+    return weights
+
+
+def _write_adapter(draft: Path, teacher: LoadedPipeline, transformer: nn.Module) -> dict[str, str]:
+    """The adapter's file; what run.json says about the pipeline it belongs to."""
+    source = Path(teacher.source)
+    if source.is_dir() and not (source / INDEX_FILE).exists():
+        raise UserError(
+            f"an adapter belongs to a pipeline folder, and {source} is none", "save the student with its adapter merged"
+        )
+    (adapter,) = transformer.peft_config
+    transformer.save_lora_adapter(draft / "lora", adapter_name=adapter)
+    for name, shipped in shipped_models().items():
+        if source == shipped:
+            return {"pipeline": name}
+    return {"pipeline": str(source.resolve()) if source.is_dir() else teacher.source}
+
+
+def _parents(teacher: LoadedPipeline, adapter: bool) -> dict[str, str]:
+    """SHA-256 of the teacher's run.json, which an adapter's pipeline has to go on having."""
+    run = Path(teacher.source) / RUN_FILE
+    if not run.exists():
+        return {}
+    return {role: sha256_file(run) for role in ("teacher", *(["pipeline"] if adapter else []))}
+
+
+def _same(folder: Path, draft: Path) -> bool:
+    """Whether `folder` holds that student already, whole."""
+    if not is_finished(folder, FORMAT):
+        return False
+    there, new = (read_run(place, FORMAT) for place in (folder, draft))
+    times = {name: new[name] for name in ("started", "finished")}
+    return there | times == new
+
+
+def _old_parts(folder: Path) -> set[str]:
+    """What the model in `folder` consists of; `UserError` if what was finished there is no model."""
+    files = read_run(folder, FORMAT)["files"] if (folder / RUN_FILE).exists() else ()
+    return {Path(name).parts[0] for name in files} | {RUN_FILE, INDEX_FILE, "conditioning", "lora"}
+
+
+def _put_in_place(draft: Path, folder: Path, old: set[str]) -> None:
+    """Move what `draft` holds up into `folder`.
+
+    run.json and the index leave first and come last, so that a kill in between leaves nothing that loads.
+    """
+    new = {part.name for part in draft.iterdir()}
+    last = [name for name in (INDEX_FILE, RUN_FILE) if name in new]
+    with explained(folder):
+        for name in (RUN_FILE, INDEX_FILE, *(old | new)):
+            _remove(folder / name)
+        for name in (*(new - set(last)), *last):
+            (draft / name).rename(folder / name)
+        draft.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

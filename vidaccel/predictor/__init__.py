@@ -1,1 +1,0 @@
-"""What stands in for the trunk on predicted steps: the learned network, and cheaper forecasters to compare it with."""

@@ -1,0 +1,143 @@
+"""How a loaded model is run: kernels, attention backend, text padding, quantised weights, compiled blocks.
+
+    loaded = load_pipeline("path/to/model", device="cuda")
+    chosen = prepare(loaded, config)
+
+One call after loading, before anything is attached to the blocks. What it does it does in the one order in which these
+go together: a fused block has to be there before its attention is told its backend, before its weights are quantised,
+and all of that before it is compiled. By default it does nothing: the stock model, bit for bit. A predictor takes
+over all but the quantised weights from the trunk that it stands in for (`Predictor.run_like`).
+
+`check` alone refuses what this machine cannot do, before minutes are spent on loading.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+)
+from torch import nn
+
+from vidaccel.config.runtime import RuntimeConfig
+from vidaccel.errors import UserError, nearest
+from vidaccel.families.base import DiTFamily
+from vidaccel.kernels import select
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.runtime.compiled import check_compiler, compile_blocks
+from vidaccel.runtime.fuse import fuse
+from vidaccel.runtime.quantized import check_quantization, quantize_blocks
+from vidaccel.runtime.text_padding import masks_text, trim_text
+
+logger = logging.getLogger(__name__)
+
+CPU_ATTENTION = {"native", "_native_math", "_native_flash", "flex"}
+"""Backends that run on a CPU."""
+MASKED_ATTENTION = {
+    *("native", "_native_math", "_native_efficient", "_native_cudnn", "_native_npu", "flex", "xformers"),
+    *("flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "sage_varlen"),
+}
+"""Backends that take a mask."""
+
+
+def check(config: RuntimeConfig, device: torch.device) -> None:
+    """Raises `UserError` for settings that nothing on this machine could follow, whichever the model."""
+    select.choose(config.kernels, device)
+    _check_attention(config.attention, device)
+    check_quantization(config.quantize, device)
+    if config.compile:
+        check_compiler(device)
+
+
+def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
+    """Make the pipeline's transformers run as `config` says; what was chosen, by the names of the settings.
+
+    Raises:
+        UserError: this machine or this model cannot follow a setting, or the blocks are hooked already.
+    """
+    transformers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+    device = transformers[0].device
+    check(config, device)
+    kernels = select.choose(config.kernels, device)
+    for transformer in transformers:
+        _check_fits(transformer, loaded.family, config)
+        if kernels == "fused":
+            fuse(transformer, config.kernels)
+        if config.attention != _AttentionBackendRegistry._active_backend:
+            _set_attention(transformer, config.attention)
+        if config.trim_text:
+            _trim(transformer, loaded.family, config.attention)
+        if config.quantize != "none":
+            quantize_blocks(transformer, loaded.family, config.quantize)
+        if config.compile:
+            # Texts cut to their length differ in it; everything else keeps its shape.
+            compile_blocks(transformer, loaded.family, dynamic=None if config.trim_text else False)
+    return {
+        "kernels": kernels,
+        "attention": config.attention,
+        "trim_text": config.trim_text and masks_text(transformers[0]),
+        "quantize": config.quantize,
+        "compile": config.compile,
+    }
+
+
+def _check_attention(name: str, device: torch.device) -> None:
+    names = [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        raise UserError(f"no attention backend is called {name}", nearest(name, names))
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except RuntimeError as error:
+        raise UserError(f"attention={name} is not possible here: {error}", "or set attention=native") from error
+    if device.type != "cuda" and name not in CPU_ATTENTION:
+        raise UserError(f"attention={name} needs a CUDA device", "set attention=native, or take --device cuda")
+
+
+def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig) -> None:
+    """Whether the model's types, head width and masks are what the attention backend and the quantiser take."""
+    linear = next(m for m in _first_block(transformer, family).modules() if isinstance(m, nn.Linear))
+    heads = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+    probe = torch.empty(1, 1, 1, transformer.config.attention_head_dim, **heads)
+    try:
+        for fits in _AttentionBackendRegistry._constraints[AttentionBackendName(config.attention)]:
+            fits(query=probe, key=probe, value=probe, attn_mask=None, is_causal=False)
+    except ValueError as error:
+        raise UserError(
+            f"attention={config.attention} cannot run this model in {probe.dtype}: {error}",
+            "set dtype=bfloat16, or attention=native",
+        ) from error
+    if config.attention not in MASKED_ATTENTION and masks_text(transformer) and not config.trim_text:
+        raise UserError(
+            f"attention={config.attention} takes no mask, and {family.title} masks the padding of its texts",
+            "set trim_text=true as well: it cuts the padding off",
+        )
+    if config.quantize == "fp8" and probe.dtype != torch.bfloat16:
+        raise UserError(f"quantize=fp8 goes with bfloat16 and the model is in {probe.dtype}", "set dtype=bfloat16")
+
+
+def _set_attention(transformer: nn.Module, name: str) -> None:
+    """diffusers' dispatcher, told for this transformer alone; a backend of the hub is downloaded now."""
+    before = _AttentionBackendRegistry._active_backend
+    try:
+        transformer.set_attention_backend(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        hint = "check the network, or set attention=native"
+        raise UserError(f"attention={name} does not load: {reason}", hint) from error
+    finally:
+        # diffusers makes it that of the whole process as well, and other models were asked for others.
+        _AttentionBackendRegistry.set_active_backend(before)
+
+
+def _trim(transformer: nn.Module, family: DiTFamily, attention: str) -> None:
+    if not masks_text(transformer):
+        logger.info("trim_text: %s masks no text, so there is nothing to cut", family.title)
+        return
+    trim_text(transformer, family, None if attention in MASKED_ATTENTION else f"attention={attention}")
+
+
+def _first_block(transformer: nn.Module, family: DiTFamily) -> nn.Module:
+    return getattr(transformer, family.block_lists[0].name)[0]

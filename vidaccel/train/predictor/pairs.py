@@ -1,0 +1,234 @@
+"""Predicted steps to learn from: where the student is when one is due, and what it would say there itself.
+
+noised       the full step at (t, r) and the predicted one at (t', r') see one clip and noise (method.md, section 3)
+trajectory   the full step is one of the student's own sampling; predicted steps lead from it to the one that is learnt,
+             so that the predictor meets the states that its own errors lead to. One that looks back on two full steps
+             has another before it
+
+B batch, S steps, C channels, T frames, H and W latent pixels
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.encode import LATENT, batch
+from vidaccel.collect.source import EncodedSource
+from vidaccel.collect.trajectories import CACHES
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.forecasters.base import Cached, Forecaster, Tokens
+from vidaccel.models.velocity import Text, Velocity
+from vidaccel.train.methods.cfg import sample_guidance
+from vidaccel.train.methods.mean_velocity import sample_interval_ends
+from vidaccel.train.trainer import generator_for
+
+Data = ShardFolder | EncodedSource
+ALONG = ("x", "velocity", *CACHES.values())
+"""What a stored trajectory has for each of its steps."""
+
+
+class Times(NamedTuple):
+    """A step from t down to r, [B] each."""
+
+    t: Tensor
+    r: Tensor
+
+
+class Pair(NamedTuple):
+    """A predicted step, and the student's answer to it."""
+
+    x: Tensor
+    """[B, C, T, H, W]."""
+    times: Times
+    text: Text
+    g: Tensor | None
+    """[B] for a student that embeds its guidance."""
+    target: Tensor
+    """u(x, r, t) of the student, [B, C, T, H, W]."""
+    memory: tuple[Cached, ...]
+    """What the full steps before left, newest first."""
+
+    def stepped(self, u: Tensor) -> Tensor:
+        """Where a sampler's step with u ends."""
+        return stepped(self.x, self.times, u)
+
+
+class FullStep(NamedTuple):
+    """A full step of a run that is stored."""
+
+    index: Tensor
+    """[B]."""
+    x: Tensor
+    """Latents that it starts from, [B, C, T, H, W]."""
+    u: Tensor
+    """Their velocity."""
+    tokens: Tokens
+    """What it left, where that is stored; else nothing, and it is run again."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the forward passes of a training learn from, as its settings say."""
+
+    student: Velocity
+    trunk: Trunk
+    predictor: Forecaster
+    data: Data
+    """Encoded clips, or trajectories."""
+    config: PredictorConfig
+    grid: Tensor
+    """Times [S + 1] of the steps that the predictor is for."""
+    guidance: float
+    """Scale where the settings name no range of them."""
+    restrict: float
+    """Widest interval t - r."""
+    seed: int
+    """Of the order in which data is drawn."""
+
+    def draw(self, index: int, count: int, step: int, generator: torch.Generator) -> Pair:
+        """B = `count` samples for forward pass `index` of optimiser step `step`."""
+        chosen = [self.data.at(index * count + i, self.seed) for i in range(count)]
+        samples = [tensors for tensors, _ in self.data.read(chosen)]
+        if self.config.pairs == "data":
+            return self._noised(samples, generator)
+        return self._met(samples, step, generator)
+
+    def _noised(self, samples: list[dict[str, Tensor]], generator: torch.Generator) -> Pair:
+        text = batch(samples, self.grid.device, torch.float32)
+        x_0 = text.pop(LATENT)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        count, lag = len(samples), self.config.lag
+        if self.config.intervals == "grid":
+            times = grid_times(count, self.grid.cpu(), lag, generator)
+        else:
+            times = restricted_times(count, self.restrict, lag, generator)
+        full, predicted = (Times(*(end.to(x_0) for end in step)) for step in times)
+        return noised_pair(self.student, self.trunk, x_0, eps, text, self._scales(count, generator), full, predicted)
+
+    def _met(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
+        steps = len(self.grid) - 1
+        # All processes take as many passes in a step, or those that share weights would wait for each other.
+        longest = min(self.config.longest, steps - 1)
+        length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
+        first = torch.randint(steps - length, (len(samples),), generator=generator)
+        starts = [first]
+        if self.config.history > 1:
+            starts.append((first - torch.randint(1, longest + 1, first.shape, generator=generator)).clamp(min=0))
+        g = self._scales(len(samples), generator)
+        alike = [{n: x for n, x in sample.items() if n not in (*ALONG, "times")} for sample in samples]
+        text = batch(alike, self.grid.device, torch.float32)
+        full = [self._full_step(samples, start) for start in starts]
+        return trajectory_pair(self.student, self.trunk, self.predictor, full, length, self.grid, text, g)
+
+    def _full_step(self, samples: list[dict[str, Tensor]], index: Tensor) -> FullStep:
+        """That of each run at its own index."""
+        taken = [{n: sample[n][i] for n in ALONG if n in sample} for sample, i in zip(samples, index, strict=True)]
+        taken = batch(taken, self.grid.device, torch.float32)
+        tokens = {name: taken[stored] for name, stored in CACHES.items() if stored in taken}
+        return FullStep(index.to(self.grid.device), taken["x"], taken["velocity"], tokens)
+
+    def _scales(self, count: int, generator: torch.Generator) -> Tensor | None:
+        if not self.student.embeds("g"):
+            return None
+        low, high = self.config.guidance_range or (self.guidance, self.guidance)
+        return sample_guidance(count, low, high, generator).to(self.grid.device)
+
+
+def stepped(x: Tensor, times: Times, u: Tensor) -> Tensor:
+    """x - (t - r) u: one step of the sampler."""
+    return x - _per_sample(times.t - times.r) * u
+
+
+def restricted_times(count: int, restrict: float, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
+    """Full and predicted step: t ~ U(0, 1), r = max(0, t - U(0, restrict)), and both U(0, lag) later, or at 0."""
+    t = torch.rand(count, generator=generator)
+    r = sample_interval_ends(t, restrict, 0.0, generator)
+    passed = lag * torch.rand(count, generator=generator)
+    return Times(t, r), Times((t - passed).clamp(min=0.0), (r - passed).clamp(min=0.0))
+
+
+def grid_times(count: int, grid: Tensor, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
+    """Full and predicted step: two of a grid [S + 1], neighbours or at most `lag` apart; all such are as likely."""
+    steps = len(grid) - 1
+    at = grid.tolist()  # a difference in float32 would be rounded, and may pass for one that is no longer than `lag`
+    near = [(i, j) for i in range(steps) for j in range(i + 1, steps) if j == i + 1 or at[i] - at[j] <= lag]
+    full, predicted = torch.tensor(near)[torch.randint(len(near), (count,), generator=generator)].T
+    return Times(grid[full], grid[full + 1]), Times(grid[predicted], grid[predicted + 1])
+
+
+@torch.no_grad()
+def noised_pair(
+    student: Velocity,
+    trunk: Trunk,
+    x_0: Tensor,
+    eps: Tensor,
+    text: Text,
+    g: Tensor | None,
+    full: Times,
+    predicted: Times,
+) -> Pair:
+    """Clips x_0 under the noise eps, both [B, C, T, H, W], at the times of a full and of a predicted step."""
+    with trunk.full(full.t):
+        student(_noised(x_0, eps, full.t), full.t, text, r=full.r, g=g)
+    x = _noised(x_0, eps, predicted.t)
+    target = student(x, predicted.t, text, r=predicted.r, g=g)
+    return Pair(x, predicted, text, g, target, trunk.memory())
+
+
+@torch.no_grad()
+def trajectory_pair(
+    student: Velocity,
+    trunk: Trunk,
+    forecaster: Forecaster,
+    full: Sequence[FullStep],
+    length: int,
+    grid: Tensor,
+    text: Text,
+    g: Tensor | None,
+) -> Pair:
+    """The last of `length` predicted steps in a row.
+
+    Args:
+        full: the full steps behind which they come, newest first: that one, below S - length, and, where the forecaster
+            looks back further, one before it. Where nothing came before, that is the same one again: nothing has
+            changed between them.
+        grid: the runs' times [S + 1].
+    """
+    first = full[0].index
+
+    def at(step: int) -> Times:
+        return Times(grid[first + step], grid[first + step + 1])
+
+    memory = tuple(_remembered(student, trunk, step, grid, text, g) for step in full)
+    x = stepped(full[0].x, at(0), full[0].u)
+    for step in range(1, length):
+        with trunk.predicted(forecaster, at(step).t, memory):
+            x = stepped(x, at(step), student(x, at(step).t, text, r=at(step).r, g=g))
+    times = at(length)
+    target = student(x, times.t, text, r=times.r, g=g)
+    # Autocast has kept the forecaster's weights as casts without gradients, and where PyTorch lacks its change 165068 a
+    # training of this step would take those.
+    torch.clear_autocast_cache()
+    return Pair(x, times, text, g, target, memory)
+
+
+def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, text: Text, g: Tensor | None) -> Cached:
+    """What a full step leaves; where its tokens are stored, what embedders gave in it is not, and they run again."""
+    if step.tokens:
+        return Cached(step.tokens, grid[step.index])
+    with trunk.full(grid[step.index]):
+        student(step.x, grid[step.index], text, r=grid[step.index + 1], g=g)
+    return trunk.memory()[0]
+
+
+def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    return (1 - _per_sample(t)) * x_0 + _per_sample(t) * eps
+
+
+def _per_sample(number: Tensor) -> Tensor:
+    return number.view(-1, 1, 1, 1, 1)

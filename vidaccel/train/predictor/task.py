@@ -1,0 +1,129 @@
+"""What a predictor's training and the search of its schedules work on: the frozen student, data, and how it is sampled.
+
+A predictor is trained at one guidance scale, the one that the student is sampled with, unless a range is asked for: it
+is a few per cent of the student, and every other scale is another function to learn.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidaccel.artefacts import RUN_FILE, sha256_file
+from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.features import check_tensors, open_features
+from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import NetworkConfig
+from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.grid import shift_of, step_grid
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Velocity
+from vidaccel.train.predictor.pairs import Data
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the student is sampled where the predictor is to serve."""
+
+    steps: int
+    shift: float
+    guidance: float
+
+    @property
+    def grid(self) -> Tensor:
+        """Times [S + 1]."""
+        return step_grid(self.steps, self.shift)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """See above."""
+
+    config: PredictorConfig
+    loaded: LoadedPipeline
+    student: Velocity
+    trunk: Trunk
+    data: Data
+    made_of: Mapping[str, Any]
+    """What tells the data from others."""
+    sampling: Sampling
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.transformer.parameters()).device
+
+
+def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig | None) -> Setting:
+    """The student of `config`, frozen; `made` is the predictor, if there is one already, whose grid is then taken.
+
+    Raises:
+        UserError: no predictor can be trained for this student, or on these data, or not as asked.
+    """
+    if len(loaded.family.denoisers) > 1:
+        raise UserError(
+            f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
+            "take a family with one: this vidaccel trains no predictor for several together",
+        )
+    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+    student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
+    guidance = _guidance(loaded, config, student)
+    data, made_of = _open_data(loaded, config)
+    shift = shift_of(loaded.pipe.scheduler, loaded.family)
+    own = {"steps": loaded.default("steps"), "shift": shift, "guidance": guidance}
+    own |= {"steps": made.steps, "shift": made.shift} if made else {}
+    sampling = _sampling(own, config, data)
+    if sampling.steps < 2:
+        raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
+    history = made.history if made else config.history
+    trunk = Trunk(transformer, loaded.family, history)
+    return Setting(config, loaded, student, trunk, data, made_of, sampling)
+
+
+def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity) -> float:
+    guidance, two_pass = guidance_in_force(loaded, config.guidance, False if student.embeds("g") else None)
+    if two_pass and guidance > 1:
+        raise UserError(
+            f"{loaded.source} makes two passes a step, and a predictor is trained for one",
+            "distil its guidance first (vidaccel distill --conf sprites/cfg), or set guidance=1",
+        )
+    if config.guidance_range and not student.embeds("g"):
+        raise UserError(
+            f"guidance_range={config.guidance_range} is for a student that embeds its guidance",
+            "set guidance_range=null",
+        )
+    return guidance
+
+
+def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, dict[str, Any]]:
+    if config.features is not None:
+        # Only the texts are wanted for a search, and both kinds have them.
+        kind = None if config.stage == "search" else {"data": "encoded", "trajectory": "trajectory"}[config.pairs]
+        features = open_features(config.features, kind, loaded.hashes, config.on_damage)
+        check_tensors(features, loaded)
+        return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
+    clips = CollectConfig(model=config.student, data=config.data, clips=config.clips, seed=config.seed)
+    source = open_source(loaded, clips)
+    return EncodedSource(loaded, source), {"clips": len(source)} | source.identity
+
+
+def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampling:
+    """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
+    asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
+    run = data[0][1] if config.pairs == "trajectory" else {}
+    fixed = []
+    if "guidance" in run:  # a search may have encoded clips, and is of any grid, whatever was learnt from
+        fixed = list(own) if config.stage == "all" else ["guidance"]
+    own |= {name: run[name] for name in fixed}
+    changed = [name for name in fixed if asked.get(name, own[name]) != own[name]]
+    if changed:
+        differing = [f"{name}={own[name]:g}, not {asked[name]:g}" for name in changed]
+        raise UserError(
+            f"the trajectories in {config.features} are of {'; '.join(differing)}",
+            "leave these settings out, or collect trajectories with them",
+        )
+    return Sampling(**own | asked)

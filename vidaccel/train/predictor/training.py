@@ -1,0 +1,224 @@
+"""`vidaccel train-predictor` from end to end: a student and data in, a predictor's folder with its schedules out.
+
+folder/config.json, model.safetensors   the predictor
+folder/schedule.json                    the best full steps for each budget, on each grid that was searched
+folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
+folder/trajectories                     runs of the student, where it learns from such and was given none (runs.py)
+"""
+
+import logging
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sha256_file, write_run
+from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
+from vidaccel.config import loader as configuration
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.training import TrainConfig
+from vidaccel.forecasters.base import Cached, Tokens
+from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
+from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.models.loading import load_pipeline
+from vidaccel.models.weight_hashes import student_hash
+from vidaccel.train.methods.mean_velocity import widest_interval
+from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
+from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
+from vidaccel.train.predictor.loss import Lesson
+from vidaccel.train.predictor.pairs import Pair, Pairs
+from vidaccel.train.predictor.search import measured_costs, searched
+from vidaccel.train.predictor.task import Setting, setting_of
+from vidaccel.train.predictor.trajectories import with_runs
+from vidaccel.train.trainer import generator_for, train
+
+log = logging.getLogger(__name__)
+COMMAND = "vidaccel train-predictor"
+STAGES = ("mse", "adversarial")
+NOT_SHAPING = {"student", "stage", "features", "data", "clips", "on_damage", "seed", "search_prompts", *STAGES}
+"""Settings that shape no stage, or that `train` is told otherwise."""
+
+
+def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> list[Schedule]:
+    """Train a predictor into the folder `output`, going on where an earlier run was stopped, and search its schedules;
+    or, for `stage=search`, search those of the predictor that is there, beside which those of other grids stay.
+    Returns what was found; of many processes the first does.
+
+    Raises:
+        UserError: student, data and settings do not go together, or cannot be read or written.
+        TrainingFailed: the training did not stay finite.
+    """
+    check_output(output, FORMAT)
+    with processes():
+        schedules = _train_and_search(config, output, device)
+        return schedules if rank() == 0 else []
+
+
+def _train_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
+    started = datetime.now(UTC)
+    run = read_run(output, FORMAT) if config.stage == "search" else None
+    made = Predictor.from_pretrained(output).config if run else None
+    halves = config.mse.precision == config.adversarial.precision == "bfloat16"
+    loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
+    setting = setting_of(loaded, with_runs(config, loaded, output), made)
+    with setting.trunk:
+        if run is None:
+            before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
+            _train(setting, output)
+            run = _described(setting, config, started)
+            if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
+                run["searched_on"] = before["searched_on"]
+        schedules = _search(setting, output)
+    on_first(lambda: _finish(setting, output, run, schedules))
+    return schedules
+
+
+def _train(setting: Setting, output: Path) -> None:
+    """Both stages; leaves the predictor in `output`."""
+    config, student = setting.config, setting.student
+    torch.manual_seed(config.seed)
+    predictor, pairs = _start(setting)
+    discriminator = Discriminator(predictor.config.width, config.discriminator).to(setting.device)
+    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
+    log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
+    _shard(setting, predictor, discriminator)
+    lesson = Lesson(student, setting.trunk, predictor, relative=config.relative)
+    _stage("mse", setting, pairs, lesson, output)
+    if config.adversarial.steps:
+        judged = Lesson(student, setting.trunk, predictor, discriminator, config.discriminator, config.relative)
+        _stage("adversarial", setting, pairs, judged, output)
+    _save(predictor, output)
+
+
+def _start(setting: Setting) -> tuple[Predictor, Pairs]:
+    """A new predictor, which has the statistics of a first pair of passes, and what it will learn from."""
+    config, student, sampling = setting.config, setting.student, setting.sampling
+    trained_on = student.conditioning.config.restrict if student.conditioning else None
+    restrict = config.restrict or trained_on or widest_interval(sampling.steps, sampling.shift)
+    grid = sampling.grid.to(setting.device)
+    pairs = Pairs(student, setting.trunk, Reuse(), setting.data, config, grid, sampling.guidance, restrict, config.seed)
+    with _autocast(setting, config.mse):
+        first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
+        entering = _entering(setting, first)
+    predictor = new_predictor(
+        student.transformer,
+        student.family,
+        entering,
+        first.memory[0].tokens,
+        config.blocks,
+        history=config.history,
+        steps=sampling.steps,
+        shift=sampling.shift,
+        student=student_hash(setting.loaded),
+    )
+    return predictor, replace(pairs, predictor=predictor)
+
+
+@torch.no_grad()
+def _entering(setting: Setting, pair: Pair) -> Tokens:
+    """The tokens that enter the trunk on the predicted step of `pair`."""
+    seen: Tokens = {}
+
+    def look(arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+        seen.update({name: arguments[name] for name in memory[0].tokens})
+        return memory[0].tokens
+
+    with setting.trunk.predicted(look, pair.times.t, pair.memory):
+        setting.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
+    return seen
+
+
+def _stage(name: str, setting: Setting, pairs: Pairs, lesson: Lesson, output: Path) -> None:
+    config: TrainConfig = getattr(setting.config, name)
+    passes = config.accumulate * world()
+
+    def loss(lesson: nn.Module, index: int, generator: torch.Generator):
+        return lesson(pairs.draw(index, config.batch_size, index // passes, generator))
+
+    train(
+        lesson,
+        loss,
+        config,
+        output / CHECKPOINTS / name,
+        seed=setting.config.seed + STAGES.index(name),
+        title=f"predictor, {name}",
+        settings=_shaping(setting, name),
+        rates={"discriminator": setting.config.discriminator.learning_rate / config.learning_rate},
+    )
+
+
+def _shaping(setting: Setting, name: str) -> dict[str, Any]:
+    """What shapes a stage, besides what `train` is given itself. The second goes on from the first."""
+    config = configuration.to_dict(setting.config)
+    shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
+    earlier = {} if name == "mse" else {"mse": config["mse"], "discriminator": config["discriminator"]}
+    made_of = {"data": setting.made_of, "student": student_hash(setting.loaded), **asdict(setting.sampling)}
+    return shared | earlier | made_of
+
+
+def _shard(setting: Setting, predictor: Predictor, discriminator: Discriminator) -> None:
+    """Each part on its own, because each is called on its own."""
+    student = setting.student
+    shard(student.transformer, [block for _, block in trunk_blocks(student)])
+    for part in (student.conditioning, discriminator):
+        if part is not None:
+            shard(part, [])
+    shard(predictor, predictor.blocks)
+
+
+def _save(predictor: Predictor, output: Path) -> None:
+    weights = full_state(predictor)  # every process has to call it
+
+    def write() -> None:
+        whole = Predictor(predictor.config)
+        whole.load_state_dict(weights)
+        (output / RUN_FILE).unlink(missing_ok=True)
+        whole.save_pretrained(output)
+
+    on_first(write)  # the others go on when it is there
+
+
+def _search(setting: Setting, output: Path) -> list[Schedule]:
+    """The schedules of the predictor in `output`, run as it is when it serves."""
+    transformer = setting.student.transformer
+    predictor = Predictor.from_pretrained(output).to(setting.device)
+    predictor.check_fits(transformer, setting.loaded.family, student_hash(setting.loaded))
+    costs = measured_costs(setting, predictor.run_like(transformer))
+    return list(searched(costs, setting.sampling.shift).values())
+
+
+def _described(setting: Setting, config: PredictorConfig, started: datetime) -> dict[str, Any]:
+    """What run.json says of a training: the settings as they were given, and what was learnt from."""
+    folders = {"student": Path(setting.loaded.source)}
+    if setting.config.features is not None:
+        folders["features"] = Path(setting.config.features)
+    parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
+    given = configuration.to_dict(config)
+    return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
+
+
+def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
+    """Beside what was searched before by `run`, which a new training has not."""
+    steps = setting.sampling.steps
+    others = [on for on in run.get("searched_on", []) if on["steps"] != steps]
+    kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []
+    (output / RUN_FILE).unlink(missing_ok=True)
+    write_schedules(output / SCHEDULE_FILE, [*kept, *schedules])
+    write_run(
+        output,
+        format=FORMAT,
+        command=COMMAND,
+        config=run["config"],
+        seed=run["seed"],
+        started=datetime.fromisoformat(run["started"]),
+        parents=run["parents"],
+        searched_on=[*others, asdict(setting.sampling) | {"prompts": setting.config.search_prompts}],
+    )
+
+
+def _autocast(setting: Setting, config: TrainConfig) -> torch.autocast:
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")

@@ -1,0 +1,74 @@
+"""Runs of the student for a predictor that learns from such and was given none: they are collected first."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vidaccel.artefacts import RUN_FILE, sha256_file
+from vidaccel.collect.features import open_features
+from vidaccel.collect.job import collect, plan
+from vidaccel.collect.source import open_source
+from vidaccel.collect.trajectories import running
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.data.shards import ShardFolder, kinds_in
+from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.train.parallel import world
+
+log = logging.getLogger(__name__)
+FOLDER = "trajectories"
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Those of the first encoded clips: a source of runs, which needs no videos."""
+
+    features: ShardFolder
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.features))
+
+    def record(self, index: int) -> dict[str, Any]:
+        return self.features[index][1]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        made_of = sha256_file(self.features.folder / RUN_FILE)
+        # Where damaged shards are left out there are fewer samples.
+        return {"captions": made_of, "samples": len(self.features), "clips": len(self)}
+
+
+def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
+    """`config` with runs of the student as its features, where it is to learn from such.
+
+    Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips;
+    a collection that was stopped is gone on with.
+
+    Raises:
+        UserError: there are no captions, the features are damaged or another model's, or several processes would all
+            collect.
+    """
+    if config.pairs != "trajectory" or config.stage == "search":
+        return config
+    if config.features is not None and kinds_in(config.features) == {"trajectory"}:
+        return config
+    if world() > 1:
+        raise UserError(
+            "pairs=trajectory needs runs of the student, and several processes do not collect them",
+            f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
+        )
+    sampled = {name: getattr(config, name) for name in ("data", "clips", "seed", "steps", "shift", "guidance")}
+    asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
+    if config.features is None:
+        source = open_source(loaded, asked)
+    else:
+        source = Captions(open_features(config.features, "encoded", loaded.hashes, config.on_damage), config.clips)
+    job = running(loaded, source, asked)
+    folder = output / FOLDER
+    log.info("runs of the student to learn from: %s, in %s", plan(job), folder)
+    collect(job, folder)
+    return replace(config, features=str(folder))

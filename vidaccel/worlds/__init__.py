@@ -1,0 +1,73 @@
+"""Small worlds that vidaccel can show and score itself: models that ship, clips to train on, a program that scores.
+
+A world is a package that has the names of `World`. Nothing outside imports it: it is found in `WORLDS` by its name and
+imported when it is first asked for, so that a world of one's own is its folder and a line here.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vidaccel.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WORLDS = {"sprites": "vidaccel.worlds.sprites"}
+"""Every world: name -> package."""
+
+Scores = Mapping[str, float]
+"""Of one video, by dimension, 0 to 1."""
+
+
+class Scorer(Protocol):
+    """What tells how good a video is, from its frames and its prompt alone."""
+
+    def held_out_prompts(self, count: int) -> list[str]:
+        """The first `count` prompts of things that the world's models were never trained on."""
+        ...
+
+    def training_prompts(self, count: int) -> list[str]:
+        """`count` prompts like those that they were trained on, for what is fitted before it is scored."""
+        ...
+
+    def score(self, frames: "np.ndarray", prompt: str) -> Scores:
+        """Scores of one video, uint8 [T, H, W, 3]; `UserError` for a prompt that the world cannot judge."""
+        ...
+
+    def summarise(self, scores: Sequence[Scores], resamples: int = 1000) -> dict[str, dict[str, float]]:
+        """{"mean", "low", "high"} in percent of every dimension and of `semantic`, `quality` and `total`, over videos;
+        low and high bound the 95 % bootstrap interval."""
+        ...
+
+
+class World(Protocol):
+    """What the package of a world has."""
+
+    SHIPPED: Path
+    """A folder of model folders; <name> in it is the shipped model WORLD/<name>."""
+
+    def clip_source(self, loaded: Any, clips: int, seed: int, size: Mapping[str, int], fps: float) -> Any:
+        """`clips` clips of that size and rate, a `vidaccel.collect.source.ClipSource`; None for a model of another
+        world, `UserError` for a size or rate that the world has not."""
+        ...
+
+    def scorer(self) -> Scorer: ...
+
+
+def world(name: str) -> World:
+    """The world of that name; `UserError` if there is none."""
+    if name not in WORLDS:
+        raise UserError(f"no world is called {name}", nearest(name, WORLDS))
+    return importlib.import_module(WORLDS[name])  # type: ignore[return-value]  # a module has the protocol's names
+
+
+def shipped_models() -> dict[str, Path]:
+    """The folder of every shipped model, by its name WORLD/<name>."""
+    return {
+        f"{name}/{folder.name}": folder
+        for name in WORLDS
+        for folder in sorted(world(name).SHIPPED.iterdir())
+        if folder.is_dir()
+    }

@@ -1,0 +1,346 @@
+"""The stages that make the shipped world's model, each resumable: `python -m vidaccel.sprites make` in order.
+
+text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model folder with its card
+"""
+
+import hashlib
+import random
+import shutil
+from dataclasses import is_dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
+from vidaccel.collect.encode import encode_samples, encode_videos
+from vidaccel.collect.source import ClipSource, FolderClips
+from vidaccel.config import loader as configuration
+from vidaccel.config.training import TrainConfig
+from vidaccel.data.clips import ClipFolder
+from vidaccel.data.shards import ShardFolder, write_shards
+from vidaccel.errors import UserError
+from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.train.flow_matching import flow_matching_loss
+from vidaccel.train.trainer import train
+from vidaccel.worlds.sprites import align, text
+from vidaccel.worlds.sprites.autoencoder_loss import autoencoder_loss
+from vidaccel.worlds.sprites.captions import caption, told
+from vidaccel.worlds.sprites.card import STAGES_FILE, model_card, trained_stages
+from vidaccel.worlds.sprites.pipeline import (
+    CALL,
+    assemble,
+    build_autoencoder,
+    build_transformer,
+    deepen,
+    inflate,
+    whiten,
+)
+from vidaccel.worlds.sprites.render import render
+from vidaccel.worlds.sprites.score_model import score_model
+from vidaccel.worlds.sprites.settings import SpritesConfig
+from vidaccel.worlds.sprites.source import RenderedScenes
+from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
+
+ENCODE_BATCH = 8
+SCALE_CLIPS = 64
+"""Clips from which the latents' standard deviation, and so the scaling factor, is measured."""
+
+
+def make_model(config: SpritesConfig, output: Path) -> None:
+    """All stages, from the newest checkpoint of each; the model ends in `output`/model."""
+    device = resolve_device(config.device)
+    clips = open_clips(config)
+    start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
+    reader = train_text(config, output / "text", device, start)
+    scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds)
+    source = scenes if clips is None else FolderClips(clips)
+    autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
+    features = encode_clips(config, output / "features", autoencoder, reader, source, start)
+    transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
+    publish(config, output, reader, autoencoder, transformer, start)
+
+
+def open_clips(config: SpritesConfig) -> ClipFolder | None:
+    """The user's own clips, brought to the model's size and rate, or None where scenes are rendered."""
+    if config.data is None:
+        return None
+    return ClipFolder(config.data, num_frames=NUM_FRAMES, height=SIZE, width=SIZE, fps=FPS)
+
+
+def train_text(
+    config: SpritesConfig, folder: Path, device: torch.device, start: LoadedPipeline | None
+) -> text.CaptionReader:
+    """Both text encoders, trained on the world's own captions."""
+    torch.manual_seed(config.seed)
+
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        rng = _python_rng(generator)
+        scenes = [random_scene(rng) for _ in range(config.text.train.batch_size)]
+        said = [told(scene, rng) for scene in scenes]
+        return text.caption_loss(model, [caption(scene, rng) for scene in said], text.labels(said))
+
+    reader = text.CaptionReader(config.text.width).to(device)
+    if start:
+        _go_on(reader.llama, start.pipe.text_encoder, config.start)
+        _go_on(reader.clip, start.pipe.text_encoder_2, config.start)
+    settings = _shaping(config.text, start=_digest(reader) if start else None)
+    return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders", settings=settings)
+
+
+def train_autoencoder(
+    config: SpritesConfig,
+    folder: Path,
+    device: torch.device,
+    clips: ClipFolder | None,
+    source: ClipSource,
+    start: LoadedPipeline | None,
+) -> nn.Module:
+    """The video autoencoder, trained on crops of single frames first, of clips then, and at last its decoder alone."""
+    settings = config.autoencoder
+    torch.manual_seed(config.seed)
+    model = build_autoencoder(settings).to(device)
+    if start:
+        _go_on(model, start.pipe.vae, config.start)
+    shaping = _shaping(settings, data=config.data, odds=config.odds, start=_digest(model) if start else None)
+
+    def stage(name: str, title: str, excerpts: list[list[int]], *irrelevant: str, **before: str) -> None:
+        which = getattr(settings, name)
+
+        def loss(model: nn.Module, index: int, generator: torch.Generator):
+            rng = _python_rng(generator)
+            count, frames, pixels = excerpt(excerpts, which.batch_size * settings.image_pixels**2, index)
+            first = rng.randint(0, NUM_FRAMES - frames)
+            if clips is None:
+                video = render([random_scene(rng, odds=config.odds) for _ in range(count)], frames, first)
+            else:
+                drawn = [clips[rng.randrange(len(clips))][0] for _ in range(count)]
+                video = torch.stack([clip[:, first : first + frames] for clip in drawn])
+            video = torch.stack([busiest_crop(clip, pixels, rng) for clip in video])
+            return autoencoder_loss(model, video.to(device), settings, generator)
+
+        given = {key: value for key, value in shaping.items() if key not in irrelevant} | before
+        train(model, loss, which, folder / name, seed=config.seed, title=title, settings=given)
+
+    if settings.images.steps:
+        stage("images", "autoencoder on images", [[1, settings.image_pixels]], "excerpts", "latent_noise")
+        inflate(model)
+    if settings.clips.steps:
+        stage("clips", "autoencoder on clips", settings.excerpts, "latent_noise", images=_digest(model))
+    if settings.images.steps or settings.clips.steps:
+        whiten(model, _some_latents(model, source), settings.latent_noise)
+    if settings.decoder.steps:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
+        stage("decoder", "decoder", settings.excerpts, clips=_digest(model))
+    return model.eval()
+
+
+def _some_latents(autoencoder: nn.Module, source: ClipSource) -> torch.Tensor:
+    """Latents of the first clips, as the encoder gives them."""
+    autoencoder.register_to_config(scaling_factor=1.0)
+    clips = torch.stack([source[i][0] for i in range(min(SCALE_CLIPS, len(source)))])
+    return encode_videos(autoencoder, clips, ENCODE_BATCH)
+
+
+def excerpt(excerpts: list[list[int]], area: int, index: int) -> tuple[int, int, int]:
+    """Number, frames and pixels of the clips of one forward pass, which sees about `area` pixels in all."""
+    frames, pixels = excerpts[index % len(excerpts)]
+    return max(1, area // (frames * pixels**2)), frames, pixels
+
+
+def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.Tensor:
+    """Of four random crops of `clip` [C, T, H, W], the one with most variance: most of a clip is plain background."""
+    corners = [(rng.randint(0, SIZE - pixels), rng.randint(0, SIZE - pixels)) for _ in range(4)]
+    return max((clip[..., y : y + pixels, x : x + pixels] for y, x in corners), key=lambda crop: float(crop.var()))
+
+
+def encode_clips(
+    config: SpritesConfig,
+    folder: Path,
+    autoencoder: nn.Module,
+    reader: text.CaptionReader,
+    source: ClipSource,
+    start: LoadedPipeline | None,
+) -> ShardFolder:
+    """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way.
+
+    Where the encoder is still that of the model to start from, so is its factor: the transformer knows latents in it.
+    """
+    started = datetime.now(UTC)
+    if start and not (config.autoencoder.images.steps or config.autoencoder.clips.steps):
+        factor = start.pipe.vae.config.scaling_factor
+    else:
+        factor = round(1 / float(_some_latents(autoencoder, source).std()), 6)
+    autoencoder.register_to_config(scaling_factor=factor)
+    untrained = build_transformer(config.teacher, config.autoencoder.latent_channels, config.text.width)
+    pipe = assemble(
+        reader.llama, reader.clip, autoencoder, untrained.to(autoencoder.device), config.sample_shift, torch.float32
+    )
+    loaded = LoadedPipeline(pipe, HUNYUAN_VIDEO, str(folder), CALL, {})
+
+    def encode(indices: list[int]):
+        return encode_samples(loaded, *zip(*(source[i] for i in indices), strict=True), "float16")
+
+    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.identity
+    if not (folder / RUN_FILE).exists():
+        write_shards(
+            folder,
+            encode,
+            count=len(source),
+            kind="encoded",
+            settings=settings,
+            batch_size=ENCODE_BATCH,
+            title="encoding",
+        )
+        write_run(
+            folder,
+            format="features/1",
+            command="python -m vidaccel.sprites make",
+            config=configuration.to_dict(config),
+            seed=config.seed,
+            started=started,
+        )
+    return ShardFolder(folder, kind="encoded")
+
+
+def train_teacher(
+    config: SpritesConfig,
+    folder: Path,
+    device: torch.device,
+    features: ShardFolder,
+    source: ClipSource,
+    reader: text.CaptionReader,
+    start: LoadedPipeline | None,
+) -> nn.Module:
+    """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random, and by naming
+    what its tokens show where that is known.
+
+    A shallow one comes first and is deepened: what a caption means is learnt there, at a fraction of the price.
+    """
+    settings = config.teacher
+    channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
+    latents = torch.stack([features[i][0]["latent"] for i in range(len(features))])
+    labels = None
+    if settings.alignment and isinstance(source, RenderedScenes):
+        labels = torch.cat([align.shown([source.scene(i)]) for i in range(len(source))])
+
+    def say(index: int, rng: random.Random) -> str:
+        if rng.random() < settings.caption_dropout:
+            return ""
+        if isinstance(source, RenderedScenes):
+            return source.another_caption(index, rng)
+        return source.record(index)["caption"]
+
+    def loss(size: int, model: nn.Module, index: int, generator: torch.Generator):
+        rng = _python_rng(generator)
+        indices = [features.at(index * size + i, config.seed) for i in range(size)]
+        x_0 = latents[indices].to(device, torch.float32)
+        with torch.no_grad():
+            captions = [say(i, rng) for i in indices]
+            embeds, tokens, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
+        longest = int(tokens.attention_mask.sum(1).max())
+        embeds, mask = embeds[:, :longest], tokens.attention_mask[:, :longest].float()
+        scores = []
+
+        def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            v, score = model(x_t, 1000 * t, embeds, mask, pooled)
+            scores.append(score)
+            return v
+
+        flow_matching = flow_matching_loss(velocity, x_0, settings.train_shift, generator)
+        if labels is None:
+            return flow_matching, {}
+        alignment = align.alignment_loss(scores[0], labels[indices].to(device))
+        measured = {"flow_matching": flow_matching.item(), "alignment": alignment.item()}
+        return flow_matching + settings.alignment * alignment, measured
+
+    def stage(model: nn.Module, which: TrainConfig, name: str, **more) -> nn.Module:
+        of_batch = partial(loss, which.batch_size)
+        shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader), **more)
+        title = f"{name} teacher"
+        aligned = align.Aligned(model).to(device)
+        train(aligned, of_batch, which, folder / name, seed=config.seed, title=title, settings=shaping)
+        return model
+
+    torch.manual_seed(config.seed)
+    model = build_transformer(settings, channels, width).to(device)
+    if settings.shallow.steps:
+        few = {key: getattr(settings, key) // settings.growth for key in ("double_blocks", "single_blocks")}
+        shallow = build_transformer(replace(settings, shallow=TrainConfig(steps=0), **few), channels, width).to(device)
+        deepen(stage(shallow, settings.shallow, "shallow"), model)
+    elif start:
+        _go_on(model, start.pipe.transformer, config.start)
+    return stage(model, settings.train, "deep", start=_digest(model))
+
+
+def publish(
+    config: SpritesConfig,
+    output: Path,
+    reader: text.CaptionReader,
+    autoencoder: nn.Module,
+    transformer: nn.Module,
+    start: LoadedPipeline | None,
+) -> None:
+    """Save the pipeline in half precision, score it as saved, and finish its folder with scores, card and run.json."""
+    started = datetime.now(UTC)
+    call = CALL | {"steps": config.steps, "guidance": config.guidance}
+    draft = output / "draft"
+    with atomic_folder(draft) as folder:
+        pipe = assemble(reader.llama, reader.clip, autoencoder, transformer, config.sample_shift)
+        pipe.save_pretrained(folder)
+        finish = partial(
+            write_run,
+            format="model/1",
+            command="python -m vidaccel.sprites make",
+            config=configuration.to_dict(config),
+            seed=config.seed,
+            started=started,
+            parents={"features": sha256_file(output / "features" / RUN_FILE)},
+            call=call,
+        )
+        finish(folder)
+    loaded = load_pipeline(draft, device=config.device)
+    settings = configuration.GenerateConfig(model=str(draft))
+    summary = score_model(loaded, settings, config.score_prompts, output / "scores")
+    with atomic_folder(output / "model") as folder:
+        pipe.save_pretrained(folder)
+        write_json(folder / "score.json", summary)
+        stages = trained_stages(output, Path(start.source) if start else None)
+        write_json(folder / STAGES_FILE, stages)
+        (folder / "README.md").write_text(model_card(config, stages, summary), encoding="utf-8")
+        finish(folder)
+    shutil.rmtree(draft)
+
+
+def _go_on(part: nn.Module, trained: nn.Module, source: str) -> None:
+    """Give a part the weights that it has in the model to start from."""
+    try:
+        part.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"{source} cannot be gone on from: {' '.join(str(error).split())[:300]}",
+            "give the widths and block counts that it was made with, or another start",
+        ) from error
+
+
+def _shaping(group: object, **more: Any) -> dict:
+    """The settings of a group that train() does not see itself, and whatever else shapes that training."""
+    own = {key: value for key, value in configuration.to_dict(group).items() if not is_dataclass(getattr(group, key))}
+    return own | more
+
+
+def _python_rng(generator: torch.Generator) -> random.Random:
+    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""Marks for clips of the sprites world, in the shape of VBench: semantic, quality, total = (4 quality + semantic) / 5.
+
+Every dimension is 1 for the renderer's own clips, also after an mp4 round trip, and 0 for a failure that `score_clip`
+names. A clip is marked against the meaning of its caption alone. Places and sizes are free, so edges are compared with
+those of the renderer's shapes at the places and sizes that were found.
+
+T frames, H and W pixels, P prompts, K dimensions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+
+import numpy as np
+import torch
+
+from vidaccel.worlds.sprites.detect import FULL_MOTION, MOTION_AXES, Detection, FoundSprite, detect, dilate
+from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning
+from vidaccel.worlds.sprites.world import SIZE, Scene, Sprite
+
+SEMANTIC = ("shape", "colour", "motion", "background", "pair")
+QUALITY = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flicker",
+    "motion_smoothness",
+    "imaging_quality",
+    "dynamic_degree",
+)
+
+WORST_LEVELS = 32.0
+"""Levels of 255 at which unsteady or noisy colour earns 0: an eighth of the range, seen by anyone."""
+WORST_STRAY = 2.5
+"""RMS pixels from a straight path that earn 0: the renderer's travel in two frames."""
+SHARP, SMEARED = 2.5, 6.0
+"""Widths of an edge in pixels, up to which it earns 1 and from which on 0. The renderer's own are 1 pixel wide, and up
+to SHARP in an mp4, which stores colour at half the size."""
+_LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
+"""Share of red, green and blue in brightness (BT.709)."""
+_PERIMETERS = torch.tensor([2 * math.pi, 8.0, 2 + 2 * math.sqrt(5), 8.0])
+"""Length of the edge of each of SHAPES at half extent 1."""
+
+
+def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> dict[str, float]:
+    """Mark one clip, uint8 [T, 64, 64, 3], in each dimension from 0 to 1.
+
+    Semantic. Expected sprites are matched to the found ones so that most attributes agree:
+
+    - shape, colour, motion: the share of sprites that have it right, where a sprite too many counts as wrong;
+    - background: 1 if its colour is right;
+    - pair: 1 if both sprites are right in everything and there is no third; only for two-sprite prompts.
+
+    Quality. The first, and the last three, are means over the expected sprites, where a missing one has 0:
+
+    - subject_consistency: the share of frames that show the sprite in its commonest shape and its commonest colour;
+    - background_consistency: 1 - RMS difference of background pixels from the clip's background, 0 at 32 levels;
+    - temporal_flicker: 1 - mean change of brightness from frame to frame, of background pixels or of a sprite's inside,
+      whichever is most, 0 at 32 levels; a sprite that comes or goes counts 32;
+    - motion_smoothness: 1 - RMS distance of position or size from a straight line at constant speed, 0 at 2.5 pixels,
+      times the share of frames that show the sprite;
+    - imaging_quality: edge sharpness, 1 up to 2.5 times the width of the renderer's edges (an mp4 alone reaches that)
+      and 0 from 6 times on, times 1 - standard deviation of background noise, 0 at 32 levels;
+    - dynamic_degree: how far it moves (or grows) as the caption says, over how far the renderer's sprites do, at most
+      1; for one that stands still, 1 - unwanted movement over the same distance.
+
+    Raises:
+        ValueError: if `frames` has another type or shape.
+    """
+    video = torch.as_tensor(frames)
+    found = detect(video)
+    matched = _match(meaning.sprites, found.sprites)
+    marks = _semantic(meaning, found, matched)
+    background = ~_near_sprites(found, len(video))
+    difference = video.float() - found.background_rgb
+    steady = {
+        "background_consistency": _level_mark(_rms(difference[background])),
+        "temporal_flicker": _level_mark(_flicker(difference, background, found.sprites)),
+    }
+    clean = _level_mark(_noise(difference, background))
+    subjects = {
+        "subject_consistency": [sprite and _subject_consistency(sprite) for sprite in matched],
+        "motion_smoothness": [sprite and _smoothness(sprite) for sprite in matched],
+        "imaging_quality": [sprite and clean * _sharpness(sprite) for sprite in matched],
+        "dynamic_degree": [
+            sprite and _dynamic_degree(sprite, wanted.motion)
+            for wanted, sprite in zip(meaning.sprites, matched, strict=True)
+        ],
+    }
+    return marks | steady | {name: sum(mark or 0.0 for mark in each) / len(each) for name, each in subjects.items()}
+
+
+def _match(wanted: Sequence[SpriteMeaning | Sprite], found: Sequence[FoundSprite]) -> tuple[FoundSprite | None, ...]:
+    """The found sprite, if any, for each wanted one: the choice with most agreements, then with most sprites."""
+    places = [*found, *[None] * len(wanted)]
+
+    def agreement(choice: tuple[FoundSprite | None, ...]) -> tuple[int, int]:
+        right = sum(sum(_agreements(w, f).values()) for w, f in zip(wanted, choice, strict=True))
+        return right, sum(f is not None for f in choice)
+
+    return max(permutations(places, len(wanted)), key=agreement)
+
+
+def _agreements(wanted: SpriteMeaning | Sprite, found: FoundSprite | None) -> dict[str, bool]:
+    return {
+        name: found is not None and getattr(found, name) == getattr(wanted, name)
+        for name in ("shape", "colour", "motion")
+    }
+
+
+def _semantic(meaning: Meaning | Scene, found: Detection, matched: Sequence[FoundSprite | None]) -> dict[str, float]:
+    right = [_agreements(w, f) for w, f in zip(meaning.sprites, matched, strict=True)]
+    count = max(len(meaning.sprites), len(found.sprites))
+    marks = {name: sum(agreement[name] for agreement in right) / count for name in ("shape", "colour", "motion")}
+    marks["background"] = float(found.background == meaning.background)
+    if len(meaning.sprites) == 2:
+        marks["pair"] = float(count == 2 and all(all(agreement.values()) for agreement in right))
+    return marks
+
+
+def _near_sprites(found: Detection, num_frames: int) -> torch.Tensor:
+    """[T, H, W] bool: the sprites and 3 pixels around them."""
+    near = torch.zeros(num_frames, SIZE, SIZE, dtype=torch.bool)
+    for sprite in found.sprites:
+        near |= dilate(sprite.alpha > 0.1, 3)
+    return near
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _level_mark(levels: float) -> float:
+    """NaN, where nothing was left to measure, earns 0: `max` keeps its first argument."""
+    return max(0.0, 1 - levels / WORST_LEVELS)
+
+
+def _flicker(difference: torch.Tensor, background: torch.Tensor, sprites: Sequence[FoundSprite]) -> float:
+    """Mean over successive frames of the largest change of brightness, of background pixels or of a sprite, in levels.
+
+    Args:
+        difference: frames less the background, [T, H, W, 3].
+        background: [T, H, W] bool.
+    """
+    both = background[1:] & background[:-1]
+    change = (difference @ _LUMA).diff(dim=0).abs().mul(both).sum((1, 2)) / both.sum((1, 2))
+    for sprite in sprites:
+        inside = (sprite.rgb @ _LUMA).diff().abs().nan_to_num(0.0)
+        comes_or_goes = sprite.seen[1:] ^ sprite.seen[:-1]
+        change = torch.maximum(change, inside.masked_fill(comes_or_goes, WORST_LEVELS))
+    return float(change.mean())
+
+
+def _noise(difference: torch.Tensor, background: torch.Tensor) -> float:
+    """Standard deviation in levels of noise between horizontal neighbours in the background."""
+    both = background[:, :, 1:] & background[:, :, :-1]
+    return _rms(difference.diff(dim=2)[both]) / math.sqrt(2)
+
+
+def _subject_consistency(sprite: FoundSprite) -> float:
+    same = _is_commonest(sprite.shapes) & _is_commonest(sprite.colours)
+    return float(same.float().mean())
+
+
+def _is_commonest(votes: torch.Tensor) -> torch.Tensor:
+    """[T] bool: which of the votes [T] are for the most frequent index; -1 is none."""
+    known = votes[votes >= 0]
+    return votes == known.mode().values if len(known) else torch.zeros_like(votes, dtype=torch.bool)
+
+
+def _smoothness(sprite: FoundSprite) -> float:
+    stray = float(sprite.line[1].max())
+    return max(0.0, 1 - stray / WORST_STRAY) * float(sprite.seen.float().mean())
+
+
+def _sharpness(sprite: FoundSprite) -> float:
+    """From the width of the edge as a linear ramp: over a ramp of width w, a (1 - a) integrates to w / 6."""
+    ramp = (sprite.alpha * (1 - sprite.alpha)).sum()
+    length = (_PERIMETERS[sprite.templates] * sprite.states[:, 2])[sprite.seen].sum()
+    width = float(6 * ramp / length)
+    return min(1.0, max(0.0, (SMEARED - width) / (SMEARED - SHARP)))
+
+
+def _dynamic_degree(sprite: FoundSprite, motion: str) -> float:
+    share = sprite.line[0] / FULL_MOTION
+    if motion == "still":
+        return max(0.0, 1 - float(share.abs().max()))
+    axis, sign = MOTION_AXES[motion]
+    return min(1.0, max(0.0, sign * float(share[axis])))
+
+
+def summarise(
+    clips: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Averages of the marks of many clips, as percentages, with 95 % bootstrap intervals over the prompts.
+
+    Each dimension is averaged over the clips that have it; one that no clip has is left out. `semantic` and `quality`
+    are means of their dimensions' averages, and `total` is (4 quality + semantic) / 5.
+
+    Args:
+        clips: what `score_clip` returned, one a prompt.
+
+    Returns:
+        {dimension: {"mean", "low", "high"}}, in percent.
+    """
+    names = [name for name in SEMANTIC + QUALITY if any(name in clip for clip in clips)]
+    marks = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
+    rng = np.random.default_rng(seed)
+    samples = np.stack([_averages(marks[rng.integers(len(marks), size=len(marks))], names) for _ in range(resamples)])
+    low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
+    columns = zip([*names, "semantic", "quality", "total"], _averages(marks, names), low, high, strict=True)
+    return {
+        name: {"mean": 100 * float(mean), "low": 100 * float(lo), "high": 100 * float(hi)}
+        for name, mean, lo, hi in columns
+    }
+
+
+def _averages(marks: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """[K + 3] averages of marks [P, K], then semantic, quality and total; NaN marks count for nothing."""
+    applies = ~np.isnan(marks)
+    with np.errstate(invalid="ignore"):
+        means = np.where(applies, marks, 0).sum(0) / applies.sum(0)
+    is_semantic = np.isin(names, SEMANTIC)
+    semantic, quality = np.nanmean(means[is_semantic]), np.mean(means[~is_semantic])
+    return np.array([*means, semantic, quality, (4 * quality + semantic) / 5])

@@ -1,0 +1,62 @@
+"""A model marked on held-out prompts of the sprites world, resumable: marks.jsonl, a line a prompt, and score.json."""
+
+import json
+import random
+from pathlib import Path
+
+from vidaccel.artefacts import write_json
+from vidaccel.config import loader as configuration
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.progress import Progress
+from vidaccel.sampling import generate, predicted_steps
+from vidaccel.worlds.sprites.captions import caption
+from vidaccel.worlds.sprites.parse import parse
+from vidaccel.worlds.sprites.score import score_clip, summarise
+from vidaccel.worlds.sprites.world import random_scene
+
+SCORE_BATCH = 8
+
+
+def score_model(
+    loaded: LoadedPipeline, config: GenerateConfig, prompts: int, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Mark the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
+
+    A killed run goes on where it was. `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with
+    their intervals; settings that are refused leave what it holds.
+    """
+    settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
+    rng = random.Random("held out")
+    texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
+    with predicted_steps(loaded, config) as attachment:
+        marks_file = _begin_marks(folder, settings)
+        marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
+        with Progress("scoring", total=prompts, done=len(marks)) as bar, marks_file.open("a") as file:
+            for first in range(len(marks), prompts, SCORE_BATCH):
+                batch = range(first, min(first + SCORE_BATCH, prompts))
+                seeds = [config.seed + i for i in batch]
+                made = generate(loaded, [texts[i] for i in batch], config, seeds, attachment)
+                for i, frames in zip(batch, made.frames, strict=True):
+                    marks.append(
+                        {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
+                    )
+                    file.write(json.dumps(marks[-1]) + "\n")
+                    bar.advance()
+                file.flush()
+    summary = summarise([mark["marks"] for mark in marks])
+    write_json(folder / "score.json", summary)
+    return summary
+
+
+def _begin_marks(folder: Path, settings: dict) -> Path:
+    """The file of marks so far, emptied if it was begun with other settings, cut after its last whole batch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record, marks = folder / "settings.json", folder / "marks.jsonl"
+    if not record.exists() or json.loads(record.read_text()) != settings or not marks.exists():
+        marks.write_text("")
+        write_json(record, settings)
+    whole = marks.read_text().split("\n")[:-1]
+    kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
+    marks.write_text("".join(line + "\n" for line in kept))
+    return marks

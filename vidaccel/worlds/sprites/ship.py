@@ -1,0 +1,158 @@
+"""A student of the shipped teacher, and its predictor, as the package has them.
+
+    student/     the transformer, conditioning/ and scheduler/; run.json names sprites/teacher for the rest
+    predictor/   as `vidaccel train-predictor` left it
+
+Each has a card with how it was made and what a results.json of `vidaccel benchmark` says about it. No weight changes,
+and so neither does the identity by which a predictor knows its student.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, atomic_folder, read_run, sha256_file, write_run
+from vidaccel.bench.reports.plots import kind_of
+from vidaccel.bench.reports.tables import passes_text
+from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
+from vidaccel.forecasters.checkpoint import FORMAT as PREDICTOR
+from vidaccel.models.loading import read_model
+from vidaccel.models.saving import FORMAT as MODEL
+from vidaccel.train.metrics import FILE as METRICS
+from vidaccel.train.predictor.training import STAGES
+from vidaccel.worlds.sprites import SHIPPED
+from vidaccel.worlds.sprites.card import made_here, trained_stage
+
+TEACHER = "sprites/teacher"
+STUDENT = """\
+The few-step student of sprites/teacher: one forward pass a step, guidance included, in 20 steps unless told otherwise.
+With `instantaneous=true` it is the CFG-distilled teacher, to be sampled in 50. All but the transformer are the
+teacher's own parts. Licence: Apache-2.0."""
+INSTEAD = """\
+Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
+number of full steps, those that the search found. Licence: Apache-2.0."""
+SCORES = [
+    "Percent, with 95 % bootstrap intervals over held-out prompts; the latent error is relative to the teacher's 50",
+    "steps of two passes from the same noise.",
+    "",
+    "| | passes | semantic | quality | total | interval | latent error |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def ship_student(student: Path, distilled: Path, results: Path | None, remark: str, output: Path) -> None:
+    """Write the student's own parts to `output`, with its card.
+
+    Args:
+        student: folder of `vidaccel distill`, whose every component but the transformer is the shipped teacher's.
+        distilled: folder of the CFG distillation before it.
+        results: the results.json that its card quotes; None leaves that out.
+        remark: a paragraph for the card on what the settings do not say of the training.
+        output: the new folder.
+
+    Raises:
+        UserError: a folder is not finished, another teacher's, or cannot be written.
+    """
+    run, before = read_run(student, MODEL), read_run(distilled, MODEL)
+    files, teacher = read_model(student), read_model(TEACHER)
+    own = teacher.contents.family.denoisers[0].attribute
+    shared = {name: digest for name, digest in teacher.hashes.items() if not name.startswith(f"{own}/")}
+    if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
+        raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
+    made_by = {
+        "CFG distillation": (
+            _command(f"distill --conf sprites/cfg -o {distilled}", before, "features"),
+            before,
+            distilled / METRICS,
+        ),
+        "few steps": (
+            _command(f"distill --conf sprites/restricted_meanflow -o {student}", run, "teacher", "features"),
+            run,
+            student / METRICS,
+        ),
+    }
+    with atomic_folder(output) as folder:
+        shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
+        for name in ("conditioning", "scheduler"):
+            shutil.copytree(student / name, folder / name)
+        card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        parents = run["parents"] | {"pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
+        _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
+
+
+def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
+    """Write the predictor to `output`, with its card; arguments and errors as for `ship_student`."""
+    run = read_run(predictor, PREDICTOR)
+    command = _command("train-predictor --conf sprites", run, "student", "features")
+    stages = [stage for stage in STAGES if run["config"][stage]["steps"]]
+    made_by = {f"predictor, {stage}": (command, run, predictor / CHECKPOINTS / stage / METRICS) for stage in stages}
+    with atomic_folder(output) as folder:
+        for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):
+            shutil.copy(predictor / name, folder / name)
+        steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
+        remark = f"Schedules were searched on grids of {steps} steps."
+        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), remark)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
+
+
+def _command(words: str, run: Mapping[str, Any], *places: str) -> str:
+    """That which `run` is of, with the folders that it read."""
+    given = {place: run["config"][place] for place in places if run["config"][place] is not None}
+    return " ".join(["vidaccel", words, *(f"{place}={folder}" for place, folder in given.items())])
+
+
+def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[str, str], **extra) -> None:
+    """run.json, which says of the training what the training said."""
+    write_run(
+        folder,
+        format=format,
+        command=run["command"],
+        config=run["config"],
+        seed=run["seed"],
+        started=datetime.fromisoformat(run["started"]),
+        parents=parents,
+        **extra,
+    )
+
+
+def _scores(results: Path | None, kind: str) -> list[str]:
+    """Markdown about the scored rows of a `kind_of` that begins so; nothing where there are none."""
+    found = json.loads(results.read_text(encoding="utf-8")) if results else {"runs": []}
+    runs = [run for run in found["runs"] if run["total"] is not None and kind_of(run).startswith(kind)]
+    if not runs:
+        return []
+    return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_marks, runs), ""]
+
+
+def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], scores: list[str], remark: str) -> str:
+    """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
+    commands = {command: run for command, run, _ in made_by.values()}
+    stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
+    seed = next(iter(commands.values()))["seed"]
+    lines = [f"# {title}", "", about, "", "## How it was made", ""]
+    lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
+    if remark:
+        lines += [remark, ""]
+    lines += scores
+    for command, run in commands.items():
+        lines += [f"## Settings of `{command}`", "", "```yaml", _yaml(run["config"]), "```", ""]
+    return "\n".join(lines)
+
+
+def _marks(run: Mapping[str, Any]) -> str:
+    low, high = run["intervals"]["total"]
+    marks = " | ".join(f"{run[name]:.1f}" for name in ("semantic", "quality", "total"))
+    error = run["fidelity"]["latent_relative_l2"] if run["fidelity"] else 0.0  # the baseline itself
+    return f"| {run['method']} | {passes_text(run)} | {marks} | {low:.1f} to {high:.1f} | {error:.3f} |"
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config))).rstrip()

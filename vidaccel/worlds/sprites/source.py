@@ -1,0 +1,74 @@
+"""Random scenes of the sprites world as clips to train on, drawn when asked for."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vidaccel.collect.source import Record
+from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.worlds.sprites.captions import UNSAID, caption, told, vocabulary
+from vidaccel.worlds.sprites.render import render
+from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene, random_scene
+
+
+@dataclass(frozen=True)
+class RenderedScenes:
+    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, odds, i) alone."""
+
+    count: int
+    seed: int
+    pair_share: float = 0.5
+    """Share of scenes with two sprites."""
+    odds: Odds = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
+        return render([self.scene(index)])[0], self.record(index)
+
+    def record(self, index: int) -> Record:
+        rng = self._rng(index)
+        scene = self._draw(rng)
+        return {"caption": caption(told(scene, rng), rng), "fps": FPS}
+
+    def another_caption(self, index: int, rng: random.Random) -> str:
+        """The clip in other words, or with other things left unsaid."""
+        return caption(told(self.scene(index), rng), rng)
+
+    def scene(self, index: int) -> Scene:
+        return self._draw(self._rng(index))
+
+    @property
+    def identity(self) -> Record:
+        return {
+            "data": None,
+            "seed": self.seed,
+            "unsaid": UNSAID,
+            "pair_share": self.pair_share,
+            "odds": dict(self.odds),
+        }
+
+    def _draw(self, rng: random.Random) -> Scene:
+        return random_scene(rng, pair_share=self.pair_share, odds=self.odds)
+
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"{self.seed}/{index}")
+
+
+def check_size(size: Mapping[str, int], fps: float) -> None:
+    """Raises `UserError` for num_frames, height, width and a rate that scenes are not rendered in."""
+    if (size["num_frames"], size["height"], size["width"], fps) != (NUM_FRAMES, SIZE, SIZE, FPS):
+        raise UserError(
+            f"scenes are rendered in {NUM_FRAMES} frames of {SIZE}x{SIZE} at {FPS} a second, not as asked for",
+            "leave num_frames, height, width and fps out, or give a folder of videos: data=FOLDER",
+        )
+
+
+def knows_sprites(loaded: LoadedPipeline) -> bool:
+    """Whether the model's words are those of the sprites world's captions, no fewer and no more."""
+    tokenizer = loaded.pipe.tokenizer
+    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(vocabulary())
