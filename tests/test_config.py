@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import SCHEMAS, conf_root, load, to_dict, to_yaml
@@ -149,7 +150,7 @@ def test_a_wrong_key_names_the_nearest_right_one(tmp_path, key, nearest):
         sprites(f"{key}=3")
     assert in_word.value.message == f'there is no setting "{key}"'
     with pytest.raises(UserError) as in_file:
-        load("sprites", SpritesConfig, str(tmp_path / "mine.yaml"))
+        load(CONF, SpritesConfig, str(tmp_path / "mine.yaml"))
     if nearest:
         assert "there is no setting" in in_file.value.message
         assert f'did you mean "{nearest}"?' == in_word.value.hint == in_file.value.hint
@@ -295,6 +296,33 @@ def test_training_settings_out_of_range(key, value):
     assert error.value.hint.startswith(f"{key} ")
     with pytest.raises(UserError, match=f"{key}={value!r} is not possible"):
         sprites(f"text.train.{key}={value}")
+
+
+# Names of earlier versions
+
+OLD_NAMES = [
+    (
+        "distill",
+        DistillConfig,
+        "mean_velocity: {equal_share: 0.5}",
+        "mean_velocity.equal_share=0.5",
+        "r_equals_t_share",
+    ),
+    ("train-predictor", PredictorConfig, "longest: 2", "longest=2", "max_skipped"),
+    ("benchmark", BenchmarkConfig, "marker: sprites", "marker=sprites", "scorer"),
+    ("benchmark", BenchmarkConfig, "methods: {a: {between: linear}}", "methods.a.between=linear", "on_skipped"),
+]
+
+
+@pytest.mark.parametrize(("command", "schema", "text", "word", "new"), OLD_NAMES, ids=[row[2] for row in OLD_NAMES])
+def test_a_renamed_key_is_read_and_warned_of(tmp_path, caplog, command, schema, text, word, new):
+    (tmp_path / "old.yaml").write_text(text)
+    (tmp_path / "new.yaml").write_text("methods: {a: {steps: 50}}" if "methods" in text else "seed: 0")
+    from_file = load(command, schema, str(tmp_path / "old.yaml"))
+    from_word = load(command, schema, str(tmp_path / "new.yaml"), [word])
+    assert from_file == from_word != load(command, schema, str(tmp_path / "new.yaml"))
+    assert sum(f'is called "{new}" now' in message for message in caplog.messages) == 2
+    assert "RENAMED" not in to_yaml(from_file)
 
 
 # There and back

@@ -44,10 +44,10 @@ def cost(config: DistillConfig, repeats: int) -> dict[str, Any]:
 
     Targets are timed in turn, so that a machine that slows down does so for all; a ratio is one of neighbours.
     """
-    setting = setting_of(config)
-    step = Step(setting)
-    calls = {PLAIN: partial(step.passes, loss_of(setting, PLAIN))}
-    calls |= {target: partial(step, loss_of(setting, target)) for target in TARGETS}
+    task = task_of(config)
+    step = Step(task)
+    calls = {PLAIN: partial(step.passes, loss_of(task, PLAIN))}
+    calls |= {target: partial(step, loss_of(task, target)) for target in TARGETS}
     rounds = interleaved(calls, repeats)
     ratios = {name: [a / b for a, b in zip(rounds[name], rounds[PLAIN], strict=True)] for name in TARGETS}
     memory = {mode: peak(config, mode) for mode in IN_MEMORY}
@@ -77,16 +77,16 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 def median_step_seconds(config: DistillConfig, repeats: int = 5) -> float:
     """Of a training with these settings."""
-    setting = setting_of(config)
-    step = partial(Step(setting), LOSSES[config.method](setting))
+    task = task_of(config)
+    step = partial(Step(task), LOSSES[config.method](task))
     return statistics.median(interleaved({"": step}, repeats)[""])
 
 
 class Step:
     """Optimiser steps of one student."""
 
-    def __init__(self, setting: Distillation):
-        self.config, self.student = setting.config, setting.student
+    def __init__(self, task: Distillation):
+        self.config, self.student = task.config, task.student
         self._optimizer = torch.optim.AdamW(self.student.parameters(), lr=self.config.train.learning_rate)
 
     def __call__(self, loss: Loss, index: int) -> None:
@@ -109,7 +109,7 @@ class Step:
         value.backward()
 
 
-def setting_of(config: DistillConfig) -> Distillation:
+def task_of(config: DistillConfig) -> Distillation:
     """Teacher, student and data as `vidaccel distill` would train with."""
     loaded = load_pipeline(config.teacher, dtype="float32")
     data, _ = open_data(loaded, config)
@@ -124,18 +124,18 @@ def setting_of(config: DistillConfig) -> Distillation:
     )
 
 
-def loss_of(setting: Distillation, mode: str) -> Loss:
+def loss_of(task: Distillation, mode: str) -> Loss:
     """The loss of one of TARGETS, or PLAIN."""
     if mode == PLAIN:
-        return partial(_flow_matching, setting)
-    own = replace(setting.config.mean_velocity, **TARGETS[mode])
-    return LOSSES["mean_velocity"](replace(setting, config=replace(setting.config, mean_velocity=own)))
+        return partial(_flow_matching, task)
+    own = replace(task.config.mean_velocity, **TARGETS[mode])
+    return LOSSES["mean_velocity"](replace(task, config=replace(task.config, mean_velocity=own)))
 
 
-def _flow_matching(setting: Distillation, model: nn.Module, index: int, generator: torch.Generator):
-    x_0, _, _, g, text = setting.draw(index, generator)
+def _flow_matching(task: Distillation, model: nn.Module, index: int, generator: torch.Generator):
+    x_0, _, _, g, text = task.draw(index, generator)
     scale = g if model.embeds("g") else None
-    return flow_matching_loss(lambda x, t: model(x, t, text, g=scale), x_0, setting.shift, generator), {}
+    return flow_matching_loss(lambda x, t: model(x, t, text, g=scale), x_0, task.shift, generator), {}
 
 
 def peak(config: DistillConfig, mode: str) -> dict[str, int]:
@@ -143,9 +143,9 @@ def peak(config: DistillConfig, mode: str) -> dict[str, int]:
 
     The second step has AdamW's moments in memory as well.
     """
-    setting = setting_of(config)
-    step, loss = Step(setting), loss_of(setting, mode)
-    models = setting.teacher, setting.student
+    task = task_of(config)
+    step, loss = Step(task), loss_of(task, mode)
+    models = task.teacher, task.student
     with PeakMemory(torch.device("cpu"), models) as memory:
         for index in range(2):
             step(loss, index)

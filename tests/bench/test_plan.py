@@ -114,13 +114,13 @@ def test_passes():
 
     assert counted(steps=50, two_pass=True) == (100, 0, 0)
     assert counted(steps=8, full_steps=[0, 2, 4, 7]) == (4, 4, 0)
-    assert counted(steps=8, every=3, between="trunk") == (3, 0, 5)
-    assert counted(steps=8, every=3, between="attention", two_pass=True) == (6, 0, 10)
+    assert counted(steps=8, every=3, on_skipped="trunk") == (3, 0, 5)
+    assert counted(steps=8, every=3, on_skipped="attention", two_pass=True) == (6, 0, 10)
 
 
 def test_two_passes_a_step_keep_two_caches():
     methods = {
-        name: MethodConfig(steps=4, every=2, between="branches", two_pass=two_pass)
+        name: MethodConfig(steps=4, every=2, on_skipped="branches", two_pass=two_pass)
         for name, two_pass in (("one", False), ("two", True))
     }
     shallow = {"num_layers": 1, "num_single_layers": 1}
@@ -142,7 +142,7 @@ def test_a_predictor_that_looks_back_on_two_full_steps_holds_both():
 
     one, two = cache()
     assert two - one == (2 * 8 * 8 // 4 + 256) * 3072 * 2  # [video; text] in bfloat16, and nothing of embedders again
-    assert cache(between="trunk") == [one, one]
+    assert cache(on_skipped="trunk") == [one, one]
 
 
 def test_the_shipped_model_is_planned_as_it_is_called():
@@ -215,8 +215,8 @@ def test_refusals(overrides, message, hint):
         {"steps": 0},
         {"every": 0},
         {"order": -1},
-        {"between": "magic"},
-        {"between": "linear", "two_pass": True},
+        {"on_skipped": "magic"},
+        {"on_skipped": "linear", "two_pass": True},
         {"weights": "pupil"},
         {"steps": 4, "full_steps": []},
         {"steps": 4, "full_steps": [1, 2]},
@@ -226,7 +226,7 @@ def test_refusals(overrides, message, hint):
         {"full_steps": [0], "every": 2},
         {"steps": 4, "budget": 5},
         {"budget": 2, "every": 2},
-        {"budget": 2, "between": "trunk"},
+        {"budget": 2, "on_skipped": "trunk"},
         {"cache": "magic"},
         {"settings": {"threshold": 1}},
         {"sweep": {"threshold": [1]}},

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.students import student
 from vidaccel.bench import runner
-from vidaccel.bench.generation import make
+from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.models import Models
 from vidaccel.cache.schedule import evenly, write_schedules
 from vidaccel.cli.main import app
@@ -42,10 +42,10 @@ methods:
   student: {{steps: 4}}
   predictor: {{steps: 4, full_steps: [0, 2]}}
   searched: {{steps: 4, budget: 1}}
-  reuse: {{steps: 4, full_steps: [0, 2], between: trunk}}
-  linear: {{steps: 4, full_steps: [0, 2], between: linear}}
-  taylor: {{steps: 4, full_steps: [0, 1], between: trunk, order: 1}}
-  fora: {{weights: teacher, steps: 6, every: 3, between: branches, cache: fora, settings: {{every: 3}}}}
+  reuse: {{steps: 4, full_steps: [0, 2], on_skipped: trunk}}
+  linear: {{steps: 4, full_steps: [0, 2], on_skipped: linear}}
+  taylor: {{steps: 4, full_steps: [0, 1], on_skipped: trunk, order: 1}}
+  fora: {{weights: teacher, steps: 6, every: 3, on_skipped: branches, cache: fora, settings: {{every: 3}}}}
   first-block: {{weights: teacher, steps: 6, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
   teacache: {{steps: 4, cache: teacache, settings: {{threshold: 1000.0}}}}
   magcache: {{steps: 4, cache: magcache, settings: {{threshold: 1000.0, retention_ratio: 0.0}}}}
@@ -139,15 +139,17 @@ def test_a_row_has_a_grid_and_a_scale_of_its_own(conf):
 
     def latents(method: MethodConfig, models: Models = models) -> torch.Tensor:
         with models.running(method, {}) as loaded:
-            return make(loaded, method, (5, 32, 32), ["blue"], [0], models.config.guidance, decode=False).latents
+            return timed_generation(
+                loaded, method, (5, 32, 32), ["blue"], [0], models.config.guidance, decode=False
+            ).latents
 
     plain = MethodConfig(steps=4)
     loaded, other = (each.pipeline(plain) for each in (models, others))
     own = loaded.pipe.scheduler
     other.pipe.scheduler = type(own).from_config(own.config, shift=5.0)
     before = latents(plain)
-    taylor = {"full_steps": [0, 1], "between": "trunk", "order": 1}
-    ways = ({}, taylor, taylor | {"between": "linear", "order": 0})
+    taylor = {"full_steps": [0, 1], "on_skipped": "trunk", "order": 1}
+    ways = ({}, taylor, taylor | {"on_skipped": "linear", "order": 0})
     for way in ways:
         row = latents(MethodConfig(steps=4, shift=5.0, guidance=7.0, **way))
         assert torch.equal(row, latents(MethodConfig(steps=4, **way), others)) and not torch.equal(row, before)
@@ -182,7 +184,7 @@ def test_speedups(bench):
 
 def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
     """Videos of 0.5, 0.2 and 0.3 s are a round of 0.8 s: their mean counts, and the decoder runs once."""
-    made, decoded, times = runner.make, [], itertools.cycle([0.5, 0.2, 0.3])
+    made, decoded, times = runner.timed_generation, [], itertools.cycle([0.5, 0.2, 0.3])
 
     def timed(loaded, method, size, prompts, seeds, guidance, decode=True):
         video = made(loaded, method, size, prompts, seeds, guidance, decode)
@@ -258,7 +260,7 @@ def test_quality(bench, models):
     for name, steps, two_pass in (("teacher", 6, True), ("student", 4, False)):
         loaded = load_pipeline(models / name)
         row = runner.MethodConfig(weights=name, steps=steps, two_pass=two_pass)
-        latents.append(make(loaded, row, (5, 32, 32), ["a green circle on black"], [1]).latents)
+        latents.append(timed_generation(loaded, row, (5, 32, 32), ["a green circle on black"], [1]).latents)
     expected = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
     row = json.loads(next((bench / "rows").glob("student_*")).read_text())
     assert row["videos"][1]["likeness"]["latent_relative_l2"] == pytest.approx(expected, rel=1e-4)
@@ -323,7 +325,7 @@ class Stop(BaseException):
 
 def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
-    calls, made, stop_at = [], runner.make, 12
+    calls, made, stop_at = [], runner.timed_generation, 12
 
     def counted(loaded, method, *rest):
         calls.append(method)
@@ -359,7 +361,7 @@ def _rows(folder: Path, *names: str) -> list[dict]:
 @pytest.mark.parametrize("stage", ["counting", "timing", "scoring"])
 def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tmp_path, monkeypatch, stage):
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]")
-    made = runner.make
+    made = runner.timed_generation
 
     def deadly(loaded, method, size, prompts, seeds, guidance, decode=True):
         at = "scoring" if len(prompts) > 1 else "timing" if decode else "counting"
@@ -394,7 +396,7 @@ def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monke
 
 @pytest.mark.parametrize("stage", ["counting", "timing"])
 def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stage):
-    made, calls = runner.make, []
+    made, calls = runner.timed_generation, []
 
     def greedy(loaded, method, *rest):
         calls.append(method.steps)

@@ -205,7 +205,7 @@ def test_an_exception_forgets_everything():
             toy(x())
         with pytest.raises(ArithmeticError), trunk.full():
             toy(x(), fail=True)
-        assert trunk.memory("cond") == trunk.memory() == () and trunk.now is None
+        assert trunk.memory("cond") == trunk.memory() == () and trunk.current_pass is None
         with trunk.full():
             assert value(toy(x())) == 64
 

@@ -18,7 +18,7 @@ TOY = replace(
         BlockList("doubles", arguments=(*TOKENS, "temb", "freqs"), returns=TOKENS),
         BlockList("singles", arguments=(*TOKENS, "temb", "rope"), returns=TOKENS),
     ),
-    held=("texts.embedder",),
+    static_embedders=("texts.embedder",),
 )
 """Two lists, as in HunyuanVideo, whose fourth argument has two names."""
 

@@ -37,7 +37,7 @@ def test_a_rendered_scene_depends_on_seed_and_index_alone():
     assert torch.equal(video, again[7][0]) and record == again.record(7) == source.record(7)
     assert not torch.equal(video, source[6][0]) and not torch.equal(video, other[7][0])
     assert parse(record["caption"]) and record["fps"] == 8
-    assert source.identity == again.identity != other.identity
+    assert source.fingerprint == again.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.8, 60, 95), (1.0, 100, 100)])
@@ -46,7 +46,7 @@ def test_a_share_of_scenes_has_two_sprites(share, low, high):
     pairs = [len(source.scene(i).sprites) == 2 for i in range(100)]
     assert pairs == [" and " in source.record(i)["caption"] for i in range(100)]
     assert low <= sum(pairs) <= high
-    assert source.identity["pair_share"] == share
+    assert source.fingerprint["pair_share"] == share
 
 
 def test_models_of_the_sprites_world_are_known_by_their_words(sprites):
@@ -112,16 +112,16 @@ def test_a_clip_that_changes_during_the_run_is_named(loaded, clips):
 
 
 def test_identity_follows_whatever_decides_the_clips(loaded, clips):
-    def identity(**changes):
-        return json.dumps(open_source(loaded, CollectConfig(data=str(clips), **changes)).identity)
+    def fingerprint(**changes):
+        return json.dumps(open_source(loaded, CollectConfig(data=str(clips), **changes)).fingerprint)
 
-    before = identity()
-    assert before == identity()
+    before = fingerprint()
+    assert before == fingerprint()
     moved = clips.rename(clips.with_name("elsewhere"))
     moved.rename(clips)
-    assert len({before, identity(height=16), identity(num_frames=1), identity(fps=4.0)}) == 4
+    assert len({before, fingerprint(height=16), fingerprint(num_frames=1), fingerprint(fps=4.0)}) == 4
     (clips / "00000.mp4").write_bytes((clips / "00001.mp4").read_bytes())
-    assert identity() != before
+    assert fingerprint() != before
 
 
 def test_samples_on_the_fly_are_those_of_a_folder(loaded, clips):

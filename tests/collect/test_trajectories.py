@@ -11,7 +11,7 @@ from vidaccel.collect.encode import batch, encode_texts
 from vidaccel.collect.features import open_features
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
-from vidaccel.collect.trajectories import Runs
+from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config.collect import CollectConfig
 from vidaccel.errors import UserError
 from vidaccel.models.calling import call_arguments, set_guidance
@@ -25,7 +25,7 @@ CAPTIONS, SEEDS = ["a red circle moving right", "a blue square on white"], [5, 6
 class Captions:
     """A source of which only the captions are asked for."""
 
-    identity = {"data": "captions"}
+    fingerprint = {"data": "captions"}
 
     def __len__(self):
         return len(CAPTIONS)
@@ -84,7 +84,7 @@ def end(run: dict[str, torch.Tensor], grid: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0, "steps": 3}], ids=str)
 def test_a_students_run_is_its_pipelines(students, family, settings):
     loaded = students[family]
-    runs = Runs(loaded, config(**settings))
+    runs = TrajectorySampler(loaded, config(**settings))
     assert (runs.steps, runs.shift, runs.guidance) == (settings.get("steps", 4), 2.0, settings.get("guidance", 4.0))
     assert torch.equal(end(runs(CAPTIONS, SEEDS), runs.grid), pipeline_latents(loaded, **settings))
 
@@ -93,12 +93,12 @@ def test_a_students_run_is_its_pipelines(students, family, settings):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_teachers_run_takes_guidance_in_two_passes(teachers, family, guidance):
     loaded = teachers[family]
-    runs = Runs(loaded, config(guidance=guidance, steps=2))
+    runs = TrajectorySampler(loaded, config(guidance=guidance, steps=2))
     assert torch.equal(end(runs(CAPTIONS, SEEDS), runs.grid), pipeline_latents(loaded, guidance=guidance, steps=2))
 
 
 def test_steps_follow_from_one_another(students):
-    runs = Runs(students["hunyuan_video"], config(shift=5.0))
+    runs = TrajectorySampler(students["hunyuan_video"], config(shift=5.0))
     made = runs(CAPTIONS, SEEDS)
     assert torch.equal(runs.grid, step_grid(4, 5.0))
     assert torch.equal(made["x"][:, 0], runs.noise(SEEDS)) and not torch.equal(made["x"][0, 0], made["x"][1, 0])
@@ -111,7 +111,7 @@ def test_steps_follow_from_one_another(students):
 @pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
 def test_velocities_are_the_models_at_the_stored_states(students, family):
     loaded = students[family]
-    runs = Runs(loaded, config())
+    runs = TrajectorySampler(loaded, config())
     made, g = runs(CAPTIONS, SEEDS), torch.full([2], 4.0)
     text = encode_texts(loaded, CAPTIONS)
     for k in range(runs.steps):
@@ -124,8 +124,8 @@ def test_velocities_are_the_models_at_the_stored_states(students, family):
 def test_the_head_makes_the_velocity_of_the_stored_cache(students, family, names):
     """The trunk's stored tokens, put in the blocks' place, give the stored velocity again."""
     loaded = students[family]
-    runs = Runs(loaded, config(cache=True))
-    made, plain = runs(CAPTIONS, SEEDS), Runs(loaded, config())(CAPTIONS, SEEDS)
+    runs = TrajectorySampler(loaded, config(cache=True))
+    made, plain = runs(CAPTIONS, SEEDS), TrajectorySampler(loaded, config())(CAPTIONS, SEEDS)
     assert made.keys() - plain.keys() == names
     assert all(torch.equal(made[name], plain[name]) for name in plain)
     text, g, k = encode_texts(loaded, CAPTIONS), torch.full([2], 4.0), 2
@@ -142,8 +142,8 @@ def test_the_head_makes_the_velocity_of_the_stored_cache(students, family, names
 
 def test_a_cache_of_two_passes_is_refused(teachers):
     with pytest.raises(UserError, match="makes two"):
-        Runs(teachers["wan"], config(cache=True))
-    assert Runs(teachers["wan"], config(cache=True, guidance=1.0)).empty is None
+        TrajectorySampler(teachers["wan"], config(cache=True))
+    assert TrajectorySampler(teachers["wan"], config(cache=True, guidance=1.0)).empty is None
 
 
 def test_a_folder_of_runs(students, tmp_path):
@@ -158,7 +158,7 @@ def test_a_folder_of_runs(students, tmp_path):
     stored = batch([tensors for tensors, _ in samples], torch.device("cpu"), torch.float32)
     assert stored.keys() == {"x", "velocity", "times", *encode_texts(loaded, CAPTIONS)}
     for i, (caption, seed) in enumerate(zip(CAPTIONS, SEEDS, strict=True)):
-        alone = Runs(loaded, config())([caption], [seed])
+        alone = TrajectorySampler(loaded, config())([caption], [seed])
         assert all(torch.equal(stored[name][i], tensor[0]) for name, tensor in alone.items())
     assert torch.equal(stored["times"], step_grid(4, 2.0).expand(2, -1))
 

@@ -87,15 +87,15 @@ def test_what_is_held_runs_once_a_pass_before_the_blocks_and_nothing_writes_into
         return hook
 
     first = transformer.get_submodule(family.block_lists[0].name)[0]
-    hooks = [transformer.get_submodule(path).register_forward_hook(note(path)) for path in family.held]
+    hooks = [transformer.get_submodule(path).register_forward_hook(note(path)) for path in family.static_embedders]
     hooks.append(first.register_forward_hook(lambda *_: order.append("blocks")))
     generate(pipes[family.name], family)
     for hook in hooks:
         hook.remove()
-    passes, width = order.count("blocks"), len(family.held) + 1
+    passes, width = order.count("blocks"), len(family.static_embedders) + 1
     assert passes >= 1 and len(order) == passes * width
     for start in range(0, len(order), width):
-        assert sorted(order[start : start + width - 1]) == sorted(family.held)
+        assert sorted(order[start : start + width - 1]) == sorted(family.static_embedders)
         assert order[start + width - 1] == "blocks"
     assert all(torch.equal(now, then) for now, then in kept)
 

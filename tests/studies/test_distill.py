@@ -328,7 +328,7 @@ def test_quartiles():
 def test_a_step_trains_and_a_plain_pass_does_not(places):
     config = settings_of("sprites/restricted_meanflow", "mean_velocity", [*SMALL, "train.learning_rate=0.1"])
     config.teacher, config.features = map(str, places)
-    setting = cost.setting_of(config)
+    setting = cost.task_of(config)
     step, weight = cost.Step(setting), next(setting.student.parameters())
     before = weight.detach().clone()
     step.passes(cost.loss_of(setting, cost.PLAIN), 0)

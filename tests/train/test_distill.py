@@ -286,11 +286,11 @@ def test_a_killed_distillation_ends_as_one_that_was_not(world, distilled, target
     def stop(*args):
         raise KeyboardInterrupt
 
-    def interrupted(setting, index, generator):
+    def interrupted(task, index, generator):
         drawn.append(index)
         if index == 2:
             stop()
-        return plain(setting, index, generator)
+        return plain(task, index, generator)
 
     monkeypatch.setattr(Distillation, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -481,8 +481,8 @@ def test_the_velocity_and_the_share_of_the_derivative_that_are_trained_on(
     own |= derivative(velocity=velocity, tangent_warmup=4)
     plain, drawn, followed, shares = Distillation.draw, [], [], []
 
-    def draw(setting, index, generator):
-        drawn.append(plain(setting, index, generator))
+    def draw(task, index, generator):
+        drawn.append(plain(task, index, generator))
         return drawn[-1]
 
     def target(student, v, x, t, r, config, warmup):

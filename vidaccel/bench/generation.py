@@ -23,7 +23,7 @@ Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Made:
+class TimedGeneration:
     """Videos of one batch."""
 
     frames: np.ndarray | None
@@ -36,7 +36,7 @@ class Made:
     """From prompts to frames, or to latents where nothing was decoded."""
 
 
-def make(
+def timed_generation(
     loaded: LoadedPipeline,
     method: MethodConfig,
     size: Size,
@@ -44,7 +44,7 @@ def make(
     seeds: Sequence[int],
     guidance: float | None = None,
     decode: bool = True,
-) -> Made:
+) -> TimedGeneration:
     """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed.
 
     Raises:
@@ -70,7 +70,7 @@ def make(
     if not latents.isfinite().all() or decode and not np.isfinite(frames).all():
         raise FloatingPointError("the video is not finite")
     made = (frames * 255).round().astype(np.uint8) if decode else None
-    return Made(made, latents, clock.last - clock.first, seconds)
+    return TimedGeneration(made, latents, clock.last - clock.first, seconds)
 
 
 class Clock:

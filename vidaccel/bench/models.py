@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vidaccel.bench.baselines.registry import switched_on
-from vidaccel.bench.generation import make
+from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import pick, read_schedules
@@ -139,12 +139,14 @@ class Models:
         return not guidance_in_force(teacher, None, None)[1]
 
     def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
-        if method.between == "trunk":
+        if method.on_skipped == "trunk":
             return Taylor(method.order, shift_of(loaded.pipe.scheduler, loaded.family)) if method.order else Reuse()
-        if method.between == "linear":
+        if method.on_skipped == "linear":
             return self._linear(method, loaded)
-        if method.between != "predictor":
-            raise UserError(f"between={method.between} says what is left out, not by which cache", "set cache=...")
+        if method.on_skipped != "predictor":
+            raise UserError(
+                f"on_skipped={method.on_skipped} says what is left out, not by which cache", "set cache=..."
+            )
         return self.predictor(method, loaded)
 
     def _linear(self, method: MethodConfig, loaded: LoadedPipeline) -> LinearMap:
@@ -153,7 +155,9 @@ class Models:
         if key not in self._fitted:
             prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
             seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
-            generate = partial(make, loaded, method, size, prompts, seeds, self.config.guidance, decode=False)
+            generate = partial(
+                timed_generation, loaded, method, size, prompts, seeds, self.config.guidance, decode=False
+            )
             self._fitted[key] = fitted(loaded.pipe, loaded.family, method.schedule(), generate)
         return self._fitted[key]
 

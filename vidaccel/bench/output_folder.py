@@ -20,7 +20,7 @@ SHOWN = 5
 """Differences that an error names."""
 
 
-def claim(
+def open_output_folder(
     folder: Path, config: BenchmarkConfig, quality: bool, environment: dict[str, Any], parents: dict[str, str]
 ) -> None:
     """`UserError` naming the differences unless the folder is new or holds the beginning of this very benchmark."""

@@ -44,9 +44,9 @@ class SizeCosts:
     video_tokens: int
     text_tokens: int
     flops: dict[str, PassFlops]
-    """Of a pass, by kind: `full`, or one of `MethodConfig.between`."""
+    """Of a pass, by kind: `full`, or one of `MethodConfig.on_skipped`."""
     cache: dict[str, CacheBytes]
-    """By `MethodConfig.between`."""
+    """By `MethodConfig.on_skipped`."""
     activations: int
     """Bytes."""
 
@@ -88,13 +88,13 @@ def size_costs(config: BenchmarkConfig, family: DiTFamily, model: nn.Module, siz
 def passes(method: MethodConfig) -> Passes:
     """Passes of one video, of a method that can be planned."""
     each, full = 1 + method.two_pass, method.full_count()
-    others = {"predicted" if method.between == "predictor" else "skipped": each * (method.steps - full)}
+    others = {"predicted" if method.on_skipped == "predictor" else "skipped": each * (method.steps - full)}
     return Passes(**{"full": each * full, "predicted": 0, "skipped": 0} | others)
 
 
 def method_flops(method: MethodConfig, costs: SizeCosts) -> int:
     """FLOPs of denoising one video."""
-    count, full, other = passes(method), costs.flops["full"], costs.flops[method.between]
+    count, full, other = passes(method), costs.flops["full"], costs.flops[method.on_skipped]
     return count.full * full.total + (count.predicted + count.skipped) * other.total
 
 
@@ -105,7 +105,7 @@ def _planned(
     count, flops = passes(method), method_flops(method, costs)
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
-    each, newest = costs.cache[method.between]
+    each, newest = costs.cache[method.on_skipped]
     looks_back = config.predictor_history if count.predicted else 1 + method.order
     cache = (each * looks_back + newest) * (1 + method.two_pass) if caches else 0
     in_use = weights["model"] + (weights["predictor"] if count.predicted else 0)
@@ -120,7 +120,7 @@ def _planned(
         "plan": {
             "tokens": {"video": costs.video_tokens, "text": costs.text_tokens},
             "full_pass": asdict(costs.flops["full"]),
-            "other_pass": asdict(costs.flops[method.between]) if caches else None,
+            "other_pass": asdict(costs.flops[method.on_skipped]) if caches else None,
             "weight_bytes": weight_bytes,
             "activation_bytes": costs.activations,
             "peak_memory_bytes": weight_bytes + costs.activations + cache,

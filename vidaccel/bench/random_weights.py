@@ -193,7 +193,7 @@ def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: 
 
 
 def _is_timed(method: MethodConfig) -> bool:
-    return method.planned and (method.full_count() == method.steps or method.between in ("predictor", "trunk"))
+    return method.planned and (method.full_count() == method.steps or method.on_skipped in ("predictor", "trunk"))
 
 
 def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed: list[Seconds]) -> dict[str, Any]:

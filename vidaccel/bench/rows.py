@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidaccel.artefacts import atomic_path, write_json
-from vidaccel.bench.generation import Made, Size
+from vidaccel.bench.generation import Size, TimedGeneration
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.data.video import write_video
 
@@ -129,15 +129,15 @@ class Rows:
         name = re.sub(r"[/\\\0]", " ", prompt).encode()[:LONGEST_NAME].decode(errors="ignore")
         write_video(frames, self.folder / "videos" / row.file_name / f"{name}-{number}.mp4", fps)
 
-    def save_reference(self, size: Size, index: int, made: Made) -> None:
+    def save_reference(self, size: Size, index: int, made: TimedGeneration) -> None:
         _save(self._reference(size, index), frames=torch.from_numpy(made.frames), latents=made.latents)
 
-    def reference(self, size: Size, index: int) -> Made | None:
+    def reference(self, size: Size, index: int) -> TimedGeneration | None:
         """The baseline's video of prompt `index`; None if there is none."""
         if not self._reference(size, index).exists():
             return None
         tensors = load_file(self._reference(size, index))
-        return Made(tensors["frames"].numpy(), tensors["latents"], 0.0, 0.0)
+        return TimedGeneration(tensors["frames"].numpy(), tensors["latents"], 0.0, 0.0)
 
     def _reference(self, size: Size, index: int) -> Path:
         return self.folder / "reference" / f"{'x'.join(map(str, size))}-{index}.safetensors"

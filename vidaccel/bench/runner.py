@@ -25,12 +25,12 @@ import torch
 from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
 from vidaccel.bench.baselines.registry import ADAPTIVE, Unsupported, calibrate, check_settings
 from vidaccel.bench.environment import environment
-from vidaccel.bench.generation import Made, make
+from vidaccel.bench.generation import TimedGeneration, timed_generation
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.bench.measures.quality import likeness, perceptual_network, prompts_of, scores_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
-from vidaccel.bench.output_folder import FORMAT, claim, parents
+from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
 from vidaccel.bench.results import results_of
 from vidaccel.bench.rows import Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -85,7 +85,7 @@ class Benchmark:
         """Rows that have run in this process."""
         check_writable(folder / RESULTS_FILE)
         self.parents = parents(config, methods)
-        claim(folder, config, quality, self.environment, self.parents)
+        open_output_folder(folder, config, quality, self.environment, self.parents)
         sizes = [tuple(size) for size in config.sizes]
         self.rows = Rows(folder, [Row(name, method, size) for size in sizes for name, method in methods.items()])
 
@@ -172,7 +172,9 @@ class Benchmark:
         method = self.methods[self.config.baseline]
         one_step = MethodConfig(weights=method.weights, two_pass=method.two_pass, steps=1)
         size = self.rows.rows[0].size
-        make(self.models.pipeline(method), one_step, size, self.timed[:1], [self.config.seed], self.config.guidance)
+        timed_generation(
+            self.models.pipeline(method), one_step, size, self.timed[:1], [self.config.seed], self.config.guidance
+        )
 
     def _score(self) -> None:
         total = sum(len(self.scored) - len(row.videos) for row in self.rows.running)
@@ -192,7 +194,9 @@ class Benchmark:
         for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             if baseline:
                 only = slice(place, place + 1)
-                self.rows.save_reference(row.size, index, Made(made.frames[only], made.latents[only], 0.0, 0.0))
+                self.rows.save_reference(
+                    row.size, index, TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
+                )
             reference = None if baseline else self.rows.reference(row.size, index)
             videos.append(
                 {
@@ -212,8 +216,8 @@ class Benchmark:
 
     def _make(
         self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline, decode: bool = True
-    ) -> Made:
-        return make(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
+    ) -> TimedGeneration:
+        return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
 
     def _is_baseline(self, row: Row) -> bool:
         return row.name == self.config.baseline

@@ -1,6 +1,6 @@
 """The hooks on the blocks of a trunk, what is traced when blocks are compiled, and on the embedders before it.
 
-A block reads one attribute, `trunk.now`, and the last one writes `trunk.now.left`.
+A block reads one attribute, `trunk.current_pass`, and the last one writes `trunk.current_pass.left`.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 
 
 @dataclass(eq=False)
-class Pass:
+class TrunkPass:
     """A pass of the transformer while it lasts, and longer where backward recomputes its blocks."""
 
     forecaster: Forecaster | None
@@ -32,7 +32,7 @@ class Pass:
 class Owner(Protocol):
     """What a block asks of its trunk."""
 
-    now: Pass | None
+    current_pass: TrunkPass | None
     """The pass that is under way; None if it is to be left alone."""
     open: "OpenContext"
     """The context that is open."""
@@ -52,7 +52,7 @@ class OpenContext(StateManager):
         return self._context.name if self._context else None
 
 
-class HeldCall:
+class StaticEmbedder:
     """Calls an embedder, unless the pass is predicted and what it gave in the last full one is remembered.
 
     It takes the place that PyTorch has for a compiled module's call, and what is there if it is: a hook on `forward`
@@ -64,12 +64,16 @@ class HeldCall:
         module._compiled_call_impl = self
 
     def __call__(self, *args, **kwargs) -> Any:
-        now = self._trunk.now
-        if now is not None and now.forecaster is not None and self._path in now.memory[0].held:
-            return now.memory[0].held[self._path]
+        current_pass = self._trunk.current_pass
+        if (
+            current_pass is not None
+            and current_pass.forecaster is not None
+            and self._path in current_pass.memory[0].held
+        ):
+            return current_pass.memory[0].held[self._path]
         output = (self._compiled or self._module._call_impl)(*args, **kwargs)
-        if now is not None and now.forecaster is None:
-            now.held[self._path] = _detached(output)
+        if current_pass is not None and current_pass.forecaster is None:
+            current_pass.held[self._path] = _detached(output)
         return output
 
     def remove(self) -> None:
@@ -96,13 +100,13 @@ class BlockHook(ModelHook):
         """Where diffusers finds it."""
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
-        now = self.trunk.now
-        if now is not None and now.forecaster is not None:
-            return self._predicted(now, args, kwargs)
+        current_pass = self.trunk.current_pass
+        if current_pass is not None and current_pass.forecaster is not None:
+            return self._predicted(current_pass, args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.last and now is not None:
+        if self.last and current_pass is not None:
             outputs = output if isinstance(output, tuple) else (output,)
-            now.left = {name: tokens.detach() for name, tokens in zip(self.kind.returns, outputs, strict=True)}
+            current_pass.left = {name: tokens.detach() for name, tokens in zip(self.kind.returns, outputs, strict=True)}
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -110,12 +114,12 @@ class BlockHook(ModelHook):
         self.trunk.reset()
         return module
 
-    def _predicted(self, now: Pass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    def _predicted(self, current_pass: TrunkPass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
         """As the block itself would return it."""
         # By the record's names; HunyuanVideo passes more behind them.
         tokens = dict(zip(self.kind.arguments, args, strict=False)) | kwargs
         if self.first:
-            tokens = tokens | now.forecaster(tokens, now.memory, now.t)
+            tokens = tokens | current_pass.forecaster(tokens, current_pass.memory, current_pass.t)
         returned = tuple(tokens[name] for name in self.kind.returns)
         return returned if len(returned) > 1 else returned[0]
 

@@ -1,8 +1,8 @@
 """The trunk boundary: one hook on a transformer's blocks that runs them, or puts a forecaster in their place.
 
-Output head and embedders always run, but for embedders that give the same at every step or nearly (the family's `held`:
-rotary embeddings, text), whose last output a predicted pass takes. Between them a pass of the transformer goes one of
-two ways:
+Output head and embedders always run, but for embedders that give the same at every step or nearly (the family's
+`static_embedders`: rotary embeddings, text), whose last output a predicted pass takes. Between them a pass of the
+transformer goes one of two ways:
 
 - *full*: the blocks run as they are, and the tokens that leave the last one are remembered;
 - *predicted*: the first block's call is answered by a forecaster, which gets that block's arguments and what is
@@ -23,8 +23,8 @@ else the one that `choose` gives, else "default". It is the last block's output 
 of any family writes into it. (Outputs of CUDA graphs are overwritten by the next replay: compile blocks without
 mode="reduce-overhead".) An exception in a pass forgets everything.
 
-Blocks (blocks.py) only follow `trunk.now`; it is set in hooks of the transformer, outside the blocks, so that compiled
-blocks have two static graphs. Those are torch's own hooks and not a `ModelHook`, because CPU offload puts the
+Blocks (blocks.py) only follow `trunk.current_pass`; it is set in hooks of the transformer, outside the blocks, so that
+compiled blocks have two static graphs. Those are torch's own hooks and not a `ModelHook`, because CPU offload puts the
 transformer's forward back to what it was after each generation.
 """
 
@@ -37,7 +37,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from vidaccel.cache.blocks import BlockHook, HeldCall, OpenContext, Pass
+from vidaccel.cache.blocks import BlockHook, OpenContext, StaticEmbedder, TrunkPass
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.forecasters.base import Cached, Forecaster
@@ -72,7 +72,7 @@ class Trunk:
         """Asked before a pass for which no mode is in force. It may call `reset`."""
         self.full_passes, self.predicted_passes = 0, 0
         """Passes of either mode that went well."""
-        self.now: Pass | None = None
+        self.current_pass: TrunkPass | None = None
         self._mode: Mode | None = None
         self._memory: dict[str, tuple[Cached, ...]] = {}
         self.open = OpenContext()
@@ -118,8 +118,8 @@ class Trunk:
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
             self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
-        for path in self.family.held:
-            self._undo.append(HeldCall(self, path, self.transformer.get_submodule(path)).remove)
+        for path in self.family.static_embedders:
+            self._undo.append(StaticEmbedder(self, path, self.transformer.get_submodule(path)).remove)
         self._contexts_moved()
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
@@ -164,7 +164,7 @@ class Trunk:
             self.transformer._diffusers_hook.invalidate_child_registries_cache()
 
     def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
-        if self.now is not None:  # a KeyboardInterrupt passes `_end` by
+        if self.current_pass is not None:  # a KeyboardInterrupt passes `_end` by
             self._end(transformer, inputs, None)
         mode = self._mode or (self.choose() if self.choose else None)
         if mode is None:
@@ -179,42 +179,45 @@ class Trunk:
             memory = self.memory(context) if mode.memory is None else mode.memory
             if not memory:
                 raise RuntimeError(f'a predicted pass before any full pass in context "{context}"')
-        self.now = Pass(mode.forecaster, memory, mode.t, context, mode.final)
+        self.current_pass = TrunkPass(mode.forecaster, memory, mode.t, context, mode.final)
         if getattr(transformer, "gradient_checkpointing", False):
-            self._bind_checkpoints(self.now)
+            self._bind_checkpoints(self.current_pass)
 
     def _end(self, transformer: nn.Module, inputs: tuple, output: Any) -> None:
         """`output` is None if the pass raised."""
-        now, self.now = self.now, None
+        current_pass, self.current_pass = self.current_pass, None
         self._release_checkpoints()
         self._release_checkpoints = _nothing
         if output is None:
             self.reset()
-        elif now is not None:
-            self._keep(now)
+        elif current_pass is not None:
+            self._keep(current_pass)
 
-    def _keep(self, now: Pass) -> None:
+    def _keep(self, current_pass: TrunkPass) -> None:
         """Count a pass that went well, and remember what it left."""
-        if now.forecaster is None:
+        if current_pass.forecaster is None:
             self.full_passes += 1
         else:
             self.predicted_passes += 1
-        if now.final:
-            self._memory.pop(now.context, None)
-        elif now.left:
-            self._memory[now.context] = (Cached(now.left, now.t, now.held), *self._memory[now.context])
+        if current_pass.final:
+            self._memory.pop(current_pass.context, None)
+        elif current_pass.left:
+            self._memory[current_pass.context] = (
+                Cached(current_pass.left, current_pass.t, current_pass.held),
+                *self._memory[current_pass.context],
+            )
 
-    def _bind_checkpoints(self, now: Pass) -> None:
+    def _bind_checkpoints(self, current_pass: TrunkPass) -> None:
         """Let blocks that are checkpointed in this pass be recomputed as they ran in it, whatever is then in force."""
         checkpoint = self.transformer._gradient_checkpointing_func
 
         def bound(block: nn.Module, *arguments):
             def run(*arguments):
-                before, self.now = self.now, now
+                before, self.current_pass = self.current_pass, current_pass
                 try:
                     return block(*arguments)
                 finally:
-                    self.now = before
+                    self.current_pass = before
 
             return checkpoint(run, *arguments)
 

@@ -3,7 +3,7 @@
 from vidaccel.collect.encode import encode_samples, text_settings
 from vidaccel.collect.job import Job
 from vidaccel.collect.source import ClipSource, open_source
-from vidaccel.collect.trajectories import running
+from vidaccel.collect.trajectories import trajectory_job
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.models.loading import LoadedPipeline
@@ -16,11 +16,11 @@ def job_of(loaded: LoadedPipeline, config: CollectConfig) -> Job:
     Raises:
         UserError: what `open_source` raises, or sampling settings that the model cannot follow.
     """
-    kinds = {"encoded": encoding, "trajectory": running}
+    kinds = {"encoded": encoding_job, "trajectory": trajectory_job}
     return kinds[config.kind](loaded, open_source(loaded, config), config)
 
 
-def encoding(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
+def encoding_job(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
     """These clips, encoded."""
     if config.tiling:
         loaded.pipe.vae.enable_tiling()
@@ -30,5 +30,5 @@ def encoding(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) 
         return encode_samples(loaded, videos, records, config.store)
 
     settings = {"store": config.store, "dtype": str(loaded.pipe.vae.dtype), "tiling": config.tiling}
-    settings |= {"text": text_settings(loaded)} | source.identity
+    settings |= {"text": text_settings(loaded)} | source.fingerprint
     return Job(loaded, config, len(source), compute, encoder_hashes(loaded), settings)

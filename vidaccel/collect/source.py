@@ -40,7 +40,7 @@ class ClipSource(Protocol):
         """That of `self[index]`, without its video."""
 
     @property
-    def identity(self) -> Record:
+    def fingerprint(self) -> Record:
         """Everything that decides what the clips are, as JSON can hold it."""
 
 
@@ -64,7 +64,7 @@ class FolderClips:
         return {"caption": clips.captions[index], "file": clips.files[index], "fps": clips.fps, "crop": "centre"}
 
     @property
-    def identity(self) -> Record:
+    def fingerprint(self) -> Record:
         clips = self.clips
         sizes = [(clips.folder / file).stat().st_size for file in clips.files]
         listing = json.dumps([clips.files, clips.captions, sizes])

@@ -29,7 +29,7 @@ CACHES = {"hidden_states": "cache", "encoder_hidden_states": "cache_text"}
 """Stored names of the tokens that leave the trunk."""
 
 
-class Runs:
+class TrajectorySampler:
     """A model, the grid and guidance it is sampled with, and the size of what it makes."""
 
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
@@ -86,17 +86,27 @@ class Runs:
         return self.velocity(x, t, text, r=r, g=g)
 
 
-def running(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
+def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectConfig) -> Job:
     """Runs on the captions of these clips."""
-    runs = Runs(loaded, config)
-    sampled = {"guidance": runs.guidance, "steps": runs.steps, "shift": runs.shift, "student": student_hash(loaded)}
+    sampler = TrajectorySampler(loaded, config)
+    sampled = {
+        "guidance": sampler.guidance,
+        "steps": sampler.steps,
+        "shift": sampler.shift,
+        "student": student_hash(loaded),
+    }
 
     def compute(indices: list[int]) -> list[Sample]:
         captions, seeds = [source.record(i)["caption"] for i in indices], [config.seed + i for i in indices]
         records = [{"caption": c, "seed": seed} | sampled for c, seed in zip(captions, seeds, strict=True)]
-        samples = rows(loaded, runs(captions, seeds), records, config.store)
-        return [({"times": runs.grid} | tensors, record) for tensors, record in samples]
+        samples = rows(loaded, sampler(captions, seeds), records, config.store)
+        return [({"times": sampler.grid} | tensors, record) for tensors, record in samples]
 
-    settings = {"store": config.store, "dtype": str(runs.transformer.dtype), "cache": config.cache, "seed": config.seed}
-    settings |= sampled | runs.size | {"text": text_settings(loaded)} | source.identity
+    settings = {
+        "store": config.store,
+        "dtype": str(sampler.transformer.dtype),
+        "cache": config.cache,
+        "seed": config.seed,
+    }
+    settings |= sampled | sampler.size | {"text": text_settings(loaded)} | source.fingerprint
     return Job(loaded, config, len(source), compute, loaded.hashes, settings)

@@ -9,7 +9,7 @@ from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.worlds import WORLDS
 
-BETWEEN = ("predictor", "linear", "trunk", "branches", "attention")
+ON_SKIPPED = ("predictor", "linear", "trunk", "branches", "attention")
 
 
 CACHES = (
@@ -30,6 +30,8 @@ CACHES = (
 class MethodConfig:
     """A row of the benchmark: how many steps, which of them run the whole transformer, and what runs on the others."""
 
+    RENAMED = {"between": "on_skipped"}
+
     weights: str = "student"
     """Which weights it runs on: `teacher` or `student`. A teacher's single pass a step needs guidance distilled into
     it: `BenchmarkConfig.distilled`."""
@@ -47,7 +49,7 @@ class MethodConfig:
     """Steps 0, n, 2n, ... run the whole transformer."""
     budget: int | None = None
     """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
-    between: str = "predictor"
+    on_skipped: str = "predictor"
     """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; `linear`, a linear
     map fitted beforehand to the row's own sampling, with one pass a step; or a cache that gives again the last full
     step's `trunk` output, every block's residual `branches`, or every block's `attention` (whose blocks compute the
@@ -55,8 +57,8 @@ class MethodConfig:
     order: int = 0
     """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
     cache: str | None = None
-    """A training-free cache, which then decides on its own by `settings`; `full_steps`, `every` and `between` say what
-    that leads to, where it does not depend on the video, and only plans read them."""
+    """A training-free cache, which then decides on its own by `settings`; `full_steps`, `every` and `on_skipped` say
+    what that leads to, where it does not depend on the video, and only plans read them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of that cache, by its own names."""
     sweep: dict[str, list[Any]] = field(default_factory=dict)
@@ -74,15 +76,17 @@ class MethodConfig:
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
         require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         require(self.order >= 0, "order", self.order, "must be at least 0")
-        require(self.between in BETWEEN, "between", self.between, f"is one of {', '.join(BETWEEN)}")
-        require(self.between != "linear" or not self.two_pass, "between", self.between, "is for one pass a step")
+        require(self.on_skipped in ON_SKIPPED, "on_skipped", self.on_skipped, f"is one of {', '.join(ON_SKIPPED)}")
+        require(
+            self.on_skipped != "linear" or not self.two_pass, "on_skipped", self.on_skipped, "is for one pass a step"
+        )
         require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
         require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
         require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
         if self.budget is not None:
             alone = self.every is None and self.full_steps is None and self.cache is None
-            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with between=predictor"
-            fits = 1 <= self.budget <= self.steps and self.between == "predictor"
+            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with on_skipped=predictor"
+            fits = 1 <= self.budget <= self.steps and self.on_skipped == "predictor"
             require(alone and fits, "budget", self.budget, rule)
         if self.full_steps is not None:
             require(self.every is None, "every", self.every, "must be null where full_steps is set")
@@ -98,7 +102,7 @@ class MethodConfig:
     @property
     def predicts(self) -> bool:
         """Whether the learned predictor takes part."""
-        return self.cache is None and self.between == "predictor" and self.full_count() != self.steps
+        return self.cache is None and self.on_skipped == "predictor" and self.full_count() != self.steps
 
     def schedule(self) -> list[int] | None:
         """The steps that run the whole transformer; None where the settings alone do not say."""
@@ -125,6 +129,8 @@ class MethodConfig:
 @dataclass
 class BenchmarkConfig(RuntimeConfig):
     """`vidaccel benchmark`."""
+
+    RENAMED = {"marker": "scorer"}
 
     family: str = "hunyuan_video"
     """Name of the model family."""

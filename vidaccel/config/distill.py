@@ -11,6 +11,8 @@ from vidaccel.config.training import TrainConfig
 class MeanVelocityTraining:
     """What a few-step student learns: the mean velocity over short intervals (method.md, section 2)."""
 
+    RENAMED = {"equal_share": "r_equals_t_share"}
+
     target: str = "rollout"
     """`rollout` (the frozen teacher integrated over the interval) or `derivative` (the MeanFlow identity)."""
     restrict: float | None = 0.2
@@ -18,7 +20,7 @@ class MeanVelocityTraining:
     interval of the step grid that the student is sampled on."""
     restrict_end: float | None = None
     """R at the end of the training, to which it moves in a straight line; null keeps it."""
-    equal_share: float = 0.25
+    r_equals_t_share: float = 0.25
     """Share of samples with r = t, which keep the student a model of the instantaneous velocity as well."""
     substeps: int = 2
     """Midpoint steps of the rollout, two teacher passes each."""
@@ -55,7 +57,7 @@ class MeanVelocityTraining:
             "attention_precision": PRECISIONS,
         }.items():
             require(getattr(self, key) in names, key, getattr(self, key), f"is one of {', '.join(map(str, names))}")
-        require(0 <= self.equal_share <= 1, "equal_share", self.equal_share, "must be in [0, 1]")
+        require(0 <= self.r_equals_t_share <= 1, "r_equals_t_share", self.r_equals_t_share, "must be in [0, 1]")
         require(self.substeps >= 1, "substeps", self.substeps, "must be at least 1")
         require(0 < self.difference_step < 0.5, "difference_step", self.difference_step, "must be in (0, 0.5)")
         clip = self.tangent_clip

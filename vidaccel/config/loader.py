@@ -3,7 +3,8 @@
 `load` composes conf/<command>/<name>.yaml (or the YAML at a path) with `key=value` overrides and returns the dataclass.
 A key that does not exist names its nearest neighbour; a value of the wrong type or out of range says what it may be."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError, nearest
 
+log = logging.getLogger(__name__)
 Schema = TypeVar("Schema")
 
 
@@ -62,9 +64,10 @@ def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequen
     except (HydraException, OmegaConfBaseException) as error:
         reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key
         raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
-    _check_keys(OmegaConf.to_container(chosen), schema, path.name)
+    settings = with_current_names(OmegaConf.to_container(chosen), schema, path.name)
+    _check_keys(settings, schema, path.name)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), chosen))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or path.name
         raise UserError(f"{key}: {str(error).splitlines()[0]}", "see `--print-conf` for values that fit") from error
@@ -82,6 +85,34 @@ def to_dict(config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def with_current_names(settings: Mapping[str, Any], schema: type, where: str | None = None) -> dict[str, Any]:
+    """`settings` as earlier versions wrote them, by the names that `schema` has now (its RENAMED: old name -> new).
+
+    With `where`, the file that they come from, each old name is warned of.
+    """
+    renamed = getattr(schema, "RENAMED", {})
+    hints = get_type_hints(schema)
+    current = {key: value for key, value in settings.items() if key not in renamed}
+    for old, new in renamed.items():
+        if old in settings:
+            current[new] = settings[old]
+            if where is not None:
+                log.warning('%s: "%s" is called "%s" now; the next release will not know the old name', where, old, new)
+    for key, value in current.items():
+        inner = hints.get(key)
+        if not isinstance(value, Mapping):
+            continue
+        if is_dataclass(inner):
+            current[key] = with_current_names(value, inner, where)
+        elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
+            each = get_args(inner)[1]
+            current[key] = {
+                name: with_current_names(row, each, where) if isinstance(row, Mapping) else row
+                for name, row in value.items()
+            }
+    return current
 
 
 def _folder(command: str | Path) -> Path:
@@ -116,19 +147,22 @@ def _override(word: str, schema: type) -> str:
     key, equals, value = word.lstrip("+").partition("=")
     if not equals:
         raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
-    here = schema
-    for part in key.split("."):
+    here, parts = schema, key.split(".")
+    for place, part in enumerate(parts):
         if get_origin(here) is dict:  # of rows or settings by name
             here = get_args(here)[1]
             continue
         hints = get_type_hints(here) if is_dataclass(here) else {}
+        if part in (renamed := getattr(here, "RENAMED", {})):
+            log.warning('"%s" is called "%s" now; the next release will not know the old name', part, renamed[part])
+            parts[place] = part = renamed[part]
         if part not in hints:
             known = list(hints) or [f.name for f in fields(schema)]
             raise UserError(f'there is no setting "{key}"', nearest(part, known))
         here = hints[part]
     if here in (str, str | None) and value != "null" and not value.startswith(("'", '"')):
         value = QuotedString(value, Quote.single).with_quotes()
-    return f"++{key}={value}"
+    return f"++{'.'.join(parts)}={value}"
 
 
 def _check_keys(chosen: dict, schema: type, where: str) -> None:

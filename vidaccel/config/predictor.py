@@ -36,6 +36,8 @@ class DiscriminatorConfig:
 class PredictorConfig:
     """`vidaccel train-predictor`."""
 
+    RENAMED = {"longest": "max_skipped"}
+
     student: str = "sprites/student"
     """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id."""
     stage: str = "all"
@@ -65,7 +67,7 @@ class PredictorConfig:
     """Widest interval t - r, in (0, 1]; null is what the student was trained on, else its step grid's widest."""
     lag: float = 0.2
     """Longest time from the full step to the predicted one, in (0, 1]."""
-    longest: int = 4
+    max_skipped: int = 4
     """Of trajectories: most predicted steps in a row."""
     relative: bool = False
     """Count each sample's squared error as a share of what reusing the cached tokens has. Long lags, where that is
@@ -97,7 +99,7 @@ class PredictorConfig:
             "intervals": ("restricted", "grid"),
         }.items():
             require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
-        for key in ("clips", "blocks", "longest", "search_prompts"):
+        for key in ("clips", "blocks", "max_skipped", "search_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs == "trajectory"

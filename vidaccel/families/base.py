@@ -119,7 +119,7 @@ class DiTFamily:
     """Published sampling settings."""
     size_multiple: int
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
-    held: tuple[str, ...] = ()
+    static_embedders: tuple[str, ...] = ()
     """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
     last full one."""
     r_config: str | None = None

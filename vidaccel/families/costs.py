@@ -52,8 +52,8 @@ class FamilyWork:
     """By name of the block list."""
     fusions: tuple[str, ...]
     """Stream of each fusion MLP of the predictor, which is also what the cache holds."""
-    held: tuple[Argument, ...]
-    """What the record's `held` embedders give."""
+    static_embedders: tuple[Argument, ...]
+    """What the record's `static_embedders` embedders give."""
 
 
 _ROTATIONS = Argument(("video", "head"), "float32", copies=2)
@@ -102,7 +102,7 @@ WORK: dict[str, FamilyWork] = {
             ),
         },
         fusions=("all",),
-        held=(_ROTATIONS, Argument((1, "prompt", "width"))),
+        static_embedders=(_ROTATIONS, Argument((1, "prompt", "width"))),
     ),
     "hunyuan_video_15": FamilyWork(
         layers=(
@@ -126,7 +126,7 @@ WORK: dict[str, FamilyWork] = {
             ),
         },
         fusions=("video", "text"),
-        held=(_ROTATIONS, *(Argument((1, text, "width")) for text in ("prompt", "glyphs", "image"))),
+        static_embedders=(_ROTATIONS, *(Argument((1, text, "width")) for text in ("prompt", "glyphs", "image"))),
     ),
     "wan": FamilyWork(
         layers=(
@@ -148,7 +148,7 @@ WORK: dict[str, FamilyWork] = {
             ),
         },
         fusions=("video",),
-        held=(_WAN_ROTATIONS, Argument((1, "prompt", "width"))),
+        static_embedders=(_WAN_ROTATIONS, Argument((1, "prompt", "width"))),
     ),
 }
 """Of every family in the catalogue, by name."""

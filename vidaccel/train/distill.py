@@ -36,7 +36,7 @@ from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate
 from vidaccel.train.methods import mean_velocity as meanflow
-from vidaccel.train.methods.objective import LOSSES, Data, Distillation, say_what_is_trained_on
+from vidaccel.train.methods.objective import LOSSES, Data, Distillation, preflight
 from vidaccel.train.parallel import full_state, processes, rank, shard, world
 from vidaccel.train.trainer import generator_for, train
 
@@ -68,11 +68,11 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     config, target = _resolved(config), resolve_device(device)
     loaded = load_pipeline(config.teacher, device=device, denoiser_dtype="float32", placed=world() == 1)
     _check_teacher(loaded, config)
-    data, made_of = open_data(loaded, config)
+    data, provenance = open_data(loaded, config)
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     copy = student_of(loaded, config)
     if config.start is not None:
-        made_of = made_of | {"start": _go_on_from(config, loaded, copy)}
+        provenance = provenance | {"start": _go_on_from(config, loaded, copy)}
     teacher, student = velocity_of(loaded).requires_grad_(False).eval(), velocity_of(copy).requires_grad_(True)
     blocks = _blocks(student.transformer, loaded.family)
     if config.train.lora_rank:
@@ -85,22 +85,22 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     shard(teacher, _blocks(teacher.transformer, loaded.family), target)
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
     empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
-    setting = Distillation(config, teacher, student, data, empty, shift)
+    task = Distillation(config, teacher, student, data, empty, shift)
     if config.method == "mean_velocity":
-        say_what_is_trained_on(setting)
-    loss = LOSSES[config.method](setting)
+        preflight(task)
+    loss = LOSSES[config.method](task)
     train(
-        setting.student,
+        task.student,
         loss,
         config.train,
         output,
         seed=config.seed,
         title="student",
-        settings=_shaping(config) | {"made_of": made_of, "teacher": loaded.hashes or loaded.source},
+        settings=_shaping(config) | {"made_of": provenance, "teacher": loaded.hashes or loaded.source},
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
     )
-    _save(config, loaded, copy, setting, output, started)
+    _save(config, loaded, copy, task, output, started)
 
 
 def _resolved(config: DistillConfig) -> DistillConfig:
@@ -124,7 +124,7 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     clips = CollectConfig(model=config.teacher, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)
-    return EncodedSource(loaded, source), {"clips": len(source)} | source.identity
+    return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
 def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
@@ -219,9 +219,9 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) 
 
 
 def _save(
-    config: DistillConfig, loaded: LoadedPipeline, copy: LoadedPipeline, setting: Distillation, output: Path, started
+    config: DistillConfig, loaded: LoadedPipeline, copy: LoadedPipeline, task: Distillation, output: Path, started
 ) -> None:
-    student = setting.student if world() == 1 else _gathered(setting.student, config)
+    student = task.student if world() == 1 else _gathered(task.student, config)
     if student is None:
         return
     if config.train.lora_rank and config.merge_lora:
@@ -235,7 +235,7 @@ def _save(
         student.conditioning,
         steps=config.sample_steps,
         guidance=copy.call["guidance"],
-        shift=setting.shift,
+        shift=task.shift,
         command="vidaccel distill",
         config=configuration.to_dict(config),
         seed=config.seed,

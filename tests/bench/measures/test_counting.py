@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
-from vidaccel.bench.generation import make
+from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.counting import COUNTED, Observer, held_bytes
 from vidaccel.bench.measures.flops import pass_flops, width
 from vidaccel.bench.measures.memory import cache_bytes
@@ -33,7 +33,7 @@ def tiny_loaded(family: str) -> LoadedPipeline:
 
 def run(loaded: LoadedPipeline, **settings):
     method = MethodConfig(**{"steps": STEPS, "two_pass": True} | settings)
-    return make(loaded, method, tuple(SIZE.values()), ["a red circle"], [0])
+    return timed_generation(loaded, method, tuple(SIZE.values()), ["a red circle"], [0])
 
 
 @pytest.fixture(scope="module", params=sorted(BUILDERS))

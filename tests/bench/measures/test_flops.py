@@ -183,7 +183,7 @@ def test_what_caches_leave_out(one_pass):
     found, attention_modules = pass_flops(transformer, family, rows), of_block_parts(counter, family, "attn")
     counts, name = counter.get_flop_counts(), type(transformer).__name__
     # Rotary embeddings are no FLOPs, and the counter has no line for what is none.
-    held = sum(sum(counts.get(f"{name}.{path}", {}).values()) for path in family.held)
+    held = sum(sum(counts.get(f"{name}.{path}", {}).values()) for path in family.static_embedders)
     assert found["trunk"].total == found["full"].embedders - held < found["full"].embedders
     assert found["attention"].total == found["full"].total - attention_modules
     assert attention_modules > found["full"].attention

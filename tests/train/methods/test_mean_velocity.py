@@ -125,10 +125,10 @@ def test_restrict_factor_moves_in_a_straight_line():
 
 
 @given(st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 2**31))
-def test_intervals_stay_within_the_restriction(restrict, equal_share, seed):
+def test_intervals_stay_within_the_restriction(restrict, r_equals_t_share, seed):
     generator = torch.Generator().manual_seed(seed)
     t = torch.rand(64, generator=generator)
-    r = sample_interval_ends(t, restrict, equal_share, generator)
+    r = sample_interval_ends(t, restrict, r_equals_t_share, generator)
     assert ((r >= 0) & (r <= t) & (t - r <= restrict + 1e-6)).all()
 
 

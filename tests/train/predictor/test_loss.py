@@ -22,7 +22,7 @@ from vidaccel.train.predictor.discriminator import (
     token_grid,
     trunk_features,
 )
-from vidaccel.train.predictor.loss import SHARE, Lesson
+from vidaccel.train.predictor.loss import SHARE, PredictorLoss
 from vidaccel.train.predictor.pairs import Pair, Times, noised_pair, restricted_times
 from vidaccel.train.trainer import train
 
@@ -54,14 +54,14 @@ def discriminator() -> Discriminator:
 
 
 @pytest.fixture(params=["hunyuan_video", "wan"])
-def lesson(request):
-    """`lesson(adversarial)`, its student attached; `lesson.pair` and `lesson.draw` are what it learns from."""
+def predictor_loss(request):
+    """`predictor_loss(adversarial)`, its student attached; it learns from its `pair` and `draw`."""
     velocity, x_0, text = student(request.param)
     with Trunk(velocity.transformer, velocity.family) as trunk:
 
-        def of(adversarial: bool, predictor: nn.Module | None = None) -> Lesson:
+        def of(adversarial: bool, predictor: nn.Module | None = None) -> PredictorLoss:
             judge = discriminator() if adversarial else None
-            return Lesson(velocity, trunk, predictor or Fusion(), judge, CONFIG)
+            return PredictorLoss(velocity, trunk, predictor or Fusion(), judge, CONFIG)
 
         def draw(generator) -> Pair:
             eps = torch.randn(x_0.shape, generator=generator)
@@ -73,16 +73,16 @@ def lesson(request):
         yield of
 
 
-def by_hand(lesson: Lesson, pair: Pair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def by_hand(predictor_loss: PredictorLoss, pair: Pair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The squared error, L_D and the hinge of L_P, each with all the gradients that its formula has."""
-    velocity = lesson.student
-    with lesson.trunk.predicted(lesson.predictor, memory=pair.memory):
+    velocity = predictor_loss.student
+    with predictor_loss.trunk.predicted(predictor_loss.predictor, memory=pair.memory):
         u = velocity(pair.x, pair.times.t, pair.text, r=pair.times.r)
     length = (pair.times.t - pair.times.r).view(2, 1, 1, 1, 1)
     ends = [pair.x - length * velocity_of_step for velocity_of_step in (u, pair.target)]
     ours, theirs = (trunk_features(velocity, CONFIG.depths, x, pair.times.r, pair.text, None) for x in ends)
     grid = token_grid(velocity.transformer, pair.x)
-    ours, theirs = (lesson.discriminator(features, grid) for features in (ours, theirs))
+    ours, theirs = (predictor_loss.discriminator(features, grid) for features in (ours, theirs))
     return F.mse_loss(u, pair.target), discriminator_hinge(theirs, ours), predictor_hinge(ours)
 
 
@@ -93,8 +93,8 @@ def gradients(loss: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
 # Mathematics
 
 
-def test_the_first_stage_is_the_squared_error(lesson):
-    first, pair = lesson(adversarial=False), lesson.pair
+def test_the_first_stage_is_the_squared_error(predictor_loss):
+    first, pair = predictor_loss(adversarial=False), predictor_loss.pair
     loss, measured = first(pair)
     with torch.no_grad(), first.trunk.predicted(first.predictor, memory=pair.memory):
         u = first.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
@@ -104,8 +104,8 @@ def test_the_first_stage_is_the_squared_error(lesson):
     assert measured["reuse"] == pytest.approx(F.mse_loss(again, pair.target).item())
 
 
-def test_relative_errors_are_shares_of_what_reuse_has(lesson):
-    plain, relative, pair = lesson(adversarial=False), lesson(adversarial=False), lesson.pair
+def test_relative_errors_are_shares_of_what_reuse_has(predictor_loss):
+    plain, relative, pair = predictor_loss(adversarial=False), predictor_loss(adversarial=False), predictor_loss.pair
     relative.relative = True
     _, each = plain(pair)
     shares = []
@@ -127,11 +127,11 @@ def test_relative_errors_are_shares_of_what_reuse_has(lesson):
     assert unmoved[0].isfinite()
 
 
-def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(lesson):
-    second = lesson(adversarial=True)
-    loss, measured = second(lesson.pair)
+def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(predictor_loss):
+    second = predictor_loss(adversarial=True)
+    loss, measured = second(predictor_loss.pair)
     loss.backward()
-    error, told, fooled = by_hand(second, lesson.pair)
+    error, told, fooled = by_hand(second, predictor_loss.pair)
     assert loss.item() == pytest.approx((error + told + CONFIG.weight * fooled).item(), rel=1e-5)
     assert measured["discriminator"] == pytest.approx(told.item(), rel=1e-5)
     assert measured["adversarial"] == pytest.approx(fooled.item(), rel=1e-5)
@@ -142,15 +142,15 @@ def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(les
     assert all(p.grad is None for p in second.student.parameters())
 
 
-def test_a_perfect_predictor_cannot_be_told_apart(lesson):
+def test_a_perfect_predictor_cannot_be_told_apart(predictor_loss):
     """Reusing the tokens of the very state is exact, so both of the discriminator's inputs are one."""
 
     class Exact(Fusion):
         def forward(self, arguments, memory, t):
             return {"hidden_states": memory[0].tokens["hidden_states"]}
 
-    second = lesson(adversarial=True, predictor=Exact())
-    pair = lesson.pair
+    second = predictor_loss(adversarial=True, predictor=Exact())
+    pair = predictor_loss.pair
     with torch.no_grad(), second.trunk.full():
         second.student(pair.x, pair.times.t, pair.text, r=pair.times.r)
     _, measured = second(pair._replace(memory=second.trunk.memory()))
@@ -194,20 +194,20 @@ def load_moments(folder) -> dict[str, torch.Tensor]:
 # Training
 
 
-def run(lesson, folder, adversarial: bool, stop: int | None = None, **changes) -> Lesson:
+def run(predictor_loss, folder, adversarial: bool, stop: int | None = None, **changes) -> PredictorLoss:
     """Trains, and stops in the middle of forward pass `stop`."""
 
     def loss(model, index, generator):
-        return model(lesson.draw(generator))
+        return model(predictor_loss.draw(generator))
 
     loss, config = loss if stop is None else interrupting_at(stop, loss), replace(TRAIN, **changes)
-    model, rates = lesson(adversarial), {"discriminator": 10.0}
+    model, rates = predictor_loss(adversarial), {"discriminator": 10.0}
     return train(model, loss, config, folder, seed=0, title="toy", settings={}, rates=rates)
 
 
-def test_training_beats_reuse_and_leaves_the_student_alone(lesson, tmp_path):
-    before = {name: p.clone() for name, p in lesson(adversarial=False).student.state_dict().items()}
-    first = run(lesson, tmp_path, False, steps=40, learning_rate=3e-3)
+def test_training_beats_reuse_and_leaves_the_student_alone(predictor_loss, tmp_path):
+    before = {name: p.clone() for name, p in predictor_loss(adversarial=False).student.state_dict().items()}
+    first = run(predictor_loss, tmp_path, False, steps=40, learning_rate=3e-3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     late = lines[-10:]
     assert sum(line["mse"] for line in late) < 0.8 * sum(line["reuse"] for line in late)
@@ -215,16 +215,16 @@ def test_training_beats_reuse_and_leaves_the_student_alone(lesson, tmp_path):
     assert not first.training and not first.student.training
 
 
-def test_a_killed_second_stage_goes_on_bit_for_bit(lesson, tmp_path):
-    run(lesson, tmp_path / "straight", True)
+def test_a_killed_second_stage_goes_on_bit_for_bit(predictor_loss, tmp_path):
+    run(predictor_loss, tmp_path / "straight", True)
     with pytest.raises(KeyboardInterrupt):
-        run(lesson, tmp_path / "killed", True, stop=3)
-    run(lesson, tmp_path / "killed", True)
+        run(predictor_loss, tmp_path / "killed", True, stop=3)
+    run(predictor_loss, tmp_path / "killed", True)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
     last = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1]
     assert {"mse", "reuse", "discriminator", "adversarial"} < json.loads(last).keys()
 
 
-def test_the_student_stays_in_evaluation_mode(lesson):
-    second = lesson(adversarial=True).train()
+def test_the_student_stays_in_evaluation_mode(predictor_loss):
+    second = predictor_loss(adversarial=True).train()
     assert second.predictor.training and second.discriminator.training and not second.student.training

@@ -17,7 +17,7 @@ from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
 from vidaccel.collect.kinds import job_of
-from vidaccel.collect.trajectories import running
+from vidaccel.collect.trajectories import trajectory_job
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.loader import to_yaml
 from vidaccel.config.predictor import DiscriminatorConfig, PredictorConfig
@@ -29,7 +29,7 @@ from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.train.predictor import training as module
 from vidaccel.train.predictor import trajectories as runs_module
-from vidaccel.train.predictor.task import setting_of
+from vidaccel.train.predictor.task import task_of
 from vidaccel.train.predictor.training import train_predictor
 from vidaccel.train.trainer import generator_for
 
@@ -141,15 +141,15 @@ def test_training_beats_reuse(world, family, tmp_path):
 def test_a_killed_training_ends_as_one_that_was_not(world, trained, stage, tmp_path, monkeypatch):
     """Killed in the middle of the second step of a stage."""
     straight = trained("wan")
-    plain, calls = module.Lesson.forward, []
+    plain, calls = module.PredictorLoss.forward, []
 
-    def interrupted(lesson, pair):
-        calls.append((stage == "adversarial") == (lesson.discriminator is not None))
+    def interrupted(predictor_loss, pair):
+        calls.append((stage == "adversarial") == (predictor_loss.discriminator is not None))
         if sum(calls) == 2:
             raise KeyboardInterrupt
-        return plain(lesson, pair)
+        return plain(predictor_loss, pair)
 
-    monkeypatch.setattr(module.Lesson, "forward", interrupted)
+    monkeypatch.setattr(module.PredictorLoss, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_predictor(settings(world), tmp_path)
     assert not (tmp_path / "run.json").exists()
@@ -198,11 +198,11 @@ def test_trajectories_are_learnt_from_alike_with_and_without_stored_caches(world
     drawn = []
     for features in ("runs", "cached"):
         config = settings(
-            world, family, pairs="trajectory", features=str(world(family) / features), longest=2, history=2
+            world, family, pairs="trajectory", features=str(world(family) / features), max_skipped=2, history=2
         )
-        setting = setting_of(student, config, None)
-        with setting.trunk:
-            _, pairs = module._start(setting)
+        task = task_of(student, config, None)
+        with task.trunk:
+            _, pairs = module._start(task)
             drawn.append(pairs.draw(3, 2, 3, generator_for(0, 3)))
             assert len(drawn[-1].memory) == 2
     for one, other in zip(*drawn, strict=True):
@@ -263,7 +263,7 @@ def test_damaged_features_are_left_out_where_that_is_asked_for(world, tmp_path, 
 def collected_runs(world, folder: Path, features: Path) -> Path:
     """Runs of the student on these captions, two in a shard."""
     student, asked = load_pipeline(world("wan") / "student"), CollectConfig(kind="trajectory", per_shard=2)
-    collect(running(student, runs_module.Captions(ShardFolder(features), 3), asked), folder)
+    collect(trajectory_job(student, runs_module.Captions(ShardFolder(features), 3), asked), folder)
     return folder
 
 
@@ -279,9 +279,9 @@ def test_scales_are_drawn_from_a_range_only_when_asked(world):
         ({"guidance": 2.0}, 2.0, 2.0),
         ({"guidance_range": [1.0, 3.0]}, 1.0, 3.0),
     ):
-        setting = setting_of(student, settings(world, **changes), None)
-        with setting.trunk:
-            _, pairs = module._start(setting)
+        task = task_of(student, settings(world, **changes), None)
+        with task.trunk:
+            _, pairs = module._start(task)
             g = pairs.draw(0, 2, 0, generator_for(0, 0)).g
         assert ((low <= g) & (g <= high)).all()
         assert bool(g[0] == g[1]) == (low == high)
@@ -290,9 +290,9 @@ def test_scales_are_drawn_from_a_range_only_when_asked(world):
 def test_the_widest_interval_is_the_students_own_or_its_grids(world, tmp_path):
     config = settings(world)
     for restrict, expected in ((None, 0.4), (0.1, 0.1)):  # 4 steps of shift 2: 1, 6/7, 2/3, 2/5, 0
-        setting = setting_of(load_pipeline(config.student, dtype="float32"), replace(config, restrict=restrict), None)
-        with setting.trunk:
-            assert module._start(setting)[1].restrict == pytest.approx(expected, abs=1e-6)
+        task = task_of(load_pipeline(config.student, dtype="float32"), replace(config, restrict=restrict), None)
+        with task.trunk:
+            assert module._start(task)[1].restrict == pytest.approx(expected, abs=1e-6)
 
 
 # search

@@ -31,7 +31,7 @@ METHODS = {
     "cfg-50": MethodConfig(weights="teacher", two_pass=True),
     "student-8": MethodConfig(steps=8),
     "predictor-2-of-4": MethodConfig(steps=4, budget=2),
-    "student-fora-3": MethodConfig(steps=20, cache="fora", every=3, between="branches"),
+    "student-fora-3": MethodConfig(steps=20, cache="fora", every=3, on_skipped="branches"),
 }
 
 

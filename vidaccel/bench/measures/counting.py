@@ -24,7 +24,7 @@ from vidaccel.models.loading import LoadedPipeline
 
 
 @dataclass(frozen=True)
-class Pass:
+class CountedPass:
     """One forward pass of a denoiser."""
 
     step: int
@@ -40,7 +40,7 @@ class Observer(TorchFunctionMode):
 
     def __init__(self, loaded: LoadedPipeline):
         super().__init__()
-        self.passes: list[Pass] = []
+        self.passes: list[CountedPass] = []
         self._pipe = loaded.pipe
         self._denoisers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
         self._flops: int | None = None
@@ -112,7 +112,7 @@ class Observer(TorchFunctionMode):
     def _end(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         flops, self._flops = self._flops, None
         grid = self._pipe.scheduler.timesteps, self._pipe.scheduler.sigmas
-        self.passes.append(Pass(self._step, flops, sum(held_bytes(each, but=grid) for each in self._denoisers)))
+        self.passes.append(CountedPass(self._step, flops, sum(held_bytes(each, but=grid) for each in self._denoisers)))
 
 
 def _linear(result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:

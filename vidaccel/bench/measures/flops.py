@@ -100,7 +100,7 @@ def parameters(module: nn.Module) -> int:
 def pass_flops(
     model: nn.Module, family: DiTFamily, rows: Mapping[str, int], predictor_blocks: int = 2
 ) -> dict[str, PassFlops]:
-    """FLOPs of a `full` pass and of what may run in its place, by the names that `MethodConfig.between` knows.
+    """FLOPs of a `full` pass and of what may run in its place, by the names that `MethodConfig.on_skipped` knows.
 
     Args:
         model: the transformer; the meta device will do.
@@ -110,7 +110,7 @@ def pass_flops(
     work, kinds = WORK[family.name], block_flops(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in kinds}
     outside = _outside(model, family, rows)
-    predicted_outside = _outside(model, family, rows, but=family.held)
+    predicted_outside = _outside(model, family, rows, but=family.static_embedders)
     last = kinds[family.block_lists[-1].name]
     fused = sum(layer.flops for stream in work.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
 

@@ -35,10 +35,10 @@ class CacheBytes(NamedTuple):
 def cache_bytes(
     model: nn.Module, family: DiTFamily, rows: Mapping[str, int], dtype: torch.dtype
 ) -> dict[str, CacheBytes]:
-    """What each kind of cheap pass keeps, by the names that `MethodConfig.between` knows.
+    """What each kind of cheap pass keeps, by the names that `MethodConfig.on_skipped` knows.
 
     `predictor`, `linear` and `trunk` keep the tokens that leave the trunk, and from the last full pass what the
-    family's `held` embedders gave; `branches` and `attention` keep tokens of every block.
+    family's `static_embedders` gave; `branches` and `attention` keep tokens of every block.
     """
     work = WORK[family.name]
     depths = {name: len(model.get_submodule(name)) for name in work.blocks}
@@ -48,7 +48,7 @@ def cache_bytes(
         "attention": sum(depths[name] * rows[q] for name, block in work.blocks.items() for q, _ in block.attentions),
     }
     size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
-    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in work.held))
+    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in work.static_embedders))
     return size | dict.fromkeys(("predictor", "linear", "trunk"), trunk)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vidaccel.bench.generation import Made
+from vidaccel.bench.generation import TimedGeneration
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError
 from vidaccel.worlds import Scorer, Scores, world
@@ -65,7 +65,7 @@ def scores_of(config: BenchmarkConfig, prompt: str, frames: np.ndarray) -> Score
     return None if scorer is None else scorer.score(frames, prompt)
 
 
-def likeness(made: Made, reference: Made, index: int) -> dict[str, float | None]:
+def likeness(made: TimedGeneration, reference: TimedGeneration, index: int) -> dict[str, float | None]:
     """Of video `index` of a batch to the baseline's only one, by the names in FIDELITY; None where it is infinite."""
     frames, others = made.frames[index], reference.frames[0]
     measured = fidelity(made.latents[index], reference.latents[0], frames, others)

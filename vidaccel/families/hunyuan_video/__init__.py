@@ -28,7 +28,7 @@ HUNYUAN_VIDEO = DiTFamily(
     guidance=Guidance(cfg_argument="true_cfg_scale", embedded_argument="guidance_scale"),
     defaults=SamplingDefaults(steps=50, guidance=6.0, num_frames=129, height=720, width=1280, fps=24, shift=5.0),
     size_multiple=16,
-    held=("rope", "context_embedder"),
+    static_embedders=("rope", "context_embedder"),
     g_config="guidance_embeds",
     g_argument="guidance",
 )

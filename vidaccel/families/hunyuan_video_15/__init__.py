@@ -28,7 +28,7 @@ HUNYUAN_VIDEO_15 = DiTFamily(
     defaults=SamplingDefaults(steps=50, guidance=6.0, num_frames=121, height=480, width=848, fps=24, shift=5.0),
     size_multiple=16,
     batched_autoencoder=False,  # the mask of its attention fits one video (diffusers 0.42.1)
-    held=("rope", "context_embedder", "context_embedder_2", "image_embedder"),
+    static_embedders=("rope", "context_embedder", "context_embedder_2", "image_embedder"),
     r_config="use_meanflow",
     r_argument="timestep_r",
     blank_inputs=(BlankInput("image_embeds", tokens=729, width_config="image_embed_dim"),),

@@ -24,5 +24,5 @@ WAN = DiTFamily(
     guidance=Guidance(cfg_argument="guidance_scale"),
     defaults=SamplingDefaults(steps=50, guidance=5.0, num_frames=81, height=480, width=832, fps=16, shift=3.0),
     size_multiple=16,
-    held=("rope", "condition_embedder.text_embedder"),
+    static_embedders=("rope", "condition_embedder.text_embedder"),
 )

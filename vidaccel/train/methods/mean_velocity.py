@@ -34,10 +34,10 @@ def restrict_at(config: MeanVelocityTraining, widest: float, progress: float) ->
     return first + (last - first) * progress
 
 
-def sample_interval_ends(t: Tensor, restrict: float, equal_share: float, generator: torch.Generator) -> Tensor:
+def sample_interval_ends(t: Tensor, restrict: float, r_equals_t_share: float, generator: torch.Generator) -> Tensor:
     """r [B] for t [B]: max(0, t - T) with T ~ U(0, R), and t itself for a share of the samples."""
     r = (t - restrict * torch.rand(len(t), generator=generator)).clamp(min=0.0)
-    return torch.where(torch.rand(len(t), generator=generator) < equal_share, t, r)
+    return torch.where(torch.rand(len(t), generator=generator) < r_equals_t_share, t, r)
 
 
 @torch.no_grad()

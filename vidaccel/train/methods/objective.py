@@ -57,25 +57,25 @@ class Distillation:
         return x_0, eps, t.to(device), g.to(device), text
 
 
-def _cfg(setting: Distillation) -> Callable:
+def _cfg(task: Distillation) -> Callable:
     def loss(model: nn.Module, index: int, generator: torch.Generator):
-        x_0, eps, t, g, text = setting.draw(index, generator)
-        return cfg_loss(model, setting.teacher, _noised(x_0, eps, t), t, g, text, setting.empty), {}
+        x_0, eps, t, g, text = task.draw(index, generator)
+        return cfg_loss(model, task.teacher, _noised(x_0, eps, t), t, g, text, task.empty), {}
 
     return loss
 
 
-def _mean_velocity(setting: Distillation) -> Callable:
-    config, steps = setting.config.mean_velocity, setting.config.train.steps
-    per_step = setting.config.train.accumulate * world()
-    widest = meanflow.widest_interval(setting.config.sample_steps, setting.shift)
+def _mean_velocity(task: Distillation) -> Callable:
+    config, steps = task.config.mean_velocity, task.config.train.steps
+    per_step = task.config.train.accumulate * world()
+    widest = meanflow.widest_interval(task.config.sample_steps, task.shift)
 
     def loss(model: nn.Module, index: int, generator: torch.Generator):
-        x_0, eps, t, g, text = setting.draw(index, generator)
+        x_0, eps, t, g, text = task.draw(index, generator)
         restrict = meanflow.restrict_at(config, widest, min(1.0, index / (steps * per_step)))
-        r = meanflow.sample_interval_ends(t.cpu(), restrict, config.equal_share, generator).to(t)
+        r = meanflow.sample_interval_ends(t.cpu(), restrict, config.r_equals_t_share, generator).to(t)
         x = _noised(x_0, eps, t)
-        teacher, student = _bound(setting.teacher, text, g), _bound(model, text, g)
+        teacher, student = _bound(task.teacher, text, g), _bound(model, text, g)
         if config.target == "rollout":
             target = meanflow.rollout_target(lambda x, t: teacher(x, t, t), x, t, r, config.substeps)
         else:
@@ -102,17 +102,17 @@ def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 LOSSES = {"cfg": _cfg, "mean_velocity": _mean_velocity}
 
 
-def say_what_is_trained_on(setting: Distillation) -> None:
+def preflight(task: Distillation) -> None:
     """How wide the grid's intervals are, and, before a training on Du/Dt, what the student is about to see."""
-    config, steps = setting.config.mean_velocity, setting.config.sample_steps
-    widest = meanflow.widest_interval(steps, setting.shift)
+    config, steps = task.config.mean_velocity, task.config.sample_steps
+    widest = meanflow.widest_interval(steps, task.shift)
     restrict = meanflow.restrict_at(config, widest, 0.0)
-    log.info("%d steps, shift %g: widest interval %.2f; R starts at %.2f", steps, setting.shift, widest, restrict)
+    log.info("%d steps, shift %g: widest interval %.2f; R starts at %.2f", steps, task.shift, widest, restrict)
     if config.target == "rollout":
         return
-    x_0, eps, t, g, text = setting.draw(0, generator_for(setting.config.seed, 0))
+    x_0, eps, t, g, text = task.draw(0, generator_for(task.config.seed, 0))
     x, r = _noised(x_0, eps, t), (t - restrict).clamp(min=0.0)
-    student = _bound(setting.student, text, g)
+    student = _bound(task.student, text, g)
     missing = jvp.missing_memory(student, x, t, r, config.kernels)
     if missing and config.derivative == "exact":
         needed, free = (count / 2**30 for count in missing)
@@ -121,7 +121,7 @@ def say_what_is_trained_on(setting: Distillation) -> None:
             "set mean_velocity.derivative=finite_difference, or run on a GPU with mean_velocity.kernels=fused",
         )
     with torch.no_grad():
-        v = _bound(setting.teacher, text, g)(x, t, t) if config.velocity == "teacher" else eps - x_0
+        v = _bound(task.teacher, text, g)(x, t, t) if config.velocity == "teacher" else eps - x_0
     with_exact = not missing and (world() == 1 or config.derivative == "exact")
     check = jvp.check_derivatives(student, x, t, r, v, config, with_exact)
     log.info("before training: %s", check)

@@ -26,7 +26,7 @@ SHARE = 1e-4
 """Of a velocity's square, what an error is compared with where the step before is so near that reuse has hardly any."""
 
 
-class Lesson(nn.Module):
+class PredictorLoss(nn.Module):
     """Predictor and discriminator, beside the frozen student whose trunk they are for."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Lesson(nn.Module):
         self.student, self.predictor, self.discriminator = student, predictor, discriminator
         self.trunk, self.config, self.relative = trunk, config, relative
 
-    def train(self, mode: bool = True) -> "Lesson":
+    def train(self, mode: bool = True) -> "PredictorLoss":
         super().train(mode)
         self.student.eval()
         return self

@@ -113,7 +113,7 @@ class Pairs:
     def _met(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
         steps = len(self.grid) - 1
         # All processes take as many passes in a step, or those that share weights would wait for each other.
-        longest = min(self.config.longest, steps - 1)
+        longest = min(self.config.max_skipped, steps - 1)
         length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
         first = torch.randint(steps - length, (len(samples),), generator=generator)
         starts = [first]

@@ -31,7 +31,7 @@ from vidaccel.forecasters.base import Forecaster
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
-from vidaccel.train.predictor.task import Setting
+from vidaccel.train.predictor.task import PredictorTask
 from vidaccel.train.trainer import generator_for
 
 NOISE_INDEX = 10**9
@@ -40,23 +40,23 @@ PROBE = 3
 """Steps of the stretch whose error shows how errors grow: a full one and two predicted ones, as in good schedules."""
 
 
-def measured_costs(setting: Setting, forecaster: Forecaster) -> Tensor:
+def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
     """`stretch_costs` of the first prompts of a setting's data, from noise of its seed, a batch of training at a
     time."""
-    config, student = setting.config, setting.student
-    count = min(config.search_prompts, len(setting.data))
-    samples = [setting.data[i][0] for i in range(count)]
+    config, student = task.config, task.student
+    count = min(config.search_prompts, len(task.data))
+    samples = [task.data[i][0] for i in range(count)]
     generator = generator_for(config.seed, NOISE_INDEX)
     total = 0
     for first in range(0, count, config.mse.batch_size):
         chosen = samples[first : first + config.mse.batch_size]
         text = [{tensor.stored: sample[tensor.stored] for tensor in student.family.text_tensors} for sample in chosen]
-        text = batch(text, setting.device, student.transformer.dtype)
+        text = batch(text, task.device, student.transformer.dtype)
         shape = chosen[0]["x"].shape[1:] if "x" in chosen[0] else chosen[0][LATENT].shape
-        noise = torch.randn((len(chosen), *shape), generator=generator).to(setting.device, student.transformer.dtype)
-        scale = setting.sampling.guidance if student.embeds("g") else None
-        g = None if scale is None else torch.full((len(chosen),), scale, device=setting.device)
-        costs = stretch_costs(student, setting.trunk, forecaster, noise, text, setting.sampling.grid, g)
+        noise = torch.randn((len(chosen), *shape), generator=generator).to(task.device, student.transformer.dtype)
+        scale = task.sampling.guidance if student.embeds("g") else None
+        g = None if scale is None else torch.full((len(chosen),), scale, device=task.device)
+        costs = stretch_costs(student, task.trunk, forecaster, noise, text, task.sampling.grid, g)
         total = total + len(chosen) / count * costs
     return total
 

@@ -41,7 +41,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PredictorTask:
     """See above."""
 
     config: PredictorConfig
@@ -49,7 +49,7 @@ class Setting:
     student: Velocity
     trunk: Trunk
     data: Data
-    made_of: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     """What tells the data from others."""
     sampling: Sampling
 
@@ -58,7 +58,7 @@ class Setting:
         return next(self.student.transformer.parameters()).device
 
 
-def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig | None) -> Setting:
+def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig | None) -> PredictorTask:
     """The student of `config`, frozen; `made` is the predictor, if there is one already, whose grid is then taken.
 
     Raises:
@@ -72,7 +72,7 @@ def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkCon
     transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
-    data, made_of = _open_data(loaded, config)
+    data, provenance = _open_data(loaded, config)
     shift = shift_of(loaded.pipe.scheduler, loaded.family)
     own = {"steps": loaded.default("steps"), "shift": shift, "guidance": guidance}
     own |= {"steps": made.steps, "shift": made.shift} if made else {}
@@ -81,7 +81,7 @@ def setting_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkCon
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
     history = made.history if made else config.history
     trunk = Trunk(transformer, loaded.family, history)
-    return Setting(config, loaded, student, trunk, data, made_of, sampling)
+    return PredictorTask(config, loaded, student, trunk, data, provenance, sampling)
 
 
 def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity) -> float:
@@ -108,7 +108,7 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     clips = CollectConfig(model=config.student, data=config.data, clips=config.clips, seed=config.seed)
     source = open_source(loaded, clips)
-    return EncodedSource(loaded, source), {"clips": len(source)} | source.identity
+    return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
 def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampling:

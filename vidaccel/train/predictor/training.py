@@ -29,11 +29,11 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.train.methods.mean_velocity import widest_interval
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
-from vidaccel.train.predictor.loss import Lesson
+from vidaccel.train.predictor.loss import PredictorLoss
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import measured_costs, searched
-from vidaccel.train.predictor.task import Setting, setting_of
-from vidaccel.train.predictor.trajectories import with_runs
+from vidaccel.train.predictor.task import PredictorTask, task_of
+from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.trainer import generator_for, train
 
 log = logging.getLogger(__name__)
@@ -64,46 +64,46 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     made = Predictor.from_pretrained(output).config if run else None
     halves = config.mse.precision == config.adversarial.precision == "bfloat16"
     loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
-    setting = setting_of(loaded, with_runs(config, loaded, output), made)
-    with setting.trunk:
+    task = task_of(loaded, with_trajectories(config, loaded, output), made)
+    with task.trunk:
         if run is None:
             before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
-            _train(setting, output)
-            run = _described(setting, config, started)
+            _train(task, output)
+            run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"] = before["searched_on"]
-        schedules = _search(setting, output)
-    on_first(lambda: _finish(setting, output, run, schedules))
+        schedules = _search(task, output)
+    on_first(lambda: _finish(task, output, run, schedules))
     return schedules
 
 
-def _train(setting: Setting, output: Path) -> None:
+def _train(task: PredictorTask, output: Path) -> None:
     """Both stages; leaves the predictor in `output`."""
-    config, student = setting.config, setting.student
+    config, student = task.config, task.student
     torch.manual_seed(config.seed)
-    predictor, pairs = _start(setting)
-    discriminator = Discriminator(predictor.config.width, config.discriminator).to(setting.device)
+    predictor, pairs = _start(task)
+    discriminator = Discriminator(predictor.config.width, config.discriminator).to(task.device)
     own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
     log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
-    _shard(setting, predictor, discriminator)
-    lesson = Lesson(student, setting.trunk, predictor, relative=config.relative)
-    _stage("mse", setting, pairs, lesson, output)
+    _shard(task, predictor, discriminator)
+    predictor_loss = PredictorLoss(student, task.trunk, predictor, relative=config.relative)
+    _stage("mse", task, pairs, predictor_loss, output)
     if config.adversarial.steps:
-        judged = Lesson(student, setting.trunk, predictor, discriminator, config.discriminator, config.relative)
-        _stage("adversarial", setting, pairs, judged, output)
+        judged = PredictorLoss(student, task.trunk, predictor, discriminator, config.discriminator, config.relative)
+        _stage("adversarial", task, pairs, judged, output)
     _save(predictor, output)
 
 
-def _start(setting: Setting) -> tuple[Predictor, Pairs]:
+def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     """A new predictor, which has the statistics of a first pair of passes, and what it will learn from."""
-    config, student, sampling = setting.config, setting.student, setting.sampling
+    config, student, sampling = task.config, task.student, task.sampling
     trained_on = student.conditioning.config.restrict if student.conditioning else None
     restrict = config.restrict or trained_on or widest_interval(sampling.steps, sampling.shift)
-    grid = sampling.grid.to(setting.device)
-    pairs = Pairs(student, setting.trunk, Reuse(), setting.data, config, grid, sampling.guidance, restrict, config.seed)
-    with _autocast(setting, config.mse):
+    grid = sampling.grid.to(task.device)
+    pairs = Pairs(student, task.trunk, Reuse(), task.data, config, grid, sampling.guidance, restrict, config.seed)
+    with _autocast(task, config.mse):
         first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
-        entering = _entering(setting, first)
+        entering = _entering(task, first)
     predictor = new_predictor(
         student.transformer,
         student.family,
@@ -113,13 +113,13 @@ def _start(setting: Setting) -> tuple[Predictor, Pairs]:
         history=config.history,
         steps=sampling.steps,
         shift=sampling.shift,
-        student=student_hash(setting.loaded),
+        student=student_hash(task.loaded),
     )
     return predictor, replace(pairs, predictor=predictor)
 
 
 @torch.no_grad()
-def _entering(setting: Setting, pair: Pair) -> Tokens:
+def _entering(task: PredictorTask, pair: Pair) -> Tokens:
     """The tokens that enter the trunk on the predicted step of `pair`."""
     seen: Tokens = {}
 
@@ -127,42 +127,42 @@ def _entering(setting: Setting, pair: Pair) -> Tokens:
         seen.update({name: arguments[name] for name in memory[0].tokens})
         return memory[0].tokens
 
-    with setting.trunk.predicted(look, pair.times.t, pair.memory):
-        setting.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
+    with task.trunk.predicted(look, pair.times.t, pair.memory):
+        task.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
     return seen
 
 
-def _stage(name: str, setting: Setting, pairs: Pairs, lesson: Lesson, output: Path) -> None:
-    config: TrainConfig = getattr(setting.config, name)
+def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: PredictorLoss, output: Path) -> None:
+    config: TrainConfig = getattr(task.config, name)
     passes = config.accumulate * world()
 
-    def loss(lesson: nn.Module, index: int, generator: torch.Generator):
-        return lesson(pairs.draw(index, config.batch_size, index // passes, generator))
+    def loss(predictor_loss: nn.Module, index: int, generator: torch.Generator):
+        return predictor_loss(pairs.draw(index, config.batch_size, index // passes, generator))
 
     train(
-        lesson,
+        predictor_loss,
         loss,
         config,
         output / CHECKPOINTS / name,
-        seed=setting.config.seed + STAGES.index(name),
+        seed=task.config.seed + STAGES.index(name),
         title=f"predictor, {name}",
-        settings=_shaping(setting, name),
-        rates={"discriminator": setting.config.discriminator.learning_rate / config.learning_rate},
+        settings=_shaping(task, name),
+        rates={"discriminator": task.config.discriminator.learning_rate / config.learning_rate},
     )
 
 
-def _shaping(setting: Setting, name: str) -> dict[str, Any]:
+def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     """What shapes a stage, besides what `train` is given itself. The second goes on from the first."""
-    config = configuration.to_dict(setting.config)
+    config = configuration.to_dict(task.config)
     shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
     earlier = {} if name == "mse" else {"mse": config["mse"], "discriminator": config["discriminator"]}
-    made_of = {"data": setting.made_of, "student": student_hash(setting.loaded), **asdict(setting.sampling)}
-    return shared | earlier | made_of
+    provenance = {"data": task.provenance, "student": student_hash(task.loaded), **asdict(task.sampling)}
+    return shared | earlier | provenance
 
 
-def _shard(setting: Setting, predictor: Predictor, discriminator: Discriminator) -> None:
+def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator) -> None:
     """Each part on its own, because each is called on its own."""
-    student = setting.student
+    student = task.student
     shard(student.transformer, [block for _, block in trunk_blocks(student)])
     for part in (student.conditioning, discriminator):
         if part is not None:
@@ -182,28 +182,28 @@ def _save(predictor: Predictor, output: Path) -> None:
     on_first(write)  # the others go on when it is there
 
 
-def _search(setting: Setting, output: Path) -> list[Schedule]:
+def _search(task: PredictorTask, output: Path) -> list[Schedule]:
     """The schedules of the predictor in `output`, run as it is when it serves."""
-    transformer = setting.student.transformer
-    predictor = Predictor.from_pretrained(output).to(setting.device)
-    predictor.check_fits(transformer, setting.loaded.family, student_hash(setting.loaded))
-    costs = measured_costs(setting, predictor.run_like(transformer))
-    return list(searched(costs, setting.sampling.shift).values())
+    transformer = task.student.transformer
+    predictor = Predictor.from_pretrained(output).to(task.device)
+    predictor.check_fits(transformer, task.loaded.family, student_hash(task.loaded))
+    costs = measured_costs(task, predictor.run_like(transformer))
+    return list(searched(costs, task.sampling.shift).values())
 
 
-def _described(setting: Setting, config: PredictorConfig, started: datetime) -> dict[str, Any]:
+def _described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
     """What run.json says of a training: the settings as they were given, and what was learnt from."""
-    folders = {"student": Path(setting.loaded.source)}
-    if setting.config.features is not None:
-        folders["features"] = Path(setting.config.features)
+    folders = {"student": Path(task.loaded.source)}
+    if task.config.features is not None:
+        folders["features"] = Path(task.config.features)
     parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
     given = configuration.to_dict(config)
     return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
 
 
-def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
+def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
     """Beside what was searched before by `run`, which a new training has not."""
-    steps = setting.sampling.steps
+    steps = task.sampling.steps
     others = [on for on in run.get("searched_on", []) if on["steps"] != steps]
     kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []
     (output / RUN_FILE).unlink(missing_ok=True)
@@ -216,9 +216,9 @@ def _finish(setting: Setting, output: Path, run: dict[str, Any], schedules: list
         seed=run["seed"],
         started=datetime.fromisoformat(run["started"]),
         parents=run["parents"],
-        searched_on=[*others, asdict(setting.sampling) | {"prompts": setting.config.search_prompts}],
+        searched_on=[*others, asdict(task.sampling) | {"prompts": task.config.search_prompts}],
     )
 
 
-def _autocast(setting: Setting, config: TrainConfig) -> torch.autocast:
-    return torch.autocast(setting.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+def _autocast(task: PredictorTask, config: TrainConfig) -> torch.autocast:
+    return torch.autocast(task.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")

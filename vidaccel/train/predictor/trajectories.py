@@ -10,7 +10,7 @@ from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.collect.features import open_features
 from vidaccel.collect.job import collect, plan
 from vidaccel.collect.source import open_source
-from vidaccel.collect.trajectories import running
+from vidaccel.collect.trajectories import trajectory_job
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.data.shards import ShardFolder, kinds_in
@@ -36,13 +36,13 @@ class Captions:
         return self.features[index][1]
 
     @property
-    def identity(self) -> Mapping[str, Any]:
-        made_of = sha256_file(self.features.folder / RUN_FILE)
+    def fingerprint(self) -> Mapping[str, Any]:
+        provenance = sha256_file(self.features.folder / RUN_FILE)
         # Where damaged shards are left out there are fewer samples.
-        return {"captions": made_of, "samples": len(self.features), "clips": len(self)}
+        return {"captions": provenance, "samples": len(self.features), "clips": len(self)}
 
 
-def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
+def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
     """`config` with runs of the student as its features, where it is to learn from such.
 
     Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips;
@@ -67,7 +67,7 @@ def with_runs(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> 
         source = open_source(loaded, asked)
     else:
         source = Captions(open_features(config.features, "encoded", loaded.hashes, config.on_damage), config.clips)
-    job = running(loaded, source, asked)
+    job = trajectory_job(loaded, source, asked)
     folder = output / FOLDER
     log.info("runs of the student to learn from: %s, in %s", plan(job), folder)
     collect(job, folder)

@@ -186,7 +186,7 @@ def encode_clips(
     def encode(indices: list[int]):
         return encode_samples(loaded, *zip(*(source[i] for i in indices), strict=True), "float16")
 
-    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.identity
+    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.fingerprint
     if not (folder / RUN_FILE).exists():
         write_shards(
             folder,

@@ -43,7 +43,7 @@ class RenderedScenes:
         return self._draw(self._rng(index))
 
     @property
-    def identity(self) -> Record:
+    def fingerprint(self) -> Record:
         return {
             "data": None,
             "seed": self.seed,
