@@ -1,8 +1,43 @@
 """Triton reads TRITON_INTERPRET when it is first imported, and diffusers imports it: so it is set before all tests."""
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.students import save_teacher  # noqa: E402
+from tests.tiny import tiny_pipeline  # noqa: E402
+from vidaccel.models.loading import LoadedPipeline, load_pipeline  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Callable[[str], Path]:
+    """`saved(family)`: the folder of that family's tiny pipeline, not to be written to."""
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            tiny_pipeline(family).save_pretrained(folders[family])
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path) -> Path:
+    """A copy of the tiny HunyuanVideo folder, for a test to break."""
+    return Path(shutil.copytree(saved("hunyuan_video"), tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> dict[str, LoadedPipeline]:
+    """Tiny teachers loaded from their folders, for tests that change neither."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {name: load_pipeline(save_teacher(root / name, name)) for name in ("hunyuan_video", "wan")}

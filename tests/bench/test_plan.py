@@ -12,7 +12,7 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.models.loading import SHIPPED as SHIPPED_MODELS
+from vidaccel.worlds.sprites import SHIPPED as SHIPPED_MODELS
 
 SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
 ADAPTIVE = tuple(f"{on}{name}" for on in ("", "student-") for name in ("tea", "first", "mag", "sea", "faster", "delta"))

@@ -185,6 +185,6 @@ def test_unknown_pipeline_names_the_supported_ones():
     assert all(name in caught.value.hint for name in PIPELINES)
 
 
-def test_reading_the_catalog_imports_no_torch():
-    code = "import sys, vidaccel.models.catalog; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+def test_reading_the_registry_imports_no_torch():
+    code = "import sys, vidaccel.families.registry; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.students import refused, save, trained, vouch
 from vidaccel.artefacts import RUN_FILE, read_run
 from vidaccel.errors import UserError
-from vidaccel.models import loading
-from vidaccel.models import saving as student
+from vidaccel.models import saving
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.worlds import sprites
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
@@ -61,13 +61,12 @@ def test_an_adapter_is_merged_into_its_teachers_weights(adapted):
 def test_the_pipeline_of_an_adapter_is_named_as_it_can_be_found(adapted, teachers, tmp_path, monkeypatch):
     teacher = Path(teachers["hunyuan_video"].source)
     assert read_run(adapted["folder"], "model/1")["pipeline"] == str(teacher)
-    for module in (student, loading):
-        monkeypatch.setattr(module, "SHIPPED", teacher.parent)
+    monkeypatch.setattr(sprites, "SHIPPED", teacher.parent)
     loaded = LoadedPipeline(None, None, str(teacher), {}, {})
-    assert student._write_adapter(tmp_path, loaded, adapted["transformer"]) == {"pipeline": "sprites/hunyuan_video"}
+    assert saving._write_adapter(tmp_path, loaded, adapted["transformer"]) == {"pipeline": "sprites/hunyuan_video"}
     loaded = LoadedPipeline(None, None, str(adapted["folder"]), {}, {})
     with pytest.raises(UserError, match="belongs to a pipeline folder"):
-        student._write_adapter(tmp_path, loaded, adapted["transformer"])
+        saving._write_adapter(tmp_path, loaded, adapted["transformer"])
 
 
 def edit_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], described: bool = True) -> None:

@@ -20,6 +20,7 @@ from vidaccel.models import loading
 from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.folder import safetensors_header
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.worlds import sprites
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -66,7 +67,7 @@ def test_a_saved_pipeline_loads_and_makes_the_same_video(family, saved):
 
 def test_shipped_names_resolve_to_the_package(saved, monkeypatch, tmp_path):
     shutil.copytree(saved("hunyuan_video"), tmp_path / "tiny")
-    monkeypatch.setattr(loading, "SHIPPED", tmp_path)
+    monkeypatch.setattr(sprites, "SHIPPED", tmp_path)
     assert load_pipeline("sprites/tiny").source == str(tmp_path / "tiny")
     error = refused("sprites/tinny")
     assert "sprites/tinny" in error.message and "sprites/tiny" in error.hint

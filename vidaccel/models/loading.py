@@ -139,7 +139,7 @@ def _local_folder(model: str | Path) -> Path | None:
     folder = local_path(model)
     if str(model).split("/")[0] in WORLDS and not folder.exists():
         hint = f"choose from: {', '.join(shipped_models())}; or train one: vidaccel distill"
-        raise UserError(f"no model is shipped as {model}, and there is no such folder", hint)
+        raise UserError(f"no model is shipped as {model}", hint)
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder", "pass the folder that holds model_index.json")
     return folder if folder.is_dir() else None

@@ -20,9 +20,10 @@ from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.conditioning import embedding_width
-from vidaccel.models.loading import SHIPPED, LoadedPipeline, load_pipeline
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate, predicted_steps
+from vidaccel.worlds.sprites import SHIPPED
 from vidaccel.worlds.sprites.__main__ import app
 
 PROMPT = "a red circle moving right on black"

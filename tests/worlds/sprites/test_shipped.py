@@ -14,9 +14,10 @@ from vidaccel.cli.main import app
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import load
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.models.loading import SHIPPED, load_pipeline, read_model
+from vidaccel.models.loading import load_pipeline, read_model
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate, predicted_steps
+from vidaccel.worlds.sprites import SHIPPED
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.score import score_clip
 
