@@ -171,7 +171,7 @@ class _Passes:
     """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
 
     def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | None):
-        self._modules = [getattr(loaded.pipe, d.attribute) for d in loaded.family.denoisers]
+        self._denoisers = [getattr(loaded.pipe, d.attribute) for d in loaded.family.denoisers]
         self._bar = Progress("denoising", total=total)
         self._attachment = attachment
         self.full: list[float] = []
@@ -181,8 +181,8 @@ class _Passes:
         self._seen = attachment.predicted_passes if attachment else 0
 
     def __enter__(self) -> "_Passes":
-        self._hooks = [m.register_forward_pre_hook(self._begin) for m in self._modules]
-        self._hooks += [m.register_forward_hook(self._end) for m in self._modules]
+        self._hooks = [m.register_forward_pre_hook(self._begin) for m in self._denoisers]
+        self._hooks += [m.register_forward_hook(self._end) for m in self._denoisers]
         self._bar.__enter__()
         return self
 

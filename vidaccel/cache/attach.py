@@ -23,6 +23,7 @@ from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
+from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
@@ -92,7 +93,7 @@ def attach(
         for denoiser in family.denoisers:
             forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
         if forecaster is not predictor:
-            forecaster.run_like(getattr(pipe, family.denoisers[0].attribute)).to(pipe._execution_device)
+            forecaster.run_like(getattr(pipe, family.denoisers[0].attribute)).to(execution_device(pipe))
     return Attachment(pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps))
 
 

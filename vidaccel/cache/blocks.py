@@ -10,6 +10,8 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
+from vidaccel.compat.diffusers import set_stateful
+from vidaccel.compat.torch import call_of, compiled_call, set_compiled_call
 from vidaccel.families.base import BlockList
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 
@@ -49,7 +51,10 @@ class OpenContext(StateManager):
 
     @property
     def name(self) -> str | None:
-        return self._context.name if self._context else None
+        try:
+            return self.context.name
+        except ValueError:  # none is in force
+            return None
 
 
 class StaticEmbedder:
@@ -60,8 +65,8 @@ class StaticEmbedder:
     """
 
     def __init__(self, trunk: Owner, path: str, module: nn.Module):
-        self._trunk, self._path, self._module, self._compiled = trunk, path, module, module._compiled_call_impl
-        module._compiled_call_impl = self
+        self._trunk, self._path, self._module, self._compiled = trunk, path, module, compiled_call(module)
+        set_compiled_call(module, self)
 
     def __call__(self, *args, **kwargs) -> Any:
         current_pass = self._trunk.current_pass
@@ -71,17 +76,15 @@ class StaticEmbedder:
             and self._path in current_pass.memory[0].held
         ):
             return current_pass.memory[0].held[self._path]
-        output = (self._compiled or self._module._call_impl)(*args, **kwargs)
+        output = (self._compiled or call_of(self._module))(*args, **kwargs)
         if current_pass is not None and current_pass.forecaster is None:
             current_pass.held[self._path] = _detached(output)
         return output
 
     def remove(self) -> None:
         """Leave the module as it was, or as it has been compiled since."""
-        if self._module._compiled_call_impl is self:
-            del self._module._compiled_call_impl
-            if self._compiled is not None:
-                self._module._compiled_call_impl = self._compiled
+        if compiled_call(self._module) is self:
+            set_compiled_call(self._module, self._compiled)
 
 
 class BlockHook(ModelHook):
@@ -95,7 +98,7 @@ class BlockHook(ModelHook):
     def __init__(self, trunk: Owner, kind: BlockList, first: bool, last: bool):
         super().__init__()
         self.trunk, self.kind, self.first, self.last = trunk, kind, first, last
-        self._is_stateful = first
+        set_stateful(self, first)
         self.open = trunk.open if first else None
         """Where diffusers finds it."""
 

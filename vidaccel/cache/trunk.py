@@ -38,6 +38,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from vidaccel.cache.blocks import BlockHook, OpenContext, StaticEmbedder, TrunkPass
+from vidaccel.compat.diffusers import (
+    checkpointing,
+    forget_listed_hooks,
+    hook_registry,
+    remove_hook_registry,
+    set_checkpointing,
+)
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.forecasters.base import Cached, Forecaster
@@ -112,7 +119,7 @@ class Trunk:
         """
         name = type(self.transformer).__name__
         blocks = [(kind, block) for kind in self.family.block_lists for block in getattr(self.transformer, kind.name)]
-        if any(HOOK in block._diffusers_hook.hooks for _, block in blocks if hasattr(block, "_diffusers_hook")):
+        if any(HOOK in registry.hooks for _, block in blocks if (registry := hook_registry(block))):
             raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
         if getattr(self.transformer, "is_cache_enabled", False):
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
@@ -120,7 +127,7 @@ class Trunk:
             self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
         for path in self.family.static_embedders:
             self._undo.append(StaticEmbedder(self, path, self.transformer.get_submodule(path)).remove)
-        self._contexts_moved()
+        forget_listed_hooks(self.transformer)
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
         return self
@@ -130,7 +137,7 @@ class Trunk:
         self.reset()
         while self._undo:
             self._undo.pop()()
-        self._contexts_moved()
+        forget_listed_hooks(self.transformer)
 
     def __enter__(self) -> "Trunk":
         return self.attach()
@@ -154,14 +161,9 @@ class Trunk:
     def _unhook(self, block: nn.Module, registry: HookRegistry) -> None:
         registry.remove_hook(HOOK, recurse=False)
         if not registry.hooks:
-            del block._diffusers_hook
+            remove_hook_registry(block)
         if vars(block)["forward"] == type(block).forward.__get__(block):
             del block.forward
-
-    def _contexts_moved(self) -> None:
-        """`cache_context` keeps a list of the hooked modules that it tells."""
-        if hasattr(self.transformer, "_diffusers_hook"):
-            self.transformer._diffusers_hook.invalidate_child_registries_cache()
 
     def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
         if self.current_pass is not None:  # a KeyboardInterrupt passes `_end` by
@@ -209,7 +211,7 @@ class Trunk:
 
     def _bind_checkpoints(self, current_pass: TrunkPass) -> None:
         """Let blocks that are checkpointed in this pass be recomputed as they ran in it, whatever is then in force."""
-        checkpoint = self.transformer._gradient_checkpointing_func
+        checkpoint = checkpointing(self.transformer)
 
         def bound(block: nn.Module, *arguments):
             def run(*arguments):
@@ -222,9 +224,10 @@ class Trunk:
             return checkpoint(run, *arguments)
 
         def release() -> None:
-            self.transformer._gradient_checkpointing_func = checkpoint
+            set_checkpointing(self.transformer, checkpoint)
 
-        self.transformer._gradient_checkpointing_func, self._release_checkpoints = bound, release
+        set_checkpointing(self.transformer, bound)
+        self._release_checkpoints = release
 
 
 def _nothing() -> None:

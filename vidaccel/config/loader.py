@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from vidaccel.compat.hydra import quoted
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
@@ -47,14 +48,13 @@ def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequen
         UserError: no such file, no such key, or a value the schema refuses.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.types import Quote, QuotedString
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     path = _find(command, conf)
-    shipped = QuotedString(f"file://{_folder(command)}", Quote.single).with_quotes()
+    shipped = quoted(f"file://{_folder(command)}")
     words = [f"hydra.searchpath=[{shipped}]", *(_override(word, schema) for word in overrides)]
     try:
         with initialize_config_dir(str(path.parent), version_base=None):
@@ -142,8 +142,6 @@ def _override(word: str, schema: type) -> str:
 
     Text is quoted, unless it is already: to Hydra's grammar a comma in a path is a sweep and an accent an error.
     """
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     key, equals, value = word.lstrip("+").partition("=")
     if not equals:
         raise UserError(f'"{word}" is neither a flag nor a key=value setting', "write settings as key=value")
@@ -161,7 +159,7 @@ def _override(word: str, schema: type) -> str:
             raise UserError(f'there is no setting "{key}"', nearest(part, known))
         here = hints[part]
     if here in (str, str | None) and value != "null" and not value.startswith(("'", '"')):
-        value = QuotedString(value, Quote.single).with_quotes()
+        value = quoted(value)
     return f"++{'.'.join(parts)}={value}"
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vidaccel.artefacts import atomic_folder, atomic_path, check_writable
+from vidaccel.compat.decord import decoding_errors
 from vidaccel.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,12 +150,9 @@ def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) ->
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
     """Turn what decord raises into `BadClip`; its texts are C++ source lines, so the reason is told apart here."""
-    from decord import DECORDError
-    from decord._ffi.base import DECORDLimitReachedError
-
     try:
         yield
-    except (DECORDError, DECORDLimitReachedError, RuntimeError) as error:
+    except decoding_errors() as error:
         if "cannot find video stream" in str(error):
             raise BadClip("no video stream can be found in it") from error
         if "Error reading" in str(error):

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
@@ -57,8 +58,9 @@ LAG = 0.1
 """Share of a sampling since the full step at which what is added to the cache counts once."""
 
 
-class Statistics(nn.Module):
-    """Mean and deviation [2, D], by channel, of the tokens that enter the trunk and of the cached ones; float32."""
+class Statistics(KeepsFloat32):
+    """Mean and deviation [2, D], by channel, of the tokens that enter the trunk and of the cached ones; float32, since
+    what is divided by is not rounded."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -73,10 +75,6 @@ class Statistics(nn.Module):
             deviation = values.std(0)
             self.mean[i] = values.mean(0)
             self.deviation[i] = deviation.clamp(min=max(SMALLEST * float(deviation.mean()), TINY))
-
-    def _apply(self, fn, recurse=True):
-        """To another device, but to no other type: what is divided by is not rounded."""
-        return super()._apply(lambda tensor: fn(tensor).float(), recurse)
 
 
 class Fusion(nn.Module):

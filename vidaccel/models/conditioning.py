@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vidaccel.artefacts import write_json
+from vidaccel.compat.torch import forward_hooks
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 
@@ -109,14 +110,14 @@ class Conditioning(nn.Module):
     @staticmethod
     def of(transformer: nn.Module, family: DiTFamily) -> "Conditioning | None":
         """The one that the transformer carries."""
-        hooks = transformer.get_submodule(family.timestep_embedder)._forward_hooks.values()
+        hooks = forward_hooks(transformer.get_submodule(family.timestep_embedder)).values()
         owners = (getattr(hook, "__self__", None) for hook in hooks)
         return next((owner for owner in owners if isinstance(owner, Conditioning)), None)
 
     @staticmethod
     def detach(transformer: nn.Module, family: DiTFamily) -> None:
         """Take off whichever conditioning the transformer carries."""
-        hooks = transformer.get_submodule(family.timestep_embedder)._forward_hooks
+        hooks = forward_hooks(transformer.get_submodule(family.timestep_embedder))
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), Conditioning):
                 del hooks[key]

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
+from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning
@@ -243,7 +244,7 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
     """
     pipe, family = loaded.pipe, loaded.family
     transformer = getattr(pipe, family.denoisers[0].attribute)
-    if hasattr(transformer, "_hf_hook"):
+    if is_offloaded(transformer):
         raise UserError(
             f"this {type(transformer).__name__} is offloaded to the CPU already",
             "call pipe.remove_all_hooks() first, and enable offload again when the student is there",

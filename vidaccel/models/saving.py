@@ -30,6 +30,7 @@ from vidaccel.artefacts import (
     write_json,
     write_run,
 )
+from vidaccel.compat.diffusers import float32_modules
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import read_json
@@ -127,7 +128,7 @@ def _save_transformer(transformer: nn.Module, folder: Path, dtype: torch.dtype) 
 
 
 def _stored(transformer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    kept = set(transformer._keep_in_fp32_modules or ())
+    kept = float32_modules(transformer)
     weights = {}
     for name, tensor in transformer.state_dict().items():
         weights[name] = tensor.detach().to("cpu", torch.float32 if kept & set(name.split(".")) else dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidaccel.compat.torch import has_cpp_compiler, recompile_limit, set_recompile_limit
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.kernels import select, tangents
@@ -68,16 +69,8 @@ def check_compiler(device: torch.device) -> None:
     """Raises `UserError` if what torch.compile hands its code to is missing: Triton on CUDA, else a C++ compiler."""
     if device.type == "cuda" and not select.HAVE_TRITON:
         raise UserError("compile=true, and Triton is not installed", "pip install vidaccel[gpu]")
-    if device.type != "cuda" and BACKEND == "inductor":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise UserError(
-                "compile=true on a CPU needs a C++ compiler", "install g++, or set compile=false"
-            ) from error
+    if device.type != "cuda" and BACKEND == "inductor" and not has_cpp_compiler():
+        raise UserError("compile=true on a CPU needs a C++ compiler", "install g++, or set compile=false")
 
 
 def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool | None = False) -> Callable[[], None]:
@@ -96,7 +89,7 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
             "compile a model once, before anything is attached to it",
         )
     # Graphs of all blocks, of every size of video and of the predictor's blocks count towards one limit.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    set_recompile_limit(max(recompile_limit(), RECOMPILE_LIMIT))
     graphs = next(transformer.parameters()).is_cuda
     for block in blocks:
         _install(block, CompiledForward(block, dynamic=dynamic, graphs=graphs, kept=block is blocks[-1]))

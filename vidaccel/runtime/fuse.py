@@ -36,6 +36,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
+from vidaccel.compat.torch import forward_pre_hooks
 from vidaccel.errors import UserError
 from vidaccel.kernels import select
 from vidaccel.kernels.adaln.op import adaln
@@ -54,7 +55,7 @@ def fuse(model: nn.Module, kernels: str = "auto") -> "Fusion":
         raise UserError(
             f"kernels=fused, but no block of {type(model).__name__} has a fused form", f"fused are: {known}"
         )
-    hooked = [block for block in blocks if "forward" in vars(block) or block._forward_pre_hooks]
+    hooked = [block for block in blocks if "forward" in vars(block) or forward_pre_hooks(block)]
     if hooked:
         raise UserError(
             f"{len(hooked)} blocks of {type(model).__name__} already carry hooks, which would keep the stock forward",

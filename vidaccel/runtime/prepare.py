@@ -15,13 +15,15 @@ import logging
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    _check_attention_backend_requirements,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
+from vidaccel.compat.diffusers import (
+    attention_constraints,
+    check_attention_backend,
+    process_attention,
+    set_process_attention,
+)
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -66,7 +68,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
         _check_fits(transformer, loaded.family, config)
         if kernels == "fused":
             fuse(transformer, config.kernels)
-        if config.attention != _AttentionBackendRegistry._active_backend:
+        if config.attention != process_attention():
             _set_attention(transformer, config.attention)
         if config.trim_text:
             _trim(transformer, loaded.family, config.attention)
@@ -89,7 +91,7 @@ def _check_attention(name: str, device: torch.device) -> None:
     if name not in names:
         raise UserError(f"no attention backend is called {name}", nearest(name, names))
     try:
-        _check_attention_backend_requirements(AttentionBackendName(name))
+        check_attention_backend(name)
     except RuntimeError as error:
         raise UserError(f"attention={name} is not possible here: {error}", "or set attention=native") from error
     if device.type != "cuda" and name not in CPU_ATTENTION:
@@ -102,7 +104,7 @@ def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig
     heads = {"dtype": linear.weight.dtype, "device": linear.weight.device}
     probe = torch.empty(1, 1, 1, transformer.config.attention_head_dim, **heads)
     try:
-        for fits in _AttentionBackendRegistry._constraints[AttentionBackendName(config.attention)]:
+        for fits in attention_constraints(config.attention):
             fits(query=probe, key=probe, value=probe, attn_mask=None, is_causal=False)
     except ValueError as error:
         raise UserError(
@@ -120,7 +122,7 @@ def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig
 
 def _set_attention(transformer: nn.Module, name: str) -> None:
     """diffusers' dispatcher, told for this transformer alone; a backend of the hub is downloaded now."""
-    before = _AttentionBackendRegistry._active_backend
+    before = process_attention()
     try:
         transformer.set_attention_backend(name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -129,7 +131,7 @@ def _set_attention(transformer: nn.Module, name: str) -> None:
         raise UserError(f"attention={name} does not load: {reason}", hint) from error
     finally:
         # diffusers makes it that of the whole process as well, and other models were asked for others.
-        _AttentionBackendRegistry.set_active_backend(before)
+        set_process_attention(before)
 
 
 def _trim(transformer: nn.Module, family: DiTFamily, attention: str) -> None:

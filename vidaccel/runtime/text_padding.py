@@ -37,7 +37,7 @@ first over its tokens wants one."""
 
 def masks_text(transformer: nn.Module) -> bool:
     """Whether this transformer masks the padding of its text."""
-    return any(mask in _parameters(transformer) for mask, _ in TEXTS.values())
+    return any(mask in _argument_names(transformer) for mask, _ in TEXTS.values())
 
 
 def trim_text(transformer: nn.Module, family: DiTFamily, need: str | None = None) -> "TextPadding":
@@ -56,7 +56,7 @@ class TextPadding:
 
     def __init__(self, transformer: nn.Module, family: DiTFamily, need: str | None = None):
         self._need = need
-        self._parameters = _parameters(transformer)
+        self._arguments = _argument_names(transformer)
         self._undo: list[Callable[[], None]] = []
         self._dense = False
         """Whether the pass that is under way needs no mask."""
@@ -91,7 +91,7 @@ class TextPadding:
 
     def _cut(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward pre-hook: inputs by their names, wherever they stood."""
-        named = dict(zip(self._parameters, args, strict=False)) | kwargs
+        named = dict(zip(self._arguments, args, strict=False)) | kwargs
         self._dense = True
         for text, (mask, least) in TEXTS.items():
             if named.get(mask) is not None:
@@ -127,5 +127,5 @@ def cut(text: Tensor, mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor, boo
     return text[:, :length], mask[:, :length], bool(used[:, :length].all())
 
 
-def _parameters(transformer: nn.Module) -> list[str]:
+def _argument_names(transformer: nn.Module) -> list[str]:
     return list(inspect.signature(type(transformer).forward).parameters)[1:]

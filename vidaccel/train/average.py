@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from vidaccel.compat.torch import lerp_all
 from vidaccel.train.parallel import reshard
 
 
@@ -25,7 +26,7 @@ class Average:
         weights replace them.
         """
         decay = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
-        torch._foreach_lerp_(self.tensors, self._trained, 1 - decay)
+        lerp_all(self.tensors, self._trained, 1 - decay)
 
     def exchange(self) -> None:
         """Puts the averages into the model and its weights here; a second time, each is back bit for bit."""

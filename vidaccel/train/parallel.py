@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vidaccel.artefacts import atomic_folder
+from vidaccel.compat.torch import forget_groups
 
 Result = TypeVar("Result")
 _meshes: list[DeviceMesh] = []  # that sharded models lie on
@@ -45,7 +46,7 @@ def processes() -> Iterator[None]:
         # Destroyed, it still has its threads until nothing refers to it, and DTensor's caches keep every mesh, with its
         # groups. A thread of gloo's that lets go of a finished tensor while the interpreter ends aborts the process.
         for mesh in _meshes:
-            vars(mesh).get("_pg_registry", {}).clear()  # an older mesh knows them by name alone
+            forget_groups(mesh)
         _meshes.clear()
         gc.collect()
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vidaccel.artefacts import CHECKPOINTS
+from vidaccel.compat.diffusers import can_checkpoint
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
@@ -176,7 +177,7 @@ def _check(model: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
 
 def _recomputing(model: nn.Module) -> list[nn.Module]:
     """The parts of the model whose diffusers class has activation checkpointing."""
-    return [module for module in model.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
+    return [module for module in model.modules() if can_checkpoint(module)]
 
 
 def _optimizers(

@@ -16,6 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from vidaccel.cache.blocks import OpenContext
+from vidaccel.compat.diffusers import forget_listed_hooks, remove_hook_registry, set_stateful
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
@@ -31,7 +32,7 @@ class PartHook(ModelHook):
         super().__init__()
         self.cache, self.open = cache, cache.open
         """`open` is where `cache_context` finds it."""
-        self._is_stateful = True
+        set_stateful(self, True)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Pipelines of diffusers ask for this at the end of a generation."""
@@ -75,10 +76,10 @@ class PartsCache:
             transformer = getattr(self.pipe, denoiser.attribute)
             if getattr(transformer, "is_cache_enabled", False):
                 raise UserError("a cache of diffusers is enabled on this pipeline", "call its disable_cache() first")
-            self._undo.append(lambda transformer=transformer: _contexts_moved(transformer))
+            self._undo.append(lambda transformer=transformer: forget_listed_hooks(transformer))
             for module, hook in list(self.hooks(transformer)):
                 self._put_on(module, hook)
-            _contexts_moved(transformer)
+            forget_listed_hooks(transformer)
             self._undo.append(transformer.register_forward_pre_hook(self._begin).remove)
             self._undo.append(transformer.register_forward_hook(self._end, always_call=True).remove)
         return self
@@ -97,7 +98,7 @@ class PartsCache:
             if before is None:
                 del module.forward
             if not registry.hooks:
-                del module._diffusers_hook
+                remove_hook_registry(module)
 
         registry.register_hook(hook, NAME)
         self._undo.append(take_off)
@@ -120,8 +121,3 @@ class PartsCache:
         if self.step.index == self.step.count - 1:
             self._memory.pop((transformer, self.open.name), None)
         self.kept = {}
-
-
-def _contexts_moved(transformer: nn.Module) -> None:
-    """`cache_context` keeps a list of the hooked modules that it tells."""
-    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()

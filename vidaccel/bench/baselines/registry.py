@@ -27,6 +27,7 @@ from torch import nn
 
 from vidaccel.bench.baselines.fora import BRANCHES, Fora
 from vidaccel.bench.baselines.ranges import Calibration, DeltaDiT, TeaCache
+from vidaccel.compat.diffusers import hook_registry, hook_states
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -103,8 +104,8 @@ def _magnitudes(loaded: LoadedPipeline, method: MethodConfig, generate: Generate
 
     def ask(module: nn.Module, inputs: tuple, output: Any) -> None:
         kind = loaded.family.block_lists[0].name
-        head = getattr(module, kind)[0]._diffusers_hook.get_hook("mag_cache_leader_block_hook")
-        state = next(iter(head.state_manager._state_cache.values()))
+        head = hook_registry(getattr(module, kind)[0]).get_hook("mag_cache_leader_block_hook")
+        state = next(iter(hook_states(head.state_manager).values()))
         ratios[:] = state.calibration_ratios
 
     asking = MagCacheConfig(calibrate=True, num_inference_steps=method.steps + 1)
@@ -220,7 +221,7 @@ def _told_of_steps(pipe: DiffusionPipeline, transformer: nn.Module) -> Iterator[
 
 
 def _hook_count(transformer: nn.Module) -> int:
-    return sum(len(m._diffusers_hook.hooks) for m in transformer.modules() if hasattr(m, "_diffusers_hook"))
+    return sum(len(registry.hooks) for m in transformer.modules() if (registry := hook_registry(m)))
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vidaccel.compat.diffusers import attention_backends, hook_registry
+from vidaccel.compat.torch import storage_key
 from vidaccel.models.grid import current_step
 from vidaccel.models.loading import LoadedPipeline
 
@@ -75,17 +76,15 @@ class Observer(TorchFunctionMode):
         self._hooks += [module.register_forward_hook(self._end) for module in self._denoisers]
         self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
-        self._backends = dict(_AttentionBackendRegistry._backends)
-        _AttentionBackendRegistry._backends.update(
-            {name: self._counting(attend) for name, attend in self._backends.items()}
-        )
+        self._backends = dict(attention_backends())
+        attention_backends().update({name: self._counting(attend) for name, attend in self._backends.items()})
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)
-        _AttentionBackendRegistry._backends.update(self._backends)
+        attention_backends().update(self._backends)
         self._eager.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -153,16 +152,13 @@ def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
 
     Weights are not counted, nor the tensors in `but`.
     """
-    registries = [vars(module)["_diffusers_hook"] for module in transformer.modules() if hooked(module)]
-    known = {tensor.untyped_storage()._cdata for tensor in (*transformer.parameters(), *transformer.buffers(), *but)}
+    registries = [registry for module in transformer.modules() if (registry := hook_registry(module)) is not None]
+    known = {
+        storage_key(tensor.untyped_storage()) for tensor in (*transformer.parameters(), *transformer.buffers(), *but)
+    }
     held = _tensors([registry.hooks for registry in registries], set())
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+    storages = {storage_key(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in held}
     return sum(size for storage, size in storages.items() if storage not in known)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether diffusers has a registry of hooks on it."""
-    return "_diffusers_hook" in vars(module)
 
 
 def _tensors(found: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from vidaccel.bench.measures.flops import width
+from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass, storage_key, tree_leaves
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.costs import WORK, Argument
 
@@ -105,15 +104,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight makes nothing
+        known = {storage_key(storage) for storage in _storages((args, kwargs))}  # a view of a weight makes nothing
         for storage in _storages(result):
-            if storage._cdata not in known:
+            if storage_key(storage) not in known:
                 self._follow(storage)
         self.peak = max(self.peak, sum(self._live.values()))
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._live:
             self._live[key] = storage.nbytes()
             weakref.finalize(storage, self._live.pop, key)
@@ -122,7 +121,7 @@ class LiveBytes(TorchDispatchMode):
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
     """Of all parameters and buffers, each storage once."""
     weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
-    return sum({storage._cdata: storage.nbytes() for storage in _storages(weights)}.values())
+    return sum({storage_key(storage): storage.nbytes() for storage in _storages(weights)}.values())
 
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:

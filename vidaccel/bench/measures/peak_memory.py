@@ -21,7 +21,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device, modules: Iterable[nn.Module]):
         """`modules` are those whose weights are on the device."""
-        self._device, self._modules, self._live = device, modules, LiveBytes()
+        self._device, self._weighed, self._live = device, modules, LiveBytes()
 
     def __enter__(self) -> "PeakMemory":
         if self._device.type == "cuda":
@@ -37,4 +37,4 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self._device)
         else:
             self._live.__exit__(*error)
-            self.bytes = weight_bytes(self._modules) + self._live.peak
+            self.bytes = weight_bytes(self._weighed) + self._live.peak

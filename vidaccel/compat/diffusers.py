@@ -1,0 +1,91 @@
+"""Private parts of diffusers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+)
+from torch import nn
+
+
+def hook_registry(module: nn.Module) -> HookRegistry | None:
+    """The hooks of diffusers' kind on a module; its public way makes a registry where there is none."""
+    return getattr(module, "_diffusers_hook", None)
+
+
+def remove_hook_registry(module: nn.Module) -> None:
+    """Leave a module without its registry; diffusers only takes hooks out of it."""
+    del module._diffusers_hook
+
+
+def forget_listed_hooks(module: nn.Module) -> None:
+    """Have `cache_context` look for hooked modules again: it keeps a list of those it tells."""
+    if (registry := hook_registry(module)) is not None:
+        registry.invalidate_child_registries_cache()
+
+
+def set_stateful(hook: ModelHook, stateful: bool) -> None:
+    """Whether diffusers tells this hook of contexts and resets it; a class says so for all of its hooks."""
+    hook._is_stateful = stateful
+
+
+def hook_states(manager: StateManager) -> dict[str, Any]:
+    """State by context; `get_state` gives only that of the context that is open."""
+    return manager._state_cache
+
+
+def execution_device(pipe: DiffusionPipeline) -> torch.device:
+    """Where the pipeline computes, also when its modules are offloaded and `pipe.device` says otherwise."""
+    return pipe._execution_device
+
+
+def float32_modules(model: ModelMixin) -> set[str]:
+    """Names of the parts that stay in float32 when the model is loaded in another type."""
+    return set(model._keep_in_fp32_modules or ())
+
+
+def can_checkpoint(module: nn.Module) -> bool:
+    """Whether its class has activation checkpointing; turning it on where there is none raises."""
+    return getattr(module, "_supports_gradient_checkpointing", False)
+
+
+def checkpointing(model: ModelMixin) -> Callable:
+    """What the model's forward calls its blocks through while activations are recomputed."""
+    return model._gradient_checkpointing_func
+
+
+def set_checkpointing(model: ModelMixin, call: Callable) -> None:
+    """`enable_gradient_checkpointing(func)` would wrap it, and turn checkpointing on in every part."""
+    model._gradient_checkpointing_func = call
+
+
+def process_attention() -> str:
+    """The attention backend of all models that were told no other; only a `with` block sets it publicly."""
+    return _AttentionBackendRegistry._active_backend
+
+
+def set_process_attention(name: str) -> None:
+    _AttentionBackendRegistry.set_active_backend(name)
+
+
+def check_attention_backend(name: str) -> None:
+    """Raises `RuntimeError` where a package or device that the backend needs is missing; a model would be needed."""
+    _check_attention_backend_requirements(AttentionBackendName(name))
+
+
+def attention_constraints(name: str) -> Iterable[Callable[..., None]]:
+    """What the backend asks of query, key, value and mask: each raises `ValueError`, and runs only under a flag of
+    diffusers' environment."""
+    return _AttentionBackendRegistry._constraints[AttentionBackendName(name)]
+
+
+def attention_backends() -> dict[AttentionBackendName, Callable[..., Any]]:
+    """The function of every backend, which attention goes through whatever the model; changed in place."""
+    return _AttentionBackendRegistry._backends

@@ -1,0 +1,109 @@
+"""Private parts of PyTorch."""
+
+from collections.abc import Callable, MutableMapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+# A mode that sees every operation, and what quantised weights are made of: extension points that PyTorch's own
+# documentation of subclasses names under these paths, for want of public ones.
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+# Tensors within nested containers; `torch.utils.pytree` is not in every version from 2.8 on.
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "KeepsFloat32",
+    "TorchDispatchMode",
+    "call_of",
+    "compiled_call",
+    "forget_groups",
+    "forward_hooks",
+    "forward_pre_hooks",
+    "has_cpp_compiler",
+    "is_traceable_wrapper_subclass",
+    "lerp_all",
+    "recompile_limit",
+    "set_compiled_call",
+    "set_recompile_limit",
+    "storage_key",
+    "tree_leaves",
+]
+
+
+def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable]:
+    """The hooks after its forward, by the key that taking one out needs; PyTorch lists them nowhere."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable]:
+    """As `forward_hooks`, before its forward."""
+    return module._forward_pre_hooks
+
+
+def compiled_call(module: nn.Module) -> Callable | None:
+    """What takes the place of calling the module: `module.compile()` sets it, and nothing public tells."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Callable | None) -> None:
+    """Let `call` be called in the module's place, its hooks included; None is the module as it was made."""
+    vars(module).pop("_compiled_call_impl", None)
+    if call is not None:
+        module._compiled_call_impl = call
+
+
+def call_of(module: nn.Module) -> Callable:
+    """The module's forward with its hooks, whatever `compiled_call` says; `module(...)` would go there."""
+    return module._call_impl
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own tensors go to other devices and to no other type than float32.
+
+    `to`, `half` and `cuda` all end in this one method, and which parts they leave alone cannot be told in another way.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == torch.float32 else tensor.float().to(moved.device)  # unrounded
+
+        return super()._apply(kept, recurse)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The same number for the same memory; addresses are all 0 on the meta device."""
+    return storage._cdata
+
+
+def lerp_all(tensors: list[Tensor], towards: list[Tensor], weight: float) -> None:
+    """Move each tensor that share of the way, in place, in one call; the optimizers' own way of many tensors."""
+    torch._foreach_lerp_(tensors, towards, weight)
+
+
+def recompile_limit() -> int:
+    """How many graphs torch.compile makes of one function; public only in later versions than 2.8."""
+    return torch._dynamo.config.recompile_limit
+
+
+def set_recompile_limit(limit: int) -> None:
+    torch._dynamo.config.recompile_limit = limit
+
+
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler, which it would only say while it compiles."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def forget_groups(mesh: DeviceMesh) -> None:
+    """Let go of a mesh's process groups, which it keeps beyond `destroy_process_group`; older ones keep only names."""
+    vars(mesh).get("_pg_registry", {}).clear()
