@@ -26,7 +26,8 @@ from vidaccel.models.grid import shift_of
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
-from vidaccel.train.methods.objective import LOSSES, Distillation
+from vidaccel.train.methods import method_of
+from vidaccel.train.methods.base import Distillation
 from vidaccel.train.trainer import Loss, generator_for
 
 PLAIN = "plain"
@@ -78,7 +79,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def median_step_seconds(config: DistillConfig, repeats: int = 5) -> float:
     """Of a training with these settings."""
     task = task_of(config)
-    step = partial(Step(task), LOSSES[config.method](task))
+    step = partial(Step(task), method_of(config.method).loss(task))
     return statistics.median(interleaved({"": step}, repeats)[""])
 
 
@@ -129,7 +130,8 @@ def loss_of(task: Distillation, mode: str) -> Loss:
     if mode == PLAIN:
         return partial(_flow_matching, task)
     own = replace(task.config.mean_velocity, **TARGETS[mode])
-    return LOSSES["mean_velocity"](replace(task, config=replace(task.config, mean_velocity=own)))
+    config = replace(task.config, method="mean_velocity", mean_velocity=own)
+    return method_of("mean_velocity").loss(replace(task, config=config))
 
 
 def _flow_matching(task: Distillation, model: nn.Module, index: int, generator: torch.Generator):

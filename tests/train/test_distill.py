@@ -18,7 +18,7 @@ from tests.train.torchrun import under_torchrun
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import batch, encode_texts, rows
-from vidaccel.config.distill import DistillConfig, MeanVelocityTraining
+from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import write_shards
@@ -29,9 +29,11 @@ from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.sampling import generate
 from vidaccel.train import distill as module
 from vidaccel.train.distill import distill, student_of, velocity_of
-from vidaccel.train.methods import objective
-from vidaccel.train.methods.cfg import cfg_loss, sample_guidance
-from vidaccel.train.methods.objective import Distillation
+from vidaccel.train.flow_matching import sample_guidance
+from vidaccel.train.methods.base import Distillation
+from vidaccel.train.methods.cfg import cfg_loss
+from vidaccel.train.methods.mean_velocity import derivative as derivative_module
+from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
@@ -464,7 +466,7 @@ def test_clips_that_none_can_be_read_of(world, tmp_path):
 
 
 def test_an_exact_derivative_that_does_not_fit_is_refused(world, distilled, tmp_path, monkeypatch):
-    monkeypatch.setattr(objective.jvp, "missing_memory", lambda *_: (3 * 2**30, 2**30))
+    monkeypatch.setattr(derivative_module.jvp, "missing_memory", lambda *_: (3 * 2**30, 2**30))
     own = {"method": "mean_velocity", "teacher": str(distilled("wan"))} | derivative()
     own["mean_velocity"].derivative = "exact"
     with pytest.raises(UserError, match="need 3.0 GiB for attention, and 1.0 GiB are free") as error:
@@ -493,10 +495,10 @@ def test_the_velocity_and_the_share_of_the_derivative_that_are_trained_on(
     def check(student, x, t, r, v, *rest):
         followed.append(v)
 
-    meanflow_target = objective.meanflow.derivative_target
+    meanflow_target = derivative_module.derivative_target
     monkeypatch.setattr(Distillation, "draw", draw)
-    monkeypatch.setattr(objective.meanflow, "derivative_target", target)
-    monkeypatch.setattr(objective.jvp, "check_derivatives", check)
+    monkeypatch.setattr(derivative_module, "derivative_target", target)
+    monkeypatch.setattr(derivative_module.jvp, "check_derivatives", check)
     distill(
         settings(world, "wan", **own, train={"steps": 3, "accumulate": 2, "evaluate_every": 100}), tmp_path / "student"
     )

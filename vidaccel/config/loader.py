@@ -97,7 +97,7 @@ def with_current_names(settings: Mapping[str, Any], schema: type, where: str | N
     current = {key: value for key, value in settings.items() if key not in renamed}
     for old, new in renamed.items():
         if old in settings:
-            current[new] = settings[old]
+            current.setdefault(new, settings[old])  # an override has the new name
             if where is not None:
                 log.warning('%s: "%s" is called "%s" now; the next release will not know the old name', where, old, new)
     for key, value in current.items():

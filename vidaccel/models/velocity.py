@@ -65,6 +65,11 @@ class Velocity(nn.Module):
         return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
 
 
+def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers [B], one a sample, as [B, 1, ..., 1] with the dimensions of `like` [B, ...], to be broadcast over it."""
+    return numbers.view(-1, *(1,) * (like.ndim - 1))
+
+
 def guided_velocity(velocity: Velocity, x: Tensor, t: Tensor, text: Text, empty: Text, g: Tensor) -> Tensor:
     """Two-pass guidance v_uncond + g (v_cond - v_uncond) at x [B, C, T, H, W], t [B], for a scale g [B] each.
 
@@ -72,4 +77,4 @@ def guided_velocity(velocity: Velocity, x: Tensor, t: Tensor, text: Text, empty:
     """
     unconditional = {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in empty.items()}
     conditional, unconditional = velocity(x, t, text), velocity(x, t, unconditional)
-    return unconditional + g.view(-1, 1, 1, 1, 1) * (conditional - unconditional)
+    return unconditional + per_sample(g, x) * (conditional - unconditional)

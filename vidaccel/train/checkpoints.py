@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vidaccel.artefacts import CHECKPOINTS, explained
+from vidaccel.artefacts import CHECKPOINTS, differences, explained
 from vidaccel.errors import UserError
 from vidaccel.train.parallel import check_fit, load_sharded, on_all, on_first, save_sharded, shared_folder, world
 
@@ -47,9 +47,16 @@ class State:
 class Checkpoints:
     """Those of the run in `folder` that `identity` (JSON values under flat names) tells from runs of other settings."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], tensors: Tensors):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        tensors: Tensors,
+        current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ):
+        """`current` gives an identity that is on disk the names that an identity has now."""
         self.folder = folder / CHECKPOINTS
-        self._identity = dict(identity)
+        self._identity, self._current = dict(identity), current
         self._tensors = tensors
         self._saved = 0
 
@@ -105,9 +112,9 @@ class Checkpoints:
     def _read_state(self, path: Path) -> State:
         with _readable(path):
             record = json.loads(path.read_text())
-            identity, best = record.pop("identity"), record.pop("best")
+            identity, best = self._current(record.pop("identity")), record.pop("best")
             state = State(**record, best=math.inf if best is None else best)
-        if differing := _differences(identity, self._identity):
+        if differing := differences(identity, self._identity):
             raise UserError(
                 f"{path.parent} is of a run with other settings ({'; '.join(differing)})",
                 "give the same settings to continue it, or another folder to start afresh",
@@ -142,6 +149,18 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def unflat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under dotted names as nested ones, which `flat` gives the same names again."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return nested
+
+
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -165,8 +184,3 @@ def _readable(path: Path) -> Iterator[Path]:
             f"if the model is still the same, remove {path.parent} to go on from the checkpoint before it; "
             "give another folder to start afresh",
         ) from error
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed]

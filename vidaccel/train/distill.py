@@ -1,16 +1,16 @@
 """`vidaccel distill` from end to end: a teacher and data in, a student's model folder out.
 
-Both methods train a copy of the teacher's transformer, with embeddings added for the numbers it does not know, against
-the frozen teacher. The folder holds the run's checkpoints and metrics beside the model they end in.
+A method (methods/) trains a copy of the teacher's transformer, with embeddings added for the numbers it does not know,
+against the frozen teacher. The folder holds the run's checkpoints and metrics beside the model they end in.
 
 B batch, C channels, T frames, H and W latent pixels
 """
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -35,12 +35,11 @@ from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate
-from vidaccel.train.methods import mean_velocity as meanflow
-from vidaccel.train.methods.objective import LOSSES, Data, Distillation, preflight
+from vidaccel.train.methods import METHODS, method_of
+from vidaccel.train.methods.base import Data, Distillation, Method
 from vidaccel.train.parallel import full_state, processes, rank, shard, world
 from vidaccel.train.trainer import generator_for, train
 
-log = logging.getLogger(__name__)
 EVALUATION_PASSES = 4
 EVALUATION_INDEX = 10**9
 """Index of the first of them: further than any training goes."""
@@ -65,9 +64,10 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
 
 def _distill(config: DistillConfig, output: Path, device: str) -> None:
     started = datetime.now(UTC)
-    config, target = _resolved(config), resolve_device(device)
+    method, target = method_of(config.method), resolve_device(device)
+    config = _resolved(config, method)
     loaded = load_pipeline(config.teacher, device=device, denoiser_dtype="float32", placed=world() == 1)
-    _check_teacher(loaded, config)
+    _check_teacher(loaded, method)
     data, provenance = open_data(loaded, config)
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     copy = student_of(loaded, config)
@@ -86,9 +86,8 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
     empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
     task = Distillation(config, teacher, student, data, empty, shift)
-    if config.method == "mean_velocity":
-        preflight(task)
-    loss = LOSSES[config.method](task)
+    method.preflight(task)
+    loss = method.loss(task)
     train(
         task.student,
         loss,
@@ -97,23 +96,34 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         seed=config.seed,
         title="student",
         settings=_shaping(config) | {"made_of": provenance, "teacher": loaded.hashes or loaded.source},
+        recorded=_recorded,
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
     )
     _save(config, loaded, copy, task, output, started)
 
 
-def _resolved(config: DistillConfig) -> DistillConfig:
-    """With the way to the derivative chosen, which under sharding is the difference."""
-    derivative = config.mean_velocity.derivative or ("exact" if world() == 1 else "finite_difference")
-    return replace(config, mean_velocity=replace(config.mean_velocity, derivative=derivative))
+def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
+    """With what the method's own settings leave open chosen."""
+    own = config.own_settings
+    return config if own is None else replace(config, **{config.method: method.resolved(own)})
 
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
     elsewhere = {"train", "start", "features", "on_damage", "data", "clips", "seed"}
     elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
-    return {key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere}
+    return _of_one_method({key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere})
+
+
+def _of_one_method(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the groups of other methods, which a run does not read: those of earlier versions recorded them all."""
+    return {key: value for key, value in settings.items() if key not in METHODS or key == settings["method"]}
+
+
+def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_shaping` would say now of the settings in a checkpoint, whichever version wrote it."""
+    return _of_one_method(configuration.with_current_names(settings, DistillConfig))
 
 
 def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict]:
@@ -132,19 +142,17 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     family, attribute = loaded.family, loaded.family.denoisers[0].attribute
     copy = _beside(config.teacher, loaded)
     transformer = getattr(copy.pipe, attribute)
-    added = {"cfg": "g", "mean_velocity": "r"}[config.method]
-    wanted = [name for name in ("r", "g") if name == added or velocity_of(loaded).embeds(name)]
+    method = method_of(config.method)
+    wanted = [name for name in ("r", "g") if name == method.embeds or velocity_of(loaded).embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
-    trained = {"shift": config.shift or shift_of(loaded.pipe.scheduler, loaded.family), "steps": config.sample_steps}
-    if config.method == "mean_velocity":
-        widest = meanflow.widest_interval(config.sample_steps, trained["shift"])
-        trained["restrict"] = meanflow.restrict_at(config.mean_velocity, widest, 1.0)
+    shift = config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
+    trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift)
     if "g" in embeds:
         trained["guidance_range"] = tuple(config.guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
     guidance = loaded.default("guidance") if config.guidance is None else config.guidance
     own = {"steps": config.sample_steps, "guidance": guidance, "two_pass": False}
-    return as_student(replace(copy, call=copy.call | own), conditioning, GridScheduler(shift=trained["shift"]))
+    return as_student(replace(copy, call=copy.call | own), conditioning, GridScheduler(shift=shift))
 
 
 def _go_on_from(config: DistillConfig, teacher: LoadedPipeline, copy: LoadedPipeline) -> str:
@@ -172,24 +180,13 @@ def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
     return load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32")
 
 
-def _check_teacher(loaded: LoadedPipeline, config: DistillConfig) -> None:
-    teacher = velocity_of(loaded)
+def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
     if len(loaded.family.denoisers) > 1:
         raise UserError(
             f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
             "distil a family with one: this vidaccel does not train several together",
         )
-    if config.method == "cfg" and teacher.embeds("g"):
-        raise UserError(
-            f"{loaded.source} has its guidance distilled into one pass already",
-            "train a few-step student of it: --conf sprites/restricted_meanflow, or method=mean_velocity",
-        )
-    if config.method == "mean_velocity" and not teacher.embeds("g"):
-        log.warning(
-            "%s is not CFG-distilled: the student learns its velocities without guidance, and follows prompts as "
-            "loosely as they do; distil it with --conf sprites/cfg first",
-            loaded.source,
-        )
+    method.check_teacher(loaded, velocity_of(loaded))
 
 
 def velocity_of(loaded: LoadedPipeline) -> Velocity:

@@ -1,4 +1,5 @@
-"""Flow matching of the velocity v = eps - x_0 along x_t = (1 - t) x_0 + t eps (method.md's notation).
+"""Flow matching of the velocity v = eps - x_0 along x_t = (1 - t) x_0 + t eps (method.md's notation), and what is drawn
+at random for it and for distillation: times and guidance scales.
 
 B samples, C channels, T frames, H and W latent pixels.
 """
@@ -8,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from vidaccel.models.velocity import per_sample
+
 
 def sample_times(
     count: int, shift: float, generator: torch.Generator, distribution: str = "logit_normal"
@@ -16,6 +19,17 @@ def sample_times(
     uniform = distribution == "uniform"
     t = torch.rand(count, generator=generator) if uniform else torch.randn(count, generator=generator).sigmoid()
     return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_guidance(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    """[count] guidance scales, uniform in [low, high]."""
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def noised(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) x_0 + t eps of clean latents and noise [B, C, T, H, W], at t [B]."""
+    at = per_sample(t, x_0)
+    return (1 - at) * x_0 + at * eps
 
 
 def flow_matching_loss(
@@ -32,5 +46,4 @@ def flow_matching_loss(
     """
     t = sample_times(len(x_0), shift, generator).to(x_0)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-    at = t.view(-1, 1, 1, 1, 1)
-    return F.mse_loss(velocity((1 - at) * x_0 + at * eps, t).float(), eps - x_0)
+    return F.mse_loss(velocity(noised(x_0, eps, t), t).float(), eps - x_0)

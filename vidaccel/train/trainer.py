@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from vidaccel.artefacts import CHECKPOINTS
@@ -30,7 +31,7 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
-from vidaccel.train.checkpoints import Checkpoints, Tensors, flat
+from vidaccel.train.checkpoints import Checkpoints, Tensors, flat, unflat
 from vidaccel.train.metrics import Metrics, check_trackers
 from vidaccel.train.parallel import mean, on_first, rank, world
 
@@ -56,6 +57,7 @@ def train(
     seed: int,
     title: str,
     settings: Mapping[str, Any],
+    recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     evaluate: Callable[[nn.Module], float] | None = None,
     sample: Callable[[int], None] | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
@@ -69,6 +71,7 @@ def train(
 
     Args:
         settings: what else shapes the run, as JSON can hold it; a checkpoint of other settings is not continued.
+        recorded: of the settings in a checkpoint: what they are called now, where an earlier version wrote it.
         evaluate: of the model with averaged weights, without gradients; lower is better. Called every `evaluate_every`
             steps, in every process, and averaged over them. The best checkpoint is kept.
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place.
@@ -85,7 +88,8 @@ def train(
     optimizers = _optimizers(trained, config, rates)
     average = Average(model, trained.values(), config.ema_decay)
     identity = _identity(seed, config, settings)
-    checkpoints = Checkpoints(folder, identity, _tensors(trained, average, optimizers))
+    tensors = _tensors(model, average, optimizers)
+    checkpoints = Checkpoints(folder, identity, tensors, partial(_current, recorded))
     state = checkpoints.resume()
     metrics = Metrics(folder)
     on_first(lambda: metrics.start(state.step, config.trackers, identity))
@@ -213,15 +217,18 @@ def _optimizers(
     return optimizers
 
 
-def _tensors(
-    trained: dict[str, nn.Parameter], average: Average, optimizers: Iterable[torch.optim.Optimizer]
-) -> Tensors:
-    """All that changes in training, by the names of the files it is kept in."""
-    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+def _tensors(model: nn.Module, average: Average, optimizers: Iterable[torch.optim.Optimizer]) -> Tensors:
+    """All that changes in training, by the names of the files it is kept in.
+
+    Of an optimizer that is its states alone: torch's safetensors writer makes files of groups that cannot be read, and
+    the settings in state.json make the same groups again.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    states = get_optimizer_state_dict(model, optimizers)["state"]
     return {
         "model": {name: p.detach() for name, p in trained.items()},
         "ema": dict(zip(trained, average.tensors, strict=True)),
-        "optimizer": {f"{name}.{key}": t for name, p in trained.items() for key, t in moments[p].items()},
+        "optimizer": {f"{name}.{key}": t for name in trained for key, t in states[name].items()},
     }
 
 
@@ -229,6 +236,12 @@ def _identity(seed: int, config: TrainConfig, settings: Mapping[str, Any]) -> di
     """All settings that shape a run, under flat names."""
     shaping = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     return flat({"seed": seed, "processes": world(), **shaping, "settings": settings})
+
+
+def _current(recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint, with its settings by the names that they have now."""
+    nested = unflat(identity)
+    return flat(nested | {"settings": recorded(nested.get("settings", {}))})
 
 
 def _accumulate(

@@ -7,15 +7,15 @@ B batch, C channels, T frames, H and W latent pixels
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
-
-
-def sample_guidance(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """[count] scales, uniform in [low, high]."""
-    return low + (high - low) * torch.rand(count, generator=generator)
+from vidaccel.train.flow_matching import noised
+from vidaccel.train.methods.base import Distillation, Method
+from vidaccel.train.trainer import Loss
 
 
 def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tensor, text: Text, empty: Text) -> Tensor:
@@ -23,3 +23,22 @@ def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tens
     with torch.no_grad():
         target = guided_velocity(teacher, x, t, text, empty, g)
     return F.mse_loss(student(x, t, text, g=g).float(), target.float())
+
+
+def _loss(task: Distillation) -> Loss:
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        x_0, eps, t, g, text = task.draw(index, generator)
+        return cfg_loss(model, task.teacher, noised(x_0, eps, t), t, g, text, task.empty), {}
+
+    return loss
+
+
+def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
+    if teacher.embeds("g"):
+        raise UserError(
+            f"{loaded.source} has its guidance distilled into one pass already",
+            "train a few-step student of it: --conf sprites/restricted_meanflow, or method=mean_velocity",
+        )
+
+
+METHOD = Method(embeds="g", loss=_loss, check_teacher=_check_teacher)

@@ -22,9 +22,9 @@ from vidaccel.collect.trajectories import CACHES
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
-from vidaccel.models.velocity import Text, Velocity
-from vidaccel.train.methods.cfg import sample_guidance
-from vidaccel.train.methods.mean_velocity import sample_interval_ends
+from vidaccel.models.velocity import Text, Velocity, per_sample
+from vidaccel.train.flow_matching import noised, sample_guidance
+from vidaccel.train.methods.mean_velocity.intervals import sample_interval_ends
 from vidaccel.train.trainer import generator_for
 
 Data = ShardFolder | EncodedSource
@@ -141,7 +141,7 @@ class Pairs:
 
 def stepped(x: Tensor, times: Times, u: Tensor) -> Tensor:
     """x - (t - r) u: one step of the sampler."""
-    return x - _per_sample(times.t - times.r) * u
+    return x - per_sample(times.t - times.r, x) * u
 
 
 def restricted_times(count: int, restrict: float, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
@@ -174,8 +174,8 @@ def noised_pair(
 ) -> Pair:
     """Clips x_0 under the noise eps, both [B, C, T, H, W], at the times of a full and of a predicted step."""
     with trunk.full(full.t):
-        student(_noised(x_0, eps, full.t), full.t, text, r=full.r, g=g)
-    x = _noised(x_0, eps, predicted.t)
+        student(noised(x_0, eps, full.t), full.t, text, r=full.r, g=g)
+    x = noised(x_0, eps, predicted.t)
     target = student(x, predicted.t, text, r=predicted.r, g=g)
     return Pair(x, predicted, text, g, target, trunk.memory())
 
@@ -224,11 +224,3 @@ def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, t
     with trunk.full(grid[step.index]):
         student(step.x, grid[step.index], text, r=grid[step.index + 1], g=g)
     return trunk.memory()[0]
-
-
-def _noised(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    return (1 - _per_sample(t)) * x_0 + _per_sample(t) * eps
-
-
-def _per_sample(number: Tensor) -> Tensor:
-    return number.view(-1, 1, 1, 1, 1)

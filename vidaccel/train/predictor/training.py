@@ -9,6 +9,7 @@ folder/trajectories                     runs of the student, where it learns fro
 import logging
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
-from vidaccel.train.methods.mean_velocity import widest_interval
+from vidaccel.train.methods.mean_velocity.intervals import widest_interval
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
 from vidaccel.train.predictor.loss import PredictorLoss
@@ -147,6 +148,7 @@ def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: Predict
         seed=task.config.seed + STAGES.index(name),
         title=f"predictor, {name}",
         settings=_shaping(task, name),
+        recorded=partial(configuration.with_current_names, schema=PredictorConfig),
         rates={"discriminator": task.config.discriminator.learning_rate / config.learning_rate},
     )
 

@@ -21,10 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vidaccel.config.distill import MeanVelocityTraining
 from vidaccel.errors import TrainingFailed
 from vidaccel.kernels import select
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
+from vidaccel.models.velocity import per_sample
+from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, C, T, H, W], t [B], r [B]) -> u [B, C, T, H, W], with text and guidance already given."""
@@ -47,10 +48,10 @@ def finite_difference(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tenso
     after, before = (t + step).clamp(max=1.0), (t - step).clamp(min=0.0)
 
     def at(time: Tensor) -> Tensor:
-        return u(x + _per_sample(time - t) * v, time, r).double()
+        return u(x + per_sample(time - t, x) * v, time, r).double()
 
     with _float32(x):
-        return ((at(after) - at(before)) / _per_sample(after - before).double()).to(x.dtype)
+        return ((at(after) - at(before)) / per_sample(after - before, x).double()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,6 @@ class _LargestAttention(TorchFunctionMode):
 def _float32(x: Tensor) -> torch.autocast:
     """No autocast: in bfloat16 a whole model's derivative is more than a tenth off."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _per_sample(number: Tensor) -> Tensor:
-    return number.view(-1, 1, 1, 1, 1)
 
 
 def _rms(tensor: Tensor) -> float:

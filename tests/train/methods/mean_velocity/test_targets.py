@@ -11,17 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidaccel.config.distill import MeanVelocityTraining
 from vidaccel.models.grid import step_grid
-from vidaccel.train.methods.jvp import exact, finite_difference
-from vidaccel.train.methods.mean_velocity import (
-    derivative_target,
-    restrict_at,
-    rollout_target,
-    sample_interval_ends,
-    weighted_error,
-    widest_interval,
-)
+from vidaccel.train.methods.mean_velocity.derivative import derivative_target
+from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
+from vidaccel.train.methods.mean_velocity.jvp import exact, finite_difference
+from vidaccel.train.methods.mean_velocity.method import weighted_error
+from vidaccel.train.methods.mean_velocity.rollout import rollout_target
+from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 A = 1.7
 

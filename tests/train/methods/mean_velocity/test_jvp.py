@@ -9,12 +9,12 @@ from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
 
 from tests.tiny import BUILDERS, tiny_pipeline
-from vidaccel.config.distill import MeanVelocityTraining
 from vidaccel.errors import TrainingFailed
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.models.conditioning import new_conditioning
 from vidaccel.models.velocity import Velocity
-from vidaccel.train.methods import jvp
+from vidaccel.train.methods.mean_velocity import jvp
+from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 SETTINGS = MeanVelocityTraining(difference_step=1e-4, kernels="reference")
 TEXT = {

@@ -1,0 +1,73 @@
+"""What a distillation method is: the number its students are told, its loss, and what it checks before a training.
+
+B batch, C channels, T frames, H and W latent pixels
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidaccel.collect.encode import LATENT, batch
+from vidaccel.collect.source import EncodedSource
+from vidaccel.config.distill import DistillConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Text, Velocity
+from vidaccel.train.flow_matching import sample_guidance, sample_times
+from vidaccel.train.trainer import Loss
+
+Data = ShardFolder | EncodedSource
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a loss is computed from."""
+
+    config: DistillConfig
+    teacher: Velocity
+    student: Velocity
+    data: Data
+    empty: Text
+    """The unconditional text [1, ...]."""
+    shift: float
+
+    @property
+    def settings(self) -> Any:
+        """Those of the method alone."""
+        return self.config.own_settings
+
+    @property
+    def train_shift(self) -> float:
+        """Of the times that are trained on."""
+        return self.config.train_shift or (self.shift if self.config.times == "logit_normal" else 1.0)
+
+    def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Text]:
+        """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
+        size, device = self.config.train.batch_size, next(self.student.parameters()).device
+        chosen = [self.data.at(index * size + i, self.config.seed) for i in range(size)]
+        text = batch([tensors for tensors, _ in self.data.read(chosen)], device, torch.float32)
+        x_0 = text.pop(LATENT)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        t = sample_times(size, self.train_shift, generator, self.config.times)
+        g = sample_guidance(size, *self.config.guidance_range, generator)
+        return x_0, eps, t.to(device), g.to(device), text
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to distil, as the line of it in `METHODS` names it."""
+
+    embeds: str
+    """The number that its students are told: "r", the end of an interval, or "g", the guidance scale."""
+    loss: Callable[[Distillation], Loss]
+    check_teacher: Callable[[LoadedPipeline, Velocity], None] = lambda loaded, teacher: None
+    """Raises `UserError` for a teacher that it cannot distil, given as the pipeline and as its velocity."""
+    resolved: Callable[[Any], Any] = lambda settings: settings
+    """Its settings with what they leave open chosen; called where the number of processes is known."""
+    conditioning: Callable[[DistillConfig, float], dict[str, Any]] = lambda config, shift: {}
+    """What the student's conditioning config is to record of the training besides its step grid, of that shift."""
+    preflight: Callable[[Distillation], None] = lambda task: None
+    """Called before the training: what is worth saying or checking when models and data are there."""

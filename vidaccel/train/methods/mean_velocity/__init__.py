@@ -1,0 +1,1 @@
+"""Mean velocity over short intervals (Restricted MeanFlow; method.md, section 2), by one of several targets."""

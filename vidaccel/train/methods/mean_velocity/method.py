@@ -1,0 +1,111 @@
+"""The student learns u(x_t, r, t), the mean velocity over [r, t], towards one of TARGETS.
+
+B batch, C channels, T frames, H and W latent pixels
+"""
+
+import logging
+import pkgutil
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.config.distill import DistillConfig
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Text, Velocity, per_sample
+from vidaccel.train.flow_matching import noised
+from vidaccel.train.methods.base import Distillation, Method
+from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
+from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
+from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityTraining
+from vidaccel.train.methods.mean_velocity.target import Interval, Target
+from vidaccel.train.parallel import world
+from vidaccel.train.trainer import Loss, generator_for
+
+log = logging.getLogger(__name__)
+
+
+def _loss(task: Distillation) -> Loss:
+    settings, target = task.settings, _target(task)
+    per_step = task.config.train.accumulate * world()
+    widest, passes = widest_interval(task.config.sample_steps, task.shift), task.config.train.steps * per_step
+
+    def loss(model: nn.Module, index: int, generator: torch.Generator):
+        x_0, eps, t, g, text = task.draw(index, generator)
+        restrict = restrict_at(settings, widest, min(1.0, index / passes))
+        r = sample_interval_ends(t.cpu(), restrict, settings.r_equals_t_share, generator).to(t)
+        teacher, student = _bound(task.teacher, text, g), _bound(model, text, g)
+        at = Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, index / per_step)
+        goal = target.mean_velocity(at, settings)
+        error, left_out = weighted_error(student(at.x, t, r), goal, settings.error_power, settings.error_constant)
+        return error, {"restrict": restrict, "left_out": float(left_out)}
+
+    return loss
+
+
+def weighted_error(predicted: Tensor, target: Tensor, power: float, constant: float) -> tuple[Tensor, Tensor]:
+    """Loss, and how many samples were left out because their target is not finite.
+
+    The mean squared error of each sample, over its squared error plus `constant` to the `power` (MeanFlow's adaptive
+    weight, arXiv 2505.13447); power 0 is the plain mean squared error. NaN if no target is finite.
+    """
+    finite = target.isfinite().flatten(1).all(dim=1)
+    error = (predicted.float() - torch.where(per_sample(finite, target), target, predicted.detach()).float()).square()
+    error = error.mean(dim=(1, 2, 3, 4))
+    weight = (error.detach() + constant) ** -power
+    return (weight * error * finite).sum() / finite.sum(), (~finite).sum()
+
+
+def _preflight(task: Distillation) -> None:
+    """Says how wide the grid's intervals are, and has the target look at the first batch."""
+    settings, target, steps = task.settings, _target(task), task.config.sample_steps
+    widest = widest_interval(steps, task.shift)
+    restrict = restrict_at(settings, widest, 0.0)
+    log.info("%d steps, shift %g: widest interval %.2f; R starts at %.2f", steps, task.shift, widest, restrict)
+    if target.preflight is None:
+        return
+    x_0, eps, t, g, text = task.draw(0, generator_for(task.config.seed, 0))
+    r = (t - restrict).clamp(min=0.0)
+    teacher, student = _bound(task.teacher, text, g), _bound(task.student, text, g)
+    target.preflight(Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, 0.0), settings)
+
+
+def _target(task: Distillation) -> Target:
+    return pkgutil.resolve_name(TARGETS[task.settings.target])
+
+
+def _bound(model: nn.Module, text: Text, g: Tensor) -> MeanVelocity:
+    """u(x, t, r) of a Velocity with its text, and its scale where it embeds one."""
+    scale = g if model.embeds("g") else None
+    return lambda x, t, r: model(x, t, text, r=r, g=scale)
+
+
+def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
+    if not teacher.embeds("g"):
+        log.warning(
+            "%s is not CFG-distilled: the student learns its velocities without guidance, and follows prompts as "
+            "loosely as they do; distil it with --conf sprites/cfg first",
+            loaded.source,
+        )
+
+
+def _resolved(settings: MeanVelocityTraining) -> MeanVelocityTraining:
+    """With the way to the derivative chosen, which under sharding is the difference."""
+    derivative = settings.derivative or ("exact" if world() == 1 else "finite_difference")
+    return replace(settings, derivative=derivative)
+
+
+def _conditioning(config: DistillConfig, shift: float) -> dict[str, Any]:
+    """R at the end of the training, which a predictor's training asks for."""
+    return {"restrict": restrict_at(config.own_settings, widest_interval(config.sample_steps, shift), 1.0)}
+
+
+METHOD = Method(
+    embeds="r",
+    loss=_loss,
+    check_teacher=_check_teacher,
+    resolved=_resolved,
+    conditioning=_conditioning,
+    preflight=_preflight,
+)
