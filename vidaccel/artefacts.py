@@ -204,6 +204,12 @@ def check_output(folder: str | os.PathLike, format: str) -> None:
         raise UserError(f"{folder} is of format {found}, and this makes {format}", "choose another folder with -o")
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a refusal says of settings that are not those an artefact was begun with: "key was 1, now 2", key by key."""
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
+
+
 def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
     """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be.
 

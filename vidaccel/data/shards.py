@@ -24,7 +24,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vidaccel.artefacts import check_writable, explained, sha256_file, write_json
+from vidaccel.artefacts import check_writable, differences, explained, sha256_file, write_json
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
@@ -229,11 +229,9 @@ def _require_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     old, new = json.loads(path.read_bytes()), json.loads(json.dumps(settings, default=os.fspath))
-    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+    if changed := differences(old, new):
         raise UserError(
-            f"{folder} was begun with other settings ({changes})",
+            f"{folder} was begun with other settings ({'; '.join(changed)})",
             "give the same settings to continue it, or another folder to start afresh",
         )
 

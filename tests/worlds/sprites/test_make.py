@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.students import contents
 from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import load_pipeline
 from vidaccel.worlds.sprites.__main__ import app
@@ -145,6 +146,48 @@ def test_score_marks_what_a_predictor_makes_of_it(tmp_path):
     refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "full"])))
     assert refused.exit_code == 2 and "without a predictor" in refused.output
     assert (tmp_path / "full" / "marks.jsonl").read_text() == marks
+
+
+def refused(*args) -> str:
+    result = CliRunner().invoke(app, list(map(str, args)))
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+def test_finished_features_of_other_settings_are_refused(tmp_path):
+    """Of fewer clips, where no stage before them has seen any and so refuses to go on."""
+    words = ["make", "-o", tmp_path, *MICRO, *LEFT, "teacher.train.steps=0", "score_prompts=1"]
+    run(*words)
+    before = contents(tmp_path)
+    message = refused(*words, "clips=5")
+    assert "features was begun with other settings (count was 6, now 5)" in message
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("changed", [["seed=1"], ["steps=1"], ["--prompts", 1]])
+def test_score_does_not_write_over_the_scores_of_other_settings(made, tmp_path, changed):
+    words = ["score", made / "model", "--prompts", 2, "-o", tmp_path / "score"]
+    run(*words)
+    before = contents(tmp_path)
+    message = refused(*words, *changed)
+    assert "score holds marks of other settings (" in message and "give another folder with -o" in message
+    assert contents(tmp_path) == before
+
+
+def test_score_goes_on_with_what_an_earlier_version_began(made, tmp_path):
+    """Which knew fewer settings; and the model may have moved, if it is the same."""
+    words = ["score", made / "model", "--prompts", 2, "-o", tmp_path]
+    run(*words)
+    record, marks = tmp_path / "settings.json", tmp_path / "marks.jsonl"
+    settings = json.loads(record.read_text())
+    del settings["config"]["trim_text"]
+    record.write_text(json.dumps(settings | {"config": settings["config"] | {"model": "elsewhere"}}))
+    before = marks.read_text()
+    run(*words)
+    assert marks.read_text() == before
+    record.unlink()
+    assert "hashes" in refused(*words)  # marks of nobody knows what
+    assert marks.read_text() == before
 
 
 @given(st.integers(0, 99), st.integers(1, 200_000))

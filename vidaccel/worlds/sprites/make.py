@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, atomic_folder, sha256_file, write_json, write_run
+from vidaccel.artefacts import RUN_FILE, atomic_folder, is_finished, sha256_file, write_json, write_run
 from vidaccel.collect.encode import encode_samples, encode_videos
+from vidaccel.collect.features import FORMAT
 from vidaccel.collect.source import ClipSource, FolderClips
 from vidaccel.config import loader as configuration
 from vidaccel.config.training import TrainConfig
@@ -187,19 +188,19 @@ def encode_clips(
         return encode_samples(loaded, *zip(*(source[i] for i in indices), strict=True), "float16")
 
     settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.fingerprint
-    if not (folder / RUN_FILE).exists():
-        write_shards(
-            folder,
-            encode,
-            count=len(source),
-            kind="encoded",
-            settings=settings,
-            batch_size=ENCODE_BATCH,
-            title="encoding",
-        )
+    write_shards(  # which refuses a folder of other settings, finished or not
+        folder,
+        encode,
+        count=len(source),
+        kind="encoded",
+        settings=settings,
+        batch_size=ENCODE_BATCH,
+        title="encoding",
+    )
+    if not is_finished(folder, FORMAT):
         write_run(
             folder,
-            format="features/1",
+            format=FORMAT,
             command="python -m vidaccel.sprites make",
             config=configuration.to_dict(config),
             seed=config.seed,

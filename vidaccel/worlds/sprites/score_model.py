@@ -2,14 +2,18 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from vidaccel.artefacts import write_json
+from vidaccel.artefacts import differences, write_json
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate, predicted_steps
+from vidaccel.train.checkpoints import flat
 from vidaccel.worlds.sprites.captions import caption
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.score import score_clip, summarise
@@ -24,7 +28,10 @@ def score_model(
     """Mark the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
 
     A killed run goes on where it was. `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with
-    their intervals; settings that are refused leave what it holds.
+    their intervals.
+
+    Raises:
+        UserError: it holds marks of other settings, which stay as they are, or the settings cannot be followed.
     """
     settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
     rng = random.Random("held out")
@@ -50,13 +57,32 @@ def score_model(
 
 
 def _begin_marks(folder: Path, settings: dict) -> Path:
-    """The file of marks so far, emptied if it was begun with other settings, cut after its last whole batch."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The file of marks so far, cut after its last whole batch; `UserError` if they are of other settings."""
     record, marks = folder / "settings.json", folder / "marks.jsonl"
-    if not record.exists() or json.loads(record.read_text()) != settings or not marks.exists():
+    if marks.exists() and marks.stat().st_size:
+        begun = json.loads(record.read_text()) if record.exists() else {}
+        if changed := differences(_compared(begun), _compared(settings)):
+            raise UserError(
+                f"{folder} holds marks of other settings ({'; '.join(changed)})",
+                f"give another folder with -o, or remove {marks} to mark anew",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
         marks.write_text("")
         write_json(record, settings)
     whole = marks.read_text().split("\n")[:-1]
     kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
     marks.write_text("".join(line + "\n" for line in kept))
     return marks
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells marks from those of other settings: any that an earlier version did not know are at their defaults.
+
+    Where there are hashes, they say which model it is, wherever it lies.
+    """
+    config = configuration.with_current_names(settings.get("config", {}), GenerateConfig)
+    config = configuration.to_dict(GenerateConfig()) | config
+    if settings.get("hashes"):
+        config.pop("model")
+    return flat({**settings, "config": config})
