@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from tests.students import student
@@ -195,8 +196,8 @@ def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
         return replace(video, denoise_seconds=seconds, seconds=seconds + 2.0 * decode)
 
     timing = []
-    monkeypatch.setattr(runner, "make", timed)
-    monkeypatch.setattr(runner.Benchmark, "_warm_decoder", lambda self: timing.append(True))
+    monkeypatch.setattr(runner, "timed_generation", timed)
+    monkeypatch.setattr(runner.Benchmark, "_warm_up", lambda self, method, size: timing.append(True))
     result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]", "timed_seconds=0.8")
     assert result.exit_code == 0, result.output
     assert decoded == [True, False, False] * 2
@@ -204,6 +205,46 @@ def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
     assert student["denoise_seconds"]["median"] == pytest.approx(1 / 3)
     assert student["end_to_end_seconds"]["median"] == pytest.approx(1 / 3 + 2)
     assert student["speedup"]["measured"] == pytest.approx(3)
+
+
+def test_models_are_in_place_and_warm_before_a_row_is_timed(conf, tmp_path, monkeypatch):
+    """On a device that is played: `meta` is where the models of other rows wait."""
+    events, where = [], {}
+
+    def move(module: nn.Module, device: torch.device) -> bool:
+        if where.get(module, "cpu") == device.type:
+            return False
+        where[module] = device.type
+        events.append(f"to {device.type}")
+        return True
+
+    def generation(loaded, method, *rest, **options):
+        assert not [part for part in loaded.pipe.components.values() if where.get(part, "cpu") != "cpu"]
+        events.append(f"{method.steps} steps")
+        return made(loaded, method, *rest, **options)
+
+    def time_rows(benchmark):
+        events.clear()
+        stage(benchmark)
+
+    def now(like: torch.Tensor) -> float:
+        events.append("clock")
+        return float(len(events))
+
+    made, stage = runner.timed_generation, runner.Benchmark._time
+    monkeypatch.setattr("vidaccel.bench.models.PARKED", torch.device("meta"))
+    monkeypatch.setattr("vidaccel.bench.models._move", move)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("allocator emptied"))
+    monkeypatch.setattr("vidaccel.bench.generation.Clock._now", staticmethod(now))
+    monkeypatch.setattr(runner, "timed_generation", generation)
+    monkeypatch.setattr(runner.Benchmark, "_time", time_rows)
+    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student, predictor]")
+    assert result.exit_code == 0, result.output
+    other_model, warm_up = ["to meta", "to cpu"], ["1 steps", "clock"]
+    teacher = [*other_model, *warm_up, "6 steps", "clock"]
+    student = [*other_model, *warm_up, "4 steps", "clock"]
+    predictor = ["to cpu", *warm_up, "4 steps", "clock"]
+    assert [event for event, _ in itertools.groupby(events)] == 2 * (teacher + student + predictor)
 
 
 def test_how_models_are_run_is_a_setting(bench, conf, tmp_path):
@@ -303,7 +344,7 @@ def test_table(bench, models):
 
 
 def test_a_finished_benchmark_is_not_run_again(bench, conf, monkeypatch):
-    monkeypatch.setattr(runner, "make", None)
+    monkeypatch.setattr(runner, "timed_generation", None)
     before = (bench / "results.json").read_text()
     again = run("--speedup", "--quality", "--conf", conf, "-o", bench, "--json")
     assert again.exit_code == 0, again.output
@@ -333,7 +374,7 @@ def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
             raise Stop
         return made(loaded, method, *rest)
 
-    monkeypatch.setattr(runner, "make", counted)
+    monkeypatch.setattr(runner, "timed_generation", counted)
     # 3 counts and the decoder, then rounds of 3: the twelfth call is in the middle of the third round
     with pytest.raises(Stop):
         run(*words)
@@ -369,7 +410,7 @@ def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tm
             raise Stop
         return made(loaded, method, size, prompts, seeds, guidance, decode)
 
-    monkeypatch.setattr(runner, "make", deadly)
+    monkeypatch.setattr(runner, "timed_generation", deadly)
     for _ in range(2):
         with pytest.raises(Stop):
             run(*words)
@@ -388,7 +429,7 @@ def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monke
 
     for _ in range(runner.ATTEMPTS + 1):
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "make", interrupted)
+            patch.setattr(runner, "timed_generation", interrupted)
             assert run(*words).exit_code == 130
     assert run(*words).exit_code == 0
     assert by_method(tmp_path)["student"]["error"] is None
@@ -404,7 +445,7 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return made(loaded, method, *rest)
 
-    monkeypatch.setattr(runner, "make", greedy)
+    monkeypatch.setattr(runner, "timed_generation", greedy)
     result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student,fora]")
     assert result.exit_code == 0, result.output
     runs = by_method(tmp_path)

@@ -1,9 +1,9 @@
 """The models that rows run on, each loaded once, and under a row's schedule or cache for the time of a generation.
 
-On CUDA the pipeline and the predictor of one row at a time are on the device, so that its memory is its own.
+The pipeline and the predictor of one row at a time are on the device, so that its memory is its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from vidaccel.models.grid import shift_of, shifted
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.runtime.prepare import prepare
 
+PARKED = torch.device("cpu")
+"""Where the models of other rows wait."""
 CALIBRATION_SEED = 2**31
 """Beyond the seed of the first prompt: of videos that are measured nowhere."""
 
@@ -43,9 +45,14 @@ class Models:
         self._fitted: dict[tuple, LinearMap] = {}
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
-        """What the row runs on; `UserError`, the same each time, if there is no such model or it cannot be loaded."""
+        """What the row runs on; `place` puts it on the device.
+
+        Raises:
+            UserError: the same each time, if there is no such model or it cannot be loaded.
+        """
         path = self.path(method)
         if path not in self._pipelines:
+            self._park(self._loaded())  # a model is loaded on the device, which may have no room for two
             try:
                 loaded = load_pipeline(path, device=self.device.type, dtype=self.config.dtype)
                 prepare(loaded, self.config)
@@ -59,8 +66,19 @@ class Models:
             raise UserError(why + loaded.message, loaded.hint)
         if loaded.family.name != self.config.family:
             raise UserError(f"{path} is of the family {loaded.family.name}", f"set family={loaded.family.name}")
-        self._bring(loaded)
         return loaded
+
+    def place(self, method: MethodConfig) -> bool:
+        """Put what the row runs on the device, and all else off it; whether anything had to be brought.
+
+        Raises:
+            UserError: a model or a predictor that the row needs is not there.
+        """
+        needed = self.modules(method, self.pipeline(method))
+        kept = set(map(id, needed))
+        self._park(module for module in self._loaded() if id(module) not in kept)
+        brought = [_move(module, self.device) for module in needed]  # all of them, and not up to the first
+        return any(brought)
 
     def path(self, method: MethodConfig) -> str:
         """The model that the row runs on; `UserError` where the configuration names none."""
@@ -80,7 +98,7 @@ class Models:
             predictor = Predictor.from_pretrained(folder)
             transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
             self._predictors[key] = predictor.run_like(transformer)
-        return self._predictors[key].to(self.device)
+        return self._predictors[key]
 
     def predictor_folder(self, method: MethodConfig) -> Path:
         name = method.predictor or self.config.predictor
@@ -100,8 +118,7 @@ class Models:
 
     def modules(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
         """All that the row needs on the device: the whole pipeline, added embeddings and predictor."""
-        parts = [part for part in loaded.pipe.components.values() if isinstance(part, nn.Module)]
-        return [*parts, *self._added(method, loaded)]
+        return [*_parts(loaded), *self._added(method, loaded)]
 
     @contextmanager
     def running(self, method: MethodConfig, settings: dict[str, Any]) -> Iterator[LoadedPipeline]:
@@ -110,6 +127,7 @@ class Models:
         Raises:
             Exception: whatever stands against it.
         """
+        self.place(method)
         loaded = self.pipeline(method)
         if method.cache is not None:
             with switched_on(loaded, method, settings):
@@ -167,14 +185,29 @@ class Models:
         schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
         return {"steps": method.steps, "schedule": pick(schedules, method.budget, method.steps)}
 
-    def _bring(self, loaded: LoadedPipeline) -> None:
-        if self.device.type != "cuda":
-            return
-        for other in self._pipelines.values():
-            if isinstance(other, LoadedPipeline):
-                other.pipe.to(self.device if other is loaded else "cpu")
-                if other.conditioning is not None:
-                    other.conditioning.to(self.device if other is loaded else "cpu")
-        for predictor in self._predictors.values():
-            predictor.to("cpu")
-        torch.cuda.empty_cache()
+    def _loaded(self) -> Iterator[nn.Module]:
+        """Every part of every model that was loaded so far."""
+        for loaded in self._pipelines.values():
+            if isinstance(loaded, LoadedPipeline):
+                yield from _parts(loaded)
+                if loaded.conditioning is not None:
+                    yield loaded.conditioning
+        yield from self._predictors.values()
+
+    @staticmethod
+    def _park(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            _move(module, PARKED)
+
+
+def _parts(loaded: LoadedPipeline) -> list[nn.Module]:
+    return [part for part in loaded.pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _move(module: nn.Module, device: torch.device) -> bool:
+    """Whether the module was on another device."""
+    tensors = (*module.parameters(), *module.buffers())
+    if all(tensor.device.type == device.type for tensor in tensors):
+        return False
+    module.to(device)
+    return True

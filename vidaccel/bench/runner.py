@@ -20,12 +20,10 @@ from shutil import rmtree
 from statistics import mean
 from typing import Any
 
-import torch
-
 from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
 from vidaccel.bench.baselines.registry import ADAPTIVE, Unsupported, calibrate, check_settings
 from vidaccel.bench.environment import environment
-from vidaccel.bench.generation import TimedGeneration, timed_generation
+from vidaccel.bench.generation import Size, TimedGeneration, timed_generation
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.bench.measures.quality import likeness, perceptual_network, prompts_of, scores_of
@@ -113,6 +111,7 @@ class Benchmark:
                 bar.advance()
 
     def _count_row(self, row: Row) -> None:
+        self.models.place(row.method)
         loaded = self.models.pipeline(row.method)
         seed = self.config.seed + CALIBRATION_SEED
         row.settings = calibrate(
@@ -140,7 +139,8 @@ class Benchmark:
     def _time(self) -> None:
         done = min((len(row.rounds) for row in self.rows.running), default=0)
         if done < self.config.rounds:
-            self._warm_decoder()
+            self.models.place(self.methods[self.config.baseline])
+            self._warm_up(self.methods[self.config.baseline], self.rows.rows[0].size)
         total = (self.config.rounds - done) * len(self.rows.running)
         with Progress("timing", total=total, live=False) as bar:
             for _ in range(done, self.config.rounds):
@@ -150,6 +150,8 @@ class Benchmark:
 
     def _time_row(self, row: Row) -> None:
         denoise, rest = [], []
+        if self.models.place(row.method):
+            self._warm_up(row.method, row.size)
         with self.models.running(row.method, row.settings) as loaded:
             if row.id not in self._warm:
                 self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
@@ -168,13 +170,11 @@ class Benchmark:
                 denoise.append(made.denoise_seconds)
         row.rounds.append({"denoise": mean(denoise), "end_to_end": mean(denoise) + mean(rest)})
 
-    def _warm_decoder(self) -> None:
-        method = self.methods[self.config.baseline]
-        one_step = MethodConfig(weights=method.weights, two_pass=method.two_pass, steps=1)
-        size = self.rows.rows[0].size
-        timed_generation(
-            self.models.pipeline(method), one_step, size, self.timed[:1], [self.config.seed], self.config.guidance
-        )
+    def _warm_up(self, method: MethodConfig, size: Size) -> None:
+        """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
+        same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance")}
+        loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
+        timed_generation(loaded, one_step, size, self.timed[:1], [self.config.seed], self.config.guidance)
 
     def _score(self) -> None:
         total = sum(len(self.scored) - len(row.videos) for row in self.rows.running)
@@ -243,8 +243,6 @@ class Benchmark:
             row.error = _one_line(error)
             log.warning("%s: %s", row.name, row.error)
             log.debug("%s", row.name, exc_info=error)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
         self.rows.save(row)
         write_json(self.folder / RESULTS_FILE, self._results())
 

@@ -1,8 +1,9 @@
 """The most memory that was in use at once while something ran: weights, activations and what caches keep.
 
-On CUDA what torch's allocator gave out. A CPU's keeps no such account, and the resident memory of the process tells
-more of the libraries and of other rows' models; there it is the weights, and every storage that operations make
-followed to its end. What a kernel needs within one operation is then not seen.
+On CUDA what torch's allocator gave out. Its free memory is left to it, or what is timed next would have to ask for that
+again. A CPU's allocator keeps no such account, and the resident memory of the process tells more of the libraries
+and of other rows' models; there it is the weights, and every storage that operations make followed to its end.
+What a kernel needs within one operation is then not seen.
 """
 
 import gc
@@ -26,7 +27,6 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         if self._device.type == "cuda":
             gc.collect()
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._live.__enter__()
