@@ -13,12 +13,13 @@ from typing import Annotated
 
 import typer
 
-from studies.distill.cost import WARM_UP, quartiles
+from studies.distill.cost import WARM_UP
 from vidaccel.bench.environment import environment
 from vidaccel.cache.attach import attach
 from vidaccel.cli.common import Debug, quiet_libraries, reported
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.numbers import quartiles
 from vidaccel.sampling import generate
 
 PROMPT = "a red circle moving right on black"

@@ -16,6 +16,7 @@ LAYERS = (
     "vidaccel.errors",
     "vidaccel.artefacts",
     "vidaccel.progress",
+    "vidaccel.numbers",
     "vidaccel.compat",
     "vidaccel.worlds",  # the table of worlds, which imports them by name
     "vidaccel.config",

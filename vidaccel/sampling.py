@@ -6,8 +6,8 @@ B videos, C channels, T frames, H height, W width; of pixels in `generate`, of l
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,12 +92,47 @@ def generate(
     seeds: list[int],
     attachment: Attachment | None = None,
 ) -> Generated:
-    """Run the pipeline on a batch of prompts, each from noise drawn on the CPU by a generator with its own seed.
+    """Run the pipeline on a batch of prompts, each from the noise of its own seed, and time its stages.
 
     `attachment` is what `predicted_steps` gave, for the count.
 
     Raises:
         UserError: settings the model cannot follow, or a result that is not finite.
+    """
+    steps = loaded.default("steps") if config.steps is None else config.steps
+    scale, two_pass = guidance_in_force(loaded, config.guidance, config.two_pass)
+    passes = _Passes(loaded, steps * (1 + (two_pass and scale > 1)), attachment)
+    frames, started, ended = run_pipeline(loaded, prompts, seeds, config, passes)
+    if not np.isfinite(frames).all():
+        raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
+    seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
+    count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
+    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds)
+
+
+def run_pipeline(
+    loaded: LoadedPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: GenerateConfig,
+    watching: AbstractContextManager,
+    output_type: str = "np",
+) -> tuple[np.ndarray | Tensor, float, float]:
+    """The pipeline's own generation of a batch of prompts, each from the noise of its own seed.
+
+    Args:
+        loaded: the pipeline, with what is attached to it.
+        prompts: B texts.
+        seeds: of each prompt's noise, which a generator on the CPU draws.
+        config: sampling settings and the video's size.
+        watching: entered for the time of the call.
+        output_type: "np" for frames [B, T, H, W, 3] from 0 to 1, "latent" for what the pipeline would decode.
+
+    Returns:
+        (videos, when the call began, when it had ended), times as `time.perf_counter` gives them.
+
+    Raises:
+        UserError: settings that the model cannot follow.
     """
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
@@ -108,18 +143,16 @@ def generate(
     if loaded.hook:
         loaded.hook.instantaneous = config.instantaneous
     loaded.pipe.set_progress_bar_config(disable=True)
-    steps, (scale, two_pass) = arguments["num_inference_steps"], guidance_in_force(loaded, **guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
-    total = steps * (1 + (two_pass and scale > 1))
-    with shifted(loaded.pipe, config.shift), _Passes(loaded, total, attachment) as passes:
-        frames = loaded.pipe(prompts, generator=generators, output_type="np", **arguments).frames
-    ended = time.perf_counter()
-    if not np.isfinite(frames).all():
-        raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
-    seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
-    count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
-    return Generated((frames * 255).round().astype(np.uint8), steps, count, predicted, typical, scale, seconds)
+    with shifted(loaded.pipe, config.shift), watching:
+        videos = loaded.pipe(list(prompts), generator=generators, output_type=output_type, **arguments).frames
+    return videos, started, time.perf_counter()
+
+
+def eight_bits(frames: np.ndarray) -> np.ndarray:
+    """Frames from 0 to 1 as uint8."""
+    return (frames * 255).round().astype(np.uint8)
 
 
 @torch.no_grad()

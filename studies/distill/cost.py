@@ -24,6 +24,7 @@ from vidaccel.collect.encode import encode_texts
 from vidaccel.config.distill import DistillConfig
 from vidaccel.models.grid import shift_of
 from vidaccel.models.loading import load_pipeline
+from vidaccel.numbers import quartiles
 from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
 from vidaccel.train.methods import method_of
@@ -69,11 +70,6 @@ def interleaved(calls: dict[str, Callable[[int], None]], repeats: int) -> dict[s
             call(index)
             seconds[name].append(time.perf_counter() - started)
     return {name: each[WARM_UP:] for name, each in seconds.items()}
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
-    return {"median": median, "p25": low, "p75": high, "rounds": len(values)}
 
 
 def median_step_seconds(config: DistillConfig, repeats: int = 5) -> float:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from studies.distill.models import relative_errors, sampled, train_for, training
 from studies.distill.results import Results
-from vidaccel.bench.measures.quality import bootstrap
 from vidaccel.config import loader as configuration
 from vidaccel.config.distill import DistillConfig
 from vidaccel.errors import TrainingFailed
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
+from vidaccel.numbers import bootstrap
 
 REFERENCE_STEPS = 50
 FEW_STEPS = (20, 10, 8, 4)
@@ -96,7 +96,7 @@ class Study:
         for id, steps in rows.items():
             scores, latents = sampled(loaded, steps, self.results.made_of["prompts"], self.work / "samples" / id)
             errors = relative_errors(latents, reference)
-            low, high = bootstrap(errors)
+            low, high = bootstrap(errors).tolist()
             error = {"mean": sum(errors) / len(errors), "low": low, "high": high}
             self.results.add(id, **row, steps=steps, passes=steps, scores=scores, latent_error=error, error=None)
 

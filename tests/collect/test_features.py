@@ -15,7 +15,7 @@ from tests.collect.conftest import CAPTIONS, save_model
 from tests.data.conftest import full_disk  # noqa: F401
 from vidaccel.artefacts import sha256_file
 from vidaccel.collect.features import check_made_for, check_tensors, open_features
-from vidaccel.collect.job import collect, decimal_bytes, plan
+from vidaccel.collect.job import collect, plan
 from vidaccel.collect.kinds import job_of
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config.collect import CollectConfig
@@ -89,14 +89,6 @@ def test_a_limit_on_the_size_is_kept_before_anything_is_written(loaded, clips):
     assert plan(job_of(loaded, config(clips, max_gigabytes=gigabytes))) == needed
     with pytest.raises(UserError, match="are more than max_gigabytes"):
         plan(job_of(loaded, config(clips, max_gigabytes=0.999 * gigabytes)))
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1234567, "1.23 MB"), (999999, "1 MB"), (5 * 10**15, "5e+03 TB")],
-)
-def test_bytes_for_people(count, text):
-    assert decimal_bytes(count) == text
 
 
 @pytest.mark.parametrize("at", [0, 3])

@@ -320,11 +320,6 @@ def test_calls_are_timed_in_turn():
     assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_quartiles():
-    assert cost.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0, "rounds": 5}
-    assert cost.quartiles([7.0]) == {"median": 7.0, "p25": 7.0, "p75": 7.0, "rounds": 1}
-
-
 def test_a_step_trains_and_a_plain_pass_does_not(places):
     config = settings_of("sprites/restricted_meanflow", "mean_velocity", [*SMALL, "train.learning_rate=0.1"])
     config.teacher, config.features = map(str, places)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.config.benchmark import MethodConfig
-from vidaccel.models.calling import call_arguments, set_guidance
-from vidaccel.models.grid import shifted
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.sampling import eight_bits, run_pipeline
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video in pixels."""
@@ -51,26 +51,24 @@ def timed_generation(
         FloatingPointError: the videos are not finite.
         UserError: settings that the model cannot follow.
     """
-    scale = {"guidance": guidance if method.guidance is None else method.guidance, "two_pass": method.two_pass}
-    arguments = call_arguments(
-        loaded, steps=method.steps, **dict(zip(("num_frames", "height", "width"), size, strict=True)), **scale
+    frames, height, width = size
+    config = GenerateConfig(
+        steps=method.steps,
+        shift=method.shift,
+        guidance=guidance if method.guidance is None else method.guidance,
+        two_pass=method.two_pass,
+        instantaneous=method.weights == "teacher",
+        num_frames=frames,
+        height=height,
+        width=width,
     )
-    if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-    set_guidance(loaded, **scale)
-    if loaded.hook:
-        loaded.hook.instantaneous = method.weights == "teacher"
-    loaded.pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    started = time.perf_counter()
-    kind = "np" if decode else "latent"
-    with shifted(loaded.pipe, method.shift), Clock(loaded) as clock:
-        frames = loaded.pipe(list(prompts), generator=generators, output_type=kind, **arguments).frames
-    seconds, latents = time.perf_counter() - started, clock.latents.float().cpu()
-    if not latents.isfinite().all() or decode and not np.isfinite(frames).all():
+    clock = Clock(loaded)
+    videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, "np" if decode else "latent")
+    latents = clock.latents.float().cpu()
+    if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
         raise FloatingPointError("the video is not finite")
-    made = (frames * 255).round().astype(np.uint8) if decode else None
-    return TimedGeneration(made, latents, clock.last - clock.first, seconds)
+    made = eight_bits(videos) if decode else None
+    return TimedGeneration(made, latents, clock.last - clock.first, ended - started)
 
 
 class Clock:

@@ -20,7 +20,6 @@ from torch import Tensor
 from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters, predictor_parameters
 from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs
-from vidaccel.bench.results import spread
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
@@ -29,6 +28,7 @@ from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import DTYPES, resolve_device
 from vidaccel.models.velocity import Velocity
+from vidaccel.numbers import quartiles
 from vidaccel.progress import Progress
 
 Seconds = dict[str, float]
@@ -203,11 +203,11 @@ def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed
         "full_steps": method.schedule(),
         "passes": asdict(count),
         "flops": flops,
-        "denoise_seconds": spread(seconds),
+        "denoise_seconds": quartiles(seconds),
     }
     if _is_timed(baseline):
         slow = [_denoise(passes(baseline), each) for each in timed]
-        measured = spread([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
+        measured = quartiles([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
         ideal = method_flops(baseline, costs) / flops
         known["speedup"] = {"measured": measured, "ideal": ideal, "measured_over_ideal": measured / ideal}
     return known

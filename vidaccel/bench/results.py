@@ -10,6 +10,7 @@ from vidaccel.bench.measures.quality import scorer_of, summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.runtime import RuntimeConfig
+from vidaccel.numbers import quartiles
 
 
 def results_of(
@@ -32,17 +33,11 @@ def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int])
         return run
     run |= row.counts | {"speedup": _speedup(row, baseline), "prompts": config.timed_prompts}
     if len(row.rounds) > 1:
-        run["denoise_seconds"] = spread([each["denoise"] for each in row.rounds])
-        run["end_to_end_seconds"] = spread([each["end_to_end"] for each in row.rounds])
+        run["denoise_seconds"] = quartiles([each["denoise"] for each in row.rounds])
+        run["end_to_end_seconds"] = quartiles([each["end_to_end"] for each in row.rounds])
     if row.videos and row.error is None:
         run |= summary(row.videos, scorer_of(config)) | {"prompts": len(row.videos)}
     return run | {"seeds": list(seeds[: run["prompts"]])}
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """As results.json has times."""
-    p25, median, p75 = np.percentile(seconds, [25, 50, 75]).tolist()
-    return {"median": median, "p25": p25, "p75": p75, "rounds": len(seconds)}
 
 
 def _speedup(row: Row, baseline: Row) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.numbers import si
 from vidaccel.progress import Progress
 
 
@@ -40,8 +41,8 @@ class Plan:
     sample_bytes: int
 
     def __str__(self) -> str:
-        total = decimal_bytes(self.count * self.sample_bytes)
-        return f"{self.count} samples of {decimal_bytes(self.sample_bytes)}, {total} in all"
+        total = si(self.count * self.sample_bytes, "B")
+        return f"{self.count} samples of {si(self.sample_bytes, 'B')}, {total} in all"
 
 
 def plan(job: Job) -> Plan:
@@ -93,13 +94,3 @@ def collect(job: Job, folder: Path) -> None:
         kind=config.kind,
         made_with=job.made_with,
     )
-
-
-def decimal_bytes(count: int) -> str:
-    """1234567 as 1.23 MB."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"

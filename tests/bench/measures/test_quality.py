@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from vidaccel.bench.measures import quality
-from vidaccel.bench.measures.quality import bootstrap, mean_change, perceptual_distance, perceptual_network
+from vidaccel.bench.measures.quality import mean_change, perceptual_distance, perceptual_network
 from vidaccel.errors import UserError
 
 BLACK, WHITE = (np.full((2, 8, 8, 3), level, dtype=np.uint8) for level in (0, 255))
@@ -60,10 +60,3 @@ def test_mean_change():
     video = np.stack([BLACK[0], WHITE[0], WHITE[0]])
     assert mean_change(video) == 255 / 2
     assert mean_change(video[:1]) == 0
-
-
-def test_bootstrap_is_of_the_mean():
-    assert bootstrap([2.0, 2.0]) == [2.0, 2.0]
-    low, high = bootstrap([0.0, 1.0] * 50)
-    # standard error 0.05, of which 1.96 each way
-    assert low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)

@@ -22,6 +22,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from vidaccel.bench.generation import TimedGeneration
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError
+from vidaccel.numbers import bootstrap
 from vidaccel.worlds import Scorer, Scores, world
 
 FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
@@ -153,11 +154,5 @@ def summary(videos: Sequence[Mapping[str, Any]], scorer: Scorer | None) -> dict[
             if values:
                 fields["fidelity"][name] = float(np.mean(values))
                 # The baseline's marks have a dynamic degree of their own.
-                intervals[f"fidelity.{name}"] = bootstrap(values)
+                intervals[f"fidelity.{name}"] = bootstrap(values, resamples=RESAMPLES).tolist()
     return fields | {"intervals": intervals}
-
-
-def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
-    """[low, high] of the 95 % interval of the mean of values [P], by resampling them."""
-    drawn = np.random.default_rng(seed).choice(np.asarray(values), size=(resamples, len(values)))
-    return np.percentile(drawn.mean(axis=1), [2.5, 97.5]).tolist()

@@ -7,13 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def si(value: float) -> str:
-    """Three digits and a prefix: 3876543 is "3.88 M"."""
-    unit, prefix = next(((unit, prefix) for unit, prefix in PREFIXES if value >= unit), (1, ""))
-    return f"{value / unit:.3g} {prefix}".strip()
+from vidaccel.numbers import si
 
 
 def plan_tables(results: dict[str, Any]) -> Iterator[str | Table]:
@@ -91,7 +85,7 @@ def _cache_share(run: dict[str, Any]) -> str | None:
 
 
 def _bytes(key: str) -> Callable[[dict[str, Any]], str | None]:
-    return lambda run: f"{si(run[key])}B" if run[key] else None
+    return lambda run: si(run[key], "B") if run[key] else None
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
@@ -120,8 +114,8 @@ def _heading(runs: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{title(runs[0])}: {tokens['video']:,} video and {tokens['text']:,} text tokens"
     parameters = min(run["parameters"] for run in runs)
     weights = min(run["plan"]["weight_bytes"] for run in runs)
-    yield f"{parameters:,} parameters, {si(weights)}B; activations {si(costs['activation_bytes'])}B"
-    yield f"a full pass: {si(total)}FLOPs ({shares})"
+    yield f"{parameters:,} parameters, {si(weights, 'B')}; activations {si(costs['activation_bytes'], 'B')}"
+    yield f"a full pass: {si(total, 'FLOPs')} ({shares})"
     yield from _predictor(runs, parameters, total)
 
 
@@ -146,8 +140,8 @@ def _table(runs: Iterable[dict[str, Any]]) -> Table:
             str(run["steps"]),
             passes_text(run),
             si(run["flops"]),
-            f"{si(run['cache_bytes'])}B" if run["cache_bytes"] else "-",
-            f"{si(run['plan']['peak_memory_bytes'])}B",
+            si(run["cache_bytes"], "B") if run["cache_bytes"] else "-",
+            si(run["plan"]["peak_memory_bytes"], "B"),
             f"{run['speedup']['ideal']:.2f}x",
         )
     return table

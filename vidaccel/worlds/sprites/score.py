@@ -14,6 +14,7 @@ from itertools import permutations
 import numpy as np
 import torch
 
+from vidaccel.numbers import bootstrap
 from vidaccel.worlds.sprites.detect import FULL_MOTION, MOTION_AXES, Detection, FoundSprite, detect, dilate
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning
 from vidaccel.worlds.sprites.world import SIZE, Scene, Sprite
@@ -204,9 +205,7 @@ def summarise(
     """
     names = [name for name in SEMANTIC + QUALITY if any(name in clip for clip in clips)]
     marks = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
-    rng = np.random.default_rng(seed)
-    samples = np.stack([_averages(marks[rng.integers(len(marks), size=len(marks))], names) for _ in range(resamples)])
-    low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
+    low, high = bootstrap(marks, lambda drawn: _averages(drawn, names), resamples, seed)
     columns = zip([*names, "semantic", "quality", "total"], _averages(marks, names), low, high, strict=True)
     return {
         name: {"mean": 100 * float(mean), "low": 100 * float(lo), "high": 100 * float(hi)}
