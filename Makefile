@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint bench sprites distilled bench-distill gpu wheelhouse readme-figures
+.PHONY: setup demo test lint bench sprites distilled bench-distill gpu wheelhouse figures
 
 # An environment in .venv with the tested versions; again only when those change.
 setup: $(INSTALLED)
@@ -35,7 +35,7 @@ lint: setup
 bench: setup
 	$(BIN)/vidaccel benchmark --speedup --quality rounds=5 $(ARGS) -o runs/quality
 	cp runs/quality/results.json studies/results/sprites.json
-	$(BIN)/python -m studies.readme
+	$(BIN)/python -m studies.figures
 
 # The shipped model made from nothing; hours on a CPU, goes on where it was stopped.
 sprites: setup
@@ -55,9 +55,9 @@ distilled: setup
 bench-distill: setup
 	$(BIN)/python -m studies.distill --teacher $(or $(TEACHER),sprites/teacher) --features $(or $(FEATURES),runs/features) --work $(or $(WORK),runs/bench-distill) -o studies/results/distill/$(or $(NAME),sprites).json $(ARGS)
 
-# The figures in README.md from studies/results/*.json.
-readme-figures: setup
-	$(BIN)/python -m studies.readme
+# The figures in README.md and docs/ from studies/results/*.json.
+figures: setup
+	$(BIN)/python -m studies.figures
 
 # Everything that is measured on a GPU, with the Python that has torch and triton there.
 gpu:

@@ -42,17 +42,18 @@ def test_all_shipped_weights_fit_and_all_but_what_is_small_are_half_precision():
 
 def test_the_card_shows_the_measured_scores():
     card = (TEACHER / "README.md").read_text()
-    for name, mark in json.loads((TEACHER / "score.json").read_text()).items():
-        interval = f"{mark['low']:.1f} to {mark['high']:.1f}"
-        assert f"| {name.replace('_', ' ')} | {mark['mean']:.1f} | {interval} |" in card
+    for name, score in json.loads((TEACHER / "score.json").read_text()).items():
+        interval = f"{score['low']:.1f} to {score['high']:.1f}"
+        assert f"| {name.replace('_', ' ')} | {score['mean']:.1f} | {interval} |" in card
 
 
-def test_the_readme_shows_the_measured_scores():
-    readme = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
+def test_the_pages_show_the_measured_scores():
+    root = Path(__file__).parents[3]
+    text = " ".join(" ".join(page.read_text().split()) for page in (root / "README.md", *root.glob("docs/*.md")))
     score = json.loads((TEACHER / "score.json").read_text())
     total = score["total"]
-    assert f"{total['mean']:.1f} of 100 ({total['low']:.1f} to {total['high']:.1f}, 256 held-out prompts)" in readme
-    assert f"{score['shape']['mean']:.0f} in 100 shapes are right" in readme
+    assert f"{total['mean']:.1f} of 100 ({total['low']:.1f} to {total['high']:.1f}, 256 held-out prompts)" in text
+    assert f"{score['shape']['mean']:.0f} in 100 shapes are right" in text
 
 
 @pytest.mark.parametrize("name", ["student", "predictor"])
@@ -119,8 +120,8 @@ def test_it_heeds_the_prompt(loaded):
         "a green circle moving down on white",
     ]
     made = generate(loaded, prompts, GenerateConfig(steps=20), list(range(4)))
-    marks = [score_clip(frames, parse(prompt)) for frames, prompt in zip(made.frames, prompts, strict=True)]
-    assert [mark["background"] for mark in marks] == [1.0] * 4
+    scores = [score_clip(frames, parse(prompt)) for frames, prompt in zip(made.frames, prompts, strict=True)]
+    assert [score["background"] for score in scores] == [1.0] * 4
 
 
 def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp_path, monkeypatch):

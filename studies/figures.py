@@ -1,0 +1,151 @@
+"""The figures in README.md and docs/, written from studies/results/*.json: no number there is typed by hand.
+
+    make figures
+
+Between a line `<!-- figures: NAME -->` and the next `<!-- end of figures -->` stands what studies/results/NAME.json
+says, a results.json of `vidaccel benchmark`; `headline` is a few rows of sprites.json. A test compares the two.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidaccel.artefacts import atomic_path
+from vidaccel.bench.reports.plots import above_ours, write_pareto
+from vidaccel.bench.reports.tables import COLUMNS as MEASURED
+from vidaccel.bench.reports.tables import failures
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "studies" / "results"
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+HEADLINE = (
+    "cfg-50",
+    "teacache-0.15",
+    "student-8",
+    "student-teacache",
+    "predictor-6-searched",
+    "predictor-4-of-8-searched",
+)
+"""Rows of sprites.json: the baseline, the best training-free ones of either model, a student, two predictors."""
+MISSING = """\
+**Nothing has been measured yet**: there is no `studies/results/{name}.json`, and so there is no figure here.
+"""
+
+
+def main() -> None:
+    """Rewrite the pages and draw the pictures that they show beside the results."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for name in blocks(text):
+            file = RESULTS / f"{name}.json"
+            if file.exists():
+                write_pareto(file.with_suffix(".png"), json.loads(file.read_text(encoding="utf-8"))["runs"])
+        with atomic_path(page) as temporary:
+            temporary.write_text(filled(text, RESULTS, page.parent), encoding="utf-8")
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and the pages of docs/ that have figures."""
+    found = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [page for page in found if blocks(page.read_text(encoding="utf-8"))]
+
+
+def blocks(text: str) -> list[str]:
+    """Names of the figures in a page."""
+    return [name for _, name, _ in BLOCK.findall(text)]
+
+
+def filled(text: str, results: Path, folder: Path) -> str:
+    """The text of a page in `folder`, with its figures as the files in `results` have them."""
+    place = os.path.relpath(results, folder)
+    return BLOCK.sub(lambda block: block[1] + figures(block[2], results, place) + block[3], text)
+
+
+def figures(name: str, results: Path, place: str) -> str:
+    """Markdown about one results file, or that there is none.
+
+    Args:
+        name: of the block.
+        results: folder of the files.
+        place: the same folder, as links of the page name it.
+    """
+    source = "sprites" if name == "headline" else name
+    file = results / f"{source}.json"
+    if not file.exists():
+        return MISSING.format(name=source)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    ran = [run for run in found["runs"] if run["passes"]]
+    about = (
+        f"`{found['command']}` on {_machine(found['environment'])} ([all of it]({place}/{source}.json)). "
+        f"Speedups are relative to {found['baseline']}."
+    )
+    parts = [about, *(_headline(ran) if name == "headline" else _all(found, ran, f"{place}/{source}.png"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    by_name = {run["method"]: run for run in runs}
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in ("by FLOPs", "cache")}
+    yield _table([by_name[name] for name in HEADLINE], columns)
+
+
+def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> Iterator[str]:
+    yield _table(ran, COLUMNS)
+    yield from _standing(found["baseline"], ran)
+    yield f"![Speed against quality]({picture})"
+    yield from _errors(found["runs"])
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    where = environment["cpu"] if environment["device"] == "cpu" else environment["device"]
+    return f"{where}, {threads}, torch {environment['versions']['torch']}"
+
+
+def _table(runs: Iterable[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str | None]]) -> str:
+    lines = [["method", *columns], ["---", *["--:"] * len(columns)]]
+    lines += [[run["method"], *(cell(run) or "" for cell in columns.values())] for run in runs]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _total(run: dict[str, Any]) -> str | None:
+    if run["total"] is None:
+        return None
+    low, high = run["intervals"]["total"]
+    return f"{run['total']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "passes": MEASURED["passes"],
+    "seconds": MEASURED["seconds"],
+    "speedup": MEASURED["speed"],
+    "by FLOPs": MEASURED["ideal"],
+    "cache": MEASURED["cache"],
+    "total": _total,
+    "latent error": MEASURED["latent"],
+}
+"""Of a table, each a cell of a run."""
+
+
+def _standing(baseline: str, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Where ours are not the best from 3x to 20x, if speedups are over the two-pass sampler."""
+    over_another = any(run["method"] == baseline and not run["settings"]["two_pass"] for run in runs)
+    if over_another or not any(run["total"] is not None for run in runs):
+        return []
+    others = [f"{run['method']} ({run['speedup']['measured']:.2f}x, {run['total']:.1f})" for run in above_ours(runs)]
+    if not others:
+        return ["From 3x to 20x no row has a higher total than a row with a predictor that is as fast."]
+    said = "From 3x to 20x these have a higher total than every row with a predictor that is as fast: "
+    return [said + ", ".join(others)]
+
+
+def _errors(runs: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"- {', '.join(methods)}: {why}" for why, methods in failures(runs).items()]
+    return ["What could not run:\n\n" + "\n".join(lines)] if lines else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The figures in README.md and docs/ are those of the results files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+import vidaccel.bench
+from studies.figures import HEADLINE, RESULTS, blocks, figures, filled, pages
+from tests.bench.test_results import RUN, results
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in pages()}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_page_is_what_make_figures_writes(page):
+    text = PAGES[page.name]
+    assert filled(text, RESULTS, page.parent) == text, "run make figures"
+
+
+def test_every_table_is_shown():
+    names = [name for text in PAGES.values() for name in blocks(text)]
+    assert {"sprites", "caching"} <= set(names) <= {"sprites", "caching", "headline"}
+
+
+def test_the_headline_is_rows_of_the_full_table():
+    lines = figures("headline", RESULTS, "x").splitlines()
+    assert "([all of it](x/sprites.json))" in lines[0]
+    assert lines[2] == "| method | passes | seconds | speedup | total | latent error |"
+    full = [line.split("|") for line in figures("sprites", RESULTS, "x").splitlines()]
+    without = [cells[:5] + cells[7:] for cells in full if len(cells) == 10]  # neither FLOPs nor cache
+    assert {tuple(line.split("|")) for line in lines[4:]} < set(map(tuple, without))
+    assert tuple(line.split("|")[1].strip() for line in lines[4:]) == HEADLINE
+
+
+def test_links_are_those_of_the_page(tmp_path):
+    text = "<!-- figures: sprites -->\n<!-- end of figures -->\n"
+    folder = RESULTS.parents[1]
+    assert "](studies/results/sprites.png)" in filled(text, RESULTS, folder)
+    assert "](../studies/results/sprites.json)" in filled(text, RESULTS, folder / "docs")
+
+
+def test_pages_are_those_with_figures(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, text in (("README.md", "<!-- figures: a -->\n<!-- end of figures -->"), ("docs/faq.md", "none")):
+        (tmp_path / name).write_text(text)
+    assert pages(tmp_path) == [tmp_path / "README.md"]
+
+
+def test_every_results_file_has_its_form():
+    schema = json.loads((Path(vidaccel.bench.__file__).parent / "results.schema.json").read_text())
+    for file in RESULTS.glob("*.json"):
+        Draft202012Validator(schema).validate(json.loads(file.read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    found = results() | {"command": "vidaccel benchmark --speedup"}
+    speedup = {"measured": 4.0, "ideal": 5.0, "measured_over_ideal": 0.8}
+    cache = {"method": "tea", "total": 90.0, "speedup": speedup, "passes": {"full": 9, "predicted": 0, "skipped": 1}}
+    found["runs"].append(RUN | cache | {"intervals": {"total": [89.0, 91.0]}, "fidelity": None, "cache_bytes": 0})
+    found["runs"] += [RUN | {"method": name, "passes": None, "error": "it cannot"} for name in ("sea", "lake")]
+    found["runs"][0]["settings"] = found["runs"][1]["settings"] = {"cache": None}
+    (tmp_path / "mine.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_figures(folder):
+    text = figures("mine", folder, "results")
+    assert "`vidaccel benchmark --speedup` on " in text and "Speedups are relative to cfg-50" in text
+    assert "| predictor-8-of-20 | 8 + 12 | 24.6 | 11.80x | 11.90x | 57.3 kB | 78.8 [77.9, 79.6] | 0.120 |" in text
+    assert "| tea | 9 + 1 | 24.6 | 4.00x | 5.00x |  | 90.0 [89.0, 91.0] |  |" in text
+    assert "as fast: tea (4.00x, 90.0)" in text
+    assert "- sea, lake: it cannot" in text
+
+
+def test_speedups_over_something_faster_are_not_held_against_the_aim(folder):
+    found = json.loads((folder / "mine.json").read_text())
+    found["runs"].append(RUN | {"method": "cfg-50", "settings": {"cache": None, "two_pass": False}})
+    (folder / "mine.json").write_text(json.dumps(found))
+    assert "From 3x to 20x" not in figures("mine", folder, "results")
+
+
+def test_without_results_it_says_so(tmp_path):
+    assert "there is no `studies/results/mine.json`" in figures("mine", tmp_path, "results")
+
+
+def test_only_what_is_between_the_comment_lines_is_written(tmp_path):
+    end = "<!-- end of figures -->\n"
+    text = f"before\n<!-- figures: a -->\nold\n{end}between\n<!-- figures: b -->\n{end}"
+    new = filled(text, tmp_path, tmp_path)
+    assert new.startswith("before\n<!-- figures: a -->\n**Nothing") and "old" not in new
+    assert "<!-- end of figures -->\nbetween\n<!-- figures: b -->\n**Nothing" in new
+    assert filled(new, tmp_path, tmp_path) == new
