@@ -15,7 +15,7 @@ from tests.students import student
 from vidaccel.bench import runner
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.models import Models
-from vidaccel.cache.schedule import evenly, write_schedules
+from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import load
@@ -89,7 +89,7 @@ def models(tmp_path_factory) -> Path:
     new_predictor(loaded.pipe.transformer, loaded.family, tokens, tokens, blocks=1, **made_for).save_pretrained(
         folder / "predictor"
     )
-    write_schedules(folder / "predictor" / "schedule.json", [evenly(4, 1)])
+    write_schedules(folder / "predictor" / "schedule.json", [every(4, 4)])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Which steps are full: listed, evenly spread, or found by dynamic programming on measured costs.
+"""Which steps are full: listed, every n-th, or found by dynamic programming on measured costs.
 
     schedule.json    {"format": "schedule/1", "<budget>-of-<steps>": {"steps", "shift", "full_steps", "budget", "how",
                      "expected_error"}, ...}, or one of the inner objects alone
@@ -62,33 +62,21 @@ def every(steps: int, n: int) -> Schedule:
     return Schedule(steps, tuple(range(0, steps, n)), "every")
 
 
-def evenly(steps: int, budget: int) -> Schedule:
-    """`budget` full steps as evenly spread as whole numbers allow; every-N where N divides the steps."""
-    if not 1 <= budget <= steps:
-        raise UserError(f"{budget} full steps of {steps}", f"take 1 to {steps}")
-    return Schedule(steps, tuple(i * steps // budget for i in range(budget)), "every")
-
-
-def search(
-    costs: Sequence[Sequence[float]], carry: Sequence[float] | None = None, *, shift: float | None = None
-) -> dict[int, Schedule]:
+def search(costs: Sequence[Sequence[float]], *, shift: float | None = None) -> dict[int, Schedule]:
     """The cheapest schedule of every budget 1 to S, exactly, in O(S^3).
 
     Args:
         costs: [S][S + 1]; costs[i][j] is the error made by a stretch that is full at step i and predicted up to the
             next full step j, or to the end where j = S. Infinite where a stretch is not to be used; entries with
-            j <= i are not read. Errors of stretches add, so that what is minimised is their (weighted) sum.
-        carry: [S + 1] weights; carry[j] is how large in the final latent an error of 1 has become that is there when
-            step j begins. 1 throughout unless given.
+            j <= i are not read. Errors of stretches add, so that what is minimised is their sum.
         shift: of the grid the costs were measured on.
 
     A budget that only stretches of infinite cost could keep to is left out.
     """
     steps = len(costs)
-    weights = [1.0] * (steps + 1) if carry is None else carry
-    _check_costs(costs, weights)
+    _check_costs(costs)
     # best[i]: least cost from full step i to the end with the full steps left, and the steps it takes.
-    best: list[tuple[float, tuple[int, ...]]] = [(costs[i][steps] * weights[steps], (i,)) for i in range(steps)]
+    best: list[tuple[float, tuple[int, ...]]] = [(costs[i][steps], (i,)) for i in range(steps)]
     found = {}
     for budget in range(1, steps + 1):
         error, full_steps = best[0]
@@ -96,7 +84,7 @@ def search(
             found[budget] = Schedule(steps, full_steps, "search", shift, error)
         best = [
             min(
-                ((costs[i][j] * weights[j] + best[j][0], (i, *best[j][1])) for j in range(i + 1, steps)),
+                ((costs[i][j] + best[j][0], (i, *best[j][1])) for j in range(i + 1, steps)),
                 default=(math.inf, (i,)),
             )
             for i in range(steps)
@@ -157,10 +145,10 @@ def _schedule(budget: int, **fields) -> Schedule:
     return schedule
 
 
-def _check_costs(costs: Sequence[Sequence[float]], weights: Sequence[float]) -> None:
+def _check_costs(costs: Sequence[Sequence[float]]) -> None:
     steps = len(costs)
-    if any(len(row) != steps + 1 for row in costs) or len(weights) != steps + 1:
-        raise ValueError(f"costs are [{steps}][{steps + 1}] and carry is [{steps + 1}] for {steps} steps")
-    used = [costs[i][j] * weights[j] for i in range(steps) for j in range(i + 1, steps + 1)]
+    if any(len(row) != steps + 1 for row in costs):
+        raise ValueError(f"costs are [{steps}][{steps + 1}] for {steps} steps")
+    used = [costs[i][j] for i in range(steps) for j in range(i + 1, steps + 1)]
     if any(math.isnan(cost) or cost < 0 for cost in used):
         raise ValueError("a cost is negative or not a number")

@@ -1,0 +1,88 @@
+"""Trainings and a scoring that commit 9cb9f0f began, and was stopped in, end where it would have ended them.
+
+Its state.json has settings by the names of then (`equal_share`, `longest`), and those of every method.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from vidaccel.cli.main import app
+from vidaccel.worlds.sprites.__main__ import app as sprites
+
+EARLIER = Path(__file__).parents[1] / "artefacts_9cb9f0f"
+EXPECTED = json.loads((EARLIER / "expected.json").read_text())
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch) -> Path:
+    """A copy of the folders of then, in which to work: they name each other by relative paths."""
+    folder = shutil.copytree(EARLIER, tmp_path / "earlier")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*words: str, program=app) -> None:
+    result = CliRunner().invoke(program, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def metrics(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> None:
+    made, expected = load_file(one), load_file(other)
+    assert made.keys() == expected.keys()
+    for name in made:
+        assert_close(made[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def same_metrics(lines: list[dict], expected: list[dict]) -> None:
+    assert len(lines) == len(expected)
+    for line, wanted in zip(lines, expected, strict=True):
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_distillation_goes_on(earlier):
+    file, expected = earlier / "distill-interrupted" / "metrics.jsonl", EXPECTED["distill-interrupted"]
+    before = file.read_text()
+    run("distill", "--conf", "conf/distill.yaml", "-o", "distill-interrupted")
+    assert before.count("\n") == expected["lines_kept"] and file.read_text().startswith(before)  # with their seconds
+    same_metrics(metrics(file), expected["metrics"])
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"):
+        same_weights(earlier / "distill-interrupted" / name, earlier / "student" / name)
+
+
+def test_a_predictors_training_goes_on(earlier):
+    stages, expected = ("mse", "adversarial"), EXPECTED["predictor-interrupted"]
+    files = {stage: earlier / "predictor-interrupted" / "checkpoints" / stage / "metrics.jsonl" for stage in stages}
+    before = {stage: file.read_text() for stage, file in files.items()}
+    assert [text.count("\n") for text in before.values()] == expected["lines_kept"]
+    run("train-predictor", "--conf", "conf/train-predictor.yaml", "-o", "predictor-interrupted")
+    for stage, file in files.items():
+        assert file.read_text().startswith(before[stage])
+        same_metrics(metrics(file), expected[stage])
+    same_weights(earlier / "predictor-interrupted" / "model.safetensors", earlier / "predictor" / "model.safetensors")
+
+
+def test_settings_that_differ_are_still_refused(earlier):
+    words = ["distill", "--conf", "conf/distill.yaml", "-o", "distill-interrupted"]
+    result = CliRunner().invoke(app, [*words, "mean_velocity.r_equals_t_share=0.4"])
+    assert result.exit_code == 2
+    assert "settings.mean_velocity.r_equals_t_share was 0.3, now 0.4" in " ".join(result.output.split())
+
+
+def test_scoring_goes_on(earlier):
+    """By whole batches: the last two of ten prompts are marked again, to the same marks."""
+    file = earlier / "score" / "marks.jsonl"
+    before = file.read_text()
+    words = ("predictor=sprites/predictor", "steps=8", "budget=4", "--prompts", "10", "-o", "score")
+    run("score", "sprites/student", *words, program=sprites)
+    assert file.read_text().splitlines()[:8] == before.splitlines()[:8]
+    assert metrics(file)[-1]["marks"] == pytest.approx(EXPECTED["score"]["last_marks"]["marks"], abs=0.02)
