@@ -5,6 +5,7 @@ Modules are loaded one by one through their own class with `output_loading_info`
 modules and loads the rest. A student's conditioning is attached, its adapter merged, and a `StepHook` registered.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,9 +113,9 @@ def _dtype(component: Component, name: str, device: torch.device) -> torch.dtype
         return torch.float32
     stored: dict[str, int] = {}
     for file in component.weight_files:
-        for entry in safetensors_header(file).values():
-            start, end = entry["data_offsets"]
-            stored[entry["dtype"]] = stored.get(entry["dtype"], 0) + end - start
+        for dtype, shape in safetensors_header(file).values():
+            bits = "".join(filter(str.isdigit, dtype.partition("_")[0]))  # F32, F8_E4M3; BOOL is a byte
+            stored[dtype] = stored.get(dtype, 0) + math.prod(shape) * int(bits or 8)
     most = max(stored, key=stored.__getitem__, default="F32")
     if most not in STORED_DTYPES:
         raise UserError(f"{component.folder} is stored as {most}", f"name a dtype to load it in: {', '.join(DTYPES)}")
