@@ -17,7 +17,7 @@ from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.models import Models
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
-from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import load
 from vidaccel.data.video import read_video
 from vidaccel.forecasters.learned import new_predictor
@@ -166,6 +166,29 @@ def test_passes_are_those_that_happened(bench):
     assert sum(runs["fastercache"]["passes"].values()) == 4
 
 
+def test_a_row_of_settings_alone_runs(conf, models, tmp_path):
+    """One line of YAML, by which a cache that ships runs at other settings."""
+    own = models / "own.yaml"
+    own.write_text(conf.read_text() + "  mine: {steps: 4, cache: delta_dit, settings: {every: 4}}\n")
+    result = run("--speedup", "--conf", own, "-o", tmp_path, "only=[mine]")
+    assert result.exit_code == 0, result.output
+    mine = by_method(tmp_path)["mine"]
+    assert (mine["full_steps"], tuple(mine["passes"].values())) == ([0], (1, 0, 3))
+
+
+def test_a_cache_is_its_file_and_a_line_of_the_table(conf, models, tmp_path, monkeypatch):
+    monkeypatch.setitem(CACHES, "alternate", "tests.bench.baselines.alternate:Alternate")
+    own = models / "alternate.yaml"
+    own.write_text(conf.read_text() + "  alternate: {steps: 4, cache: alternate, settings: {every: 2}}\n")
+    words = ("--speedup", "--conf", own, "-o", tmp_path, "only=[alternate]")
+    result = run(*words, "methods.alternate.settings.evry=2")
+    assert result.exit_code == 2 and 'alternate has no setting "evry"' in result.stderr
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    row = by_method(tmp_path)["alternate"]
+    assert (row["full_steps"], tuple(row["passes"].values())) == ([0, 2], (2, 0, 2))
+
+
 def test_speedups(bench):
     runs = by_method(bench)
     flops = {name: runs[name]["flops"] for name in PASSES}
@@ -293,7 +316,7 @@ def test_quality(bench, models):
     runs = by_method(bench)
     for name in PASSES:
         assert runs[name]["prompts"] == 3 and runs[name]["seeds"] == [0, 1, 2]
-        assert runs[name]["total"] is None  # nothing marks this world
+        assert runs[name]["total"] is None  # nothing scores this world
     assert runs["cfg"]["fidelity"] is None
     threshold = runs["first-block threshold=0"]["fidelity"], runs["distilled"]["fidelity"]
     assert threshold[0]["latent_relative_l2"] == pytest.approx(threshold[1]["latent_relative_l2"], rel=1e-4)

@@ -21,7 +21,8 @@ from statistics import mean
 from typing import Any
 
 from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
-from vidaccel.bench.baselines.registry import ADAPTIVE, Unsupported, calibrate, check_settings
+from vidaccel.bench.baselines.parts import Unsupported
+from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
 from vidaccel.bench.environment import environment
 from vidaccel.bench.generation import Size, TimedGeneration, timed_generation
 from vidaccel.bench.measures.counting import Observer
@@ -211,7 +212,7 @@ class Benchmark:
         row.videos += videos
 
     def _batch_size(self, row: Row) -> int:
-        together = row.method.cache not in ADAPTIVE and self.models.pipeline(row.method).family.batched_autoencoder
+        together = not one_at_a_time(row.method.cache) and self.models.pipeline(row.method).family.batched_autoencoder
         return self.config.batch_size if together else 1
 
     def _make(

@@ -11,19 +11,18 @@ from vidaccel.worlds import WORLDS
 
 ON_SKIPPED = ("predictor", "linear", "trunk", "branches", "attention")
 
-
-CACHES = (
-    "pab",
-    "fastercache",
-    "first_block",
-    "taylorseer",
-    "magcache",
-    "seacache",
-    "fora",
-    "teacache",
-    "delta_dit",
-)
-"""Training-free caches: six of diffusers' own and three of ours."""
+CACHES = {
+    "pab": "diffusers:PyramidAttentionBroadcastConfig",
+    "fastercache": "diffusers:FasterCacheConfig",
+    "first_block": "diffusers:FirstBlockCacheConfig",
+    "taylorseer": "diffusers:TaylorSeerCacheConfig",
+    "magcache": "diffusers:MagCacheConfig",
+    "seacache": "diffusers:SeaCacheConfig",
+    "fora": "vidaccel.bench.baselines.fora:Fora",
+    "teacache": "vidaccel.bench.baselines.teacache:TeaCache",
+    "delta_dit": "vidaccel.bench.baselines.delta_dit:DeltaDiT",
+}
+"""Every training-free cache: name -> where its class is, which is imported when a row has it."""
 
 
 @dataclass

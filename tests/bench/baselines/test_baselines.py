@@ -5,15 +5,9 @@ import torch
 from diffusers.hooks import sea_cache
 
 from tests.bench.measures.test_counting import run, tiny_loaded
-from vidaccel.bench.baselines.registry import (
-    CONFIGS,
-    OWN,
-    Unsupported,
-    branch_identifiers,
-    calibrate,
-    check_settings,
-    switched_on,
-)
+from vidaccel.bench.baselines.diffusers_caches import branch_identifiers
+from vidaccel.bench.baselines.parts import PartsCache, Unsupported
+from vidaccel.bench.baselines.registry import calibrate, check_settings, class_of, switched_on
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
@@ -120,7 +114,9 @@ def test_taylorseer_is_on_every_branch():
 
 
 def test_every_name_is_a_cache():
-    assert (CONFIGS | OWN).keys() == set(CACHES)
+    own = {name for name in CACHES if issubclass(class_of(name), PartsCache)}
+    assert own == {"fora", "teacache", "delta_dit"}
+    assert all(class_of(name).__module__.startswith("diffusers.hooks.") for name in CACHES if name not in own)
 
 
 @pytest.mark.parametrize("conf", [path.stem for path in (conf_root() / "benchmark").glob("*.yaml")])

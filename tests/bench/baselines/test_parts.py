@@ -9,8 +9,9 @@ from torch import nn
 
 from tests.cache.toy import TOY, Toy
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.bench.baselines.delta_dit import DeltaDiT
 from vidaccel.bench.baselines.fora import BRANCHES, Fora
-from vidaccel.bench.baselines.ranges import Calibration, DeltaDiT, TeaCache, relative_change
+from vidaccel.bench.baselines.teacache import Calibration, TeaCache, relative_change
 from vidaccel.cache.trunk import Trunk
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES

@@ -21,8 +21,13 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.models.grid import Step, current_step
+from vidaccel.models.loading import LoadedPipeline
 
 NAME = "vidaccel_parts"
+
+
+class Unsupported(Exception):
+    """A cache cannot run here; the message says why."""
 
 
 class PartHook(ModelHook):
@@ -41,7 +46,21 @@ class PartHook(ModelHook):
 
 
 class PartsCache:
-    """Attached to a pipeline within a `with` block, which leaves it as it was."""
+    """Attached to a pipeline within a `with` block, which leaves it as it was.
+
+    A cache says which modules get hooks (`hooks`) and which passes are full (`begin`). Arguments of its own
+    `__init__`, between `pipe` and `family`, are the settings of a row.
+    """
+
+    one_at_a_time = False
+    """Whether it decides by what it sees: videos of one batch would share its decisions."""
+
+    @classmethod
+    def calibrated(
+        cls, loaded: LoadedPipeline, settings: dict[str, Any], generate: Callable[[], None]
+    ) -> dict[str, Any]:
+        """The settings with those that are the model's own; `generate` makes a video to find them on."""
+        return settings
 
     def __init__(self, pipe: DiffusionPipeline, family: DiTFamily | None = None):
         """`family` is the pipeline's own unless given."""

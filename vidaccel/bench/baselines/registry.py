@@ -1,75 +1,39 @@
-"""Training-free caches by the names in the configuration: diffusers' own hooks and ours, switched on for a row.
+"""Training-free caches by the names in the configuration, to check, calibrate and switch on for a row.
 
-Which cache can do what (diffusers 0.42.1) is found out by trying, and what it raises stands in the row. Three things
-that no exception would tell are checked here: PAB and FasterCache keep one state for both passes of guidance, a cache
-that hooks nothing computes everything, and SeaCache does so too where it lacks something ("fail-open"), which it only
-logs. Where sampling is and what the latents are, which HunyuanVideo's pipelines do not tell it, it is told here.
+`config.benchmark.CACHES` says which exist, and where the class of each is: a configuration of diffusers', which
+diffusers_caches.py switches on, or a `PartsCache` in a file of its own here.
 """
 
-import dataclasses
+import importlib
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    SeaCacheConfig,
-    TaylorSeerCacheConfig,
-)
-from diffusers.hooks import sea_cache
-from torch import nn
-
-from vidaccel.bench.baselines.fora import BRANCHES, Fora
-from vidaccel.bench.baselines.ranges import Calibration, DeltaDiT, TeaCache
-from vidaccel.compat.diffusers import hook_registry, hook_states
-from vidaccel.config.benchmark import MethodConfig
+from vidaccel.bench.baselines import diffusers_caches
+from vidaccel.bench.baselines.parts import PartsCache
+from vidaccel.config.benchmark import CACHES, MethodConfig
 from vidaccel.errors import UserError, nearest
-from vidaccel.families.base import DiTFamily
-from vidaccel.models.grid import current_step
 from vidaccel.models.loading import LoadedPipeline
 
-CONFIGS: dict[str, type] = {
-    "pab": PyramidAttentionBroadcastConfig,
-    "fastercache": FasterCacheConfig,
-    "first_block": FirstBlockCacheConfig,
-    "taylorseer": TaylorSeerCacheConfig,
-    "magcache": MagCacheConfig,
-    "seacache": SeaCacheConfig,
-}
-"""diffusers' caches."""
-OWN: dict[str, type] = {"fora": Fora, "teacache": TeaCache, "delta_dit": DeltaDiT}
-"""Ours."""
-ADAPTIVE = ("first_block", "seacache", "teacache")
-"""Caches that decide by what they see: a batch of videos would share its decisions."""
-ONE_STATE = ("pab", "fastercache")
-"""Caches that do not keep the passes of guidance apart."""
-CALIBRATED = {"magcache": "mag_ratios", "teacache": "coefficients"}
-"""Caches with a setting that is the model's own, which `calibrate` finds."""
 _NOT_SETTINGS = {"pipe", "family", "indicator", "current_timestep_callback", "raw_vision_callback"}
 
-Generate = Callable[[], None]
-"""Makes one video."""
 
-
-class Unsupported(Exception):
-    """A cache cannot run here; the message says why."""
+def class_of(cache: str) -> type:
+    """What does it: a `PartsCache`, or a configuration of diffusers."""
+    module, _, name = CACHES[cache].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_settings(name: str, method: MethodConfig) -> None:
     """`UserError` for a setting that the row's cache has not, or that it refuses."""
-    cls = (CONFIGS | OWN)[method.cache]
+    cls = class_of(method.cache)
     known = inspect.signature(cls).parameters.keys() - _NOT_SETTINGS
     for key in (*method.settings, *method.sweep):
         if key not in known:
             raise UserError(f'{name}: {method.cache} has no setting "{key}"', nearest(key, known))
     try:
-        if method.cache in OWN:
+        if issubclass(cls, PartsCache):
             cls(_Unattached(), family=_Unattached(), **method.settings)
         else:
             cls(**method.settings | ({"calibrate": True} if method.cache == "magcache" else {}))
@@ -82,40 +46,22 @@ class _Unattached:
     """In the place of a pipeline, for settings that are only looked at."""
 
 
-def calibrate(loaded: LoadedPipeline, method: MethodConfig, generate: Generate) -> dict[str, Any]:
+def one_at_a_time(cache: str | None) -> bool:
+    """Whether the cache decides by what it sees: videos of one batch would share its decisions."""
+    if cache is None:
+        return False
+    cls = class_of(cache)
+    return cls.one_at_a_time if issubclass(cls, PartsCache) else cache in diffusers_caches.ONE_AT_A_TIME
+
+
+def calibrate(loaded: LoadedPipeline, method: MethodConfig, generate: Callable[[], None]) -> dict[str, Any]:
     """The settings of the row with the one that is the model's own, found in one generation unless it was given."""
-    missing = CALIBRATED.get(method.cache)
-    if missing is None or missing in method.settings:
+    if method.cache is None:
         return method.settings
-    if method.cache == "teacache":
-        with Calibration(loaded.pipe, loaded.family) as seen:
-            generate()
-        return method.settings | {missing: seen.coefficients()}
-    return method.settings | {missing: _magnitudes(loaded, method, generate)}
-
-
-def _magnitudes(loaded: LoadedPipeline, method: MethodConfig, generate: Generate) -> list[float]:
-    """MagCache's ratios, step by step, from its own calibration, of the pass with the prompt.
-
-    It prints and forgets them with the last step, so it is told of one more and asked at the end of each pass.
-    """
-    (transformer,) = _transformers(loaded)
-    ratios: list[float] = []
-
-    def ask(module: nn.Module, inputs: tuple, output: Any) -> None:
-        kind = loaded.family.block_lists[0].name
-        head = hook_registry(getattr(module, kind)[0]).get_hook("mag_cache_leader_block_hook")
-        state = next(iter(hook_states(head.state_manager).values()))
-        ratios[:] = state.calibration_ratios
-
-    asking = MagCacheConfig(calibrate=True, num_inference_steps=method.steps + 1)
-    with _enabled(transformer, asking):
-        handle = transformer.register_forward_hook(ask)
-        try:
-            generate()
-        finally:
-            handle.remove()
-    return ratios
+    cls = class_of(method.cache)
+    if issubclass(cls, PartsCache):
+        return cls.calibrated(loaded, method.settings, generate)
+    return diffusers_caches.calibrated(loaded, method, generate)
 
 
 def switched_on(
@@ -127,116 +73,7 @@ def switched_on(
         Unsupported: it would not be the method that its name says.
         Exception: whatever the cache itself raises.
     """
-    if method.two_pass and method.cache in ONE_STATE:
-        raise Unsupported(f"{CONFIGS[method.cache].__name__} keeps one state for both passes of guidance")
-    if method.cache in OWN:
-        return OWN[method.cache](loaded.pipe, family=loaded.family, **settings)
-    return _diffusers(loaded, method, settings)
-
-
-@contextmanager
-def _diffusers(loaded: LoadedPipeline, method: MethodConfig, settings: Mapping[str, Any]) -> Iterator[None]:
-    (transformer,) = _transformers(loaded)
-    before = _hook_count(transformer)
-    with (
-        _enabled(transformer, _config(loaded, method, dict(settings))),
-        _told_of_steps(loaded.pipe, transformer),
-        _complaints(sea_cache.logger) as complaints,
-    ):
-        if _hook_count(transformer) == before:
-            raise Unsupported(f"{CONFIGS[method.cache].__name__} finds nothing in a {type(transformer).__name__}")
-        yield
-        if complaints:
-            raise Unsupported(complaints[0])
-
-
-def _config(loaded: LoadedPipeline, method: MethodConfig, settings: dict[str, Any]) -> Any:
-    """diffusers' configuration, with what follows from the model and the row."""
-    cls = CONFIGS[method.cache]
-    known = {field.name for field in dataclasses.fields(cls)}
-    derived = {
-        "current_timestep_callback": _current_timestep(loaded.pipe),
-        "is_guidance_distilled": not method.two_pass,
-        "num_inference_steps": method.steps,
-        "raw_vision_callback": lambda module, args, kwargs: list(kwargs["hidden_states"].unbind(0)),
-        "taylor_factors_dtype": _transformers(loaded)[0].dtype,
-    }
-    if method.cache == "taylorseer" and "cache_identifiers" not in settings:
-        settings |= branch_identifiers(loaded.family)
-    return cls(**{key: value for key, value in derived.items() if key in known} | settings)
-
-
-def branch_identifiers(family: DiTFamily) -> dict[str, list[str]]:
-    """TaylorSeer on every residual branch of every block, as published; diffusers' default is attention alone."""
-    lists = BRANCHES[family.name].items()
-    return {
-        "cache_identifiers": [rf"{name}\.\d+\.({'|'.join(branches.outputs)})" for name, branches in lists],
-        "skip_predict_identifiers": [
-            rf"{name}\.\d+\.({'|'.join(branches.feeding)})" for name, branches in lists if branches.feeding
-        ],
-    }
-
-
-def _current_timestep(pipe: DiffusionPipeline) -> Callable[[], float]:
-    """Read from the device once a step: these caches ask in every attention of every block."""
-    last: tuple[Any, float] = (None, 0.0)
-
-    def read() -> float:
-        nonlocal last
-        if pipe.current_timestep is not last[0]:
-            last = pipe.current_timestep, float(pipe.current_timestep)
-        return last[1]
-
-    return read
-
-
-def _transformers(loaded: LoadedPipeline) -> list[nn.Module]:
-    return [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
-
-
-@contextmanager
-def _enabled(transformer: nn.Module, config: Any) -> Iterator[None]:
-    transformer.enable_cache(config)
-    try:
-        yield
-    finally:
-        transformer.disable_cache()
-
-
-@contextmanager
-def _told_of_steps(pipe: DiffusionPipeline, transformer: nn.Module) -> Iterator[None]:
-    """Contexts say where sampling is, whether the pipeline that opens them does so or not."""
-    open_context = transformer.cache_context
-
-    def told(name: str, **known: Any) -> AbstractContextManager[None]:
-        step = current_step(pipe.scheduler)
-        where = {"step_index": step.index, "sigma": step.t, "num_inference_steps": step.count}
-        return open_context(name, **where | known)
-
-    transformer.cache_context = told
-    try:
-        yield
-    finally:
-        del transformer.cache_context
-
-
-def _hook_count(transformer: nn.Module) -> int:
-    return sum(len(registry.hooks) for m in transformer.modules() if (registry := hook_registry(m)))
-
-
-@contextmanager
-def _complaints(logger: logging.Logger) -> Iterator[list[str]]:
-    """Warnings of a logger of diffusers, which are then not shown."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    level, passes_on = logger.level, logger.propagate
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = passes_on
+    cls = class_of(method.cache)
+    if issubclass(cls, PartsCache):
+        return cls(loaded.pipe, family=loaded.family, **settings)
+    return diffusers_caches.enabled(cls, loaded, method, settings)
