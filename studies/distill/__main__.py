@@ -46,7 +46,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of --cost.")] = 20,
     debug: Debug = False,
 ) -> None:
-    """Distil at equal time, sample at few steps, mark, and write it down."""
+    """Distil at equal time, sample at few steps, score, and write it down."""
     quiet_libraries()
     if output.suffix != ".json":
         raise UserError(f"{output} is not a .json", "name the results file: -o NAME.json")

@@ -1,8 +1,8 @@
-"""The models of a study: each distilled for a set time in a working folder, then sampled and marked.
+"""The models of a study: each distilled for a set time in a working folder, then sampled and scored.
 
     work/step_seconds.json    what a step of each kind of training takes, measured once: all R get equally many steps
     work/<model>/             the model folder, with its metrics; checkpoints only while it is trained
-    work/samples/<id>/        marks and final latents of one row
+    work/samples/<id>/        scores and final latents of one row
 
 P prompts, C channels, T frames, H and W latent pixels
 """
@@ -73,10 +73,10 @@ def training(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def sampled(loaded: LoadedPipeline, steps: int, prompts: int, folder: Path) -> tuple[dict[str, Any], Tensor]:
-    """Marks of held-out prompts, as `score_model` sums them up, and final latents [P, C, T, H, W]; made only once."""
+    """Scores of held-out prompts, as `score_model` sums them up, and final latents [P, C, T, H, W]; made only once."""
     file, kept = folder / "latents.safetensors", []
     if not file.exists():
-        shutil.rmtree(folder, ignore_errors=True)  # marks that a killed run left, whose latents are lost
+        shutil.rmtree(folder, ignore_errors=True)  # scores that a killed run left, whose latents are lost
 
     def keep(pipe: object, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         if index == steps - 1:

@@ -9,7 +9,7 @@
     restrict, seed    of its training
     steps, passes     of its sampler
     trained           steps and seconds it took, expected seconds a step, skipped steps, last loss, evaluation
-    scores            marks of the sprites world in percent, each with a mean and a 95 % interval over prompts
+    scores            of the sprites world in percent, each with a mean and a 95 % interval over prompts
     latent_error      |x - x_ref| / |x_ref| of final latents, mean and interval; x_ref is the teacher's after 50 steps
                       of two passes from the same noise
     settings          of its training, but for `trained`'s steps

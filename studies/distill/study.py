@@ -102,7 +102,7 @@ class Study:
 
     @cached_property
     def _reference(self) -> tuple[dict[str, Any], Tensor]:
-        """Marks and final latents of the teacher."""
+        """Scores and final latents of the teacher."""
         folder, prompts = self.work / "samples" / "teacher", self.results.made_of["prompts"]
         return sampled(load_pipeline(self.cfg.teacher), REFERENCE_STEPS, prompts, folder)
 

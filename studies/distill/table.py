@@ -15,7 +15,7 @@ TITLES = {
     "finite_difference": "derivative, finite difference",
     "exact": "derivative, exact",
 }
-MARKS = ("semantic", "quality", "total", "dynamic_degree")
+SCORES = ("semantic", "quality", "total", "dynamic_degree")
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def _machines(measured: Iterable[dict]) -> list[str]:
 def _main(rows: list[dict]) -> Iterator[str]:
     reference = next((row["scores"]["total"]["mean"] for row in rows if row["model"] == "teacher"), None)
     yield ""
-    yield "Marks are percentages with 95 % intervals over prompts; the latent error is the relative L2 distance of"
+    yield "Scores are percentages with 95 % intervals over prompts; the latent error is the relative L2 distance of"
     yield "final latents to the teacher's."
     yield ""
     columns = ["model", "R", "seed", "steps", "passes", "semantic", "quality", "total", "less the teacher's"]
@@ -77,7 +77,7 @@ def _which(row: dict) -> list[object]:
 def _measured(row: dict, reference: float | None) -> list[object]:
     if row["error"]:
         return [f"failed: {row['error']}", *5 * [None]]
-    semantic, quality, total, motion = (_estimate(row["scores"][name], 1) for name in MARKS)
+    semantic, quality, total, motion = (_estimate(row["scores"][name], 1) for name in SCORES)
     less = None if reference is None else f"{row['scores']['total']['mean'] - reference:+.1f}"
     return [semantic, quality, total, less, motion, _estimate(row["latent_error"], 3)]
 

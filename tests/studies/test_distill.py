@@ -1,4 +1,4 @@
-"""The study of few-step students in miniature: a tiny teacher of 64 x 64 pixels, which the marker of sprites takes."""
+"""The study of few-step students in miniature: a tiny teacher of 64 x 64 pixels, which the scorer of sprites takes."""
 
 import json
 import shlex
@@ -48,7 +48,7 @@ def run(places, output: Path, *words: str, exit_code: int = 0, **changes: object
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
-    """Fewer sampler steps than the real study's, which are looked at once, and fewer draws for intervals of marks."""
+    """Fewer sampler steps than the real study's, which are looked at once, and fewer draws for intervals of scores."""
     assert (study.REFERENCE_STEPS, study.FEW_STEPS) == (50, (20, 10, 8, 4))
     assert list(study.GRID) == [f"{target}-{R}" for target in ("derivative", "rollout") for R in (0.2, 0.4, 1.0)]
     with pytest.MonkeyPatch.context() as patch:
@@ -240,7 +240,7 @@ def test_a_killed_study_goes_on_where_it_was(places, tmp_path, monkeypatch):
     rows = rows_of(output)
     assert list(rows)[4:] == ["rollout-0.4-seed0-2", "rollout-0.4-seed0-1"]
     assert {id: rows[id] for id in first} == first
-    # Both models once and a death. Six rows and a death; the teacher's marks again, twice, from their file.
+    # Both models once and a death. Six rows and a death; the teacher's scores again, twice, from their file.
     assert calls == {"distill": 3, "score_model": 9}
 
 

@@ -1,6 +1,6 @@
 """What is known of each row while a benchmark runs, on disk after every step of it.
 
-    rows/<name>.json      counts, seconds of each round, marks of each prompt, or the error
+    rows/<name>.json      counts, seconds of each round, scores of each prompt ("marks"), or the error
     frames/<name>.safetensors    some frames of the first prompt, for the sheet
     reference/<i>.safetensors    the baseline's video i, until the end
     videos/<name>/<prompt>-<n>.mp4    with keep_videos: what is scored, by the names that VBench expects

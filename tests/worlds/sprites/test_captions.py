@@ -90,7 +90,7 @@ def test_case_and_spaces_do_not_matter():
     ],
 )
 def test_what_the_templates_cannot_say_is_an_error_with_a_hint(text):
-    with pytest.raises(UserError, match="cannot be marked") as error:
+    with pytest.raises(UserError, match="cannot be scored") as error:
         parse(text)
     assert "a red circle" in error.value.hint
     assert parse(error.value.hint.split('"')[1]).background == "black"

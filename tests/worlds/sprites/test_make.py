@@ -69,11 +69,11 @@ def test_latents_have_unit_scale(made):
 
 def test_a_second_run_trains_nothing(made):
     before = {p: p.read_text() for p in made.rglob("metrics.jsonl")}
-    marks = (made / "scores" / "marks.jsonl").read_text()
+    scores = (made / "scores" / "marks.jsonl").read_text()
     run("make", "-o", made, *MICRO)
     assert before == {p: p.read_text() for p in made.rglob("metrics.jsonl")}
     assert len(before) == 6
-    assert (made / "scores" / "marks.jsonl").read_text() == marks
+    assert (made / "scores" / "marks.jsonl").read_text() == scores
 
 
 def test_a_model_goes_on_from_its_weights(made, tmp_path):
@@ -135,17 +135,17 @@ def test_score_prints_a_line_a_dimension(made, tmp_path):
     assert len((tmp_path / "score" / "marks.jsonl").read_text().splitlines()) == 2
 
 
-def test_score_marks_what_a_predictor_makes_of_it(tmp_path):
-    """Steps left to it change the videos, and so the marks; a schedule without one is refused, and no mark is lost."""
+def test_score_scores_what_a_predictor_makes_of_it(tmp_path):
+    """Steps left to it change the videos, and so the scores; a schedule without one is refused, and no line is lost."""
     words = ["score", "sprites/student", "--prompts", 2]
     run(*words, "steps=4", "-o", tmp_path / "full")
     run(*words, "steps=4", "predictor=reuse", "full_steps=[0]", "-o", tmp_path / "reused")
     full, reused = (json.loads((tmp_path / name / "score.json").read_text()) for name in ("full", "reused"))
     assert full != reused
-    marks = (tmp_path / "full" / "marks.jsonl").read_text()
+    scores = (tmp_path / "full" / "marks.jsonl").read_text()
     refused = CliRunner().invoke(app, list(map(str, [*words, "full_steps=[0]", "-o", tmp_path / "full"])))
     assert refused.exit_code == 2 and "without a predictor" in refused.output
-    assert (tmp_path / "full" / "marks.jsonl").read_text() == marks
+    assert (tmp_path / "full" / "marks.jsonl").read_text() == scores
 
 
 def refused(*args) -> str:

@@ -121,25 +121,25 @@ SPOILS = {
 }  # fmt: skip
 
 
-def marks(scenes, draw, through_mp4) -> dict[str, float]:
+def scores(scenes, draw, through_mp4) -> dict[str, float]:
     clips = [score_clip(through_mp4(draw(scene)), scene) for scene in scenes]
     return {name: entry["mean"] for name, entry in summarise(clips, resamples=10).items()}
 
 
 @pytest.fixture(scope="module")
 def true_marks(through_mp4):
-    return marks(MOVING, clip, through_mp4)
+    return scores(MOVING, clip, through_mp4)
 
 
 @pytest.fixture(scope="module")
 def true_pair_marks(through_mp4):
-    return marks(PAIRS, clip, through_mp4)
+    return scores(PAIRS, clip, through_mp4)
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_rendered_clips_earn_98_in_every_dimension_after_an_mp4(split, through_mp4):
     rng = random.Random(split)
-    summary = marks([random_scene(rng, split) for _ in range(40)], clip, through_mp4)
+    summary = scores([random_scene(rng, split) for _ in range(40)], clip, through_mp4)
     assert set(summary) == {*SEMANTIC, *QUALITY, "semantic", "quality", "total"}
     assert min(summary.values()) >= 98, summary
 
@@ -147,7 +147,7 @@ def test_rendered_clips_earn_98_in_every_dimension_after_an_mp4(split, through_m
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_spoiled_clip_loses_where_it_should_and_in_total(spoil, through_mp4, true_marks):
     draw, losses = SPOILS[spoil]
-    spoiled = marks(MOVING, draw, through_mp4)
+    spoiled = scores(MOVING, draw, through_mp4)
     for name, points in losses.items():
         assert true_marks[name] - spoiled[name] >= points, (name, spoiled)
     assert true_marks["total"] - spoiled["total"] >= 3, spoiled
@@ -156,13 +156,13 @@ def test_a_spoiled_clip_loses_where_it_should_and_in_total(spoil, through_mp4, t
 @pytest.mark.parametrize("spoil", ["blurred", "noisy", "flickering", "another colour", "another shape"])
 def test_other_dimensions_keep_their_marks(spoil, through_mp4, true_marks):
     draw, losses = SPOILS[spoil]
-    spoiled = marks(MOVING, draw, through_mp4)
+    spoiled = scores(MOVING, draw, through_mp4)
     for name in {"colour", "motion", "background", "motion_smoothness", "dynamic_degree"} - set(losses):
         assert spoiled[name] >= true_marks[name] - 5, (name, spoiled)
 
 
 def test_a_missing_second_sprite_costs_half_of_all_and_the_whole_pair(through_mp4, true_pair_marks):
-    alone = marks(PAIRS, lambda s: clip(replace(s, sprites=s.sprites[:1])), through_mp4)
+    alone = scores(PAIRS, lambda s: clip(replace(s, sprites=s.sprites[:1])), through_mp4)
     assert alone["pair"] == 0
     for name in ("shape", "colour", "motion", "subject_consistency", "imaging_quality", "dynamic_degree"):
         assert alone[name] == pytest.approx(true_pair_marks[name] / 2, abs=2)
@@ -177,7 +177,7 @@ def test_attributes_swapped_between_two_sprites_are_wrong(name, through_mp4, tru
         return clip(replace(scene, sprites=sprites))
 
     scenes = [Scene(s.background, _apart(s)) for s in PAIRS]
-    spoiled = marks(scenes, swapped, through_mp4)
+    spoiled = scores(scenes, swapped, through_mp4)
     assert (spoiled[name], spoiled["pair"]) == (0, 0)
     assert true_pair_marks["semantic"] - spoiled["semantic"] >= 35
     assert spoiled["total"] < true_pair_marks["total"] - 5
@@ -191,12 +191,12 @@ def _apart(scene: Scene) -> tuple[Sprite, Sprite]:
 
 def test_a_sprite_too_many_counts_as_wrong():
     pair = Scene("gray", MOVING[3].sprites)
-    marked = score_clip(clip(pair), replace(pair, sprites=pair.sprites[:1]))
-    assert (marked["shape"], marked["colour"], marked["motion"]) == (0.5, 0.5, 0.5)
-    assert "pair" not in marked
+    scored = score_clip(clip(pair), replace(pair, sprites=pair.sprites[:1]))
+    assert (scored["shape"], scored["colour"], scored["motion"]) == (0.5, 0.5, 0.5)
+    assert "pair" not in scored
 
 
-def test_standing_still_is_marked_down_for_moving():
+def test_standing_still_is_scored_down_for_moving():
     moving = Scene("black", (Sprite("circle", "red", "right", 20.0, 32.0, 8.0),))
     still = replace(moving, sprites=(replace(moving.sprites[0], motion="still"),))
     assert score_clip(clip(still), still)["dynamic_degree"] > 0.99
@@ -210,9 +210,9 @@ def test_a_caption_and_its_scene_mark_alike():
 
 def test_noise_alone_earns_nothing_to_speak_of():
     frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 64, 64, 3), dtype=np.uint8)
-    marked = score_clip(frames, Meaning("black", (SpriteMeaning("circle", "red", "right"),)))
-    assert all(0 <= mark <= 1 for mark in marked.values())
-    assert summarise([marked])["total"]["mean"] < 25
+    scored = score_clip(frames, Meaning("black", (SpriteMeaning("circle", "red", "right"),)))
+    assert all(0 <= score <= 1 for score in scored.values())
+    assert summarise([scored])["total"]["mean"] < 25
 
 
 def test_frames_of_another_type_are_refused():
@@ -220,12 +220,12 @@ def test_frames_of_another_type_are_refused():
         score_clip(np.zeros((17, 64, 64, 3), np.float32), MOVING[0])
 
 
-def even_marks(**marks: float) -> dict[str, float]:
-    return dict.fromkeys([name for name in SEMANTIC + QUALITY if name != "pair"], 1.0) | marks
+def even_scores(**scores: float) -> dict[str, float]:
+    return dict.fromkeys([name for name in SEMANTIC + QUALITY if name != "pair"], 1.0) | scores
 
 
 def test_a_summary_is_the_means_of_means():
-    summary = summarise([even_marks(shape=0.0), even_marks(pair=0.5, motion_smoothness=0.4)])
+    summary = summarise([even_scores(shape=0.0), even_scores(pair=0.5, motion_smoothness=0.4)])
     assert summary["shape"]["mean"] == 50 and summary["pair"]["mean"] == 50
     assert summary["semantic"]["mean"] == pytest.approx((50 + 100 + 100 + 100 + 50) / 5)
     assert summary["quality"]["mean"] == pytest.approx(95)
@@ -233,14 +233,14 @@ def test_a_summary_is_the_means_of_means():
 
 
 def test_a_dimension_that_no_clip_has_is_left_out():
-    summary = summarise([even_marks(), even_marks()])
+    summary = summarise([even_scores(), even_scores()])
     assert "pair" not in summary
     assert all(entry == {"mean": 100, "low": 100, "high": 100} for entry in summary.values())
 
 
 def test_intervals_are_those_of_a_proportion_and_follow_the_seed():
     """Of 400 prompts 90 % right: 1.96 sqrt(0.9 0.1 / 400) = 2.94 points either side."""
-    clips = [even_marks(shape=float(i % 10 > 0), pair=1.0) for i in range(400)]
+    clips = [even_scores(shape=float(i % 10 > 0), pair=1.0) for i in range(400)]
     summary = summarise(clips)
     assert summary["shape"]["mean"] == pytest.approx(90)
     assert summary["shape"]["low"] == pytest.approx(90 - 2.94, abs=0.6)

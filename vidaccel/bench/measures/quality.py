@@ -139,13 +139,13 @@ def mean_change(frames: np.ndarray) -> float:
 
 def summary(videos: Sequence[Mapping[str, Any]], scorer: Scorer | None) -> dict[str, Any]:
     """Fields of a run in results.json, from {"marks", "likeness"} of each prompt's video: averages, and 95 % bootstrap
-    intervals over prompts. Marks become percentages."""
+    intervals over prompts. Scores become percentages."""
     fields: dict[str, Any] = dict.fromkeys(("semantic", "quality", "total", "dimensions", "fidelity"))
     intervals: dict[str, list[float]] = {}
     if scorer is not None and all(video["marks"] is not None for video in videos):
-        marks = scorer.summarise([video["marks"] for video in videos], RESAMPLES)
-        intervals |= {name: [mark["low"], mark["high"]] for name, mark in marks.items()}
-        means = {name: mark["mean"] for name, mark in marks.items()}
+        scores = scorer.summarise([video["marks"] for video in videos], RESAMPLES)
+        intervals |= {name: [score["low"], score["high"]] for name, score in scores.items()}
+        means = {name: score["mean"] for name, score in scores.items()}
         fields |= {name: means.pop(name) for name in ("semantic", "quality", "total")} | {"dimensions": means}
     if all(video["likeness"] is not None for video in videos):
         fields["fidelity"] = dict.fromkeys(FIDELITY)
@@ -153,6 +153,6 @@ def summary(videos: Sequence[Mapping[str, Any]], scorer: Scorer | None) -> dict[
             values = [video["likeness"][name] for video in videos if video["likeness"][name] is not None]
             if values:
                 fields["fidelity"][name] = float(np.mean(values))
-                # The baseline's marks have a dynamic degree of their own.
+                # The baseline's scores have a dynamic degree of their own.
                 intervals[f"fidelity.{name}"] = bootstrap(values, resamples=RESAMPLES).tolist()
     return fields | {"intervals": intervals}

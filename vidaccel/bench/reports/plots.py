@@ -56,7 +56,7 @@ def above_ours(runs: Sequence[dict[str, Any]], slowest: float = 3.0, fastest: fl
 
 
 def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
-    """A PNG: total against measured speedup; likeness to the baseline where nothing was marked; else measured against
+    """A PNG: total against measured speedup; likeness to the baseline where nothing was scored; else measured against
     ideal speedup."""
     timed = [run for run in runs if run["speedup"]["measured"] is not None]
     figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")

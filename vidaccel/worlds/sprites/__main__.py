@@ -2,7 +2,7 @@
 
 make    text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model folder with its card
 render  clips of the world as mp4 with captions.jsonl
-score   marks any model that knows the world's captions
+score   scores any model that knows the world's captions
 ship    a distilled student and its predictor, as the package has them
 """
 
@@ -79,12 +79,12 @@ def score(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Mark a model's videos of held-out prompts; settings are those of `vidaccel generate`."""
+    """Score a model's videos of held-out prompts; settings are those of `vidaccel generate`."""
     quiet_libraries()
     config = configuration.load("generate", GenerateConfig, "teacher", [f"model={model}", *(overrides or [])])
     summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
-    for name, mark in summary.items():
-        typer.echo(f"{name:24} {mark['mean']:6.2f}  [{mark['low']:.2f}, {mark['high']:.2f}]")
+    for name, score in summary.items():
+        typer.echo(f"{name:24} {score['mean']:6.2f}  [{score['low']:.2f}, {score['high']:.2f}]")
 
 
 @app.command()

@@ -45,7 +45,7 @@ def trained_stage(title: str, metrics: Path) -> dict[str, Any]:
 
 def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[str, float]]) -> str:
     """Markdown for the model that went through `stages`."""
-    marks = [
+    lines = [
         f"| {n.replace('_', ' ')} | {m['mean']:.1f} | {m['low']:.1f} to {m['high']:.1f} |" for n, m in score.items()
     ]
     return "\n".join(
@@ -69,7 +69,7 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
             "",
             "| | mean | interval |",
             "|---|---|---|",
-            *marks,
+            *lines,
             "",
             "## Settings",
             "",

@@ -1,4 +1,4 @@
-"""Captions back to what they mean, so that any prompt the world's templates can say can be marked."""
+"""Captions back to what they mean, so that any prompt the world's templates can say can be scored."""
 
 import re
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def parse(caption: str) -> Meaning:
     ]
     if len(subjects) not in (1, 2) or text not in phrasings:
         raise UserError(
-            f'the caption "{caption}" cannot be marked: it is not one of the world\'s phrasings',
+            f'the caption "{caption}" cannot be scored: it is not one of the world\'s phrasings',
             'write it like "a red circle moving right and a blue square growing on black"',
         )
     sprites = (

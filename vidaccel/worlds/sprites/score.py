@@ -1,7 +1,7 @@
-"""Marks for clips of the sprites world, in the shape of VBench: semantic, quality, total = (4 quality + semantic) / 5.
+"""Scores of clips of the sprites world, in the shape of VBench: semantic, quality, total = (4 quality + semantic) / 5.
 
 Every dimension is 1 for the renderer's own clips, also after an mp4 round trip, and 0 for a failure that `score_clip`
-names. A clip is marked against the meaning of its caption alone. Places and sizes are free, so edges are compared with
+names. A clip is scored against the meaning of its caption alone. Places and sizes are free, so edges are compared with
 those of the renderer's shapes at the places and sizes that were found.
 
 T frames, H and W pixels, P prompts, K dimensions.
@@ -43,7 +43,7 @@ _PERIMETERS = torch.tensor([2 * math.pi, 8.0, 2 + 2 * math.sqrt(5), 8.0])
 
 
 def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> dict[str, float]:
-    """Mark one clip, uint8 [T, 64, 64, 3], in each dimension from 0 to 1.
+    """Score one clip, uint8 [T, 64, 64, 3], in each dimension from 0 to 1.
 
     Semantic. Expected sprites are matched to the found ones so that most attributes agree:
 
@@ -70,14 +70,14 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     video = torch.as_tensor(frames)
     found = detect(video)
     matched = _match(meaning.sprites, found.sprites)
-    marks = _semantic(meaning, found, matched)
+    scores = _semantic(meaning, found, matched)
     background = ~_near_sprites(found, len(video))
     difference = video.float() - found.background_rgb
     steady = {
-        "background_consistency": _level_mark(_rms(difference[background])),
-        "temporal_flicker": _level_mark(_flicker(difference, background, found.sprites)),
+        "background_consistency": _level_score(_rms(difference[background])),
+        "temporal_flicker": _level_score(_flicker(difference, background, found.sprites)),
     }
-    clean = _level_mark(_noise(difference, background))
+    clean = _level_score(_noise(difference, background))
     subjects = {
         "subject_consistency": [sprite and _subject_consistency(sprite) for sprite in matched],
         "motion_smoothness": [sprite and _smoothness(sprite) for sprite in matched],
@@ -87,7 +87,7 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
             for wanted, sprite in zip(meaning.sprites, matched, strict=True)
         ],
     }
-    return marks | steady | {name: sum(mark or 0.0 for mark in each) / len(each) for name, each in subjects.items()}
+    return scores | steady | {name: sum(score or 0.0 for score in each) / len(each) for name, each in subjects.items()}
 
 
 def _match(wanted: Sequence[SpriteMeaning | Sprite], found: Sequence[FoundSprite]) -> tuple[FoundSprite | None, ...]:
@@ -111,11 +111,11 @@ def _agreements(wanted: SpriteMeaning | Sprite, found: FoundSprite | None) -> di
 def _semantic(meaning: Meaning | Scene, found: Detection, matched: Sequence[FoundSprite | None]) -> dict[str, float]:
     right = [_agreements(w, f) for w, f in zip(meaning.sprites, matched, strict=True)]
     count = max(len(meaning.sprites), len(found.sprites))
-    marks = {name: sum(agreement[name] for agreement in right) / count for name in ("shape", "colour", "motion")}
-    marks["background"] = float(found.background == meaning.background)
+    scores = {name: sum(agreement[name] for agreement in right) / count for name in ("shape", "colour", "motion")}
+    scores["background"] = float(found.background == meaning.background)
     if len(meaning.sprites) == 2:
-        marks["pair"] = float(count == 2 and all(all(agreement.values()) for agreement in right))
-    return marks
+        scores["pair"] = float(count == 2 and all(all(agreement.values()) for agreement in right))
+    return scores
 
 
 def _near_sprites(found: Detection, num_frames: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _level_mark(levels: float) -> float:
+def _level_score(levels: float) -> float:
     """NaN, where nothing was left to measure, earns 0: `max` keeps its first argument."""
     return max(0.0, 1 - levels / WORST_LEVELS)
 
@@ -192,7 +192,7 @@ def _dynamic_degree(sprite: FoundSprite, motion: str) -> float:
 def summarise(
     clips: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Averages of the marks of many clips, as percentages, with 95 % bootstrap intervals over the prompts.
+    """Averages of the scores of many clips, as percentages, with 95 % bootstrap intervals over the prompts.
 
     Each dimension is averaged over the clips that have it; one that no clip has is left out. `semantic` and `quality`
     are means of their dimensions' averages, and `total` is (4 quality + semantic) / 5.
@@ -204,20 +204,20 @@ def summarise(
         {dimension: {"mean", "low", "high"}}, in percent.
     """
     names = [name for name in SEMANTIC + QUALITY if any(name in clip for clip in clips)]
-    marks = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
-    low, high = bootstrap(marks, lambda drawn: _averages(drawn, names), resamples, seed)
-    columns = zip([*names, "semantic", "quality", "total"], _averages(marks, names), low, high, strict=True)
+    scores = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
+    low, high = bootstrap(scores, lambda drawn: _averages(drawn, names), resamples, seed)
+    columns = zip([*names, "semantic", "quality", "total"], _averages(scores, names), low, high, strict=True)
     return {
         name: {"mean": 100 * float(mean), "low": 100 * float(lo), "high": 100 * float(hi)}
         for name, mean, lo, hi in columns
     }
 
 
-def _averages(marks: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """[K + 3] averages of marks [P, K], then semantic, quality and total; NaN marks count for nothing."""
-    applies = ~np.isnan(marks)
+def _averages(scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """[K + 3] averages of scores [P, K], then semantic, quality and total; NaN scores count for nothing."""
+    applies = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):
-        means = np.where(applies, marks, 0).sum(0) / applies.sum(0)
+        means = np.where(applies, scores, 0).sum(0) / applies.sum(0)
     is_semantic = np.isin(names, SEMANTIC)
     semantic, quality = np.nanmean(means[is_semantic]), np.mean(means[~is_semantic])
     return np.array([*means, semantic, quality, (4 * quality + semantic) / 5])

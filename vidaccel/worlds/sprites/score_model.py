@@ -1,4 +1,4 @@
-"""A model marked on held-out prompts of the sprites world, resumable: marks.jsonl, a line a prompt, and score.json."""
+"""A model scored on held-out prompts of the sprites world, resumable: marks.jsonl, a line a prompt, and score.json."""
 
 import json
 import random
@@ -25,59 +25,59 @@ SCORE_BATCH = 8
 def score_model(
     loaded: LoadedPipeline, config: GenerateConfig, prompts: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Mark the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
+    """Score the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
 
     A killed run goes on where it was. `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with
     their intervals.
 
     Raises:
-        UserError: it holds marks of other settings, which stay as they are, or the settings cannot be followed.
+        UserError: it holds scores of other settings, which stay as they are, or the settings cannot be followed.
     """
     settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
     with predicted_steps(loaded, config) as attachment:
-        marks_file = _begin_marks(folder, settings)
-        marks = [json.loads(line) for line in marks_file.read_text().splitlines()]
-        with Progress("scoring", total=prompts, done=len(marks)) as bar, marks_file.open("a") as file:
-            for first in range(len(marks), prompts, SCORE_BATCH):
+        lines_file = _begin(folder, settings)
+        lines = [json.loads(line) for line in lines_file.read_text().splitlines()]
+        with Progress("scoring", total=prompts, done=len(lines)) as bar, lines_file.open("a") as file:
+            for first in range(len(lines), prompts, SCORE_BATCH):
                 batch = range(first, min(first + SCORE_BATCH, prompts))
                 seeds = [config.seed + i for i in batch]
                 made = generate(loaded, [texts[i] for i in batch], config, seeds, attachment)
                 for i, frames in zip(batch, made.frames, strict=True):
-                    marks.append(
+                    lines.append(
                         {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
                     )
-                    file.write(json.dumps(marks[-1]) + "\n")
+                    file.write(json.dumps(lines[-1]) + "\n")
                     bar.advance()
                 file.flush()
-    summary = summarise([mark["marks"] for mark in marks])
+    summary = summarise([line["marks"] for line in lines])
     write_json(folder / "score.json", summary)
     return summary
 
 
-def _begin_marks(folder: Path, settings: dict) -> Path:
-    """The file of marks so far, cut after its last whole batch; `UserError` if they are of other settings."""
-    record, marks = folder / "settings.json", folder / "marks.jsonl"
-    if marks.exists() and marks.stat().st_size:
+def _begin(folder: Path, settings: dict) -> Path:
+    """The file of scores so far, cut after its last whole batch; `UserError` if they are of other settings."""
+    record, scores = folder / "settings.json", folder / "marks.jsonl"
+    if scores.exists() and scores.stat().st_size:
         begun = json.loads(record.read_text()) if record.exists() else {}
         if changed := differences(_compared(begun), _compared(settings)):
             raise UserError(
-                f"{folder} holds marks of other settings ({'; '.join(changed)})",
-                f"give another folder with -o, or remove {marks} to mark anew",
+                f"{folder} holds scores of other settings ({'; '.join(changed)})",
+                f"give another folder with -o, or remove {scores} to score anew",
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        marks.write_text("")
+        scores.write_text("")
         write_json(record, settings)
-    whole = marks.read_text().split("\n")[:-1]
+    whole = scores.read_text().split("\n")[:-1]
     kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
-    marks.write_text("".join(line + "\n" for line in kept))
-    return marks
+    scores.write_text("".join(line + "\n" for line in kept))
+    return scores
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells marks from those of other settings: any that an earlier version did not know are at their defaults.
+    """What tells scores from those of other settings: any that an earlier version did not know are at their defaults.
 
     Where there are hashes, they say which model it is, wherever it lies.
     """

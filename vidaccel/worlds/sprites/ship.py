@@ -149,9 +149,9 @@ def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]],
 
 def _marks(run: Mapping[str, Any]) -> str:
     low, high = run["intervals"]["total"]
-    marks = " | ".join(f"{run[name]:.1f}" for name in ("semantic", "quality", "total"))
+    scores = " | ".join(f"{run[name]:.1f}" for name in ("semantic", "quality", "total"))
     error = run["fidelity"]["latent_relative_l2"] if run["fidelity"] else 0.0  # the baseline itself
-    return f"| {run['method']} | {passes_text(run)} | {marks} | {low:.1f} to {high:.1f} | {error:.3f} |"
+    return f"| {run['method']} | {passes_text(run)} | {scores} | {low:.1f} to {high:.1f} | {error:.3f} |"
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
