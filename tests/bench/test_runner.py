@@ -379,7 +379,7 @@ def test_another_benchmarks_folder_is_refused(bench, conf):
     assert result.exit_code == 2
     message, hint = result.stderr.splitlines()
     assert "holds another benchmark: " in message
-    assert "config.rounds was 2 and is 5" in message and "config.methods.student.steps was 4 and is 3" in message
+    assert "config.rounds was 2, now 5" in message and "config.methods.student.steps was 4, now 3" in message
     assert hint.startswith("hint: choose another folder")
 
 

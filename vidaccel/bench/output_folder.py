@@ -1,18 +1,19 @@
-"""Whose an output folder is: a benchmark goes on only in what it began itself, with the same models and machine.
+"""A benchmark goes on only in an output folder that it began itself, with the same models on the same machine.
 
 Its settings.json holds the configuration, the environment, and a hash of each model's run.json.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, write_json
+from vidaccel.artefacts import RUN_FILE, differences, read_run, sha256_file, write_json
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
-from vidaccel.config.loader import to_dict
+from vidaccel.config.loader import to_dict, with_current_names
 from vidaccel.errors import UserError
 from vidaccel.models.loading import local_path
+from vidaccel.train.checkpoints import flat
 
 FORMAT = "benchmark/1"
 SETTINGS_FILE = "settings.json"
@@ -31,7 +32,7 @@ def open_output_folder(
     if not file.exists():
         write_json(file, settings)
         return
-    found = list(differences(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings))))
+    found = differences(_compared(json.loads(file.read_text(encoding="utf-8"))), _compared(settings))
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(
@@ -49,14 +50,8 @@ def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dic
     return {role: sha256_file(file) for role, file in files.items() if file.exists()}
 
 
-def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """What is not the same in two trees of JSON: "config.rounds was 3 and is 5"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in _keys(old, new):
-            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif old != new:
-        yield f"{where} was {old} and is {new}"
-
-
-def _keys(*trees: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(key for tree in trees for key in tree))
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted names as they are now; what an earlier version did not know is at its default."""
+    config = to_dict(BenchmarkConfig()) | with_current_names(settings["config"], BenchmarkConfig)
+    config["methods"] = {name: to_dict(MethodConfig()) | method for name, method in config["methods"].items()}
+    return flat({**settings, "config": config})

@@ -170,7 +170,7 @@ def test_score_does_not_write_over_the_scores_of_other_settings(made, tmp_path, 
     run(*words)
     before = contents(tmp_path)
     message = refused(*words, *changed)
-    assert "score holds marks of other settings (" in message and "give another folder with -o" in message
+    assert "score holds scores of other settings (" in message and "give another folder with -o" in message
     assert contents(tmp_path) == before
 
 
@@ -178,16 +178,16 @@ def test_score_goes_on_with_what_an_earlier_version_began(made, tmp_path):
     """Which knew fewer settings; and the model may have moved, if it is the same."""
     words = ["score", made / "model", "--prompts", 2, "-o", tmp_path]
     run(*words)
-    record, marks = tmp_path / "settings.json", tmp_path / "marks.jsonl"
+    record, scores = tmp_path / "settings.json", tmp_path / "marks.jsonl"
     settings = json.loads(record.read_text())
     del settings["config"]["trim_text"]
     record.write_text(json.dumps(settings | {"config": settings["config"] | {"model": "elsewhere"}}))
-    before = marks.read_text()
+    before = scores.read_text()
     run(*words)
-    assert marks.read_text() == before
+    assert scores.read_text() == before
     record.unlink()
-    assert "hashes" in refused(*words)  # marks of nobody knows what
-    assert marks.read_text() == before
+    assert "hashes" in refused(*words)  # scores of nobody knows what
+    assert scores.read_text() == before
 
 
 @given(st.integers(0, 99), st.integers(1, 200_000))
