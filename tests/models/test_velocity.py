@@ -10,7 +10,15 @@ from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
 from vidaccel.models.grid import GridScheduler, current_step, shift_of, step_grid
-from vidaccel.models.velocity import Velocity, guided_velocity
+from vidaccel.models.velocity import Velocity, guided_velocity, per_sample
+
+
+def test_a_number_of_each_sample_is_broadcast_over_it():
+    numbers = torch.tensor([2.0, 3.0])
+    assert (per_sample(numbers, torch.ones(2, 1, 2)) * torch.ones(2, 1, 2)).tolist() == [[[2.0, 2.0]], [[3.0, 3.0]]]
+    assert per_sample(numbers, torch.ones(2, 4, 3, 8, 8)).shape == (2, 1, 1, 1, 1)
+    assert per_sample(numbers, torch.ones(2)).shape == (2,)
+    assert per_sample(torch.tensor(5.0).expand(2), torch.ones(2, 3)).tolist() == [[5.0], [5.0]]
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(50, 3.0), (8, 5.0), (1, 7.0), (20, 1.0), (13, 2.3)])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vidaccel.models.grid import step_grid
-from vidaccel.train.flow_matching import flow_matching_loss, sample_times
+from vidaccel.train.flow_matching import flow_matching_loss, noised, sample_guidance, sample_times
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -21,6 +21,19 @@ def test_median_time_is_the_shifted_half(shift, distribution):
     # both have median 1/2, and the shift maps 1/2 to s / (1 + s)
     times = sample_times(100_000, shift, generator(), distribution)
     assert times.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
+
+
+def test_scales_are_uniform_in_their_range():
+    g = sample_guidance(100_000, 1.0, 8.0, torch.Generator().manual_seed(0))
+    assert float(g.min()) >= 1 and float(g.max()) <= 8
+    assert float(g.mean()) == pytest.approx(4.5, abs=0.02)
+
+
+def test_each_sample_is_noised_at_its_own_time():
+    """x_0 = 2 and eps = 10: at t = 0, 1/4 and 1 that is 2, 3/4 * 2 + 1/4 * 10 = 4, and 10."""
+    x_0, eps = torch.full((3, 1, 2, 1, 1), 2.0), torch.full((3, 1, 2, 1, 1), 10.0)
+    x = noised(x_0, eps, torch.tensor([0.0, 0.25, 1.0]))
+    assert x.flatten(1).tolist() == [[2.0, 2.0], [4.0, 4.0], [10.0, 10.0]]
 
 
 @given(st.floats(0.1, 10.0), st.integers(0, 100))

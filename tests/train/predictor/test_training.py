@@ -41,7 +41,7 @@ SMALL = DiscriminatorConfig(depths=[0.5, 1.0], scales=[1, 2], width=8)
 class Captions:
     """A source of which only the captions are asked for."""
 
-    identity = {"data": "captions"}
+    fingerprint = {"data": "captions"}
 
     def __len__(self):
         return 3

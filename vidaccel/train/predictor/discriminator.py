@@ -4,8 +4,8 @@ The features F of a latent are the video tokens that leave a few blocks of the t
 discriminator D has a head for each of them at each of several scales: a mean of s x s neighbouring tokens, and three
 linear layers of spectral norm 1 with leaky ReLUs between, so that no head changes faster than its tokens do.
 
-The spectral norm is computed anew in each pass. torch.nn.utils.parametrizations.spectral_norm follows it by power
-iteration in a buffer, which a resumed run, or one in many processes, would have another value of.
+The spectral norm is computed in each pass. torch.nn.utils.parametrizations.spectral_norm approximates it by power
+iteration in a buffer, which would differ in a resumed run and between processes.
 
 B batch, N = T H W video tokens, D width
 """

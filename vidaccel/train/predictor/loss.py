@@ -1,8 +1,8 @@
-"""One forward pass of a predictor's training: a predicted step, how far off it is, and whether it can be told apart.
+"""A predictor's loss: the squared error of a predicted step, and how well a discriminator tells it from a full one.
 
-What is trained at all are the predictor and, in the second stage, the discriminator, in one loss with one backward
-pass: the discriminator is taught on features that are cut off, the predictor by a discriminator that is frozen, so that
-neither sees the other's gradients. The student between them lets gradients through and stays as it is.
+The predictor and, in the second stage, the discriminator are trained by one loss with one backward pass. The
+discriminator learns from detached features, the predictor from a frozen discriminator, so that neither gets the other's
+gradients. The student between them is frozen and lets gradients through.
 """
 
 import torch
@@ -23,7 +23,8 @@ from vidaccel.train.predictor.discriminator import (
 from vidaccel.train.predictor.pairs import Pair
 
 SHARE = 1e-4
-"""Of a velocity's square, what an error is compared with where the step before is so near that reuse has hardly any."""
+"""Of the target's square: added to the error of reuse that an error is compared with, which is near zero where the full
+step is near."""
 
 
 class PredictorLoss(nn.Module):
@@ -38,8 +39,8 @@ class PredictorLoss(nn.Module):
         config: DiscriminatorConfig | None = None,
         relative: bool = False,
     ):
-        """`relative` counts each sample's squared error as a share of what giving the cached tokens again has, plus
-        SHARE of the target's own square."""
+        """`relative` divides each sample's squared error by that of reusing the cached tokens, plus SHARE of the
+        target's own square."""
         super().__init__()
         self.student, self.predictor, self.discriminator = student, predictor, discriminator
         self.trunk, self.config, self.relative = trunk, config, relative
@@ -50,8 +51,7 @@ class PredictorLoss(nn.Module):
         return self
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, float]]:
-        """The loss, and what is worth knowing: the squared error, that of giving the cached tokens again, and the mean
-        share of the one in the other."""
+        """The loss, and metrics: the squared error, that of reusing the cached tokens, and their mean ratio."""
         u = self._predicted(pair, self.predictor)
         errors = _squares(u.float() - pair.target.float())
         with torch.no_grad():
@@ -62,25 +62,26 @@ class PredictorLoss(nn.Module):
         loss = (shares if self.relative else errors).mean()
         if self.discriminator is None:
             return loss, measured
-        adversarial, judged = self._judged(pair, u)
-        return loss + adversarial, measured | judged
+        adversarial, also_measured = self._adversarial(pair, u)
+        return loss + adversarial, measured | also_measured
 
     def _predicted(self, pair: Pair, forecaster: Forecaster) -> Tensor:
         with self.trunk.predicted(forecaster, pair.times.t, pair.memory):
             return self.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
 
-    def _judged(self, pair: Pair, u: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """L_D and the adversarial part of L_P, of where a step with u ends and where the student's own does."""
+    def _adversarial(self, pair: Pair, u: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """L_D plus the weighted adversarial part of L_P, of the latents where a step with u ends and where one with the
+        student's own velocity does; and both as metrics."""
         grid = token_grid(self.student.transformer, pair.x)
         ours = self._features(pair, u)
         with torch.no_grad():
             theirs = self._features(pair, pair.target)
-        told = discriminator_hinge(
+        of_discriminator = discriminator_hinge(
             self.discriminator(theirs, grid), self.discriminator([tokens.detach() for tokens in ours], grid)
         )
-        fooled = predictor_hinge(self.discriminator(ours, grid, frozen=True))
-        loss = told + self.config.weight * fooled
-        return loss, {"discriminator": told.item(), "adversarial": fooled.item()}
+        of_predictor = predictor_hinge(self.discriminator(ours, grid, frozen=True))
+        loss = of_discriminator + self.config.weight * of_predictor
+        return loss, {"discriminator": of_discriminator.item(), "adversarial": of_predictor.item()}
 
     def _features(self, pair: Pair, u: Tensor) -> list[Tensor]:
         return trunk_features(self.student, self.config.depths, pair.stepped(u), pair.times.r, pair.text, pair.g)

@@ -1,9 +1,9 @@
-"""Predicted steps to learn from: where the student is when one is due, and what it would say there itself.
+"""What a predictor learns from: predicted steps, each with what full steps before it left and the student's own answer.
 
-noised       the full step at (t, r) and the predicted one at (t', r') see one clip and noise (method.md, section 3)
+clips        the full step at (t, r) and the predicted one at (t', r') see one clip and noise (method.md, section 3)
 trajectory   the full step is one of the student's own sampling; predicted steps lead from it to the one that is learnt,
-             so that the predictor meets the states that its own errors lead to. One that looks back on two full steps
-             has another before it
+             so that the predictor is trained on the states that its own errors lead to. One that looks back on two full
+             steps has another before it
 
 B batch, S steps, C channels, T frames, H and W latent pixels
 """
@@ -28,7 +28,7 @@ from vidaccel.train.methods.mean_velocity.intervals import sample_interval_ends
 from vidaccel.train.trainer import generator_for
 
 Data = ShardFolder | EncodedSource
-ALONG = ("x", "velocity", *CACHES.values())
+PER_STEP = ("x", "velocity", *CACHES.values())
 """What a stored trajectory has for each of its steps."""
 
 
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 
 
 class FullStep(NamedTuple):
-    """A full step of a run that is stored."""
+    """A full step of a trajectory that is stored."""
 
     index: Tensor
     """[B]."""
@@ -95,10 +95,10 @@ class Pairs:
         chosen = [self.data.at(index * count + i, self.seed) for i in range(count)]
         samples = [tensors for tensors, _ in self.data.read(chosen)]
         if self.config.pairs == "data":
-            return self._noised(samples, generator)
-        return self._met(samples, step, generator)
+            return self._from_clips(samples, generator)
+        return self._from_trajectories(samples, step, generator)
 
-    def _noised(self, samples: list[dict[str, Tensor]], generator: torch.Generator) -> Pair:
+    def _from_clips(self, samples: list[dict[str, Tensor]], generator: torch.Generator) -> Pair:
         text = batch(samples, self.grid.device, torch.float32)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
@@ -110,7 +110,7 @@ class Pairs:
         full, predicted = (Times(*(end.to(x_0) for end in step)) for step in times)
         return noised_pair(self.student, self.trunk, x_0, eps, text, self._scales(count, generator), full, predicted)
 
-    def _met(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
+    def _from_trajectories(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
         steps = len(self.grid) - 1
         # All processes take as many passes in a step, or those that share weights would wait for each other.
         longest = min(self.config.max_skipped, steps - 1)
@@ -120,14 +120,14 @@ class Pairs:
         if self.config.history > 1:
             starts.append((first - torch.randint(1, longest + 1, first.shape, generator=generator)).clamp(min=0))
         g = self._scales(len(samples), generator)
-        alike = [{n: x for n, x in sample.items() if n not in (*ALONG, "times")} for sample in samples]
+        alike = [{n: x for n, x in sample.items() if n not in (*PER_STEP, "times")} for sample in samples]
         text = batch(alike, self.grid.device, torch.float32)
         full = [self._full_step(samples, start) for start in starts]
         return trajectory_pair(self.student, self.trunk, self.predictor, full, length, self.grid, text, g)
 
     def _full_step(self, samples: list[dict[str, Tensor]], index: Tensor) -> FullStep:
-        """That of each run at its own index."""
-        taken = [{n: sample[n][i] for n in ALONG if n in sample} for sample, i in zip(samples, index, strict=True)]
+        """That of each trajectory at its own index."""
+        taken = [{n: sample[n][i] for n in PER_STEP if n in sample} for sample, i in zip(samples, index, strict=True)]
         taken = batch(taken, self.grid.device, torch.float32)
         tokens = {name: taken[stored] for name, stored in CACHES.items() if stored in taken}
         return FullStep(index.to(self.grid.device), taken["x"], taken["velocity"], tokens)
@@ -197,7 +197,7 @@ def trajectory_pair(
         full: the full steps behind which they come, newest first: that one, below S - length, and, where the forecaster
             looks back further, one before it. Where nothing came before, that is the same one again: nothing has
             changed between them.
-        grid: the runs' times [S + 1].
+        grid: the trajectories' times [S + 1].
     """
     first = full[0].index
 
@@ -218,7 +218,7 @@ def trajectory_pair(
 
 
 def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, text: Text, g: Tensor | None) -> Cached:
-    """What a full step leaves; where its tokens are stored, what embedders gave in it is not, and they run again."""
+    """What a full step leaves, from its stored tokens, or by running it again where they are not stored."""
     if step.tokens:
         return Cached(step.tokens, grid[step.index])
     with trunk.full(grid[step.index]):

@@ -1,18 +1,14 @@
-"""What each stretch of predicted steps costs, measured on whole runs of the student, and the schedules that follow.
+"""What each stretch of predicted steps costs, measured on the student's trajectories, and the cheapest schedules.
 
 A stretch (i, j) is a full step i followed by predicted steps i + 1 ... j - 1. It begins on the student's own, all-full
-trajectory; what it leaves wrong in the latent at j goes through the rest of the sampling, which spreads or damps it,
-and only the final latent is anybody's concern. So
+trajectory; its error in the latent at j is amplified or damped by the rest of the sampling, and what counts is the
+error in the final latent. So
 
     cost(i, j) = |x_j' - x_j|^2 / |x_S|^2 * growth(j),    growth(j) = |x_S' - x_S|^2 / |x_j' - x_j|^2
 
 where growth(j) is measured once for each j, by full steps from what a stretch of `PROBE` steps left: S^2 / 2 full
-passes in all, in place of S^3 / 6. Squares are added because a schedule's stretches err in directions of their own.
-
-Measured on the sprites teacher (12 steps, cached tokens reused; searched on two prompts, tried on two others): errors
-grow fivefold from times around 0.8 and hardly from either end. With 3 to 7 steps full the final error is 7 to 32 % less
-than with as many evenly spread. With growth 1 it would be 3 to 25 % less, and with norms added in place of squares
-from 20 % more to 24 % less.
+passes in all, in place of S^3 / 6. Squares are added because the errors of a schedule's stretches point in unrelated
+directions.
 
 B prompts, S steps, C channels, T frames, H and W latent pixels
 """
@@ -41,8 +37,7 @@ PROBE = 3
 
 
 def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
-    """`stretch_costs` of the first prompts of a setting's data, from noise of its seed, a batch of training at a
-    time."""
+    """`stretch_costs` of the first prompts of the task's data, from noise of its seed, a training batch at a time."""
     config, student = task.config, task.student
     count = min(config.search_prompts, len(task.data))
     samples = [task.data[i][0] for i in range(count)]
@@ -79,15 +74,15 @@ def stretch_costs(
         grid: its times [S + 1].
     """
     steps = len(grid) - 1
-    run = _Run(student, trunk, text, grid.to(noise.device), g)
+    trajectory = _Trajectory(student, trunk, text, grid.to(noise.device), g)
     with Progress("measuring stretches", total=2 * steps - 1) as progress:
         states = [noise]
         for step in range(steps):
-            states.append(run.step(step, states[-1]))
+            states.append(trajectory.step(step, states[-1]))
         left = torch.zeros(steps, steps + 1, len(noise), dtype=torch.float64)
         drifted = {}
         for first in range(steps):
-            for end, x in run.stretches(forecaster, first, states):
+            for end, x in trajectory.stretches(forecaster, first, states):
                 left[first, end] = _mean_square(x - states[end])
                 if first == max(0, end - PROBE):
                     drifted[end] = x
@@ -107,8 +102,8 @@ def searched(costs: Tensor, shift: float) -> dict[int, Schedule]:
     return {budget: replace(s, expected_error=math.sqrt(s.expected_error)) for budget, s in found.items()}
 
 
-class _Run:
-    """The sampling of these prompts, step by step, from any state."""
+class _Trajectory:
+    """The sampling of these prompts, one step at a time, from any state."""
 
     def __init__(self, student: Velocity, trunk: Trunk, text: Text, grid: Tensor, g: Tensor | None):
         self.student, self.trunk, self.text, self.grid, self.g = student, trunk, text, grid, g

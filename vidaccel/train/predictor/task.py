@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PredictorTask:
-    """See above."""
+    """A predictor's training or search: settings, student, data and the sampling that it is for."""
 
     config: PredictorConfig
     loaded: LoadedPipeline

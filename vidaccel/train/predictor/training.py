@@ -3,7 +3,7 @@
 folder/config.json, model.safetensors   the predictor
 folder/schedule.json                    the best full steps for each budget, on each grid that was searched
 folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
-folder/trajectories                     runs of the student, where it learns from such and was given none (runs.py)
+folder/trajectories                     of the student, where it learns from them and was given none (trajectories.py)
 """
 
 import logging

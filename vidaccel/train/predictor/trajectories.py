@@ -1,4 +1,4 @@
-"""Runs of the student for a predictor that learns from such and was given none: they are collected first."""
+"""Trajectories of the student, collected first where a predictor is to learn from them and none were given."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ FOLDER = "trajectories"
 
 @dataclass(frozen=True)
 class Captions:
-    """Those of the first encoded clips: a source of runs, which needs no videos."""
+    """Those of the first encoded clips: a source of trajectories, which needs no videos."""
 
     features: ShardFolder
     count: int
@@ -43,7 +43,7 @@ class Captions:
 
 
 def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
-    """`config` with runs of the student as its features, where it is to learn from such.
+    """`config` with trajectories of the student as its features, where it is to learn from them.
 
     Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips;
     a collection that was stopped is gone on with.
@@ -58,7 +58,7 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
         return config
     if world() > 1:
         raise UserError(
-            "pairs=trajectory needs runs of the student, and several processes do not collect them",
+            "pairs=trajectory needs trajectories of the student, and several processes do not collect them",
             f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
         )
     sampled = {name: getattr(config, name) for name in ("data", "clips", "seed", "steps", "shift", "guidance")}
@@ -69,6 +69,6 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
         source = Captions(open_features(config.features, "encoded", loaded.hashes, config.on_damage), config.clips)
     job = trajectory_job(loaded, source, asked)
     folder = output / FOLDER
-    log.info("runs of the student to learn from: %s, in %s", plan(job), folder)
+    log.info("trajectories of the student to learn from: %s, in %s", plan(job), folder)
     collect(job, folder)
     return replace(config, features=str(folder))
