@@ -22,7 +22,7 @@ from vidaccel.bench.measures.memory import weight_bytes
 from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.collect.encode import encode_texts
 from vidaccel.config.distill import DistillConfig
-from vidaccel.models.grid import shift_of
+from vidaccel.models.grid import fixed_shift
 from vidaccel.models.loading import load_pipeline
 from vidaccel.numbers import quartiles
 from vidaccel.train.distill import open_data, student_of, velocity_of
@@ -117,7 +117,7 @@ def task_of(config: DistillConfig) -> Distillation:
         student=velocity_of(student_of(loaded, config)).requires_grad_(True),
         data=data,
         empty=encode_texts(loaded, [""]),
-        shift=config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
+        shift=config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family),
     )
 
 

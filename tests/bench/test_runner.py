@@ -12,9 +12,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.students import student
+from vidaccel.bench import models as bench_models
 from vidaccel.bench import runner
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.models import Models
+from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
@@ -126,11 +128,15 @@ def test_results_have_their_form(bench, schema):
     assert json.loads((bench / "run.json").read_text())["parents"].keys() == {"model", "student"}
 
 
-def test_a_forecast_over_time_knows_the_grid_that_it_is_made_on(conf):
+def test_a_forecast_over_time_knows_the_grid_that_it_is_made_on(conf, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench_models, "attach", lambda *args, **kw: made.append(kw["predictor"]) or attach(*args, **kw))
     config = load("benchmark", BenchmarkConfig, str(conf))
     models, method = Models(config, "cpu"), config.methods["taylor"]
-    forecaster = models._forecaster(method, models.pipeline(method))
-    assert (forecaster.shift, forecaster.history) == (2.0, 2)
+    with models.running(method, {}) as loaded:
+        timed_generation(loaded, method, (5, 32, 32), ["blue"], [0], decode=False)
+    (forecaster,) = made
+    assert (forecaster.grid.shift, forecaster.grid.steps, forecaster.history) == (2.0, method.steps, 2)
 
 
 def test_a_row_has_a_grid_and_a_scale_of_its_own(conf):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, UniPCMultistepScheduler
 
 import vidaccel
 from tests.students import student
@@ -20,8 +20,9 @@ from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES as FAMILY_RECORDS
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.grid import GridScheduler
+from vidaccel.models.grid import Grid, GridScheduler
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.step_hook import StepHook
 from vidaccel.models.weight_hashes import student_hash
@@ -309,6 +310,89 @@ def test_a_predictors_folder_brings_its_schedules(trained):
     assert attachment.full_passes == attachment.predicted_passes == 4
 
 
+OWN_TIMES = [1.0, 0.9, 0.5, 0.2]
+"""Sigmas for a call of HunyuanVideo's pipeline, which its scheduler shifts by 5."""
+
+
+@pytest.fixture(scope="module")
+def gridded():
+    """A pipeline on the grid of shift 5, and a predictor that was trained for it."""
+    pipe = short(tiny_pipeline("hunyuan_video"))
+    return pipe, predictor_for(pipe, steps=20, shift=5.0)
+
+
+def test_a_predictor_takes_its_grid_in_any_number_of_steps(gridded):
+    pipe, predictor = gridded
+    for steps in (2, STEPS):
+        with vidaccel.attach(pipe, predictor=predictor, steps=steps, every=2) as attachment:
+            call(pipe, steps=steps)
+        assert attachment.predicted_passes == attachment.full_passes == steps
+
+
+def test_a_predictor_on_another_grid_is_refused_unless_forced_or_searched(gridded):
+    pipe, predictor = gridded
+    plain = call(pipe, sigmas=OWN_TIMES)
+    listed = {"predictor": predictor, "steps": STEPS, "full_steps": [0, 2]}
+    with vidaccel.attach(pipe, **listed) as attachment:
+        for _ in range(2):
+            with pytest.raises(
+                UserError, match="predictor is for .* of shift 5, .* times 1, 0.9783, .*\nhint: .*force=true"
+            ):
+                call(pipe, sigmas=OWN_TIMES)
+        call(pipe)
+        assert attachment.predicted_passes == 4
+    assert torch.equal(call(pipe, sigmas=OWN_TIMES), plain)
+    searched = Schedule(STEPS, (0, 2), "search", times=tuple(pipe.scheduler.sigmas.tolist()))
+    with vidaccel.attach(pipe, **listed, force=True):
+        forced = call(pipe, sigmas=OWN_TIMES)
+    with vidaccel.attach(pipe, predictor=predictor, schedule=searched):
+        assert torch.equal(call(pipe, sigmas=OWN_TIMES), forced)
+        with pytest.raises(UserError, match="schedule is for .* the times 1, .* on that of shift 5\nhint: .*=5"):
+            call(pipe)
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config, shift=2.0)
+    with pytest.raises(UserError, match="for the grid of shift 5, and the pipeline is on that of shift 2"):
+        vidaccel.attach(pipe, **listed)
+    pipe.scheduler = own
+
+
+def test_a_schedule_of_a_shift_is_refused_on_times_that_are_not_its_own(gridded):
+    pipe, _ = gridded
+    with vidaccel.attach(pipe, predictor="reuse", schedule=Schedule(STEPS, (0, 2), "search", 5.0)):
+        call(pipe)
+        with pytest.raises(UserError, match="schedule is for the grid of shift 5, and the pipeline is on .* times"):
+            call(pipe, sigmas=OWN_TIMES)
+
+
+def test_reuse_needs_no_grid_and_a_forecast_over_time_follows_any(gridded):
+    pipe, _ = gridded
+    ways = {"steps": STEPS, "full_steps": [0, 1]}
+    with vidaccel.attach(pipe, predictor="reuse", **ways):
+        reused = call(pipe, sigmas=OWN_TIMES)
+    with vidaccel.attach(pipe, predictor="taylor", **ways) as attachment:
+        followed = call(pipe, sigmas=OWN_TIMES)
+        assert attachment._forecaster.grid == Grid(tuple(pipe.scheduler.sigmas.tolist()))
+        call(pipe)
+        assert attachment._forecaster.grid == Grid.shifted(STEPS, 5.0)
+    with vidaccel.attach(pipe, predictor=Taylor(), **ways):
+        assert torch.equal(call(pipe, sigmas=OWN_TIMES), followed) and not torch.equal(followed, reused)
+    with vidaccel.attach(pipe, predictor=Taylor(grid=Grid.shifted(8, 5.0)), **ways):
+        call(pipe)
+        with pytest.raises(UserError, match="counts along the grid of shift 5"):
+            call(pipe, sigmas=OWN_TIMES)
+
+
+def test_sigmas_of_noise_and_not_of_times_are_only_for_what_needs_none():
+    pipe = tiny_pipeline("wan")
+    pipe.scheduler = UniPCMultistepScheduler()
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
+        call(pipe)
+        assert attachment.predicted_passes == 4
+    refused = pytest.raises(UserError, match="are no step grid, and they are those of the UniPC.*\nhint: .*reuse")
+    with vidaccel.attach(pipe, predictor="taylor", steps=STEPS, full_steps=[0, 2]), refused:
+        call(pipe)
+
+
 def test_every_nth_step_is_the_list_of_them():
     pipe = tiny_pipeline("wan")
     with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
@@ -391,7 +475,7 @@ def test_on_a_fused_model_the_predictor_is_fused_too(trained):
         ({"predictor": "reuse", "every": 2}, "every= came without steps="),
         ({"predictor": "reuse", "steps": 4, "every": 0}, "every 0 steps"),
         ({"predictor": "reuse", "steps": 8, "schedule": Schedule(4, (0, 2))}, "steps=8, and the schedule is for 4"),
-        ({"predictor": "reuse", "schedule": Schedule(4, (0, 2), shift=5.0)}, "grid of shift 5, and .* that of 3"),
+        ({"predictor": "reuse", "schedule": Schedule(4, (0, 2), shift=5.0)}, "grid of shift 5, and .* that of shift 3"),
         ({"predictor": "reuse", "budget": 3, "schedule": Schedule(4, (0, 2))}, "the schedule has 2 full steps"),
         ({"predictor": "predictor"}, "2 schedules for any steps\nhint: choose budget=2 or 3 with steps=4"),
         ({"predictor": "predictor", "budget": 1}, "no schedule for budget=1"),

@@ -19,6 +19,7 @@ from vidaccel.cache.schedule import (
     write_schedules,
 )
 from vidaccel.errors import UserError
+from vidaccel.models.grid import Grid, step_grid
 
 
 def total(full_steps, costs):
@@ -55,7 +56,7 @@ def test_the_search_finds_the_cheapest_list_of_every_budget(costs):
 def test_a_search_worked_out_by_hand():
     # A stretch costs the square of its predicted steps, except that none may cross step 3.
     costs = [[math.inf if i < 3 < j else float((j - i - 1) ** 2) for j in range(7)] for i in range(6)]
-    found = search(costs, shift=5.0)
+    found = search(costs, grid=Grid.shifted(6, 5.0))
     assert set(found) == {2, 3, 4, 5, 6}
     assert found[2] == Schedule(6, (0, 3), "search", 5.0, 8.0)
     assert found[4].full_steps in {(0, 1, 3, 4), (0, 1, 3, 5), (0, 2, 3, 4), (0, 2, 3, 5)}
@@ -104,6 +105,7 @@ def test_a_file_of_schedules_comes_back(tmp_path):
     assert json.loads((tmp_path / "schedule.json").read_text())["2-of-8"] == {
         "steps": 8,
         "shift": 5.0,
+        "times": step_grid(8, 5.0).tolist(),
         "full_steps": [0, 3],
         "budget": 2,
         "how": "search",

@@ -86,7 +86,7 @@ def test_a_students_run_is_its_pipelines(students, family, settings):
     loaded = students[family]
     runs = TrajectorySampler(loaded, config(**settings))
     assert (runs.steps, runs.shift, runs.guidance) == (settings.get("steps", 4), 2.0, settings.get("guidance", 4.0))
-    assert torch.equal(end(runs(CAPTIONS, SEEDS), runs.grid), pipeline_latents(loaded, **settings))
+    assert torch.equal(end(runs(CAPTIONS, SEEDS), runs.grid.tensor), pipeline_latents(loaded, **settings))
 
 
 @pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
@@ -94,15 +94,17 @@ def test_a_students_run_is_its_pipelines(students, family, settings):
 def test_a_teachers_run_takes_guidance_in_two_passes(teachers, family, guidance):
     loaded = teachers[family]
     runs = TrajectorySampler(loaded, config(guidance=guidance, steps=2))
-    assert torch.equal(end(runs(CAPTIONS, SEEDS), runs.grid), pipeline_latents(loaded, guidance=guidance, steps=2))
+    assert torch.equal(
+        end(runs(CAPTIONS, SEEDS), runs.grid.tensor), pipeline_latents(loaded, guidance=guidance, steps=2)
+    )
 
 
 def test_steps_follow_from_one_another(students):
     runs = TrajectorySampler(students["hunyuan_video"], config(shift=5.0))
     made = runs(CAPTIONS, SEEDS)
-    assert torch.equal(runs.grid, step_grid(4, 5.0))
+    assert torch.equal(runs.grid.tensor, step_grid(4, 5.0))
     assert torch.equal(made["x"][:, 0], runs.noise(SEEDS)) and not torch.equal(made["x"][0, 0], made["x"][1, 0])
-    spans = (runs.grid[:-1] - runs.grid[1:]).double().view(1, -1, 1, 1, 1, 1)
+    spans = (runs.grid.tensor[:-1] - runs.grid.tensor[1:]).double().view(1, -1, 1, 1, 1, 1)
     expected = made["x"].double() - spans * made["velocity"].double()
     torch.testing.assert_close(made["x"][:, 1:].double(), expected[:, :-1], rtol=1e-6, atol=1e-6)
 
@@ -115,7 +117,7 @@ def test_velocities_are_the_models_at_the_stored_states(students, family):
     made, g = runs(CAPTIONS, SEEDS), torch.full([2], 4.0)
     text = encode_texts(loaded, CAPTIONS)
     for k in range(runs.steps):
-        t, r = (runs.grid[i].expand(2) for i in (k, k + 1))
+        t, r = (runs.grid.tensor[i].expand(2) for i in (k, k + 1))
         assert torch.equal(runs.velocity(made["x"][:, k], t, text, r=r, g=g), made["velocity"][:, k])
 
 
@@ -131,7 +133,7 @@ def test_the_head_makes_the_velocity_of_the_stored_cache(students, family, names
     text, g, k = encode_texts(loaded, CAPTIONS), torch.full([2], 4.0), 2
     tokens = {"hidden_states": made["cache"][:, k]}
     tokens |= {"encoder_hidden_states": made["cache_text"][:, k]} if "cache_text" in made else {}
-    t, r = (runs.grid[i].expand(2) for i in (k, k + 1))
+    t, r = (runs.grid.tensor[i].expand(2) for i in (k, k + 1))
     with (
         Trunk(loaded.pipe.transformer, loaded.family) as trunk,
         trunk.predicted(lambda arguments, memory, t: memory[0].tokens, memory=(Cached(tokens, None),)),

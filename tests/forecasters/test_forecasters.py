@@ -9,7 +9,7 @@ from vidaccel.forecasters.base import Cached
 from vidaccel.forecasters.linear import LinearMap, fit_linear
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
-from vidaccel.models.grid import step_grid
+from vidaccel.models.grid import Grid, step_grid
 
 
 def tokens(value: torch.Tensor | float, shape=(2, 3, 4)) -> dict[str, torch.Tensor]:
@@ -55,9 +55,9 @@ def test_with_the_shift_of_a_grid_its_steps_are_even():
     for shift in (1.0, 5.0):
         grid = step_grid(10, shift)
         memory = tuple(Cached(tokens(float(step)), grid[step]) for step in (4, 1))
-        forecast = Taylor(shift=shift)({}, memory, grid[6])
+        forecast = Taylor(grid=Grid.shifted(10, shift))({}, memory, grid[6])
         torch.testing.assert_close(forecast["hidden_states"], tokens(6.0)["hidden_states"], rtol=1e-5, atol=0)
-        assert (Taylor(shift=2.0)({}, memory, grid[6])["hidden_states"] - 6).abs().min() > 0.01
+        assert (Taylor(grid=Grid.shifted(10, 2.0))({}, memory, grid[6])["hidden_states"] - 6).abs().min() > 0.01
 
 
 def test_taylor_reuses_while_there_is_one_full_pass_and_keeps_the_type():

@@ -219,7 +219,7 @@ def test_it_is_the_formula_of_the_method(name):
 @pytest.mark.parametrize("shift", [None, 5.0])
 def test_what_it_adds_grows_with_the_steps_since_the_full_one(shift):
     """Exactly: with one state and cache, twice the steps are twice the addition, and none is none."""
-    transformer, family, predictor = made("wan", shift=shift)
+    transformer, family, predictor = made("wan", steps=shift and 10, shift=shift)
     randomised(predictor.fusions["hidden_states"])  # its blocks are the identity still
     tokens, seen, added = cached(transformer, family), [], []
     predicted(transformer, family, lambda arguments, *_: seen.append(arguments) or tokens, *inputs(transformer, family))
@@ -235,7 +235,7 @@ def test_what_it_adds_grows_with_the_steps_since_the_full_one(shift):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_new_one_of_two_full_steps_follows_their_line_and_never_far(name):
     """From full steps 2 and 5 of a grid of 20: one step on 1 / 3.5 of their difference, ten on 10 / 8."""
-    transformer, family, predictor = made(name, history=2, shift=3.0)
+    transformer, family, predictor = made(name, history=2, steps=20, shift=3.0)
     before, latest = cached(transformer, family), cached(transformer, family)
     latest = {key: tokens + 1 + tokens.square() for key, tokens in latest.items()}
     grid, seen = step_grid(20, 3.0), []

@@ -25,7 +25,7 @@ from vidaccel.forecasters.linear import LinearMap, fitted
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import shift_of, shifted
+from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.runtime.prepare import prepare
 
@@ -136,7 +136,7 @@ class Models:
             yield loaded
         else:
             with (
-                shifted(loaded.pipe, method.shift),  # which a schedule and Taylor's forecast have to fit
+                shifted(loaded.pipe, method.shift),  # which a schedule has to fit
                 attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)),
             ):
                 yield loaded
@@ -158,7 +158,7 @@ class Models:
 
     def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
         if method.on_skipped == "trunk":
-            return Taylor(method.order, shift_of(loaded.pipe.scheduler, loaded.family)) if method.order else Reuse()
+            return Taylor(method.order) if method.order else Reuse()
         if method.on_skipped == "linear":
             return self._linear(method, loaded)
         if method.on_skipped != "predictor":

@@ -9,8 +9,8 @@ has new timesteps, so whatever ended the one before, nothing of it is used; the 
 last step, before the video is decoded. CPU offload may be enabled before or after, sequential offload before.
 """
 
-import math
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.grid import current_step, shift_of
+from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.weight_hashes import student_hash
 
@@ -64,7 +64,7 @@ def attach(
         every: n, for the full steps 0, n, 2n, ...
         budget: how many full steps, where schedules for several are at hand.
         schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own.
-        force: take a predictor that was trained for another student.
+        force: take a predictor that was trained for another student or on another step grid.
 
     Returns:
         What takes it off again: by `detach()` or at the end of a `with` block. The pipeline is then as it was.
@@ -80,30 +80,53 @@ def attach(
         if not predictor.is_dir():
             raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
-    shift = shift_of(pipe.scheduler, family)
-    if chosen.shift is not None and not math.isclose(chosen.shift, shift, rel_tol=1e-6):
-        raise UserError(
-            f"the schedule is for the grid of shift {chosen.shift:g}, and the pipeline is on that of {shift:g}",
-            "sample on its grid, say which steps are full (every=3), or search a schedule: vidaccel train-predictor "
-            f"stage=search shift={shift:g} on a copy of the predictor",
-        )
-    forecaster = _forecaster(predictor, shift)
+    forecaster = _forecaster(predictor)
     if isinstance(forecaster, Predictor):
         student = student_hash(loaded) if loaded else _student_of(pipe, family, force)
         for denoiser in family.denoisers:
             forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
         if forecaster is not predictor:
             forecaster.run_like(getattr(pipe, family.denoisers[0].attribute)).to(execution_device(pipe))
-    return Attachment(pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps))
+    bound = _bound_to(forecaster, chosen, force)
+    shift = shift_of(pipe.scheduler, family)
+    if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
+        bound.check(Grid.shifted(chosen.steps, shift))
+    return Attachment(pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps), bound)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Something that was made for one grid."""
+
+    what: str
+    grid: Grid
+    hint: str
+    """What may be done other than to sample on that grid."""
+
+    def check(self, running: Grid) -> None:
+        """`UserError` unless a sampling on that grid is one on this."""
+        if not self.grid.fits(running.times):
+            how = "" if running.shift is None else f": vidaccel train-predictor stage=search shift={running.shift:g}"
+            raise UserError(
+                f"{self.what} is for the grid of {self.grid}, and the pipeline is on that of {running}",
+                f"sample on its grid, {self.hint}{how and how + ' on a copy of the predictor'}",
+            )
 
 
 class Attachment:
     """A pipeline under a policy, until `detach()`; also a context manager."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: DiTFamily, forecaster: Forecaster, policy: Policy):
-        """Raises `UserError` as `Trunk.attach` does."""
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        family: DiTFamily,
+        forecaster: Forecaster,
+        policy: Policy,
+        bound: Bound | None = None,
+    ):
+        """Raises `UserError` as `Trunk.attach` does. A generation on another grid than that of `bound` is refused."""
         self.policy = policy
-        self._pipe, self._forecaster = pipe, forecaster
+        self._pipe, self._family, self._forecaster, self._bound = pipe, family, forecaster, bound
         self._timesteps: Tensor | None = None
         self._index, self._unnamed = 0, 0
         transformers = [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
@@ -149,11 +172,23 @@ class Attachment:
     def _follow(self, timesteps: Tensor, index: int) -> None:
         """Start anew with a generation, which has timesteps of its own, and count anew with a step."""
         if timesteps is not self._timesteps or index < self._index:
+            self._check_grid()
             for trunk in self._trunks:
                 trunk.reset()
             self._timesteps, self._unnamed = timesteps, 0
         if index != self._index:
             self._index, self._unnamed = index, 0
+
+    def _check_grid(self) -> None:
+        """Of a generation that begins; whatever needs no grid takes any."""
+        follow = getattr(self._forecaster, "follow", None)
+        if self._bound is None and follow is None:
+            return
+        grid = running_grid(self._pipe.scheduler, self._family)
+        if self._bound is not None:
+            self._bound.check(grid)
+        if follow is not None:
+            follow(grid)
 
 
 def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule:
@@ -184,13 +219,22 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
     return schedule
 
 
-def _forecaster(predictor: str | Path | Forecaster, shift: float) -> Forecaster:
+def _bound_to(forecaster: Forecaster, schedule: Schedule, force: bool) -> Bound | None:
+    """The grid that has to be run; a schedule that was searched on a grid vouches for the predictor on it too."""
+    if schedule.grid is not None:
+        return Bound("the schedule", schedule.grid, "say which steps are full (every=3), or search a schedule")
+    if isinstance(forecaster, Predictor) and forecaster.config.grid is not None and not force:
+        return Bound("the predictor", forecaster.config.grid, "see what it does with force=true, or search a schedule")
+    return None
+
+
+def _forecaster(predictor: str | Path | Forecaster) -> Forecaster:
     if not isinstance(predictor, str | Path):
         return predictor
     if predictor == "reuse":
         return Reuse()
     if predictor == "taylor":
-        return Taylor(shift=shift)
+        return Taylor()
     return Predictor.from_pretrained(predictor)
 
 

@@ -1,7 +1,7 @@
 """Which steps are full: listed, every n-th, or found by dynamic programming on measured costs.
 
-    schedule.json    {"format": "schedule/1", "<budget>-of-<steps>": {"steps", "shift", "full_steps", "budget", "how",
-                     "expected_error"}, ...}, or one of the inner objects alone
+    schedule.json    {"format": "schedule/1", "<budget>-of-<steps>": {"steps", "shift", "times", "full_steps", "budget",
+                     "how", "expected_error"}, ...}, or one of the inner objects alone
 
 The budget of a schedule is the number of its full steps. Budgets are found for a whole range at once, because the
 program for the largest holds those for all smaller ones. A file may hold those of several grids.
@@ -16,6 +16,7 @@ from pathlib import Path
 from vidaccel.artefacts import write_json
 from vidaccel.cache.policy import check_full_steps
 from vidaccel.errors import UserError
+from vidaccel.models.grid import Grid
 
 FORMAT = "schedule/1"
 HOW = ("list", "every", "search")
@@ -40,14 +41,22 @@ class Schedule:
     how: str = "list"
     """How it was come by: list, every or search."""
     shift: float | None = None
-    """Shift of the grid it was searched on."""
+    """Shift that makes the grid it was searched on, if one does."""
     expected_error: float | None = None
     """What the search expects it to cost, in the unit of the costs."""
+    times: tuple[float, ...] | None = None
+    """Times [steps + 1] of the grid it was searched on, which follow from a shift; None: it is for any grid."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "full_steps", check_full_steps(self.full_steps, self.steps))
+        object.__setattr__(self, "times", self.grid and self.grid.times)
         if self.how not in HOW:
             raise UserError(f"a schedule made by {self.how!r}", f"known are {', '.join(HOW)}")
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid it was searched on; None if it is for any."""
+        return Grid.recorded(self.steps, self.shift, self.times)
 
     @property
     def budget(self) -> int:
@@ -62,14 +71,14 @@ def every(steps: int, n: int) -> Schedule:
     return Schedule(steps, tuple(range(0, steps, n)), "every")
 
 
-def search(costs: Sequence[Sequence[float]], *, shift: float | None = None) -> dict[int, Schedule]:
+def search(costs: Sequence[Sequence[float]], *, grid: Grid | None = None) -> dict[int, Schedule]:
     """The cheapest schedule of every budget 1 to S, exactly, in O(S^3).
 
     Args:
         costs: [S][S + 1]; costs[i][j] is the error made by a stretch that is full at step i and predicted up to the
             next full step j, or to the end where j = S. Infinite where a stretch is not to be used; entries with
             j <= i are not read. Errors of stretches add, so that what is minimised is their sum.
-        shift: of the grid the costs were measured on.
+        grid: what the costs were measured on.
 
     A budget that only stretches of infinite cost could keep to is left out.
     """
@@ -78,10 +87,11 @@ def search(costs: Sequence[Sequence[float]], *, shift: float | None = None) -> d
     # best[i]: least cost from full step i to the end with the full steps left, and the steps it takes.
     best: list[tuple[float, tuple[int, ...]]] = [(costs[i][steps], (i,)) for i in range(steps)]
     found = {}
+    shift, times = (grid.shift, grid.times) if grid else (None, None)
     for budget in range(1, steps + 1):
         error, full_steps = best[0]
         if math.isfinite(error):
-            found[budget] = Schedule(steps, full_steps, "search", shift, error)
+            found[budget] = Schedule(steps, full_steps, "search", shift, error, times)
         best = [
             min(
                 ((costs[i][j] + best[j][0], (i, *best[j][1])) for j in range(i + 1, steps)),

@@ -19,7 +19,7 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import shift_of, step_grid
+from vidaccel.models.grid import Grid, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.models.weight_hashes import student_hash
@@ -47,7 +47,8 @@ class TrajectorySampler:
             )
         self.size = size_of(loaded, config)
         self.steps = loaded.default("steps") if config.steps is None else config.steps
-        self.shift = config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
+        self.shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
+        self.grid = Grid.shifted(self.steps, self.shift)
 
     def __call__(self, captions: list[str], seeds: list[int]) -> dict[str, Tensor]:
         """x and velocity [B, S, C, T, H, W] and text tensors [B, ...]; if wanted, `cache` [B, S, N, D] and, where the
@@ -63,13 +64,8 @@ class TrajectorySampler:
                 kept.setdefault(name, []).append(tensor.cpu())
 
         with trunk if self.config.cache else nullcontext(), trunk.full():
-            sample(self._guided, self.noise(seeds), text, self.grid, g, keep)
+            sample(self._guided, self.noise(seeds), text, self.grid.tensor, g, keep)
         return {name: torch.stack(tensors, dim=1) for name, tensors in kept.items()} | text
-
-    @property
-    def grid(self) -> Tensor:
-        """Times [S + 1] from 1 down to 0."""
-        return step_grid(self.steps, self.shift)
 
     def noise(self, seeds: list[int]) -> Tensor:
         """[B, C, T, H, W], as the pipeline draws it for generators of these seeds."""
@@ -100,7 +96,7 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
         captions, seeds = [source.record(i)["caption"] for i in indices], [config.seed + i for i in indices]
         records = [{"caption": c, "seed": seed} | sampled for c, seed in zip(captions, seeds, strict=True)]
         samples = rows(loaded, sampler(captions, seeds), records, config.store)
-        return [({"times": sampler.grid} | tensors, record) for tensors, record in samples]
+        return [({"times": sampler.grid.tensor} | tensors, record) for tensors, record in samples]
 
     settings = {
         "store": config.store,

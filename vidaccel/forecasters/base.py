@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from vidaccel.models.grid import Grid
+
 Tokens = dict[str, Tensor]
 """Tokens [B, N, D] by the name that blocks know them by."""
 
@@ -46,13 +48,12 @@ class Forecaster(Protocol):
         """
 
 
-def even_time(t: Tensor | None, shift: float | None) -> Tensor:
-    """k in [0, 1] of the time t = shift k / (1 + (shift - 1) k): steps of a grid of that shift are even in it.
+def even_time(t: Tensor | None, grid: Grid | None) -> Tensor:
+    """The place of a time along the grid (`Grid.even`), in which its steps are even; without a grid the time itself.
 
     Raises:
         ValueError: the time is not known.
     """
     if t is None:
         raise ValueError("it has to know the time of each pass: trunk.full(t=...), trunk.predicted(..., t=...)")
-    shift = shift or 1.0
-    return t / (shift - (shift - 1) * t)
+    return t if grid is None else grid.even(t)

@@ -20,6 +20,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.conditioning import embedding_width
+from vidaccel.models.grid import Grid
 
 FORMAT = "predictor/1"
 CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
@@ -44,15 +45,24 @@ class NetworkConfig:
     steps: int | None = None
     """Steps of the grid that it was trained for."""
     shift: float | None = None
-    """Shift of that grid."""
+    """Shift that makes that grid, if one does."""
+    times: tuple[float, ...] | None = None
+    """Its times [steps + 1]; where only steps and shift are said, those that follow."""
     student: str | None = None
     """`student_hash` of the model it was trained for."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached", tuple(self.cached))
+        grid = Grid.recorded(self.steps, self.shift, self.times)
+        object.__setattr__(self, "times", grid and grid.times)
         object.__setattr__(self, "transformer", json.loads(json.dumps(self.transformer)))  # tuples become lists
         if self.family not in FAMILIES:
             raise UserError(f"the predictor is for the family {self.family!r}", f"known are {', '.join(FAMILIES)}")
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that it was trained for; None if that is not known."""
+        return Grid.recorded(self.steps, self.shift, self.times)
 
 
 class Checkpointed:

@@ -104,7 +104,7 @@ class Predictor(Checkpointed, nn.Module):
     def __init__(self, config: NetworkConfig):
         """Weights are whatever memory held: use `new_predictor` or `Predictor.from_pretrained`."""
         super().__init__()
-        self.config, self.history = config, config.history
+        self.config, self.history, self._grid = config, config.history, config.grid
         lists = FAMILIES[config.family].block_lists
         self._arguments, self._joint = lists[0].arguments, lists[-1].joint
         fusions = ("tokens",) if self._joint else config.cached
@@ -114,7 +114,7 @@ class Predictor(Checkpointed, nn.Module):
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
         """As `Forecaster.__call__`. Raises `ValueError` without the times of both passes."""
-        lag = even_time(memory[0].t, self.config.shift) - even_time(t, self.config.shift)
+        lag = even_time(memory[0].t, self._grid) - even_time(t, self._grid)
         kept, cached, fused = self._carried_on(memory, t), self.config.cached, {}
         for name in cached:
             fused[name] = self.fusion(name)(arguments[name], kept[name], self.statistics[name])
@@ -133,7 +133,7 @@ class Predictor(Checkpointed, nn.Module):
         latest = memory[0].tokens
         if len(memory) == 1:
             return latest
-        now, k_0, k_1 = (even_time(time, self.config.shift) for time in (t, memory[0].t, memory[1].t))
+        now, k_0, k_1 = (even_time(time, self._grid) for time in (t, memory[0].t, memory[1].t))
         weight = ((k_0 - now) / (k_1 - k_0 + (k_0 - now) / 2)).reshape(-1, 1, 1)
         return {name: h + weight.to(h) * (h - memory[1].tokens[name]) for name, h in latest.items()}
 

@@ -3,27 +3,36 @@
 import torch
 from torch import Tensor
 
+from vidaccel.errors import UserError
 from vidaccel.forecasters.base import Cached, Tokens, even_time
+from vidaccel.models.grid import Grid
 
 
 class Taylor:
     """The polynomial through the last `order` + 1 full passes, carried on; of lower order while there are fewer.
 
     At order 1, TaylorSeer's best, it is its forecast h_0 + (k - k_0) (h_0 - h_1) / (k_0 - k_1). Like there, distances
-    are those of steps: times are taken back through the shift s of the grid, whose steps are even in
-    k = t / (s - (s - 1) t). On the sprites teacher (20 steps, s = 3, every second, third and fourth step full) its
-    velocities are 5, 10 and 16 % nearer than with distances in t. Above order 1 it is exact on polynomials, which
+    are those of steps: k is the place of a time along the step grid. Above order 1 it is exact on polynomials, which
     differences divided by factorials are not. Without the time of each pass it raises `ValueError`.
     """
 
-    def __init__(self, order: int = 1, shift: float = 1.0):
-        """`shift` is the step grid's; 1 leaves times as they are."""
+    def __init__(self, order: int = 1, grid: Grid | None = None):
+        """`grid` is that of all passes to come; without one it is what `follow` tells, until then times count."""
         if order < 1:
             raise ValueError(f"order {order}: 1 or more; 0 is Reuse")
-        self.history, self.shift = order + 1, shift
+        self.history, self.grid, self._given = order + 1, grid, grid
+
+    def follow(self, grid: Grid) -> None:
+        """Count distances along the grid of a sampling that begins; `UserError` if it was made for another."""
+        if self._given is not None and not self._given.fits(grid.times):
+            raise UserError(
+                f"the forecast counts along the grid of {self._given}, and the pipeline is on that of {grid}",
+                "make it without a grid: it then takes that of the pipeline",
+            )
+        self.grid = self._given or grid
 
     def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
-        now, *then = (even_time(time, self.shift) for time in (t, *(cached.t for cached in memory)))
+        now, *then = (even_time(time, self.grid) for time in (t, *(cached.t for cached in memory)))
         latest = memory[0].tokens
         forecast = dict(latest)
         for k, cached in enumerate(memory[1:], start=1):

@@ -1,21 +1,132 @@
-"""The step grid of a pipeline, and where on it a running one is.
+"""Step grids: the times that the steps of a sampling go between, and where on its grid a running pipeline is.
 
-The scheduler is asked by position and not by the value of its timestep: HunyuanVideo-1.5 casts timesteps to bfloat16,
-whose spacing is 4 above 512, so that neighbouring steps of a fine grid look alike. `set_timesteps` puts the position
-back to the start, also after a generation that an exception ended.
+A grid is a list of times; a shift is one way to make it. The scheduler is asked by position and not by the value of its
+timestep: HunyuanVideo-1.5 casts timesteps to bfloat16, whose spacing is 4 above 512, so that neighbouring steps of a
+fine grid look alike. `set_timesteps` puts the position back to the start, also after a generation that an exception
+ended.
+
+S steps, B samples
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+
+TOLERANCE = 0.1
+"""How far, in steps, a time may lie from its place on a grid. UniPC's lie up to 0.001 S from those of a shift."""
+ROUNDING = 2e-3
+"""By how much a timestep may differ from 1000 sigma: UniPC rounds it to a whole number."""
+OTHER_GRIDS = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "shift_terminal",
+)
+"""Options of diffusers' schedulers under which times follow from more than a shift."""
+
+
+def step_grid(steps: int, shift: float) -> Tensor:
+    """[steps + 1] float32 times s k / (1 + (s - 1) k), k from 1 down to 0 in equal steps (method.md, section 0).
+
+    Bit for bit the sigmas of diffusers' flow-match Euler, which rounds k to float32 first.
+    """
+    k = np.linspace(1, 0, steps + 1).astype(np.float32)
+    return torch.from_numpy(shift * k / (1 + (shift - 1) * k))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The times of a sampling."""
+
+    times: tuple[float, ...]
+    """[S + 1], falling, in [0, 1]: 1 is noise, 0 the video."""
+    shift: float | None = None
+    """The shift that makes them, where one does."""
+
+    def __post_init__(self) -> None:
+        times = tuple(float(time) for time in self.times)
+        object.__setattr__(self, "times", times)
+        falling = all(later < time for time, later in zip(times, times[1:], strict=False))
+        if len(times) < 2 or not falling or not 0 <= times[-1] < times[0] <= 1 + 1e-6:
+            raise UserError(f"the times {_shortened(times)} are no step grid", "list times that fall from 1 to 0")
+        if self.shift is not None and not torch.allclose(self.tensor, step_grid(self.steps, self.shift), 0, 1e-6):
+            raise UserError(
+                f"the times {_shortened(times)} are not those of shift {self.shift:g}", "leave one of the two out"
+            )
+
+    @classmethod
+    def shifted(cls, steps: int, shift: float) -> Self:
+        """`step_grid` of them."""
+        return cls(tuple(step_grid(steps, shift).tolist()), shift)
+
+    @classmethod
+    def recorded(cls, steps: int | None, shift: float | None, times: Sequence[float] | None) -> Self | None:
+        """The grid that a file names by these; None if it names none. Files used to have only steps and shift.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        if times is not None:
+            grid = cls(tuple(times), shift)
+            if steps not in (None, grid.steps):
+                raise UserError(f"{len(times)} times for {steps} steps", "list one more than there are steps")
+            return grid
+        if shift is None:
+            return None
+        if steps is None:
+            raise UserError(f"a grid of shift {shift:g} of nobody knows how many steps", "say steps as well")
+        return cls.shifted(steps, shift)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def tensor(self) -> Tensor:
+        """The times [S + 1] in float32."""
+        return torch.tensor(self.times, dtype=torch.float32)
+
+    @property
+    def widest(self) -> float:
+        """The largest t - r of a step."""
+        return float(-self.tensor.diff().min())
+
+    def even(self, t: Tensor) -> Tensor:
+        """The place of times along the list: 1 - i/S at the i-th, linear between neighbours; k where a shift makes it.
+
+        On a grid of a shift this is a formula, and so the same for grids of any number of steps.
+        """
+        if self.shift is not None:
+            return t / (self.shift - (self.shift - 1) * t)
+        rising = self.tensor.flip(0).to(t.device)
+        above = torch.searchsorted(rising, t.float(), right=True).clamp(1, self.steps)
+        low, high = rising[above - 1], rising[above]
+        return (above - 1 + (t - low) / (high - low)) / self.steps
+
+    def fits(self, times: Sequence[float]) -> bool:
+        """Whether a sampling at these times is one on this grid, if perhaps in another number of steps."""
+        steps = len(times) - 1
+        apart = self.even(torch.tensor(times, dtype=torch.float32)) - torch.linspace(1, 0, steps + 1)
+        return bool(steps * apart.abs().max() <= TOLERANCE)
+
+    def __str__(self) -> str:
+        return f"shift {self.shift:g}" if self.shift is not None else f"the times {_shortened(self.times)}"
+
+
+def _shortened(times: Sequence[float]) -> str:
+    """1, 0.95, 0.9, ..., 0"""
+    shown = [f"{time:.4g}" for time in times]
+    return ", ".join(shown if len(shown) < 6 else [*shown[:3], "...", shown[-1]])
 
 
 @dataclass(frozen=True)
@@ -37,18 +148,47 @@ def current_step(scheduler: Any) -> Step:
     return Step(index, len(scheduler.timesteps), t, r)
 
 
-def step_grid(steps: int, shift: float) -> torch.Tensor:
-    """[steps + 1] float32 times s k / (1 + (s - 1) k), k from 1 down to 0 in equal steps (method.md, section 0).
-
-    Bit for bit the sigmas of diffusers' flow-match Euler, which rounds k to float32 first.
-    """
-    k = np.linspace(1, 0, steps + 1).astype(np.float32)
-    return torch.from_numpy(shift * k / (1 + (shift - 1) * k))
-
-
-def shift_of(scheduler: Any, family: DiTFamily) -> float:
-    """Shift of the step grid that a pipeline's scheduler has, else the family's."""
+def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
+    """Shift of the step grid that a pipeline's scheduler has, else the family's; None if no shift makes its grid."""
+    if any(scheduler.config.get(option) for option in OTHER_GRIDS):
+        return None
     return scheduler.config.get("shift") or scheduler.config.get("flow_shift") or family.defaults.shift
+
+
+def fixed_shift(scheduler: Any, family: DiTFamily) -> float:
+    """`shift_of`, where something has to be trained or collected on that grid; `UserError` if there is none."""
+    shift = shift_of(scheduler, family)
+    if shift is None:
+        raise UserError(f"no shift makes the step grid of this {_named(scheduler)}", "set shift=, such as shift=3")
+    return shift
+
+
+def running_grid(scheduler: Any, family: DiTFamily) -> Grid:
+    """The grid of the generation that a pipeline has begun, by the times that its scheduler has set.
+
+    Raises:
+        UserError: they are no times of flow matching, or not those that the model is told.
+    """
+    hint = "sample with a flow-matching scheduler and its own times, or with predictor=reuse and full steps of your own"
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        raise UserError(f"the {_named(scheduler)} has no times of flow matching", hint)
+    try:
+        grid = Grid(tuple(sigmas.tolist()))
+    except UserError as error:
+        raise UserError(f"{error.message}, and they are those of the {_named(scheduler)}", hint) from error
+    told = scheduler.timesteps.cpu().float() / scheduler.config.num_train_timesteps
+    if len(told) != grid.steps or (told - grid.tensor[:-1]).abs().max() > ROUNDING:
+        raise UserError(f"the {_named(scheduler)} has timesteps that are not those of its sigmas", hint)
+    shift = shift_of(scheduler, family)
+    own = None if shift is None else Grid.shifted(grid.steps, shift)
+    return own if own and own.fits(grid.times) else grid
+
+
+def _named(scheduler: Any) -> str:
+    """UniPCMultistepScheduler (use_karras_sigmas)"""
+    options = [option for option in OTHER_GRIDS if scheduler.config.get(option)]
+    return type(scheduler).__name__ + (f" ({', '.join(options)})" if options else "")
 
 
 @contextmanager

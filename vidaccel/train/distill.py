@@ -28,7 +28,7 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.models.conditioning import Conditioning, new_conditioning
-from vidaccel.models.grid import GridScheduler, shift_of
+from vidaccel.models.grid import GridScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
@@ -84,7 +84,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     shard(student, [*blocks, *parts], target)
     shard(teacher, _blocks(teacher.transformer, loaded.family), target)
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
-    empty, shift = encode_texts(loaded, [""]), config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
+    empty, shift = encode_texts(loaded, [""]), config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     task = Distillation(config, teacher, student, data, empty, shift)
     method.preflight(task)
     loss = method.loss(task)
@@ -145,7 +145,7 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     method = method_of(config.method)
     wanted = [name for name in ("r", "g") if name == method.embeds or velocity_of(loaded).embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
-    shift = config.shift or shift_of(loaded.pipe.scheduler, loaded.family)
+    shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift)
     if "g" in embeds:
         trained["guidance_range"] = tuple(config.guidance_range)

@@ -11,7 +11,7 @@ from vidaccel.cache.schedule import search
 from vidaccel.cache.trunk import Trunk
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
-from vidaccel.models.grid import step_grid
+from vidaccel.models.grid import Grid, step_grid
 from vidaccel.sampling import sample
 from vidaccel.train.predictor.search import PROBE, searched, stretch_costs
 
@@ -91,7 +91,7 @@ def test_schedules_are_the_cheapest_and_expect_a_relative_error():
     costs = torch.full((4, 5), 0.04, dtype=torch.float64)
     costs[range(4), range(1, 5)] = 0
     costs[1] = 0
-    found = searched(costs, shift=3.0)
+    found = searched(costs, Grid.shifted(4, 3.0))
     assert {budget: schedule.full_steps for budget, schedule in found.items() if budget < 3} == {1: (0,), 2: (0, 1)}
     assert found[1].expected_error == pytest.approx(0.2)
     assert found[2].expected_error == found[4].expected_error == 0
@@ -120,7 +120,7 @@ def test_the_cost_of_a_last_stretch_is_the_error_of_the_run_that_has_only_it():
 @torch.no_grad()
 def test_a_forecaster_that_looks_back_further_has_the_full_step_of_a_probe_before():
     velocity, noise, text = student("wan")
-    grid, forecaster, first = step_grid(6, 3.0), Taylor(shift=3.0), 4
+    grid, forecaster, first = step_grid(6, 3.0), Taylor(grid=Grid.shifted(6, 3.0)), 4
     with Trunk(velocity.transformer, velocity.family, history=2) as trunk:
         costs = stretch_costs(velocity, trunk, forecaster, noise, text, grid)
         states = [noise]

@@ -24,6 +24,7 @@ from vidaccel.cache.schedule import Schedule, search
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.encode import LATENT, batch
 from vidaccel.forecasters.base import Forecaster
+from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
@@ -51,7 +52,7 @@ def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
         noise = torch.randn((len(chosen), *shape), generator=generator).to(task.device, student.transformer.dtype)
         scale = task.sampling.guidance if student.embeds("g") else None
         g = None if scale is None else torch.full((len(chosen),), scale, device=task.device)
-        costs = stretch_costs(student, task.trunk, forecaster, noise, text, task.sampling.grid, g)
+        costs = stretch_costs(student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
         total = total + len(chosen) / count * costs
     return total
 
@@ -96,9 +97,9 @@ def stretch_costs(
     return (left * growth / _mean_square(states[-1])).mean(-1)
 
 
-def searched(costs: Tensor, shift: float) -> dict[int, Schedule]:
+def searched(costs: Tensor, grid: Grid) -> dict[int, Schedule]:
     """The cheapest schedule of every budget; what it is expected to cost is a relative error, not its square."""
-    found = search(costs.tolist(), shift=shift)
+    found = search(costs.tolist(), grid=grid)
     return {budget: replace(s, expected_error=math.sqrt(s.expected_error)) for budget, s in found.items()}
 
 

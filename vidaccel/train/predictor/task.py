@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.trunk import Trunk
@@ -20,7 +19,7 @@ from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import shift_of, step_grid
+from vidaccel.models.grid import Grid, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.train.predictor.pairs import Data
@@ -30,14 +29,13 @@ from vidaccel.train.predictor.pairs import Data
 class Sampling:
     """How the student is sampled where the predictor is to serve."""
 
-    steps: int
-    shift: float
+    grid: Grid
     guidance: float
 
-    @property
-    def grid(self) -> Tensor:
-        """Times [S + 1]."""
-        return step_grid(self.steps, self.shift)
+    def record(self) -> dict[str, Any]:
+        """As files say it: the times only where no shift makes them."""
+        times = {"times": self.grid.times} if self.grid.shift is None else {}
+        return {"steps": self.grid.steps, "shift": self.grid.shift, "guidance": self.guidance} | times
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,12 @@ def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, provenance = _open_data(loaded, config)
-    shift = shift_of(loaded.pipe.scheduler, loaded.family)
-    own = {"steps": loaded.default("steps"), "shift": shift, "guidance": guidance}
-    own |= {"steps": made.steps, "shift": made.shift} if made else {}
-    sampling = _sampling(own, config, data)
-    if sampling.steps < 2:
+    grid = made.grid if made else None
+    if grid is None:
+        shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
+        grid = Grid.shifted(loaded.default("steps"), shift)
+    sampling = _sampling(grid, guidance, config, data)
+    if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
     history = made.history if made else config.history
     trunk = Trunk(transformer, loaded.family, history)
@@ -111,8 +110,9 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
-def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampling:
+def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data) -> Sampling:
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
+    own = {"steps": grid.steps, "shift": grid.shift, "guidance": guidance}
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
     run = data[0][1] if config.pairs == "trajectory" else {}
     fixed = []
@@ -126,4 +126,9 @@ def _sampling(own: dict[str, Any], config: PredictorConfig, data: Data) -> Sampl
             f"the trajectories in {config.features} are of {'; '.join(differing)}",
             "leave these settings out, or collect trajectories with them",
         )
-    return Sampling(**own | asked)
+    steps, shift, guidance = (own | asked).values()
+    if (steps, shift) != (grid.steps, grid.shift):
+        if shift is None:
+            raise UserError(f"no shift makes {grid}, and steps={steps} is another grid", "set shift= as well")
+        grid = Grid.shifted(steps, shift)
+    return Sampling(grid, guidance)

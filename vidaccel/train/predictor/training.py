@@ -7,7 +7,7 @@ folder/trajectories                     of the student, where it learns from the
 """
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
-from vidaccel.train.methods.mean_velocity.intervals import widest_interval
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
 from vidaccel.train.predictor.loss import PredictorLoss
@@ -99,8 +98,8 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     """A new predictor, which has the statistics of a first pair of passes, and what it will learn from."""
     config, student, sampling = task.config, task.student, task.sampling
     trained_on = student.conditioning.config.restrict if student.conditioning else None
-    restrict = config.restrict or trained_on or widest_interval(sampling.steps, sampling.shift)
-    grid = sampling.grid.to(task.device)
+    restrict = config.restrict or trained_on or sampling.grid.widest
+    grid = sampling.grid.tensor.to(task.device)
     pairs = Pairs(student, task.trunk, Reuse(), task.data, config, grid, sampling.guidance, restrict, config.seed)
     with _autocast(task, config.mse):
         first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
@@ -112,8 +111,9 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
         first.memory[0].tokens,
         config.blocks,
         history=config.history,
-        steps=sampling.steps,
-        shift=sampling.shift,
+        steps=sampling.grid.steps,
+        shift=sampling.grid.shift,
+        times=sampling.grid.times,
         student=student_hash(task.loaded),
     )
     return predictor, replace(pairs, predictor=predictor)
@@ -158,7 +158,7 @@ def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     config = configuration.to_dict(task.config)
     shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
     earlier = {} if name == "mse" else {"mse": config["mse"], "discriminator": config["discriminator"]}
-    provenance = {"data": task.provenance, "student": student_hash(task.loaded), **asdict(task.sampling)}
+    provenance = {"data": task.provenance, "student": student_hash(task.loaded), **task.sampling.record()}
     return shared | earlier | provenance
 
 
@@ -190,7 +190,7 @@ def _search(task: PredictorTask, output: Path) -> list[Schedule]:
     predictor = Predictor.from_pretrained(output).to(task.device)
     predictor.check_fits(transformer, task.loaded.family, student_hash(task.loaded))
     costs = measured_costs(task, predictor.run_like(transformer))
-    return list(searched(costs, task.sampling.shift).values())
+    return list(searched(costs, task.sampling.grid).values())
 
 
 def _described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _described(task: PredictorTask, config: PredictorConfig, started: datetime) 
 
 def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
     """Beside what was searched before by `run`, which a new training has not."""
-    steps = task.sampling.steps
+    steps = task.sampling.grid.steps
     others = [on for on in run.get("searched_on", []) if on["steps"] != steps]
     kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []
     (output / RUN_FILE).unlink(missing_ok=True)
@@ -218,7 +218,7 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         seed=run["seed"],
         started=datetime.fromisoformat(run["started"]),
         parents=run["parents"],
-        searched_on=[*others, asdict(task.sampling) | {"prompts": task.config.search_prompts}],
+        searched_on=[*others, task.sampling.record() | {"prompts": task.config.search_prompts}],
     )
 
 

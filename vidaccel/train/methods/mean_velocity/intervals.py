@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from vidaccel.models.grid import step_grid
+from vidaccel.models.grid import Grid
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 
 def widest_interval(steps: int, shift: float) -> float:
     """The largest t - r of the step grid that a student is sampled on."""
-    return float(-step_grid(steps, shift).diff().min())
+    return Grid.shifted(steps, shift).widest
 
 
 def restrict_at(config: MeanVelocityTraining, widest: float, progress: float) -> float:
