@@ -1,5 +1,6 @@
 """The pipeline driven as a user's own would be, what is counted on the way, and the same latents from the bare loop."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +86,27 @@ def test_a_student_takes_one_pass_a_step_and_any_guidance(students):
     assert not np.array_equal(instantaneous.frames, made[None].frames)
     again = generate(model, ["a red circle"], GenerateConfig(), [0])
     assert np.array_equal(again.frames, made[None].frames)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hook_guider_and_scheduler_are_then_as_they_were(fails, tmp_path):
+    """Of a student that embeds its guidance, and of a family whose pipeline has a guider; also when it fails."""
+    model = load_pipeline(student(tmp_path, "hunyuan_video"))
+    model.hook.guidance, model.hook.instantaneous = 1.5, True
+    guided = loaded("hunyuan_video_15")
+    guided.pipe.guider = guided.pipe.guider.new(guidance_scale=2.5)
+    for one, config in (
+        (model, GenerateConfig(steps=2, guidance=3.0, shift=4.0)),
+        (guided, GenerateConfig(steps=1, guidance=3.0, shift=4.0)),
+    ):
+        before = one.pipe.scheduler, getattr(one.pipe, "guider", None)
+        if fails:
+            one.pipe.transformer.proj_out.weight.data.fill_(float("nan"))
+        with pytest.raises(UserError, match="not finite") if fails else nullcontext():
+            generate(one, ["a red circle"], config, [0])
+        assert one.pipe.scheduler is before[0] and getattr(one.pipe, "guider", None) is before[1]
+    assert (model.hook.guidance, model.hook.instantaneous) == (1.5, True)
+    assert guided.pipe.guider.guidance_scale == 2.5
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vidaccel.cache.attach import Attachment, attach
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
-from vidaccel.models.calling import call_arguments, guidance_in_force, set_guidance, unknown_words
+from vidaccel.models.calling import call_arguments, guidance_in_force, sampled_as, unknown_words
 from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
@@ -139,13 +139,14 @@ def run_pipeline(
     arguments = call_arguments(loaded, steps=config.steps, **size, **guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-    set_guidance(loaded, **guidance)
-    if loaded.hook:
-        loaded.hook.instantaneous = config.instantaneous
     loaded.pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
-    with shifted(loaded.pipe, config.shift), watching:
+    with (
+        sampled_as(loaded, **guidance, instantaneous=config.instantaneous),
+        shifted(loaded.pipe, config.shift),
+        watching,
+    ):
         videos = loaded.pipe(list(prompts), generator=generators, output_type=output_type, **arguments).frames
     return videos, started, time.perf_counter()
 

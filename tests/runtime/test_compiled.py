@@ -176,6 +176,22 @@ def test_it_can_be_undone():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("own_limit", [compiled.HAS_OWN_LIMIT, False])
+def test_the_limit_of_graphs_is_the_users_again_when_it_is_undone(own_limit, monkeypatch):
+    """More sizes than torch.compile has graphs for by itself."""
+    monkeypatch.setattr(compiled, "HAS_OWN_LIMIT", own_limit)
+    model, inputs = wan(), wan_inputs()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        undo = compile_blocks(model, BY_CLASS[type(model).__name__])
+        assert torch._dynamo.config.recompile_limit == (2 if own_limit else compiled.RECOMPILE_LIMIT)
+        with torch.no_grad():
+            for length in (4, 5, 6, 7):
+                call(model, inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :length]})
+        assert graphs() == 4
+        undo()
+        assert torch._dynamo.config.recompile_limit == 2
+
+
 def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(select, "HAVE_TRITON", False)
     with pytest.raises(UserError, match="Triton is not installed"):

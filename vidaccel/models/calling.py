@@ -7,6 +7,8 @@ makes one pass a step, since both passes of two-pass guidance would then end in 
 import inspect
 import math
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -29,7 +31,7 @@ def call_arguments(
     height: int | None = None,
     width: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for `loaded.pipe(prompt, ...)`, one prompt a call; `set_guidance` goes with it.
+    """Keyword arguments for `loaded.pipe(prompt, ...)`, one prompt a call; `sampled_as` goes with it.
 
     Args:
         loaded: the pipeline and its own settings.
@@ -76,6 +78,26 @@ def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_p
     if attribute := loaded.family.guidance.guider:
         guider = getattr(loaded.pipe, attribute)
         setattr(loaded.pipe, attribute, guider.new(guidance_scale=guidance, enabled=two_pass))
+
+
+@contextmanager
+def sampled_as(
+    loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None, instantaneous: bool = False
+) -> Iterator[None]:
+    """The pipeline set to be called, for the time of a `with` block: its guider and hook are then as they were.
+
+    Arguments and errors are those of `set_guidance`; `instantaneous` is that of a student's `StepHook`.
+    """
+    pipe, hook, attribute = loaded.pipe, loaded.hook, loaded.family.guidance.guider
+    with ExitStack() as stack:
+        if hook:
+            stack.callback(setattr, hook, "guidance", hook.guidance)
+            stack.callback(setattr, hook, "instantaneous", hook.instantaneous)
+            hook.instantaneous = instantaneous
+        if attribute:
+            stack.callback(setattr, pipe, attribute, getattr(pipe, attribute))
+        set_guidance(loaded, guidance=guidance, two_pass=two_pass)
+        yield
 
 
 def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:

@@ -10,6 +10,7 @@ compiled without CUDA graphs.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ from vidaccel.kernels import select, tangents
 
 BACKEND = "inductor"
 RECOMPILE_LIMIT = 64
+"""Graphs of all blocks, of every size of video and of the predictor's blocks count towards one limit."""
+HAS_OWN_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+"""Whether this torch takes the limit of one compiled function; older ones have only that of the whole process."""
 
 
 class CompiledForward:
@@ -58,6 +62,8 @@ class CompiledForward:
         return type(self.block).forward.__get__(self.block)
 
     def _compiled(self, **options: Any) -> Callable:
+        if HAS_OWN_LIMIT:
+            options["recompile_limit"] = max(recompile_limit(), RECOMPILE_LIMIT)
         return torch.compile(self._stock(), backend=BACKEND, fullgraph=True, dynamic=self.dynamic, **options)
 
     def __deepcopy__(self, memo: dict) -> "CompiledForward":
@@ -88,8 +94,9 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
             f"the blocks of this {type(transformer).__name__} are hooked or compiled already",
             "compile a model once, before anything is attached to it",
         )
-    # Graphs of all blocks, of every size of video and of the predictor's blocks count towards one limit.
-    set_recompile_limit(max(recompile_limit(), RECOMPILE_LIMIT))
+    users_limit = recompile_limit()
+    if not HAS_OWN_LIMIT:
+        set_recompile_limit(max(users_limit, RECOMPILE_LIMIT))
     graphs = next(transformer.parameters()).is_cuda
     for block in blocks:
         _install(block, CompiledForward(block, dynamic=dynamic, graphs=graphs, kept=block is blocks[-1]))
@@ -100,6 +107,8 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
             del block.forward, block.compiled
         for mark in marks:
             mark.remove()
+        if not HAS_OWN_LIMIT:
+            set_recompile_limit(users_limit)
 
     return undo
 
