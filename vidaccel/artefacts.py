@@ -21,6 +21,7 @@ from typing import Any
 
 from vidaccel import __version__
 from vidaccel.errors import UserError
+from vidaccel.file_hashes import file_sha256
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on, so never part of what `files` vouches for
@@ -213,12 +214,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
     """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be.
 
-    Reads every byte. Raises `UserError` naming the files that are missing or changed.
+    Reads every byte, except of files that are as they were when they were last read (file_hashes.py). Raises
+    `UserError` naming the files that are missing or changed.
     """
     folder = Path(folder)
     missing = [name for name in run["files"] if not (folder / name).is_file()]
     changed = [
-        name for name, digest in run["files"].items() if name not in missing and sha256_file(folder / name) != digest
+        name for name, digest in run["files"].items() if name not in missing and file_sha256(folder / name) != digest
     ]
     faults = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names]
     if faults:

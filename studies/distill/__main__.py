@@ -56,7 +56,7 @@ def main(
     cfg = replace(settings_of(cfg_conf, "cfg", overrides), **places)
     student = replace(settings_of(conf, "mean_velocity", overrides), **places)
     shared = {"minutes": minutes, "cfg_minutes": cfg_minutes, "prompts": prompts}
-    hashes = {"teacher": digest(read_model(teacher).hashes), "features": sha256_file(features / RUN_FILE)}
+    hashes = {"teacher": digest(dict(read_model(teacher).hashes)), "features": sha256_file(features / RUN_FILE)}
     made_of = hashes | shared | {"cfg": shaping(cfg), "student": shaping(student)}
     options = places | {"work": work, "output": output, "conf": conf, "cfg-conf": cfg_conf} | shared
     grid = [*_flat(("--rows", row) for row in rows or []), "--seeds", seeds]

@@ -18,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from vidaccel.artefacts import sha256_file
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
@@ -27,6 +26,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
+from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor
@@ -35,7 +35,7 @@ from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.weight_hashes import student_hash
+from vidaccel.models.weight_hashes import student_hashes
 
 ZOO = ("reuse", "taylor")
 """Forecasters that need nothing but their name."""
@@ -82,7 +82,7 @@ def attach(
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     forecaster = _forecaster(predictor)
     if isinstance(forecaster, Predictor):
-        student = student_hash(loaded) if loaded else _student_of(pipe, family, force)
+        student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
         for denoiser in family.denoisers:
             forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
         if forecaster is not predictor:
@@ -238,20 +238,26 @@ def _forecaster(predictor: str | Path | Forecaster) -> Forecaster:
     return Predictor.from_pretrained(predictor)
 
 
-def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> str | None:
-    """`student_hash` of a pipeline that diffusers loaded, by the files it came from; None if it was put together."""
-    source = pipe.name_or_path
-    parts = {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
-    if source is None or any(part.config.get("_name_or_path") != f"{source}/{name}" for name, part in parts.items()):
+def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:
+    """`student_hashes` of a pipeline that diffusers loaded, by the files it came from; None if it was put together."""
+    source, parts = pipe.name_or_path, {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
+    places = [Path(part.config.get("_name_or_path") or "") for part in parts.values()]
+    folder = places[0].parent
+    if source is None or places != [folder / name for name in parts] or not _is_of(str(source), folder):
         return None
     names = list(parts)
-    if (Path(source) / "conditioning").is_dir():
+    if (folder / "conditioning").is_dir():
         if not force and Conditioning.of(parts[names[0]], family) is None:
             raise UserError(
                 f"this pipeline has only what diffusers loads of {source}, without its conditioning/",
                 "load it by vidaccel.load_pipeline(folder), and attach to what that gives",
             )
         names.append("conditioning")
-    files = [(name, file) for name in names for file in sorted((Path(source) / name).glob("*.safetensors"))]
-    hashes = {f"{name}/{file.name}": sha256_file(file) for name, file in files}
-    return student_hash(LoadedPipeline(pipe, family, source, {}, hashes))
+    files = [(name, file) for name in names for file in sorted((folder / name).glob("*.safetensors"))]
+    hashes = FileHashes({f"{name}/{file.name}": file for name, file in files})
+    return student_hashes(LoadedPipeline(pipe, family, source, {}, hashes))
+
+
+def _is_of(source: str, folder: Path) -> bool:
+    """Whether a part's folder is that of the pipeline's source, or the snapshot of a hub id in the hub's cache."""
+    return folder == Path(source) or f"models--{source.replace('/', '--')}" in folder.parts

@@ -40,7 +40,7 @@ def open_features(
 def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
     """Refuse samples whose latents or texts are not those that this model's transformer takes.
 
-    Hashes say so sooner, but models from the hub have none.
+    Hashes say so sooner, but features that an older vidaccel made with a model of the hub have none.
     """
     tensors, empty = features[0][0], encode_texts(loaded, [""])
     others = tensors.keys() - empty.keys() - NOT_TEXT or empty.keys() - tensors.keys()
@@ -60,7 +60,8 @@ def check_made_for(folder: str | Path, hashes: Mapping[str, str]) -> None:
     """Refuse a feature folder that was made with other weights than those of `hashes`.
 
     Encoded clips are those of an autoencoder and text encoders, and serve every transformer beside these; trajectories
-    are those of one student in all its weights. Warns where one side has no hashes, as models from the hub have none.
+    are those of one student in all its weights. Warns where one side has no hashes, as what an older vidaccel made with
+    a model of the hub.
     """
     run = read_run(folder, FORMAT)
     made_with = run.get("made_with")

@@ -69,7 +69,7 @@ def collect(job: Job, folder: Path) -> None:
         UserError: the folder was begun with another model, other clips or other settings, or cannot be written.
     """
     started, loaded, config = datetime.now(UTC), job.loaded, job.config
-    hub = {} if loaded.hashes else {"model": loaded.source}  # nothing else tells two hub models apart
+    hub = {} if loaded.hashes else {"model": loaded.source}  # nothing else tells two models without files apart
     write_shards(
         folder,
         job.compute,

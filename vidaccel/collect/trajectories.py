@@ -105,4 +105,4 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
         "seed": config.seed,
     }
     settings |= sampled | sampler.size | {"text": text_settings(loaded)} | source.fingerprint
-    return Job(loaded, config, len(source), compute, loaded.hashes, settings)
+    return Job(loaded, config, len(source), compute, dict(loaded.hashes), settings)

@@ -7,6 +7,7 @@ A finished folder also has schedule.json and run.json, whose hashes are then com
 """
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -94,14 +95,14 @@ class Checkpointed:
         return module.eval()
 
     def check_fits(
-        self, transformer: nn.Module, family: DiTFamily, student: str | None = None, force: bool = False
+        self, transformer: nn.Module, family: DiTFamily, student: str | Set[str] | None = None, force: bool = False
     ) -> None:
         """`UserError` unless it was made for this transformer.
 
         Args:
             transformer: whose trunk it is to stand in for.
             family: its record.
-            student: its `student_hash`; None is one that is not known.
+            student: its `student_hash`, or all of its `student_hashes`; None is one that is not known.
             force: take another student than it was trained for. Another family or width cannot be forced.
         """
         made, width = self.config, embedding_width(transformer, family)
@@ -110,7 +111,8 @@ class Checkpointed:
                 f"the predictor is for {made.family} of width {made.width}, and this is {family.name} of width {width}",
                 "take the predictor that was trained for this model",
             )
-        if made.student is not None and made.student != student and not force:
+        known = {student} if isinstance(student, str) else student or set()
+        if made.student is not None and made.student not in known and not force:
             which = "a model whose weight files are not known" if student is None else "another one"
             raise UserError(
                 f"the predictor was trained for the student {made.student[:12]}, and this is {which}",

@@ -19,6 +19,7 @@ from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
+from vidaccel.file_hashes import FileHashes
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
 from vidaccel.models.grid import GridScheduler
@@ -42,8 +43,8 @@ class LoadedPipeline:
     """The local folder or hub id it was loaded from."""
     call: dict[str, Any]
     """The model's own sampling settings, by the names of `SamplingDefaults` or of the pipeline's call arguments."""
-    hashes: dict[str, str]
-    """SHA-256 of each weight file, "transformer/diffusion_pytorch_model.safetensors" -> hex; empty for a hub id."""
+    hashes: Mapping[str, str]
+    """SHA-256 of each weight file, "transformer/diffusion_pytorch_model.safetensors" -> hex, made when asked for."""
     conditioning: Conditioning | None = None
     """A student's added embeddings, attached to the transformer."""
     hook: StepHook | None = None
@@ -169,7 +170,7 @@ class ModelFiles:
     contents: ModelFolder
     call: dict[str, Any]
     """As in `LoadedPipeline`."""
-    hashes: dict[str, str]
+    hashes: Mapping[str, str]
     """As in `LoadedPipeline`."""
 
 
@@ -177,23 +178,23 @@ def read_model(model: str | Path) -> ModelFiles:
     """The files of what `load_pipeline` calls a model; errors as there."""
     folder = _local_folder(model)
     if folder is None:
-        return ModelFiles(str(model), read_pipeline_folder(_download(str(model))), {}, {})
+        contents = read_pipeline_folder(_download(str(model)))
+        return ModelFiles(str(model), contents, {}, _hashes(contents))
     contents, runs = _read_local(folder)
     for root, run in runs.items():
         verify_files(root, run)
-    vouched = {root / name: digest for root, run in runs.items() for name, digest in run["files"].items()}
-    weights = {component.name: component.weight_files for component in contents.components.values()}
-    for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
-        weights[name] = sorted(part.glob("*.safetensors")) if part else []
-    hashes = {
-        f"{name}/{file.name}": vouched.get(file) or sha256_file(file)
-        for name, weight_files in weights.items()
-        for file in weight_files
-    }
     call = {name: value for run in runs.values() for name, value in run.get("call", {}).items()}
     # A folder here that is called like a shipped model stays itself when its source is read again.
     source = str(folder.absolute() if str(folder) in shipped_models() else folder)
-    return ModelFiles(source, contents, call, hashes)
+    return ModelFiles(source, contents, call, _hashes(contents))
+
+
+def _hashes(contents: ModelFolder) -> FileHashes:
+    """Of all weights, by names that are the same for a folder here and for a snapshot of the hub's."""
+    weights = {component.name: component.weight_files for component in contents.components.values()}
+    for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
+        weights[name] = sorted(part.glob("*.safetensors")) if part else []
+    return FileHashes({f"{name}/{file.name}": file for name, files in weights.items() for file in files})
 
 
 def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:

@@ -1,11 +1,13 @@
 """Which weights made something: what features and predictors are bound to.
 
 A pipeline's weights fall in two: those that turn prompts and videos into what the transformer works on, which a teacher
-shares with all its students, and those that make velocities (denoisers, a conditioning, an adapter).
+shares with all its students, and those that make velocities (denoisers, a conditioning, an adapter). A hub id is known
+by the files of its snapshot, as a folder is by its own.
 """
 
 import hashlib
 import json
+from pathlib import Path
 
 from torch import nn
 
@@ -13,13 +15,28 @@ from vidaccel.models.loading import LoadedPipeline
 
 
 def encoder_hashes(loaded: LoadedPipeline) -> dict[str, str]:
-    """SHA-256 of each weight file of the autoencoder and the text encoders; empty for a hub id."""
-    denoisers = {denoiser.attribute for denoiser in loaded.family.denoisers}
-    encoders = {name for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)} - denoisers
-    return {name: digest for name, digest in loaded.hashes.items() if name.split("/")[0] in encoders}
+    """SHA-256 of each weight file of the autoencoder and the text encoders."""
+    return {name: loaded.hashes[name] for name in _encoder_files(loaded)}
 
 
 def student_hash(loaded: LoadedPipeline) -> str:
-    """One SHA-256 for all weights that make velocities, by names and hashes of their files; for a hub id, of the id."""
-    made = {name: loaded.hashes[name] for name in loaded.hashes.keys() - encoder_hashes(loaded).keys()}
-    return hashlib.sha256(json.dumps(made or loaded.source, sort_keys=True).encode()).hexdigest()
+    """One SHA-256 for all weights that make velocities, by names and hashes of their files."""
+    encoders = _encoder_files(loaded)
+    made = {name: loaded.hashes[name] for name in loaded.hashes if name not in encoders}
+    return _digest(made or loaded.source)
+
+
+def student_hashes(loaded: LoadedPipeline) -> set[str]:
+    """All that `student_hash` may have been when something was made for this model: that of a hub id was once
+    made of the id."""
+    return {student_hash(loaded)} | (set() if Path(loaded.source).exists() else {_digest(loaded.source)})
+
+
+def _encoder_files(loaded: LoadedPipeline) -> list[str]:
+    denoisers = {denoiser.attribute for denoiser in loaded.family.denoisers}
+    encoders = {name for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)} - denoisers
+    return [name for name in loaded.hashes if name.split("/")[0] in encoders]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -95,7 +95,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         output,
         seed=config.seed,
         title="student",
-        settings=_shaping(config) | {"made_of": provenance, "teacher": loaded.hashes or loaded.source},
+        settings=_shaping(config) | {"made_of": provenance, "teacher": dict(loaded.hashes) or loaded.source},
         recorded=_recorded,
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),

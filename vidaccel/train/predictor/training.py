@@ -26,7 +26,7 @@ from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
-from vidaccel.models.weight_hashes import student_hash
+from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
 from vidaccel.train.predictor.loss import PredictorLoss
@@ -188,7 +188,7 @@ def _search(task: PredictorTask, output: Path) -> list[Schedule]:
     """The schedules of the predictor in `output`, run as it is when it serves."""
     transformer = task.student.transformer
     predictor = Predictor.from_pretrained(output).to(task.device)
-    predictor.check_fits(transformer, task.loaded.family, student_hash(task.loaded))
+    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded))
     costs = measured_costs(task, predictor.run_like(transformer))
     return list(searched(costs, task.sampling.grid).values())
 

@@ -33,7 +33,7 @@ def score_model(
     Raises:
         UserError: it holds scores of other settings, which stay as they are, or the settings cannot be followed.
     """
-    settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": loaded.hashes}
+    settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": dict(loaded.hashes)}
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
     with predicted_steps(loaded, config) as attachment:
