@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vidaccel import api
 from vidaccel.cli.common import (
     Conf,
     Debug,
@@ -85,18 +86,14 @@ def _work(
     from vidaccel.bench.reports.tables import plan_tables, speed_tables
 
     if way == "--plan":
-        from vidaccel.bench.plan import plan
-
-        results = plan(config)
+        results = api.plan(config)
         return results, plan_tables(results)
     if way == "--random-weights":
         from vidaccel.bench.random_weights import time_random_weights
 
         results = time_random_weights(config, device)
         return results, speed_tables(results)
-    from vidaccel.bench.runner import run
-
-    results = run(config, output, quality, device, command)
+    results = api.benchmark(config, output, device=device, quality=quality, command=command)
     return results, [*speed_tables(results), f"{output}: results.json, report.html, pareto.png and sheet.png"]
 
 

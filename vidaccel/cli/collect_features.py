@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vidaccel.artefacts import check_output
+from vidaccel import api
 from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
-from vidaccel.errors import UserError
 
 
 @reported
@@ -27,21 +26,6 @@ def collect_features(
     The same command continues a run that was stopped.
     """
     config = settings("collect-features", conf, overrides or [], print_conf)
-    if output is None and not dry_run:
-        raise UserError("no place was given for the features", "name a folder: -o runs/features")
     quiet_libraries()
-    from vidaccel.collect.features import FORMAT
-    from vidaccel.collect.job import collect, plan
-    from vidaccel.collect.kinds import job_of
-    from vidaccel.models.loading import load_pipeline
-
-    if output is not None:
-        check_output(output, FORMAT)
-    job = job_of(load_pipeline(config.model, device=device, dtype=config.dtype), config)
-    planned = plan(job)
-    if dry_run:
-        typer.echo(str(planned))
-        return
-    typer.echo(str(planned), err=True)
-    collect(job, output)
-    typer.echo(f"{output}: {planned}")
+    planned = api.collect_features(config, output, device=device, dry_run=dry_run)
+    typer.echo(str(planned) if dry_run else f"{output}: {planned}")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vidaccel import api
 from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 
 
@@ -29,7 +30,5 @@ def distill(
     """
     config = settings("distill", conf, overrides or [], print_conf)
     quiet_libraries()
-    from vidaccel.train.distill import distill as run
-
-    if run(config, output, device):
+    if api.distill(config, output, device=device):
         typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")

@@ -18,7 +18,7 @@ from vidaccel.cli.common import (
     settings,
     split_settings,
 )
-from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
 
 
@@ -59,9 +59,10 @@ def generate(
     free, overrides = split_settings(words or [])
     if seed is not None:
         overrides.append(f"seed={seed}")
-    if conf is None:  # the predictor of default.yaml belongs to its model
-        conf = "teacher" if any(word.lstrip("+").startswith("model=") for word in overrides) else "default"
-    config = settings("generate", conf, [*overrides, *_instead(overrides)], print_conf)
+    given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
+    given = {key: None if value == "null" else value for key, value in given.items()}
+    overrides += [f"{key}=null" for key in withdrawn(given)]
+    config = settings("generate", conf or default_conf(given), overrides, print_conf)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
 
@@ -69,18 +70,6 @@ def generate(
     report = _make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
-
-
-def _instead(overrides: list[str]) -> list[str]:
-    """Settings that take back a configuration's way of saying which steps are full, where these say another."""
-    given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
-    if given.get("predictor") == "null" or given.keys() & {"full_steps", "every"}:
-        others = {"full_steps", "every", "budget", "schedule"}
-    elif given.keys() & {"budget", "schedule"}:
-        others = {"full_steps", "every"}
-    else:
-        others = set()
-    return [f"{key}=null" for key in sorted(others - given.keys())]
 
 
 def _check_outputs(files: list[Path], sheet: Path | None) -> None:
@@ -99,23 +88,12 @@ def _make(
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
     from vidaccel.models.grid import shift_of
-    from vidaccel.models.loading import load_pipeline, resolve_device
-    from vidaccel.runtime import prepare as runtime
-    from vidaccel.sampling import generate as sample
-    from vidaccel.sampling import predicted_steps, warn_of_guidance, warn_of_unknown_words
+    from vidaccel.session import session
 
-    started = time.perf_counter()
-    runtime.check(config, resolve_device(device))
-    loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
-    ran = runtime.prepare(loaded, config)
-    seconds = Counter(load=time.perf_counter() - started)
-    warn_of_guidance(loaded, config.guidance)
-    for text in texts:
-        warn_of_unknown_words(loaded, text)
     videos = []
-    with predicted_steps(loaded, config) as attachment:
-        for i, (text, file) in enumerate(zip(texts, files, strict=True)):
-            made = sample(loaded, [text], config, [config.seed + i], attachment)
+    with session(config, device) as ready:
+        loaded, attachment, seconds = ready.loaded, ready.attachment, Counter(load=ready.seconds)
+        for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
             started = time.perf_counter()
@@ -136,7 +114,7 @@ def _make(
         "predictor": config.predictor,
         "shift": config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "guidance": made.guidance,
-        "runtime": ran,
+        "runtime": ready.runtime,
         "size": list(made.frames.shape[1:4]),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vidaccel import api
 from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
 
 
@@ -35,9 +36,7 @@ def train_predictor(
     given = [] if features is None else [f"features={features}"]
     config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf)
     quiet_libraries()
-    from vidaccel.train.predictor.training import train_predictor as run
-
-    schedules = run(config, output, device)
+    schedules = api.train_predictor(config, output, device=device)
     for schedule in schedules:
         full, of = " ".join(map(str, schedule.full_steps)), f"{schedule.budget} of {schedule.steps}"
         typer.echo(f"{of} steps full, expected error {schedule.expected_error:.3f}: {full}")

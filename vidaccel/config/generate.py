@@ -1,7 +1,9 @@
 """Settings of `vidaccel generate`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vidaccel.config.checks import require
 from vidaccel.config.runtime import RuntimeConfig
@@ -53,3 +55,20 @@ class GenerateConfig(RuntimeConfig):
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+
+
+def default_conf(given: Mapping[str, Any]) -> str:
+    """The shipped configuration under settings that name none: the predictor of `default` belongs to its model."""
+    return "teacher" if "model" in given else "default"
+
+
+def withdrawn(given: Mapping[str, Any]) -> list[str]:
+    """Settings that take back (by null) a configuration's way of saying which steps are full, where `given` says
+    another."""
+    if ("predictor" in given and given["predictor"] is None) or given.keys() & {"full_steps", "every"}:
+        others = {"full_steps", "every", "budget", "schedule"}
+    elif given.keys() & {"budget", "schedule"}:
+        others = {"full_steps", "every"}
+    else:
+        others = set()
+    return sorted(others - given.keys())

@@ -47,29 +47,76 @@ def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequen
     Raises:
         UserError: no such file, no such key, or a value the schema refuses.
     """
+    path = _find(command, conf)
+    words = [_override(word, schema) for word in overrides]
+    return _checked(_composed(command, path, words), schema, path.name)
+
+
+def settings_of(command: str, config: Schema | str, changes: Mapping[str, Any]) -> Schema:
+    """Settings as Python gives them: the dataclass itself, or what `load` takes for `conf`, with `changes` made to it.
+
+    A key is the name of a setting, "train.steps" that of one in a group; so is {"train": {"steps": 5}}. What is a
+    mapping is merged into what is there, all else takes its place.
+
+    Raises:
+        UserError: as `load`, or the settings of another command.
+    """
+    schema = SCHEMAS[command]
+    if isinstance(config, schema):
+        where, settings = schema.__name__, to_dict(config)
+    elif isinstance(config, str | Path):
+        path = _find(command, str(config))
+        where, settings = path.name, _composed(command, path, [])
+    else:
+        raise UserError(
+            f"{type(config).__name__} is not what {command} is configured by", f"give a {schema.__name__} or a name"
+        )
+    settings = with_current_names(settings, schema, where)
+    for key, value in changes.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        settings = _merged(settings, value)
+    return _checked(settings, schema, where)
+
+
+def _merged(settings: Any, change: Any) -> Any:
+    if isinstance(settings, Mapping) and isinstance(change, Mapping):
+        return {**settings, **{key: _merged(settings.get(key), value) for key, value in change.items()}}
+    if isinstance(change, Mapping):
+        return {key: _merged(None, value) for key, value in change.items()}
+    return str(change) if isinstance(change, Path) else change
+
+
+def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str, Any]:
+    """What the YAML file says with the overrides, in Hydra's grammar; nothing is checked yet."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = _find(command, conf)
     shipped = quoted(f"file://{_folder(command)}")
-    words = [f"hydra.searchpath=[{shipped}]", *(_override(word, schema) for word in overrides)]
     try:
         with initialize_config_dir(str(path.parent), version_base=None):
-            chosen = compose(path.stem, words)
+            return OmegaConf.to_container(compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words]))
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
     except (HydraException, OmegaConfBaseException) as error:
         reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key
         raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
-    settings = with_current_names(OmegaConf.to_container(chosen), schema, path.name)
-    _check_keys(settings, schema, path.name)
+
+
+def _checked(settings: Mapping[str, Any], schema: type[Schema], where: str) -> Schema:
+    """`settings`, which came from the file `where`, as the dataclass; `UserError` where it refuses them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    settings = with_current_names(settings, schema, where)
+    _check_keys(settings, schema, where)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or path.name
+        key = getattr(error, "full_key", None) or where
         raise UserError(f"{key}: {str(error).splitlines()[0]}", "see `--print-conf` for values that fit") from error
 
 

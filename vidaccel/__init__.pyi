@@ -1,0 +1,13 @@
+from vidaccel.api import benchmark as benchmark
+from vidaccel.api import collect_features as collect_features
+from vidaccel.api import distill as distill
+from vidaccel.api import generate as generate
+from vidaccel.api import plan as plan
+from vidaccel.api import train_predictor as train_predictor
+from vidaccel.cache.attach import attach as attach
+from vidaccel.cache.schedule import Schedule as Schedule
+from vidaccel.errors import UserError as UserError
+from vidaccel.forecasters.learned import Predictor as Predictor
+from vidaccel.models.loading import load_pipeline as load_pipeline
+
+__version__: str

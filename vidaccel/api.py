@@ -1,0 +1,159 @@
+"""What the commands do, for Python: `import vidaccel` has these functions, and the commands call them.
+
+`config` is a command's dataclass of settings, the name of a shipped configuration (conf/<command>/<name>.yaml) or the
+path of a YAML file. Any other keyword changes a setting: `steps=4`, for one in a group `train={"steps": 5}` or
+`**{"train.steps": 5}`. torch is imported by the first call.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from vidaccel.artefacts import check_output
+from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
+from vidaccel.config.loader import settings_of
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vidaccel.cache.schedule import Schedule
+    from vidaccel.collect.job import Plan
+
+log = logging.getLogger(__name__)
+
+
+@overload
+def generate(
+    prompt: str, config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
+) -> "np.ndarray": ...
+
+
+@overload
+def generate(
+    prompt: Sequence[str], config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
+) -> "list[np.ndarray]": ...
+
+
+def generate(
+    prompt: str | Sequence[str],
+    config: GenerateConfig | str | None = None,
+    *,
+    device: str = "auto",
+    **overrides: Any,
+) -> "np.ndarray | list[np.ndarray]":
+    """The frames of a video of the prompt, uint8 [T, H, W, 3]; a list of such for a sequence of prompts.
+
+    Without `config` it is the shipped student with its predictor; with `model=` alone, that model as it is. Prompt i is
+    made of the settings' `seed` + i.
+
+    Raises:
+        UserError: model, predictor, machine and settings do not go together.
+    """
+    from vidaccel.session import session
+
+    if config is None:
+        config = default_conf(overrides)
+    settings = settings_of("generate", config, dict.fromkeys(withdrawn(overrides)) | overrides)
+    with session(settings, device) as ready:
+        videos = [made.frames[0] for made in ready.videos([prompt] if isinstance(prompt, str) else prompt)]
+    return videos[0] if isinstance(prompt, str) else videos
+
+
+def collect_features(
+    config: CollectConfig | str,
+    output: str | Path | None,
+    *,
+    device: str = "auto",
+    dry_run: bool = False,
+    **overrides: Any,
+) -> "Plan":
+    """Encode clips and captions into the folder `output`, going on where an earlier run was stopped; returns how many
+    samples it holds and how large they are. A dry run only finds that out, and takes None for the folder.
+
+    Raises:
+        UserError: model, clips and settings do not go together, or the folder is of others.
+    """
+    settings = settings_of("collect-features", config, overrides)
+    if output is None and not dry_run:
+        raise UserError("no place was given for the features", "name a folder: -o runs/features")
+
+    from vidaccel.collect.features import FORMAT
+    from vidaccel.collect.job import collect
+    from vidaccel.collect.job import plan as planned
+    from vidaccel.collect.kinds import job_of
+    from vidaccel.models.loading import load_pipeline
+
+    if output is not None:
+        check_output(Path(output), FORMAT)
+    job = job_of(load_pipeline(settings.model, device=device, dtype=settings.dtype), settings)
+    size = planned(job)
+    if output is not None and not dry_run:
+        log.info("%s", size)
+        collect(job, Path(output))
+    return size
+
+
+def distill(config: DistillConfig | str, output: str | Path, *, device: str = "auto", **overrides: Any) -> Path | None:
+    """Train a student into the folder `output`, going on where an earlier run was stopped; returns the folder, or None
+    in the processes under torchrun that did not write it.
+
+    Raises:
+        UserError: teacher, data and settings do not go together, or cannot be read.
+        TrainingFailed: the training did not stay finite.
+    """
+    from vidaccel.train.distill import distill as run
+
+    folder = Path(output)
+    return folder if run(settings_of("distill", config, overrides), folder, device) else None
+
+
+def train_predictor(
+    config: PredictorConfig | str, output: str | Path, *, device: str = "auto", **overrides: Any
+) -> "list[Schedule]":
+    """Train a predictor into the folder `output`, going on where an earlier run was stopped, and search its schedules;
+    returns those, or none in the processes under torchrun that did not write them.
+
+    Raises:
+        UserError: student, data and settings do not go together, or cannot be read.
+        TrainingFailed: the training did not stay finite.
+    """
+    from vidaccel.train.predictor.training import train_predictor as run
+
+    return run(settings_of("train-predictor", config, overrides), Path(output), device)
+
+
+def benchmark(
+    config: BenchmarkConfig | str,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    quality: bool = False,
+    command: str = "vidaccel.benchmark",
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Time every method, and with `quality` score its videos, into the folder `output`; returns what its results.json
+    holds, which repeats `command`.
+
+    Raises:
+        UserError: methods or settings that are not there, no model, or a folder of another benchmark.
+    """
+    from vidaccel.bench.runner import run
+
+    return run(settings_of("benchmark", config, overrides), Path(output), quality, device, command)
+
+
+def plan(config: BenchmarkConfig | str, **overrides: Any) -> dict[str, Any]:
+    """What every method costs on the full-size model, without its weights, in the form of results.json.
+
+    Raises:
+        UserError: settings that the family cannot follow, or methods that are not there.
+    """
+    from vidaccel.bench.plan import plan as work_out
+
+    return work_out(settings_of("benchmark", config, overrides))

@@ -1,0 +1,50 @@
+"""A model made ready as the settings of `generate` say, and the videos that it makes of prompts, one after another."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vidaccel.cache.attach import Attachment
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.runtime import prepare as runtime
+from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_guidance, warn_of_unknown_words
+
+
+@dataclass
+class Session:
+    """A model, loaded and prepared, with its predictor attached."""
+
+    config: GenerateConfig
+    loaded: LoadedPipeline
+    runtime: dict[str, Any]
+    """How it runs, by the names of the settings."""
+    attachment: Attachment | None
+    seconds: float
+    """That loading took."""
+
+    def videos(self, prompts: Sequence[str]) -> Iterator[Generated]:
+        """One video a prompt; video i is made of seed `config.seed + i`."""
+        for prompt in prompts:
+            warn_of_unknown_words(self.loaded, prompt)
+        for i, prompt in enumerate(prompts):
+            yield generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment)
+
+
+@contextmanager
+def session(config: GenerateConfig, device: str) -> Iterator[Session]:
+    """The model that `config` names, for the time of a `with` block.
+
+    Raises:
+        UserError: model, predictor, machine and settings do not go together.
+    """
+    started = time.perf_counter()
+    runtime.check(config, resolve_device(device))
+    loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
+    ran = runtime.prepare(loaded, config)
+    seconds = time.perf_counter() - started
+    warn_of_guidance(loaded, config.guidance)
+    with predicted_steps(loaded, config) as attachment:
+        yield Session(config, loaded, ran, attachment, seconds)
