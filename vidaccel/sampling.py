@@ -17,6 +17,7 @@ from torch import Tensor
 from vidaccel.cache.attach import Attachment, attach
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, sampled_as, unknown_words
 from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline
@@ -205,7 +206,7 @@ class _Passes:
     """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
 
     def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | None):
-        self._denoisers = [getattr(loaded.pipe, d.attribute) for d in loaded.family.denoisers]
+        self._denoisers = denoisers_of(loaded.pipe, loaded.family)
         self._bar = Progress("denoising", total=total)
         self._attachment = attachment
         self.full: list[float] = []

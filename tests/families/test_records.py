@@ -1,7 +1,10 @@
 """Every name in a family's record is the name of something in the real classes."""
 
+import copy
+import importlib
 import subprocess
 import sys
+from functools import partial
 from inspect import signature
 
 import diffusers
@@ -11,7 +14,9 @@ import torch
 from tests.tiny import BUILDERS, SIZE, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.fused import FusedBlock
 from vidaccel.families.registry import FAMILIES, PIPELINES, family_of_pipeline
+from vidaccel.families.walk import named_arguments, named_outputs
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -64,14 +69,100 @@ def test_blocks_are_called_and_answer_as_recorded(family, pipes):
     order = [call[0].name for call in calls[: sum(len(blocks) for _, blocks in lists)]]
     assert order == [block_list.name for block_list, blocks in lists for _ in blocks]
     for block_list, positional, keywords, output in calls:
-        assert not keywords and len(positional) >= len(block_list.arguments)
-        outputs = output if isinstance(output, tuple) else (output,)
-        assert len(outputs) == len(block_list.returns)
-        for name, tensor in zip(block_list.returns, outputs, strict=True):
-            assert tensor.shape == positional[block_list.arguments.index(name)].shape
-        video = positional[block_list.arguments.index("hidden_states")]
+        used, unused = (keywords, positional) if block_list.keywords else (positional, keywords)
+        assert not unused and len(used) >= len(block_list.arguments)
+        given = named_arguments(block_list, positional, keywords)
+        assert given.keys() >= set(block_list.arguments)
+        for name, tensor in named_outputs(block_list, output).items():
+            assert tensor.shape == given[name].shape
+        video = given["hidden_states"]
         config = transformer.config
         assert video.shape[-1] == config.num_attention_heads * config.attention_head_dim
+
+
+@EVERY_FAMILY
+def test_a_block_whose_residual_layers_are_zero_is_the_identity_and_none_is_named_in_vain(family, pipes):
+    transformer = copy.deepcopy(pipes[family.name].transformer)
+    firsts = [(kind, transformer.get_submodule(kind.name)[0]) for kind in family.block_lists]
+    calls = {}
+
+    def note(kind, block, args, kwargs):
+        calls.setdefault(kind.name, (args, kwargs))
+
+    for kind, block in firsts:
+        assert kind.residual_layers
+        block.register_forward_pre_hook(partial(note, kind), with_kwargs=True)
+    pipe = copy.copy(pipes[family.name])
+    pipe.transformer = transformer
+    generate(pipe, family)
+    for kind, block in firsts:
+        args, kwargs = calls[kind.name]
+        entering = named_arguments(kind, args, kwargs)
+        layers = {name: block.get_submodule(name) for name in kind.residual_layers}
+        weights = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+        for skipped in (None, *layers):  # all are zero, then all but one
+            for name, layer in layers.items():
+                layer.load_state_dict(weights[name])
+                if name != skipped:
+                    for parameter in layer.parameters():
+                        torch.nn.init.zeros_(parameter)
+            with torch.no_grad():
+                left = named_outputs(kind, block(*args, **kwargs))
+            unchanged = all(torch.equal(left[name], entering[name]) for name in kind.returns)
+            assert unchanged == (skipped is None), skipped
+
+
+@EVERY_FAMILY
+def test_branches_are_all_that_is_added_to_the_tokens(family, pipes):
+    """What `residual_layers` write goes through `branches`, and what feeds those is nothing else of theirs."""
+    transformer = pipes[family.name].transformer
+    for kind in family.block_lists:
+        block = transformer.get_submodule(kind.name)[0]
+        for name in (*kind.branches, *kind.feeding):
+            block.get_submodule(name)
+        within = [layer.split(".")[0] for layer in kind.residual_layers]
+        assert set(within) == set(kind.branches) and not set(kind.branches) & set(kind.feeding)
+
+
+@EVERY_FAMILY
+def test_masks_of_texts_are_texts_themselves_and_reach_the_blocks(family, pipes):
+    arguments = {text.argument for text in family.text_tensors}
+    masks = {text.mask for text in family.text_tensors} - {None}
+    assert masks <= arguments
+    assert all((kind.mask in kind.arguments) if masks else kind.mask is None for kind in family.block_lists)
+    forward = signature(pipes[family.name].transformer.forward).parameters
+    assert {name for name in forward if "mask" in name} == masks
+    assert {blank.argument for blank in family.blank_inputs} <= forward.keys()
+
+
+@EVERY_FAMILY
+def test_shapes_of_texts_are_streams_and_keys_of_the_config(family, pipes):
+    pipe = pipes[family.name]
+    given = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    generate(pipe, family)
+    hook.remove()
+    streams = {stream for _, stream in family.costs.layers}
+    for text in family.text_tensors:
+        tensor = given[0][text.argument]
+        assert tensor.ndim == 1 + len(text.shape)
+        for size, extent in zip(text.shape, tensor.shape[1:], strict=True):
+            assert size in streams or pipe.transformer.config[size] == extent
+
+
+@EVERY_FAMILY
+def test_fused_forms_are_subclasses_of_the_stock_blocks(family, pipes):
+    if family.fused is None:
+        return
+    module = importlib.import_module(family.fused)
+    transformer = pipes[family.name].transformer
+    blocks = [transformer.get_submodule(kind.name)[0] for kind in family.block_lists]
+    assert {type(block) for block in blocks} == module.FUSED_BLOCKS.keys()
+    assert all(
+        issubclass(fused, FusedBlock) and issubclass(fused, stock) for stock, fused in module.FUSED_BLOCKS.items()
+    )
+    processors = {type(m.processor) for block in blocks for m in block.children() if hasattr(m, "processor")}
+    assert processors == module.FUSED_PROCESSORS.keys()
 
 
 @EVERY_FAMILY

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sampling import eight_bits, run_pipeline
 
@@ -78,7 +79,7 @@ class Clock:
 
     def __init__(self, loaded: LoadedPipeline):
         self._pipe, self._stack = loaded.pipe, ExitStack()
-        self._denoisers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+        self._denoisers = denoisers_of(loaded.pipe, loaded.family)
 
     def __enter__(self) -> "Clock":
         for denoiser in self._denoisers:

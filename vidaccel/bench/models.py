@@ -19,6 +19,7 @@ from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import pick, read_schedules
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.linear import LinearMap, fitted
@@ -96,7 +97,7 @@ class Models:
         key = str(folder), loaded.source
         if key not in self._predictors:
             predictor = Predictor.from_pretrained(folder)
-            transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+            transformer = denoisers_of(loaded.pipe, loaded.family)[0]
             self._predictors[key] = predictor.run_like(transformer)
         return self._predictors[key]
 
@@ -111,7 +112,7 @@ class Models:
 
     def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
         """Of transformer, added embeddings and predictor."""
-        denoisers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+        denoisers = denoisers_of(loaded.pipe, loaded.family)
         modules = [*denoisers, *self._added(method, loaded)]
         weights = {id(weight): weight.numel() for module in modules for weight in module.parameters()}
         return sum(weights.values())

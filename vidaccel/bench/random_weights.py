@@ -12,10 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters, predictor_parameters
@@ -24,6 +25,8 @@ from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.families.base import BlockList
+from vidaccel.families.walk import call_block, named_arguments
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import DTYPES, resolve_device
@@ -34,21 +37,6 @@ from vidaccel.progress import Progress
 Seconds = dict[str, float]
 """Of one pass of each kind: full, predictor or trunk."""
 
-TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "hunyuan_video": {
-        "prompt_embeds": ("prompt", "text_embed_dim"),
-        "prompt_mask": ("prompt",),
-        "pooled": ("pooled_projection_dim",),
-    },
-    "hunyuan_video_15": {
-        "prompt_embeds": ("prompt", "text_embed_dim"),
-        "prompt_mask": ("prompt",),
-        "prompt_embeds_2": ("glyphs", "text_embed_2_dim"),
-        "prompt_mask_2": ("glyphs",),
-    },
-    "wan": {"prompt_embeds": ("prompt", "text_dim")},
-}
-"""Shape of each text tensor, by family and stored name: streams, and keys of the transformer's config."""
 ROOM = 1.1
 """Memory that has to be free, over what was worked out."""
 GUIDANCE = 6.0
@@ -115,9 +103,8 @@ class Model:
         """What to time, and what each kind of pass is made of: so many of each."""
         calls: dict[str, Callable] = {"outside": self.without_trunk, "network": self._network}
         depths, full = meta_transformer(self.config), {"outside": 1}
-        for kind in self.family.block_lists:
-            block = getattr(self.transformer, kind.name)[0]
-            calls[kind.name] = lambda block=block, values=self.arguments[kind.name]: block(*values)
+        for kind, block in self._firsts():
+            calls[kind.name] = partial(call_block, kind, block, self.arguments[kind.name])
             full[kind.name] = len(getattr(depths, kind.name))
         return calls, {"full": full, "predictor": {"outside": 1, "network": 1}, "trunk": {"outside": 1}}
 
@@ -133,8 +120,7 @@ class Model:
         return self.predicted(Reuse())
 
     def _network(self) -> Any:
-        kind = self.family.block_lists[0]
-        arguments = dict(zip(kind.arguments, self.arguments[kind.name], strict=False))
+        arguments = self.arguments[self.family.block_lists[0].name]
         return self.predictor(arguments, self.trunk.memory(), self.inputs["t"])
 
     def _inputs(self, costs: SizeCosts) -> dict[str, Any]:
@@ -144,20 +130,28 @@ class Model:
         shape = 1, channels, (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
         options = {"dtype": DTYPES[self.config.dtype], "device": self.device}
         text = {}
-        for name, sizes in TEXTS[self.family.name].items():
-            extents = [self.streams[size] if size in self.streams else config[size] for size in sizes]
-            text[name] = torch.ones(1, *extents, **options) if "mask" in name else torch.randn(1, *extents, **options)
+        masks = {tensor.mask for tensor in self.family.text_tensors}
+        for tensor in self.family.text_tensors:
+            extents = [self.streams[size] if size in self.streams else config[size] for size in tensor.shape]
+            make = torch.ones if tensor.argument in masks else torch.randn
+            text[tensor.stored] = make(1, *extents, **options)
         scale = torch.full((1,), GUIDANCE, device=self.device) if self.velocity.embeds("g") else None
         half = torch.full((1,), 0.5, device=self.device)
         return {"x": torch.randn(shape, **options), "t": half, "text": text, "g": scale}
 
-    def _block_arguments(self) -> dict[str, tuple]:
+    def _firsts(self) -> list[tuple[BlockList, nn.Module]]:
+        """The first block of each list."""
+        return [(kind, getattr(self.transformer, kind.name)[0]) for kind in self.family.block_lists]
+
+    def _block_arguments(self) -> dict[str, dict[str, Any]]:
         """What the first block of each list is called with, from a full pass, which the trunk remembers."""
-        found: dict[str, tuple] = {}
-        firsts = {kind.name: getattr(self.transformer, kind.name)[0] for kind in self.family.block_lists}
+        found: dict[str, dict[str, Any]] = {}
+
+        def note(kind: BlockList, block: nn.Module, args: tuple, kwargs: dict) -> None:
+            found[kind.name] = named_arguments(kind, args, kwargs)
+
         handles = [
-            block.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args}))
-            for name, block in firsts.items()
+            block.register_forward_pre_hook(partial(note, kind), with_kwargs=True) for kind, block in self._firsts()
         ]
         self.full()
         for handle in handles:

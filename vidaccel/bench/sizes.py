@@ -14,8 +14,8 @@ from vidaccel.bench.generation import Size
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.costs import WORK
 from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import patch_of
 from vidaccel.models.calling import refuse_misfits
 from vidaccel.models.folder import read_json
 from vidaccel.models.loading import DTYPES, local_path
@@ -73,7 +73,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int]:
-    """Rows of each stream (work.py) for one video of `size`.
+    """Rows of each stream (families/costs.py) for one video of `size`.
 
     Raises:
         UserError: the model makes no video of this size (the hint names the nearest), or a text's length is not set.
@@ -81,7 +81,7 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
     family = planned_family(config)
     _check_texts(family, config.text_tokens)
     frame_step, pixel_step = config.compression
-    patch = _patch(model)
+    patch = patch_of(model)
     size_steps = frame_step, math.lcm(family.size_multiple, pixel_step * patch[1], pixel_step * patch[2])
     frames, height, width = size
     refuse_misfits(family.title, size_steps, num_frames=frames, height=height, width=width)
@@ -92,19 +92,13 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
 
 
 def _check_texts(family: DiTFamily, given: dict[str, int]) -> None:
-    work = WORK[family.name]
-    streams = {stream for _, stream in work.layers} - {"one", "video", "text", "all"}
+    costs = family.costs
+    streams = {stream for _, stream in costs.layers} - {"one", "video", "text", "all"}
     if given.keys() != streams:
         raise UserError(
             f"text_tokens is for {', '.join(given) or 'nothing'}; {family.title} has {', '.join(sorted(streams))}",
             "give the length of each: text_tokens: {" + ", ".join(f"{name}: 256" for name in sorted(streams)) + "}",
         )
-
-
-def _patch(model: nn.Module) -> tuple[int, int, int]:
-    """Latent frames, height and width of a token."""
-    patch = model.config.patch_size
-    return (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def _arguments(model: str, cls: type) -> dict[str, Any]:

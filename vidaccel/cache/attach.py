@@ -26,6 +26,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
@@ -83,10 +84,10 @@ def attach(
     forecaster = _forecaster(predictor)
     if isinstance(forecaster, Predictor):
         student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
-        for denoiser in family.denoisers:
-            forecaster.check_fits(getattr(pipe, denoiser.attribute), family, student, force)
+        for transformer in denoisers_of(pipe, family):
+            forecaster.check_fits(transformer, family, student, force)
         if forecaster is not predictor:
-            forecaster.run_like(getattr(pipe, family.denoisers[0].attribute)).to(execution_device(pipe))
+            forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
     bound = _bound_to(forecaster, chosen, force)
     shift = shift_of(pipe.scheduler, family)
     if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
@@ -129,7 +130,7 @@ class Attachment:
         self._pipe, self._family, self._forecaster, self._bound = pipe, family, forecaster, bound
         self._timesteps: Tensor | None = None
         self._index, self._unnamed = 0, 0
-        transformers = [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
+        transformers = denoisers_of(pipe, family)
         self._trunks = [Trunk(transformer, family, forecaster.history) for transformer in transformers]
         with ExitStack() as stack:
             for trunk in self._trunks:

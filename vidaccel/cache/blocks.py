@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vidaccel.compat.diffusers import set_stateful
 from vidaccel.compat.torch import call_of, compiled_call, set_compiled_call
 from vidaccel.families.base import BlockList
+from vidaccel.families.walk import as_output, named_arguments, named_outputs
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 
 
@@ -108,8 +109,8 @@ class BlockHook(ModelHook):
             return self._predicted(current_pass, args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.last and current_pass is not None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            current_pass.left = {name: tokens.detach() for name, tokens in zip(self.kind.returns, outputs, strict=True)}
+            left = named_outputs(self.kind, output)
+            current_pass.left = {name: tokens.detach() for name, tokens in left.items()}
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -119,12 +120,10 @@ class BlockHook(ModelHook):
 
     def _predicted(self, current_pass: TrunkPass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
         """As the block itself would return it."""
-        # By the record's names; HunyuanVideo passes more behind them.
-        tokens = dict(zip(self.kind.arguments, args, strict=False)) | kwargs
+        tokens = named_arguments(self.kind, args, kwargs)
         if self.first:
             tokens = tokens | current_pass.forecaster(tokens, current_pass.memory, current_pass.t)
-        returned = tuple(tokens[name] for name in self.kind.returns)
-        return returned if len(returned) > 1 else returned[0]
+        return as_output(self.kind, tokens)
 
 
 def _detached(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

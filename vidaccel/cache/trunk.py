@@ -47,6 +47,7 @@ from vidaccel.compat.diffusers import (
 )
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster
 
 HOOK = "vidaccel_trunk"
@@ -118,7 +119,7 @@ class Trunk:
             UserError: the transformer is attached already, or one of diffusers' own caches is enabled.
         """
         name = type(self.transformer).__name__
-        blocks = [(kind, block) for kind in self.family.block_lists for block in getattr(self.transformer, kind.name)]
+        blocks = blocks_of(self.transformer, self.family)
         if any(HOOK in registry.hooks for _, block in blocks if (registry := hook_registry(block))):
             raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
         if getattr(self.transformer, "is_cache_enabled", False):

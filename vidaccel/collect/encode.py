@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.base import TextTensor
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 
@@ -30,7 +31,7 @@ def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
     The transformer's dtype and the pipeline's device, masks too. The empty caption is the unconditional one.
     """
     pipe, family = loaded.pipe, loaded.family
-    dtype = getattr(pipe, family.denoisers[0].attribute).dtype
+    dtype = denoisers_of(pipe, family)[0].dtype
     extra = {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
     known = inspect.signature(type(pipe).encode_prompt).parameters
     extra = {name: value for name, value in extra.items() if name in known}

@@ -8,6 +8,7 @@ from vidaccel.artefacts import read_run
 from vidaccel.collect.encode import LATENT, encode_texts, is_mask
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
 
 FORMAT = "features/1"
@@ -45,7 +46,7 @@ def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
     tensors, empty = features[0][0], encode_texts(loaded, [""])
     others = tensors.keys() - empty.keys() - NOT_TEXT or empty.keys() - tensors.keys()
     wanted = {text.stored: empty[text.stored].shape[-1] for text in loaded.family.text_tensors if not is_mask(text)}
-    wanted["latent"] = getattr(loaded.pipe, loaded.family.denoisers[0].attribute).config.out_channels
+    wanted["latent"] = denoisers_of(loaded.pipe, loaded.family)[0].config.out_channels
     latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
     found = {name: tensors[name].shape[-1] for name in tensors.keys() & wanted} | {"latent": latent.shape[-4]}
     others = others or {name for name in wanted if found[name] != wanted[name]}

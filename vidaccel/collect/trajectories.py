@@ -18,6 +18,7 @@ from vidaccel.collect.source import ClipSource, size_of
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import Grid, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
@@ -33,7 +34,7 @@ class TrajectorySampler:
     """A model, the grid and guidance it is sampled with, and the size of what it makes."""
 
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
-        transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+        transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         self.loaded, self.config, self.transformer = loaded, config, transformer
         self.velocity = Velocity(transformer, loaded.family, loaded.conditioning)
         embeds = self.velocity.embeds("g")

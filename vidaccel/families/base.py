@@ -8,21 +8,35 @@ arguments. A record holds strings and numbers only, so that reading one costs no
 
 from dataclasses import dataclass
 
+from vidaccel.families.costs import FamilyCosts
+
 
 @dataclass(frozen=True)
 class BlockList:
-    """A list of transformer blocks of one kind, called one after another with the same positional arguments."""
+    """A list of transformer blocks of one kind, called one after another with the same arguments."""
 
     name: str
     """Attribute of the transformer that holds the list (a ModuleList)."""
     arguments: tuple[str, ...]
-    """What the transformer passes to a block, in order and without keywords. `hidden_states` are the video tokens
-    [B, N, D], `encoder_hidden_states` the text tokens [B, L, D]. HunyuanVideo passes more behind these, which only its
-    token-replace (image-to-video) blocks use."""
+    """What the transformer passes to a block, in the order of the block's own parameters. `hidden_states` are the video
+    tokens [B, N, D], `encoder_hidden_states` the text tokens [B, L, D]. HunyuanVideo passes more behind these, which
+    only its token-replace (image-to-video) blocks use."""
     returns: tuple[str, ...]
     """What a block gives back, by the same names: one name is a bare tensor, several are a tuple in this order."""
+    keywords: bool = False
+    """Whether they are passed by keyword; else by position."""
     joint: bool = False
     """Whether text tokens go through the same weights as video tokens, as one sequence [video; text]."""
+    mask: str | None = None
+    """The argument that masks the padding of texts; None where the blocks take none."""
+    branches: tuple[str, ...] = ()
+    """Modules of a block, by name, whose output is added to its tokens: a cache of residual branches (FORA, TaylorSeer)
+    keeps what they give."""
+    feeding: tuple[str, ...] = ()
+    """Modules of a block that only work for those, and have nothing to do where those give again what they gave."""
+    residual_layers: tuple[str, ...] = ()
+    """Layers of a block, by dotted path, that write into the residual stream: with all of them zero a block is the
+    identity, and so a predictor's blocks begin."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,12 @@ class TextTensor:
     """The transformer's forward argument that takes it."""
     stored: str
     """Its name in a feature folder, and wherever else text tensors travel by name."""
+    shape: tuple[str, ...]
+    """Of one prompt's: each size is a stream (costs.py), or the transformer's config key that holds it."""
+    mask: str | None = None
+    """The forward argument with the mask [B, L] of its padding; None where padding is not masked, and for masks."""
+    least: int = 0
+    """How many of its tokens have to stay when padding is cut off."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,8 @@ class BlankInput:
     """How many the pipeline passes."""
     width_config: str
     """Transformer config key of their width."""
+    masked: bool = False
+    """Whether the transformer masks them where they are zero, so that none at all come to the same."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,8 @@ class DiTFamily:
     """Published sampling settings."""
     size_multiple: int
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
+    costs: FamilyCosts
+    """What its parts work on, from which FLOPs and memory follow."""
     static_embedders: tuple[str, ...] = ()
     """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
     last full one."""
@@ -134,3 +158,7 @@ class DiTFamily:
     """Whether the autoencoder takes several videos at once."""
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
+    fused: str | None = None
+    """Module with the fused forms of its blocks (fused.py says what such a module holds); None if there is none."""
+    needs_mask: bool = False
+    """Whether its stock attention cannot do without a mask; its fused processors then run where none is left."""

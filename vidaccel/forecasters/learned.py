@@ -44,14 +44,13 @@ from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import blocks_of, call_block, named_outputs
 from vidaccel.forecasters.base import Cached, Tokens, even_time
 from vidaccel.forecasters.checkpoint import Checkpointed, NetworkConfig
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.runtime.compiled import compile_like
-from vidaccel.runtime.fuse import FUSED_BLOCKS
+from vidaccel.runtime.fuse import fuse_like
 
-RESIDUAL_OUTPUTS = ("proj_out", "to_out.0", "to_add_out", "net.2")
-"""How the names of those Linear layers of a block end whose output is added to its tokens, in all families."""
 SMALLEST, TINY = 1e-3, 1e-6
 """Least deviation of a channel, as a share of the mean one; and where none changes."""
 LAG = 0.1
@@ -106,7 +105,7 @@ class Predictor(Checkpointed, nn.Module):
         super().__init__()
         self.config, self.history, self._grid = config, config.history, config.grid
         lists = FAMILIES[config.family].block_lists
-        self._arguments, self._joint = lists[0].arguments, lists[-1].joint
+        self._arguments, self._kind, self._joint = lists[0].arguments, lists[-1], lists[-1].joint
         fusions = ("tokens",) if self._joint else config.cached
         self.fusions = nn.ModuleDict({name: Fusion(config.width) for name in fusions})
         self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in config.cached})
@@ -118,15 +117,13 @@ class Predictor(Checkpointed, nn.Module):
         kept, cached, fused = self._carried_on(memory, t), self.config.cached, {}
         for name in cached:
             fused[name] = self.fusion(name)(arguments[name], kept[name], self.statistics[name])
-        values = [(arguments | fused)[name] for name in self._arguments]
+        # Lists name the same arguments differently, but agree on their order.
+        values = dict(zip(self._kind.arguments, ((arguments | fused)[name] for name in self._arguments), strict=True))
         for block in self.blocks:
-            left = block(*values)
-            left = left if isinstance(left, tuple) else (left,)
-            values[: len(left)] = left
+            left = named_outputs(self._kind, call_block(self._kind, block, values))
+            values |= left
         scale = (lag / LAG).reshape(-1, 1, 1)
-        return {
-            name: torch.lerp(kept[name], tokens, scale.to(tokens)) for name, tokens in zip(cached, left, strict=True)
-        }
+        return {name: torch.lerp(kept[name], left[name], scale.to(left[name])) for name in cached}
 
     def _carried_on(self, memory: tuple[Cached, ...], t: Tensor) -> Tokens:
         """What is corrected: `cache` of the formula."""
@@ -144,7 +141,7 @@ class Predictor(Checkpointed, nn.Module):
     def run_like(self, transformer: nn.Module) -> "Predictor":
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
         backend, fused kernels, torch.compile."""
-        original = getattr(transformer, FAMILIES[self.config.family].block_lists[-1].name)[-1]
+        original = blocks_of(transformer, FAMILIES[self.config.family])[-1][1]
         weights, modules = original.state_dict(), dict(original.named_modules())
         for block in self.blocks:
             for name, parameter in block.named_parameters():
@@ -152,8 +149,7 @@ class Predictor(Checkpointed, nn.Module):
             for name, module in block.named_modules():
                 if hasattr(module, "set_processor"):
                     module.set_processor(modules[name].processor)
-            if type(original) in FUSED_BLOCKS.values():
-                block.__class__, block.kernels = type(original), original.kernels
+            fuse_like(block, original)
             compile_like(block, original)
         self.fusions.to(transformer.dtype)
         return self
@@ -189,10 +185,9 @@ def new_predictor(
     predictor = Predictor(NetworkConfig(family.name, width, blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(original.state_dict())
-        for name, layer in block.named_modules():
-            if name.endswith(RESIDUAL_OUTPUTS):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        for name in kind.residual_layers:
+            for parameter in block.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
     for name, statistics in predictor.statistics.items():
         statistics.measure(entering[name].cpu(), cached[name].cpu())
     return predictor.to(next(transformer.parameters()).device)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of, denoisers_of, named_arguments, named_outputs
 from vidaccel.forecasters.base import Cached, Tokens
 from vidaccel.models.grid import current_step
 
@@ -75,26 +76,25 @@ def predicted_passes(
     pipe: DiffusionPipeline, family: DiTFamily, full_steps: Collection[int], generate: Callable[[], None]
 ) -> list[tuple[Tokens, Tokens, Tokens]]:
     """(entering, left on the last full step, leaving) of each step that is not full, as `fit_linear` takes them."""
-    transformer = getattr(pipe, family.denoisers[0].attribute)
-    kinds = family.block_lists[0], family.block_lists[-1]
-    first, last = getattr(transformer, kinds[0].name)[0], getattr(transformer, kinds[1].name)[-1]
+    transformer = denoisers_of(pipe, family)[0]
+    blocks = blocks_of(transformer, family)
+    (first_kind, first), (last_kind, last) = blocks[0], blocks[-1]
     entering: dict[str, Tensor] = {}
     cached: Tokens = {}
     found = []
 
-    def enter(block: nn.Module, inputs: tuple) -> None:
-        entering.update(zip(kinds[0].arguments, inputs, strict=False))
+    def enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        entering.update(named_arguments(first_kind, args, kwargs))
 
     def leave(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         nonlocal cached
-        outputs = output if isinstance(output, tuple) else (output,)
-        left = dict(zip(kinds[1].returns, outputs, strict=True))
+        left = named_outputs(last_kind, output)
         if current_step(pipe.scheduler).index in full_steps:
             cached = left
         else:
             found.append(({name: entering[name] for name in left}, cached, left))
 
-    hooks = [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
+    hooks = [first.register_forward_pre_hook(enter, with_kwargs=True), last.register_forward_hook(leave)]
     try:
         generate()
     finally:

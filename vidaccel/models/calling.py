@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import SamplingDefaults
+from vidaccel.families.walk import denoisers_of, patch_of
 from vidaccel.models.loading import LoadedPipeline
 
 OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {"two_pass"}
@@ -102,7 +103,7 @@ def sampled_as(
 
 def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
     """The scale that the arguments of `call_arguments` lead to, and whether it is reached by two passes a step."""
-    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     distilled = loaded.conditioning is not None and "g" in loaded.conditioning.config.embeds
     embeds = distilled or bool(loaded.family.g_config and transformer.config[loaded.family.g_config])
     two_pass = loaded.call.get("two_pass", not embeds) if two_pass is None else two_pass
@@ -127,9 +128,8 @@ def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: 
 def size_steps(loaded: LoadedPipeline) -> tuple[int, int]:
     """(f, s): this pipeline makes f k + 1 frames of a height and width that are multiples of s pixels, k = 0, 1, ..."""
     pipe, family = loaded.pipe, loaded.family
-    patch = getattr(pipe, family.denoisers[0].attribute).config.patch_size
-    patch = patch if isinstance(patch, int) else patch[-1]
-    return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, patch * pipe.vae_scale_factor_spatial)
+    *_, width = patch_of(denoisers_of(pipe, family)[0])
+    return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, width * pipe.vae_scale_factor_spatial)
 
 
 def neighbours(value: int, step: int, first: int) -> list[int]:

@@ -19,6 +19,7 @@ from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
@@ -245,7 +246,7 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
             each generation, and the hook that tells r and g would go with it.
     """
     pipe, family = loaded.pipe, loaded.family
-    transformer = getattr(pipe, family.denoisers[0].attribute)
+    transformer = denoisers_of(pipe, family)[0]
     if is_offloaded(transformer):
         raise UserError(
             f"this {type(transformer).__name__} is offloaded to the CPU already",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import current_step
 
@@ -34,7 +35,7 @@ class StepHook(ModelHook):
         self.instantaneous = False
         """r = t at every step: a student of mean velocities then gives the instantaneous ones."""
         self._pipe, self._conditioning = pipe, conditioning
-        self._transformer = getattr(pipe, family.denoisers[0].attribute)
+        self._transformer = denoisers_of(pipe, family)[0]
         native = bool(family.r_config and self._transformer.config[family.r_config])
         self._r_argument = family.r_argument if native else None
         self._last: tuple[Tensor, int] | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vidaccel.compat.torch import has_cpp_compiler, recompile_limit, set_recompile_limit
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of
 from vidaccel.kernels import select, tangents
 
 BACKEND = "inductor"
@@ -88,7 +89,7 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
     Raises:
         UserError: a block carries hooks or is compiled already.
     """
-    blocks = [block for kind in family.block_lists for block in getattr(transformer, kind.name)]
+    blocks = [block for _, block in blocks_of(transformer, family)]
     if any("forward" in vars(block) for block in blocks):
         raise UserError(
             f"the blocks of this {type(transformer).__name__} are hooked or compiled already",

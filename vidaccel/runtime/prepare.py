@@ -27,6 +27,7 @@ from vidaccel.compat.diffusers import (
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.kernels import select
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.runtime.compiled import check_compiler, compile_blocks
@@ -60,7 +61,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
     Raises:
         UserError: this machine or this model cannot follow a setting, or the blocks are hooked already.
     """
-    transformers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+    transformers = denoisers_of(loaded.pipe, loaded.family)
     device = transformers[0].device
     check(config, device)
     kernels = select.choose(config.kernels, device)
@@ -80,7 +81,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "attention": config.attention,
-        "trim_text": config.trim_text and masks_text(transformers[0]),
+        "trim_text": config.trim_text and masks_text(loaded.family),
         "quantize": config.quantize,
         "compile": config.compile,
     }
@@ -111,7 +112,7 @@ def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig
             f"attention={config.attention} cannot run this model in {probe.dtype}: {error}",
             "set dtype=bfloat16, or attention=native",
         ) from error
-    if config.attention not in MASKED_ATTENTION and masks_text(transformer) and not config.trim_text:
+    if config.attention not in MASKED_ATTENTION and masks_text(family) and not config.trim_text:
         raise UserError(
             f"attention={config.attention} takes no mask, and {family.title} masks the padding of its texts",
             "set trim_text=true as well: it cuts the padding off",
@@ -135,11 +136,11 @@ def _set_attention(transformer: nn.Module, name: str) -> None:
 
 
 def _trim(transformer: nn.Module, family: DiTFamily, attention: str) -> None:
-    if not masks_text(transformer):
+    if not masks_text(family):
         logger.info("trim_text: %s masks no text, so there is nothing to cut", family.title)
         return
     trim_text(transformer, family, None if attention in MASKED_ATTENTION else f"attention={attention}")
 
 
 def _first_block(transformer: nn.Module, family: DiTFamily) -> nn.Module:
-    return getattr(transformer, family.block_lists[0].name)[0]
+    return blocks_of(transformer, family)[0][1]

@@ -19,25 +19,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidaccel.errors import UserError
-from vidaccel.families.base import DiTFamily
-from vidaccel.runtime.fuse import HunyuanVideoProcessor
-
-TEXTS = {
-    "encoder_hidden_states": ("encoder_attention_mask", 1),
-    "encoder_hidden_states_2": ("encoder_attention_mask_2", 0),
-}
-"""Text argument of a transformer -> the argument with its mask, and how many tokens have to stay: what averages the
-first over its tokens wants one."""
+from vidaccel.families.base import BlockList, DiTFamily
+from vidaccel.families.walk import blocks_of
+from vidaccel.runtime.fuse import fused_forms
 
 
-def masks_text(transformer: nn.Module) -> bool:
-    """Whether this transformer masks the padding of its text."""
-    return any(mask in _argument_names(transformer) for mask, _ in TEXTS.values())
+def masks_text(family: DiTFamily) -> bool:
+    """Whether the family's transformers mask the padding of their text."""
+    return any(text.mask for text in family.text_tensors)
 
 
 def trim_text(transformer: nn.Module, family: DiTFamily, need: str | None = None) -> "TextPadding":
@@ -55,7 +48,7 @@ class TextPadding:
     """The hooks of one transformer, until `remove`."""
 
     def __init__(self, transformer: nn.Module, family: DiTFamily, need: str | None = None):
-        self._need = need
+        self._need, self._family = need, family
         self._arguments = _argument_names(transformer)
         self._undo: list[Callable[[], None]] = []
         self._dense = False
@@ -63,14 +56,13 @@ class TextPadding:
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         """Masks seen by a block -> whether they mask nothing. A block that is computed again in a backward pass gets
         the mask of its own pass."""
-        if not masks_text(transformer):
+        if not masks_text(family):
             return
         self._hook(transformer.register_forward_pre_hook(self._cut, with_kwargs=True))
         self._hook(transformer.register_forward_hook(self._end, always_call=True))
-        for kind in family.block_lists:
-            position = kind.arguments.index("attention_mask")
-            for block in getattr(transformer, kind.name):
-                self._hook(block.register_forward_pre_hook(partial(self._drop, position)))
+        for kind, block in blocks_of(transformer, family):
+            self._hook(block.register_forward_pre_hook(partial(self._drop, kind), with_kwargs=True))
+            if family.needs_mask:
                 self._accept_none(block)
 
     def remove(self) -> None:
@@ -82,41 +74,46 @@ class TextPadding:
         self._undo.append(handle.remove)
 
     def _accept_none(self, block: nn.Module) -> None:
-        """HunyuanVideo-1.5's own processor cannot do without a mask."""
+        """A processor in the place of a stock one, which cannot do without a mask."""
+        processors = fused_forms(self._family).processors
         for attention in block.children():
             stock = getattr(attention, "processor", None)
-            if type(stock) is HunyuanVideo15AttnProcessor2_0:
-                attention.set_processor(HunyuanVideoProcessor(stock, "reference"))
+            if type(stock) in processors:
+                attention.set_processor(processors[type(stock)](stock, "reference"))
                 self._undo.append(lambda attention=attention, stock=stock: attention.set_processor(stock))
 
     def _cut(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward pre-hook: inputs by their names, wherever they stood."""
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
         self._dense = True
-        for text, (mask, least) in TEXTS.items():
-            if named.get(mask) is not None:
-                named[text], named[mask], dense = cut(named[text], named[mask], least)
+        for text in self._family.text_tensors:
+            mask = named.get(text.mask)
+            if mask is not None:
+                named[text.argument], named[text.mask], dense = cut(named[text.argument], mask, text.least)
                 self._dense &= dense
         if self._need and not self._dense:
             raise UserError(
                 f"{self._need} takes no mask, and the texts of this batch differ in length",
                 "generate them one by one, or set attention=native",
             )
-        image = named.get("image_embeds")
-        if image is not None and not image.any():
-            # HunyuanVideo-1.5 reads an all-zero image as "none" and masks its tokens, whatever their number.
-            named["image_embeds"] = image[:, :0]
+        for blank in self._family.blank_inputs:
+            values = named.get(blank.argument)
+            if blank.masked and values is not None and not values.any():
+                named[blank.argument] = values[:, :0]
         return (), named
 
     def _end(self, transformer: nn.Module, inputs: tuple, output) -> None:
         self._dense = False
 
-    def _drop(self, position: int, block: nn.Module, args: tuple) -> tuple:
-        """A block's arguments, without the mask at `position` where it masks nothing."""
-        mask = args[position]
+    def _drop(self, kind: BlockList, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A block's arguments, without the mask where it masks nothing."""
+        position = kind.arguments.index(kind.mask)
+        mask = kwargs[kind.mask] if kind.mask in kwargs else args[position]
         if mask is None or not self._known.setdefault(mask, self._dense):
-            return args
-        return *args[:position], None, *args[position + 1 :]
+            return args, kwargs
+        if kind.mask in kwargs:
+            return args, kwargs | {kind.mask: None}
+        return (*args[:position], None, *args[position + 1 :]), kwargs
 
 
 def cut(text: Tensor, mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor, bool]:

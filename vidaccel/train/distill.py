@@ -27,6 +27,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
@@ -191,12 +192,12 @@ def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
 
 def velocity_of(loaded: LoadedPipeline) -> Velocity:
     """u(x, r, t) of a loaded pipeline's transformer."""
-    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     return Velocity(transformer, loaded.family, loaded.conditioning)
 
 
 def _blocks(transformer: nn.Module, family: DiTFamily) -> list[nn.Module]:
-    return [block for blocks in family.block_lists for block in getattr(transformer, blocks.name)]
+    return [block for _, block in blocks_of(transformer, family)]
 
 
 def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:

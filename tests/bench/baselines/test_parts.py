@@ -10,11 +10,12 @@ from torch import nn
 from tests.cache.toy import TOY, Toy
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.bench.baselines.delta_dit import DeltaDiT
-from vidaccel.bench.baselines.fora import BRANCHES, Fora
+from vidaccel.bench.baselines.fora import Fora
 from vidaccel.bench.baselines.teacache import Calibration, TeaCache, relative_change
 from vidaccel.cache.trunk import Trunk
 from vidaccel.errors import UserError
-from vidaccel.families.registry import FAMILIES
+from vidaccel.families.registry import FAMILIES, family_of_pipeline
+from vidaccel.families.walk import blocks_of
 
 
 class Pipe:
@@ -186,9 +187,8 @@ class OwnFora:
     """FORA written out: outputs of the branches are replaced by those that the same pass of guidance gave before."""
 
     def __init__(self, pipe, full_steps):
-        names = BRANCHES[next(f.name for f in FAMILIES.values() if type(pipe).__name__ in f.pipelines)]
-        blocks = [(block, b) for name, b in names.items() for block in getattr(pipe.transformer, name)]
-        modules = [block.get_submodule(output) for block, b in blocks for output in b.outputs]
+        blocks = blocks_of(pipe.transformer, family_of_pipeline(type(pipe).__name__))
+        modules = [block.get_submodule(name) for kind, block in blocks for name in kind.branches]
         self.handles = [module.register_forward_hook(self.replace) for module in modules]
         self.full_steps, self.calls, self.stored = full_steps, dict.fromkeys(modules, 0), {}
 
@@ -233,12 +233,6 @@ def test_a_trunk_fits_on_after_them(pipe):
     family = SimpleNamespace(**vars(next(f for f in FAMILIES.values() if type(pipe).__name__ in f.pipelines)))
     with Trunk(pipe.transformer, family):
         assert call(pipe).isfinite().all()
-
-
-def test_every_family_has_its_branches():
-    assert BRANCHES.keys() == FAMILIES.keys()
-    for name, family in FAMILIES.items():
-        assert tuple(BRANCHES[name]) == tuple(kind.name for kind in family.block_lists)
 
 
 def test_fora_refuses_no_steps():

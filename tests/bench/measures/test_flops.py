@@ -21,8 +21,8 @@ from vidaccel.bench.measures.memory import block_arguments
 from vidaccel.bench.sizes import meta_transformer, planned_family
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.costs import WORK
 from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import call_block
 from vidaccel.forecasters.learned import Statistics, new_predictor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -49,9 +49,8 @@ def attention_of(counts: dict) -> int:
 
 
 def test_every_family_has_its_work_described():
-    assert WORK.keys() == FAMILIES.keys()
-    for name, family in FAMILIES.items():
-        assert tuple(WORK[name].blocks) == tuple(block_list.name for block_list in family.block_lists)
+    for family in FAMILIES.values():
+        assert tuple(family.costs.blocks) == tuple(block_list.name for block_list in family.block_lists)
 
 
 # By hand
@@ -144,7 +143,9 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     found = block_flops(model, family, rows)
     for block_list in family.block_lists:
         block = model.get_submodule(block_list.name)[0]
-        counter = counted(lambda block=block, kind=block_list: block(*block_arguments(model, family, kind, rows)))
+        counter = counted(
+            lambda block=block, kind=block_list: call_block(kind, block, block_arguments(model, family, kind, rows))
+        )
         counts = counter.get_flop_counts()["Global"]
         attention = attention_of(counts)
         assert found[block_list.name].attention == attention
@@ -162,7 +163,7 @@ def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     assert two["predictor"].blocks - one["predictor"].blocks == in_last
     assert two["predictor"].attention == 2 * last.attention
     mlp = fusion(transformer)
-    streams = WORK[family.name].fusions
+    streams = family.costs.fusions
     inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
     statistics = Statistics(mlp.outer.in_features)
     fused = counted(lambda: [mlp(tokens, tokens, statistics) for tokens in inputs]).get_total_flops()

@@ -9,6 +9,7 @@ from vidaccel.collect.encode import encode_texts
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.walk import blocks_of
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.train.predictor.discriminator import (
@@ -18,7 +19,6 @@ from vidaccel.train.predictor.discriminator import (
     discriminator_hinge,
     predictor_hinge,
     token_grid,
-    trunk_blocks,
     trunk_features,
 )
 
@@ -125,7 +125,7 @@ def test_a_frozen_pass_has_the_same_logits_and_no_gradient_for_the_discriminator
 @pytest.mark.parametrize("name", BUILDERS)
 def test_features_are_the_video_tokens_of_the_blocks_and_leave_no_trace(name):
     velocity, x, text = student(name)
-    blocks = trunk_blocks(velocity)
+    blocks = blocks_of(velocity.transformer, velocity.family)
     seen = []
     for _, block in blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -142,7 +142,7 @@ def test_hooks_go_also_when_the_pass_fails():
     velocity, x, text = student("wan")
     with pytest.raises(KeyError):
         trunk_features(velocity, [1.0], x, torch.ones(2), {}, None)
-    assert not any(block._forward_hooks for _, block in trunk_blocks(velocity))
+    assert not any(block._forward_hooks for _, block in blocks_of(velocity.transformer, velocity.family))
 
 
 def test_gradients_reach_the_latent_through_the_frozen_trunk():

@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline, MagCacheConfig
 from diffusers.hooks import sea_cache
 from torch import nn
 
-from vidaccel.bench.baselines.fora import BRANCHES
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.compat.diffusers import hook_registry, hook_states
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.models.grid import current_step
 from vidaccel.models.loading import LoadedPipeline
 
@@ -42,12 +42,11 @@ def _magnitudes(loaded: LoadedPipeline, steps: int, generate: Callable[[], None]
 
     It prints and forgets them with the last step, so it is told of one more and asked at the end of each pass.
     """
-    (transformer,) = _transformers(loaded)
+    (transformer,) = denoisers_of(loaded.pipe, loaded.family)
     ratios: list[float] = []
 
     def ask(module: nn.Module, inputs: tuple, output: Any) -> None:
-        kind = loaded.family.block_lists[0].name
-        head = hook_registry(getattr(module, kind)[0]).get_hook("mag_cache_leader_block_hook")
+        head = hook_registry(blocks_of(module, loaded.family)[0][1]).get_hook("mag_cache_leader_block_hook")
         state = next(iter(hook_states(head.state_manager).values()))
         ratios[:] = state.calibration_ratios
 
@@ -66,7 +65,7 @@ def enabled(cls: type, loaded: LoadedPipeline, method: MethodConfig, settings: M
     """The row's cache, configured by `cls`, for the time of a `with` block; errors of `registry.switched_on`."""
     if method.two_pass and method.cache in ONE_STATE:
         raise Unsupported(f"{cls.__name__} keeps one state for both passes of guidance")
-    (transformer,) = _transformers(loaded)
+    (transformer,) = denoisers_of(loaded.pipe, loaded.family)
     before = _hook_count(transformer)
     with (
         _enabled(transformer, _config(cls, loaded, method, dict(settings))),
@@ -88,7 +87,7 @@ def _config(cls: type, loaded: LoadedPipeline, method: MethodConfig, settings: d
         "is_guidance_distilled": not method.two_pass,
         "num_inference_steps": method.steps,
         "raw_vision_callback": lambda module, args, kwargs: list(kwargs["hidden_states"].unbind(0)),
-        "taylor_factors_dtype": _transformers(loaded)[0].dtype,
+        "taylor_factors_dtype": denoisers_of(loaded.pipe, loaded.family)[0].dtype,
     }
     if method.cache == "taylorseer" and "cache_identifiers" not in settings:
         settings |= branch_identifiers(loaded.family)
@@ -97,11 +96,11 @@ def _config(cls: type, loaded: LoadedPipeline, method: MethodConfig, settings: d
 
 def branch_identifiers(family: DiTFamily) -> dict[str, list[str]]:
     """TaylorSeer on every residual branch of every block, as published; diffusers' default is attention alone."""
-    lists = BRANCHES[family.name].items()
+    lists = family.block_lists
     return {
-        "cache_identifiers": [rf"{name}\.\d+\.({'|'.join(branches.outputs)})" for name, branches in lists],
+        "cache_identifiers": [rf"{kind.name}\.\d+\.({'|'.join(kind.branches)})" for kind in lists],
         "skip_predict_identifiers": [
-            rf"{name}\.\d+\.({'|'.join(branches.feeding)})" for name, branches in lists if branches.feeding
+            rf"{kind.name}\.\d+\.({'|'.join(kind.feeding)})" for kind in lists if kind.feeding
         ],
     }
 
@@ -117,10 +116,6 @@ def _current_timestep(pipe: DiffusionPipeline) -> Callable[[], float]:
         return last[1]
 
     return read
-
-
-def _transformers(loaded: LoadedPipeline) -> list[nn.Module]:
-    return [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ large: 27 GB for a HunyuanVideo video of 129 x 704 x 704.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -14,30 +13,9 @@ from torch import Tensor, nn
 from vidaccel.bench.baselines.parts import PartHook, PartsCache
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import blocks_of
 
 TOKENS = ("hidden_states", "encoder_hidden_states")
-
-
-@dataclass(frozen=True)
-class Branches:
-    """The modules of one block that its residual stream is added to from."""
-
-    outputs: tuple[str, ...]
-    """Their names: what they give back is kept."""
-    feeding: tuple[str, ...] = ()
-    """Modules that only work for those, and have nothing to do where those give again what they gave."""
-
-
-_DOUBLE_STREAM = Branches(("attn", "ff", "ff_context"))
-BRANCHES: dict[str, dict[str, Branches]] = {
-    "hunyuan_video": {
-        "transformer_blocks": _DOUBLE_STREAM,
-        "single_transformer_blocks": Branches(("proj_out",), feeding=("attn", "proj_mlp")),
-    },
-    "hunyuan_video_15": {"transformer_blocks": _DOUBLE_STREAM},
-    "wan": {"blocks": Branches(("attn1", "attn2", "ffn"))},
-}
-"""Of every family in the catalogue, by name, and by name of the block list."""
 
 
 class Fora(PartsCache):
@@ -50,10 +28,9 @@ class Fora(PartsCache):
         self.every = every
 
     def hooks(self, transformer: nn.Module) -> Iterator[tuple[nn.Module, PartHook]]:
-        for name, branches in BRANCHES[self.family.name].items():
-            for block in getattr(transformer, name):
-                yield from ((block.get_submodule(output), OutputHook(self)) for output in branches.outputs)
-                yield from ((block.get_submodule(feeding), FeedingHook(self)) for feeding in branches.feeding)
+        for kind, block in blocks_of(transformer, self.family):
+            yield from ((block.get_submodule(name), OutputHook(self)) for name in kind.branches)
+            yield from ((block.get_submodule(name), FeedingHook(self)) for name in kind.feeding)
 
     def begin(self) -> None:
         self.full = self.step.index % self.every == 0 or not self.kept

@@ -20,6 +20,7 @@ from vidaccel.compat.diffusers import forget_listed_hooks, remove_hook_registry,
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.grid import Step, current_step
 from vidaccel.models.loading import LoadedPipeline
 
@@ -91,8 +92,7 @@ class PartsCache:
 
     def __enter__(self) -> "PartsCache":
         """Raises `UserError` if a cache is on the transformer already."""
-        for denoiser in self.family.denoisers:
-            transformer = getattr(self.pipe, denoiser.attribute)
+        for transformer in denoisers_of(self.pipe, self.family):
             if getattr(transformer, "is_cache_enabled", False):
                 raise UserError("a cache of diffusers is enabled on this pipeline", "call its disable_cache() first")
             self._undo.append(lambda transformer=transformer: forget_listed_hooks(transformer))

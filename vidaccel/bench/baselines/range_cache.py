@@ -11,6 +11,7 @@ from torch import nn
 
 from vidaccel.bench.baselines.parts import PartHook, PartsCache
 from vidaccel.families.base import BlockList
+from vidaccel.families.walk import as_output, blocks_of, named_arguments, named_outputs
 
 
 class RangeCache(PartsCache):
@@ -19,7 +20,7 @@ class RangeCache(PartsCache):
     span = (0, 0)
 
     def hooks(self, transformer: nn.Module) -> Iterator[tuple[nn.Module, PartHook]]:
-        blocks = [(kind, block) for kind in self.family.block_lists for block in getattr(transformer, kind.name)]
+        blocks = blocks_of(transformer, self.family)
         self.blocks = len(blocks)
         for index, (kind, block) in enumerate(blocks):
             yield block, RangeHook(self, kind, index)
@@ -37,20 +38,19 @@ class RangeHook(PartHook):
         self.kind, self.index = kind, index
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
-        arguments = dict(zip(self.kind.arguments, args, strict=False)) | kwargs
+        arguments = named_arguments(self.kind, args, kwargs)
         if self.index == 0:
             self.cache.decide(module, arguments)
         (start, end), kept = self.cache.span, self.cache.kept
         entering = {name: arguments[name] for name in self.kind.returns}
         if not self.cache.full and start <= self.index < end:
             added = kept["added"] if self.index == start else {}
-            left = tuple(tokens + added[name] if name in added else tokens for name, tokens in entering.items())
-            return left if len(left) > 1 else left[0]
+            return as_output(self.kind, entering | {name: entering[name] + added[name] for name in added})
         if self.cache.full and self.index == start:
             kept["entering"] = entering
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.cache.full and self.index == end - 1:
-            left = dict(zip(self.kind.returns, output if isinstance(output, tuple) else (output,), strict=True))
+            left = named_outputs(self.kind, output)
             before = kept.pop("entering")
             kept["added"] = {name: left[name] - before[name] for name in left}
         return output

@@ -16,6 +16,7 @@ from vidaccel.bench.baselines.parts import PartHook, PartsCache
 from vidaccel.bench.baselines.range_cache import RangeCache
 from vidaccel.errors import UserError
 from vidaccel.families.base import BlockList, DiTFamily
+from vidaccel.families.walk import blocks_of, named_arguments
 from vidaccel.models.loading import LoadedPipeline
 
 Indicator = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -87,8 +88,8 @@ class Calibration(PartsCache):
         return np.polyfit(before, after, min(degree, len(before) - 1)).tolist()
 
     def hooks(self, transformer: nn.Module) -> Iterator[tuple[nn.Module, PartHook]]:
-        kind = self.family.block_lists[0]
-        yield getattr(transformer, kind.name)[0], IndicatorHook(self, kind)
+        kind, first = blocks_of(transformer, self.family)[0]
+        yield first, IndicatorHook(self, kind)
         self._undo.append(transformer.register_forward_hook(self._compare).remove)
 
     def _compare(self, transformer: nn.Module, inputs: tuple, output: Any) -> None:
@@ -104,7 +105,7 @@ class IndicatorHook(PartHook):
         self.kind = kind
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
-        arguments = dict(zip(self.kind.arguments, args, strict=False)) | kwargs
+        arguments = named_arguments(self.kind, args, kwargs)
         self.cache.kept["indicator"] = self.cache.indicator(module, arguments)
         return self.fn_ref.original_forward(*args, **kwargs)
 

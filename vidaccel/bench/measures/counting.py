@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vidaccel.compat.diffusers import attention_backends, hook_registry
 from vidaccel.compat.torch import storage_key
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.grid import current_step
 from vidaccel.models.loading import LoadedPipeline
 
@@ -43,7 +44,7 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.passes: list[CountedPass] = []
         self._pipe = loaded.pipe
-        self._denoisers = [getattr(loaded.pipe, denoiser.attribute) for denoiser in loaded.family.denoisers]
+        self._denoisers = denoisers_of(loaded.pipe, loaded.family)
         self._flops: int | None = None
 
     @property

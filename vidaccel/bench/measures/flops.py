@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.costs import WORK, Attentions, Layers
+from vidaccel.families.costs import Attentions, Layers
 from vidaccel.forecasters.learned import Fusion
 
 ATTENTION_MODULES = "attn"
@@ -74,10 +74,10 @@ def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) ->
     """Of one block of each list, by name of the list."""
     return {
         name: BlockFlops(
-            layer_flops(model.get_submodule(name)[0], work.layers, rows),
-            attention_flops(work.attentions, rows, width(model)),
+            layer_flops(model.get_submodule(name)[0], costs.layers, rows),
+            attention_flops(costs.attentions, rows, width(model)),
         )
-        for name, work in WORK[family.name].blocks.items()
+        for name, costs in family.costs.blocks.items()
     }
 
 
@@ -90,7 +90,7 @@ def fusion(model: nn.Module) -> Fusion:
 def predictor_parameters(model: nn.Module, family: DiTFamily, blocks: int) -> int:
     """Parameters of a predictor (method.md, section 3): fusion MLPs and `blocks` copies of the trunk's last block."""
     last = model.get_submodule(family.block_lists[-1].name)[-1]
-    return blocks * parameters(last) + len(WORK[family.name].fusions) * parameters(fusion(model))
+    return blocks * parameters(last) + len(family.costs.fusions) * parameters(fusion(model))
 
 
 def parameters(module: nn.Module) -> int:
@@ -107,12 +107,12 @@ def pass_flops(
         rows: number of rows of each stream (`sizes.rows`).
         predictor_blocks: blocks of the learned predictor.
     """
-    work, kinds = WORK[family.name], block_flops(model, family, rows)
+    costs, kinds = family.costs, block_flops(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in kinds}
     outside = _outside(model, family, rows)
     predicted_outside = _outside(model, family, rows, but=family.static_embedders)
     last = kinds[family.block_lists[-1].name]
-    fused = sum(layer.flops for stream in work.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
+    fused = sum(layer.flops for stream in costs.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
 
     def blocks(counted) -> int:
         return sum(depths[name] * layer.flops for name in kinds for layer in kinds[name].layers if counted(layer))
@@ -120,7 +120,7 @@ def pass_flops(
     attention = sum(depths[name] * kinds[name].attention for name in kinds)
     of_last = sum(layer.flops for layer in last.layers)
     D = width(model)
-    linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in work.fusions)
+    linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in costs.fusions)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
         "predictor": PassFlops(
@@ -135,11 +135,11 @@ def pass_flops(
 
 def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
     """Of everything but the trunk's blocks, and what is within the modules at the paths in `but`."""
-    work, left_out = WORK[family.name], tuple(f"{path}." for path in but)
-    layers = layer_flops(_without_blocks(model, family), work.layers, rows)
+    costs, left_out = family.costs, tuple(f"{path}." for path in but)
+    layers = layer_flops(_without_blocks(model, family), costs.layers, rows)
     attention = sum(
         len(model.get_submodule(path)) * attention_flops(attentions, rows, width(model))
-        for path, attentions in work.attentions.items()
+        for path, attentions in costs.attentions.items()
         if not path.startswith(left_out)
     )
     return sum(layer.flops for layer in layers if not layer.name.startswith(left_out)) + attention

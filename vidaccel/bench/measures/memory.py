@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from vidaccel.bench.measures.flops import width
 from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass, storage_key, tree_leaves
 from vidaccel.families.base import BlockList, DiTFamily
-from vidaccel.families.costs import WORK, Argument
+from vidaccel.families.costs import Argument
+from vidaccel.families.walk import call_block
 
 
 class CacheBytes(NamedTuple):
@@ -39,15 +40,15 @@ def cache_bytes(
     `predictor`, `linear` and `trunk` keep the tokens that leave the trunk, and from the last full pass what the
     family's `static_embedders` gave; `branches` and `attention` keep tokens of every block.
     """
-    work = WORK[family.name]
-    depths = {name: len(model.get_submodule(name)) for name in work.blocks}
+    costs = family.costs
+    depths = {name: len(model.get_submodule(name)) for name in costs.blocks}
     kept = {
-        "trunk": sum(rows[stream] for stream in work.fusions),
-        "branches": sum(depths[name] * rows[s] for name, block in work.blocks.items() for s in block.branches),
-        "attention": sum(depths[name] * rows[q] for name, block in work.blocks.items() for q, _ in block.attentions),
+        "trunk": sum(rows[stream] for stream in costs.fusions),
+        "branches": sum(depths[name] * rows[s] for name, block in costs.blocks.items() for s in block.branches),
+        "attention": sum(depths[name] * rows[q] for name, block in costs.blocks.items() for q, _ in block.attentions),
     }
     size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
-    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in work.static_embedders))
+    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders))
     return size | dict.fromkeys(("predictor", "linear", "trunk"), trunk)
 
 
@@ -72,23 +73,25 @@ def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int
 def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]) -> int:
     block = model.get_submodule(block_list.name)[0]
     with torch.no_grad(), LiveBytes() as live, FusedAttention():
-        block(*block_arguments(model, family, block_list, rows))
+        call_block(block_list, block, block_arguments(model, family, block_list, rows))
     return live.peak
 
 
 def block_arguments(
     model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
-) -> Iterator[Tensor | tuple[Tensor, ...]]:
-    """The arguments of a block's call in order, one video, empty, on the device and in the dtype of the model."""
+) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
     known = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
-    known |= WORK[family.name].blocks[block_list.name].arguments
+    known |= family.costs.blocks[block_list.name].arguments
+    given = {}
     for name in block_list.arguments:
         argument = known[name]
         shape, dtype = _shape(argument, model, rows), _dtype(argument, like.dtype)
         tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
-        yield tensors if argument.copies > 1 else tensors[0]
+        given[name] = tensors if argument.copies > 1 else tensors[0]
+    return given
 
 
 class LiveBytes(TorchDispatchMode):

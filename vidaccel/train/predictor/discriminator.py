@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.families.base import BlockList
+from vidaccel.families.walk import blocks_of, named_outputs, patch_of
 from vidaccel.models.velocity import Text, Velocity
 
 Logits = list[Tensor]
@@ -88,7 +89,7 @@ def trunk_features(
     student: Velocity, depths: Sequence[float], x: Tensor, t: Tensor, text: Text, g: Tensor | None
 ) -> list[Tensor]:
     """Video tokens [B, N, D] after the blocks at `depths` (1 is the last), of a pass with r = t."""
-    blocks = trunk_blocks(student)
+    blocks = blocks_of(student.transformer, student.family)
     found: list[Tensor] = []
     hooks = []
     for depth in depths:
@@ -102,25 +103,16 @@ def trunk_features(
     return found
 
 
-def trunk_blocks(student: Velocity) -> list[tuple[BlockList, nn.Module]]:
-    """The blocks of the trunk in their order, each with the list it is of."""
-    return [(kind, block) for kind in student.family.block_lists for block in getattr(student.transformer, kind.name)]
-
-
 def token_grid(transformer: nn.Module, x: Tensor) -> tuple[int, int, int]:
     """(T, H, W) video tokens of latents [B, C, T, H, W]."""
-    config = transformer.config
-    side = config.patch_size
-    patch = side if isinstance(side, Sequence) else (config.patch_size_t, side, side)
-    return tuple(size // p for size, p in zip(x.shape[2:], patch, strict=True))
+    return tuple(size // step for size, step in zip(x.shape[2:], patch_of(transformer), strict=True))
 
 
 def _noting(kind: BlockList, found: list[Tensor]):
     """A forward hook that adds the block's video tokens to `found`."""
-    place = kind.returns.index("hidden_states")
 
     def note(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        found.append(output[place] if isinstance(output, tuple) else output)
+        found.append(named_outputs(kind, output)["hidden_states"])
 
     return note
 

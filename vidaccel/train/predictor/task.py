@@ -17,6 +17,7 @@ from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import Grid, fixed_shift
@@ -67,7 +68,7 @@ def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig
             f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
             "take a family with one: this vidaccel trains no predictor for several together",
         )
-    transformer = getattr(loaded.pipe, loaded.family.denoisers[0].attribute)
+    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, provenance = _open_data(loaded, config)

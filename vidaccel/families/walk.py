@@ -1,0 +1,54 @@
+"""What a record names, in a loaded pipeline: its denoisers, their blocks, what a block is called with and gives back.
+
+B batch, N tokens, D width
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from vidaccel.families.base import BlockList, DiTFamily
+
+
+def denoisers_of(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
+    """The pipeline's transformers, in the order in which sampling meets them."""
+    return [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
+
+
+def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList, nn.Module]]:
+    """The blocks of the trunk, in the order in which they run, each with the list it is of."""
+    return [(kind, block) for kind in family.block_lists for block in getattr(transformer, kind.name)]
+
+
+def named_arguments(kind: BlockList, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block was called with, by the record's names, then whatever else it got by keyword.
+
+    Arguments behind those that the record names are left out: HunyuanVideo passes some.
+    """
+    return dict(zip(kind.arguments, args, strict=False)) | dict(kwargs)
+
+
+def call_block(kind: BlockList, block: nn.Module, arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    """A block called as its transformer calls it, with those of `arguments` that the record names."""
+    values = {name: arguments[name] for name in kind.arguments}
+    return block(**values) if kind.keywords else block(*values.values())
+
+
+def named_outputs(kind: BlockList, output: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a block gave, tokens [B, N, D] by the record's names."""
+    return dict(zip(kind.returns, output if isinstance(output, tuple) else (output,), strict=True))
+
+
+def as_output(kind: BlockList, tokens: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """`tokens` in the form in which a block of the kind gives them."""
+    left = tuple(tokens[name] for name in kind.returns)
+    return left if len(left) > 1 else left[0]
+
+
+def patch_of(transformer: nn.Module) -> tuple[int, int, int]:
+    """Latent frames, height and width of a video token."""
+    config = transformer.config
+    patch = config.patch_size
+    return (config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
