@@ -314,6 +314,17 @@ OLD_NAMES = [
 ]
 
 
+@pytest.mark.parametrize(("order", "new"), [(0, "reuse"), (1, "taylor")])
+def test_a_renamed_value_is_read_and_warned_of(tmp_path, caplog, order, new):
+    (tmp_path / "old.yaml").write_text(f"methods: {{a: {{between: trunk, order: {order}}}}}")
+    (tmp_path / "new.yaml").write_text(f"methods: {{a: {{order: {order}}}}}")
+    from_file = load("benchmark", BenchmarkConfig, str(tmp_path / "old.yaml"))
+    from_word = load("benchmark", BenchmarkConfig, str(tmp_path / "new.yaml"), ["methods.a.on_skipped=trunk"])
+    assert from_file == from_word
+    assert (from_file.methods["a"].on_skipped, from_file.methods["a"].order) == (new, order)
+    assert sum(f"on_skipped=trunk is called {new} now" in message for message in caplog.messages) == 2
+
+
 @pytest.mark.parametrize(("command", "schema", "text", "word", "new"), OLD_NAMES, ids=[row[2] for row in OLD_NAMES])
 def test_a_renamed_key_is_read_and_warned_of(tmp_path, caplog, command, schema, text, word, new):
     (tmp_path / "old.yaml").write_text(text)

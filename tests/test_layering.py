@@ -20,6 +20,7 @@ LAYERS = (
     "vidaccel.numbers",
     "vidaccel.compat",
     "vidaccel.worlds",  # the table of worlds, which imports them by name
+    "vidaccel.forecasters.registry",  # the table of forecasters, likewise
     "vidaccel.config",
     "vidaccel.kernels",
     "vidaccel.families",

@@ -114,7 +114,7 @@ def test_passes():
 
     assert counted(steps=50, two_pass=True) == (100, 0, 0)
     assert counted(steps=8, full_steps=[0, 2, 4, 7]) == (4, 4, 0)
-    assert counted(steps=8, every=3, on_skipped="trunk") == (3, 0, 5)
+    assert counted(steps=8, every=3, on_skipped="reuse") == (3, 0, 5)
     assert counted(steps=8, every=3, on_skipped="attention", two_pass=True) == (6, 0, 10)
 
 
@@ -142,7 +142,8 @@ def test_a_predictor_that_looks_back_on_two_full_steps_holds_both():
 
     one, two = cache()
     assert two - one == (2 * 8 * 8 // 4 + 256) * 3072 * 2  # [video; text] in bfloat16, and nothing of embedders again
-    assert cache(on_skipped="trunk") == [one, one]
+    assert cache(on_skipped="reuse") == [one, one]
+    assert cache(on_skipped="taylor") == cache(on_skipped="taylor", order=1) == [two, two]
 
 
 def test_the_shipped_model_is_planned_as_it_is_called():
@@ -226,7 +227,7 @@ def test_refusals(overrides, message, hint):
         {"full_steps": [0], "every": 2},
         {"steps": 4, "budget": 5},
         {"budget": 2, "every": 2},
-        {"budget": 2, "on_skipped": "trunk"},
+        {"budget": 2, "on_skipped": "reuse"},
         {"cache": "magic"},
         {"settings": {"threshold": 1}},
         {"sweep": {"threshold": [1]}},

@@ -25,7 +25,7 @@ METHODS = {
     "cfg": MethodConfig(weights="teacher", steps=4, two_pass=True),
     "student": MethodConfig(steps=2),
     "predictor": MethodConfig(steps=4, full_steps=[0, 2]),
-    "reuse": MethodConfig(steps=4, full_steps=[0], on_skipped="trunk"),
+    "reuse": MethodConfig(steps=4, full_steps=[0], on_skipped="reuse"),
     "fora": MethodConfig(steps=4, every=2, on_skipped="branches", cache="fora", settings={"every": 2}),
     "teacache": MethodConfig(steps=4, cache="teacache", settings={"threshold": 1}),
 }

@@ -45,9 +45,9 @@ methods:
   student: {{steps: 4}}
   predictor: {{steps: 4, full_steps: [0, 2]}}
   searched: {{steps: 4, budget: 1}}
-  reuse: {{steps: 4, full_steps: [0, 2], on_skipped: trunk}}
+  reuse: {{steps: 4, full_steps: [0, 2], on_skipped: reuse}}
   linear: {{steps: 4, full_steps: [0, 2], on_skipped: linear}}
-  taylor: {{steps: 4, full_steps: [0, 1], on_skipped: trunk, order: 1}}
+  taylor: {{steps: 4, full_steps: [0, 1], on_skipped: taylor}}
   fora: {{weights: teacher, steps: 6, every: 3, on_skipped: branches, cache: fora, settings: {{every: 3}}}}
   first-block: {{weights: teacher, steps: 6, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
   teacache: {{steps: 4, cache: teacache, settings: {{threshold: 1000.0}}}}
@@ -155,8 +155,8 @@ def test_a_row_has_a_grid_and_a_scale_of_its_own(conf):
     own = loaded.pipe.scheduler
     other.pipe.scheduler = type(own).from_config(own.config, shift=5.0)
     before = latents(plain)
-    taylor = {"full_steps": [0, 1], "on_skipped": "trunk", "order": 1}
-    ways = ({}, taylor, taylor | {"on_skipped": "linear", "order": 0})
+    taylor = {"full_steps": [0, 1], "on_skipped": "taylor"}
+    ways = ({}, taylor, taylor | {"on_skipped": "linear"})
     for way in ways:
         row = latents(MethodConfig(steps=4, shift=5.0, guidance=7.0, **way))
         assert torch.equal(row, latents(MethodConfig(steps=4, **way), others)) and not torch.equal(row, before)

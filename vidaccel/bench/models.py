@@ -20,11 +20,10 @@ from vidaccel.cache.schedule import pick, read_schedules
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
+from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.forecasters.linear import LinearMap, fitted
-from vidaccel.forecasters.reuse import Reuse
-from vidaccel.forecasters.taylor import Taylor
+from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
@@ -43,7 +42,7 @@ class Models:
         self.config, self.device = config, resolve_device(device)
         self._pipelines: dict[str, LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
-        self._fitted: dict[tuple, LinearMap] = {}
+        self._made: dict[tuple, Forecaster] = {}
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
         """What the row runs on; `place` puts it on the device.
@@ -157,28 +156,27 @@ class Models:
         teacher = self.pipeline(MethodConfig(model=self.config.model))
         return not guidance_in_force(teacher, None, None)[1]
 
-    def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Any:
-        if method.on_skipped == "trunk":
-            return Taylor(method.order) if method.order else Reuse()
-        if method.on_skipped == "linear":
-            return self._linear(method, loaded)
-        if method.on_skipped != "predictor":
+    def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Forecaster:
+        """The row's, made once for each model and way of sampling."""
+        if not method.forecasts:
             raise UserError(
                 f"on_skipped={method.on_skipped} says what is left out, not by which cache", "set cache=..."
             )
-        return self.predictor(method, loaded)
+        if method.on_skipped == "predictor":
+            return self.predictor(method, loaded)
+        sampled = method.steps, method.shift, method.guidance, tuple(method.schedule())
+        key = loaded.source, method.on_skipped, method.order, *sampled
+        if key not in self._made:
+            generate = partial(self._calibrate, method, loaded)
+            making = Making(loaded.pipe, loaded.family, method.order, None, method.schedule(), generate)
+            self._made[key] = forecaster_class(method.on_skipped).make(making)
+        return self._made[key]
 
-    def _linear(self, method: MethodConfig, loaded: LoadedPipeline) -> LinearMap:
-        """Fitted once for each model and list of full steps, on prompts and noise that are measured nowhere."""
-        key = loaded.source, method.steps, method.shift, method.guidance, tuple(method.schedule())
-        if key not in self._fitted:
-            prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
-            seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
-            generate = partial(
-                timed_generation, loaded, method, size, prompts, seeds, self.config.guidance, decode=False
-            )
-            self._fitted[key] = fitted(loaded.pipe, loaded.family, method.schedule(), generate)
-        return self._fitted[key]
+    def _calibrate(self, method: MethodConfig, loaded: LoadedPipeline) -> None:
+        """Make the row's videos of prompts and noise that are measured nowhere."""
+        prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
+        seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
+        timed_generation(loaded, method, size, prompts, seeds, self.config.guidance, decode=False)
 
     def _schedule(self, method: MethodConfig) -> dict[str, Any]:
         if method.budget is None:

@@ -5,20 +5,22 @@ all that only a run can tell, and `plan` for what a plan adds. Text encoders and
 student's embedding of r (0.1 % of the parameters, one row a pass).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.generation import Size
-from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, predictor_parameters
+from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, planned_trunk
 from vidaccel.bench.measures.memory import CacheBytes, activation_bytes, cache_bytes
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.forecasters.base import ForecasterCosts, PlannedTrunk
+from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.loading import DTYPES
 
 UNPLANNED = "what this cache leaves out is known when it runs: vidaccel benchmark --speedup"
@@ -49,6 +51,8 @@ class SizeCosts:
     """By `MethodConfig.on_skipped`."""
     activations: int
     """Bytes."""
+    trunk: PlannedTrunk
+    """What a forecaster's own costs follow from."""
 
 
 def plan(config: BenchmarkConfig) -> dict[str, Any]:
@@ -60,14 +64,13 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
     methods, family, model = config.wanted(), planned_family(config), meta_transformer(config)
     if not methods[config.baseline].planned:
         raise UserError(f"the baseline {config.baseline} cannot be planned: {UNPLANNED}", "take another baseline")
-    weights = {"model": parameters(model), "predictor": predictor_parameters(model, family, config.predictor_blocks)}
-    runs = []
+    weights, runs = parameters(model), []
     for size in config.sizes:
         costs = size_costs(config, family, model, tuple(size))
         baseline = method_flops(methods[config.baseline], costs)
         for name, method in methods.items():
             run = blank_run(Row(name, method, costs.size), config.family)
-            known = _planned(method, config, costs, weights, baseline) if method.planned else {"error": UNPLANNED}
+            known = _planned(method, costs, config.dtype, weights, baseline) if method.planned else {"error": UNPLANNED}
             runs.append(run | known)
     return {"schema": SCHEMA, "environment": environment("meta"), "baseline": config.baseline, "runs": runs}
 
@@ -82,7 +85,15 @@ def size_costs(config: BenchmarkConfig, family: DiTFamily, model: nn.Module, siz
         pass_flops(model, family, streams, config.predictor_blocks),
         cache_bytes(model, family, streams, DTYPES[config.dtype]),
         activation_bytes(model, family, streams),
+        planned_trunk(model, family, streams, blocks=config.predictor_blocks, history=config.predictor_history),
     )
+
+
+def stand_in(method: MethodConfig, costs: SizeCosts) -> ForecasterCosts | None:
+    """What the row's forecaster costs; None where parts of the trunk are left out by a cache."""
+    if not method.forecasts:
+        return None
+    return forecaster_class(method.on_skipped).costs(replace(costs.trunk, order=method.order))
 
 
 def passes(method: MethodConfig) -> Passes:
@@ -98,18 +109,17 @@ def method_flops(method: MethodConfig, costs: SizeCosts) -> int:
     return count.full * full.total + (count.predicted + count.skipped) * other.total
 
 
-def _planned(
-    method: MethodConfig, config: BenchmarkConfig, costs: SizeCosts, weights: dict[str, int], baseline: int
-) -> dict[str, Any]:
-    """What a plan knows of a run."""
+def _planned(method: MethodConfig, costs: SizeCosts, dtype: str, weights: int, baseline: int) -> dict[str, Any]:
+    """What a plan knows of a run of a model with so many `weights`, stored in `dtype`."""
     count, flops = passes(method), method_flops(method, costs)
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
     each, newest = costs.cache[method.on_skipped]
-    looks_back = config.predictor_history if count.predicted else 1 + method.order
+    forecaster = stand_in(method, costs)
+    looks_back = forecaster.history if forecaster else 1 + method.order
     cache = (each * looks_back + newest) * (1 + method.two_pass) if caches else 0
-    in_use = weights["model"] + (weights["predictor"] if count.predicted else 0)
-    weight_bytes = in_use * DTYPES[config.dtype].itemsize
+    in_use = weights + (forecaster.parameters if forecaster and caches else 0)
+    weight_bytes = in_use * DTYPES[dtype].itemsize
     return {
         "full_steps": method.schedule(),
         "passes": asdict(count),

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.bench.environment import environment
-from vidaccel.bench.measures.flops import parameters, predictor_parameters
-from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs
+from vidaccel.bench.measures.flops import parameters
+from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs, stand_in
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
@@ -35,7 +35,7 @@ from vidaccel.numbers import quartiles
 from vidaccel.progress import Progress
 
 Seconds = dict[str, float]
-"""Of one pass of each kind: full, predictor or trunk."""
+"""Of one pass of each kind: full, predictor or reuse."""
 
 ROOM = 1.1
 """Memory that has to be free, over what was worked out."""
@@ -96,7 +96,7 @@ class Model:
 
     def passes(self) -> tuple[dict[str, Callable], dict[str, dict[str, int]]]:
         """What to time, and what each kind of pass is made of: of itself."""
-        calls = {"full": self.full, "predictor": lambda: self.predicted(self.predictor), "trunk": self.without_trunk}
+        calls = {"full": self.full, "predictor": lambda: self.predicted(self.predictor), "reuse": self.without_trunk}
         return calls, {kind: {kind: 1} for kind in calls}
 
     def parts(self) -> tuple[dict[str, Callable], dict[str, dict[str, int]]]:
@@ -106,7 +106,7 @@ class Model:
         for kind, block in self._firsts():
             calls[kind.name] = partial(call_block, kind, block, self.arguments[kind.name])
             full[kind.name] = len(getattr(depths, kind.name))
-        return calls, {"full": full, "predictor": {"outside": 1, "network": 1}, "trunk": {"outside": 1}}
+        return calls, {"full": full, "predictor": {"outside": 1, "network": 1}, "reuse": {"outside": 1}}
 
     def full(self) -> Tensor:
         with self.trunk.full(self.inputs["t"]):
@@ -166,8 +166,8 @@ class Model:
 
 def _fits(config: BenchmarkConfig, costs: SizeCosts, device: torch.device) -> bool:
     """Whether weights, activations and cache of the whole model fit into what is free."""
-    model, family = meta_transformer(config), planned_family(config)
-    weights = parameters(model) + predictor_parameters(model, family, config.predictor_blocks)
+    model = meta_transformer(config)
+    weights = parameters(model) + Predictor.costs(costs.trunk).parameters
     needed = weights * DTYPES[config.dtype].itemsize + costs.activations + sum(costs.cache["predictor"])
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     return ROOM * needed < free
@@ -183,11 +183,16 @@ def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: 
     for name, method in methods.items():
         run = blank_run(Row(name, method, costs.size), config.family)
         run["settings"]["random_weights"] = how
-        yield run | (_timed(method, baseline, costs, timed) if _is_timed(method) else {"error": UNTIMED})
+        yield run | (_timed(method, baseline, costs, timed) if _is_timed(method, costs) else {"error": UNTIMED})
 
 
-def _is_timed(method: MethodConfig) -> bool:
-    return method.planned and (method.full_count() == method.steps or method.on_skipped in ("predictor", "trunk"))
+def _is_timed(method: MethodConfig, costs: SizeCosts) -> bool:
+    """Whether its passes are those that were timed: a forecaster without FLOPs takes as long as reuse does."""
+    if not method.planned:
+        return False
+    forecaster = stand_in(method, costs)
+    free = forecaster is not None and forecaster.linear + forecaster.attention == 0
+    return method.full_count() == method.steps or method.on_skipped == "predictor" or free
 
 
 def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed: list[Seconds]) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed
         "flops": flops,
         "denoise_seconds": quartiles(seconds),
     }
-    if _is_timed(baseline):
+    if _is_timed(baseline, costs):
         slow = [_denoise(passes(baseline), each) for each in timed]
         measured = quartiles([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
         ideal = method_flops(baseline, costs) / flops
@@ -208,4 +213,4 @@ def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed
 
 
 def _denoise(count: Passes, seconds: Seconds) -> float:
-    return count.full * seconds["full"] + count.predicted * seconds["predictor"] + count.skipped * seconds["trunk"]
+    return count.full * seconds["full"] + count.predicted * seconds["predictor"] + count.skipped * seconds["reuse"]

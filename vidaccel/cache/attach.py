@@ -28,18 +28,14 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
-from vidaccel.forecasters.base import Forecaster
+from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.forecasters.reuse import Reuse
-from vidaccel.forecasters.taylor import Taylor
+from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.weight_hashes import student_hashes
-
-ZOO = ("reuse", "taylor")
-"""Forecasters that need nothing but their name."""
 
 
 def attach(
@@ -57,8 +53,8 @@ def attach(
 
     Args:
         pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives.
-        predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor", or any
-            forecaster, taken as it is.
+        predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor" or another
+            name of forecasters/registry.py, or any forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
             schedules for several are at hand.
         full_steps: positions of the full steps, rising from 0.
@@ -76,12 +72,13 @@ def attach(
     loaded = pipe if isinstance(pipe, LoadedPipeline) else None
     pipe = loaded.pipe if loaded else pipe
     family = family_of_pipeline(type(pipe).__name__)
-    if isinstance(predictor, str | Path) and predictor not in ZOO:
+    if isinstance(predictor, str | Path) and predictor not in attachable():
         predictor = local_path(predictor)
         if not predictor.is_dir():
-            raise UserError(f"there is no folder {predictor}", f"a predictor is a folder, or one of: {', '.join(ZOO)}")
+            hint = f"a predictor is a folder, or one of: {', '.join(attachable())}"
+            raise UserError(f"there is no folder {predictor}", hint)
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
-    forecaster = _forecaster(predictor)
+    forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Predictor):
         student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
         for transformer in denoisers_of(pipe, family):
@@ -229,14 +226,12 @@ def _bound_to(forecaster: Forecaster, schedule: Schedule, force: bool) -> Bound 
     return None
 
 
-def _forecaster(predictor: str | Path | Forecaster) -> Forecaster:
+def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline, family: DiTFamily) -> Forecaster:
     if not isinstance(predictor, str | Path):
         return predictor
-    if predictor == "reuse":
-        return Reuse()
-    if predictor == "taylor":
-        return Taylor()
-    return Predictor.from_pretrained(predictor)
+    if isinstance(predictor, Path):
+        return forecaster_class("predictor").make(Making(pipe, family, folder=predictor))
+    return forecaster_class(predictor).make(Making(pipe, family))
 
 
 def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:

@@ -126,11 +126,11 @@ def _make(
 def _predictor_hash(predictor: str | None) -> dict[str, str]:
     """SHA-256 of a trained predictor's weights."""
     from vidaccel.artefacts import sha256_file
-    from vidaccel.cache.attach import ZOO
     from vidaccel.forecasters.checkpoint import WEIGHTS_FILE
+    from vidaccel.forecasters.registry import attachable
     from vidaccel.models.loading import local_path
 
-    if predictor is None or predictor in ZOO:
+    if predictor is None or predictor in attachable():
         return {}
     return {f"predictor/{WEIGHTS_FILE}": sha256_file(local_path(predictor) / WEIGHTS_FILE)}
 

@@ -1,15 +1,18 @@
 """Settings of `vidaccel benchmark`: its rows, and what they share."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidaccel.config.checks import require
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
+from vidaccel.forecasters.registry import FORECASTERS
 from vidaccel.worlds import WORLDS
 
-ON_SKIPPED = ("predictor", "linear", "trunk", "branches", "attention")
+LEFT_OUT = ("branches", "attention")
+"""What training-free caches of parts of the trunk leave out on skipped steps."""
 
 CACHES = {
     "pab": "diffusers:PyramidAttentionBroadcastConfig",
@@ -31,6 +34,13 @@ class MethodConfig:
 
     RENAMED = {"between": "on_skipped"}
 
+    @staticmethod
+    def renamed_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What `settings` of earlier versions are now: the `trunk`'s output again is `reuse`, carried on `taylor`."""
+        if settings.get("on_skipped") != "trunk":
+            return {}
+        return {"on_skipped": "taylor" if settings.get("order") else "reuse"}
+
     weights: str = "student"
     """Which weights it runs on: `teacher` or `student`. A teacher's single pass a step needs guidance distilled into
     it: `BenchmarkConfig.distilled`."""
@@ -49,12 +59,13 @@ class MethodConfig:
     budget: int | None = None
     """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
     on_skipped: str = "predictor"
-    """What runs on the other steps, beside embedders and output head: `predictor`, the learned one; `linear`, a linear
-    map fitted beforehand to the row's own sampling, with one pass a step; or a cache that gives again the last full
-    step's `trunk` output, every block's residual `branches`, or every block's `attention` (whose blocks compute the
-    rest)."""
+    """What runs on the other steps, beside embedders and output head: a forecaster by name (`predictor`, the learned
+    one; `reuse`, the trunk's last output again; `taylor`, the last ones carried on; `linear`, a linear map fitted
+    beforehand to the row's own sampling, with one pass a step), or a cache that gives again every block's residual
+    `branches`, or every block's `attention` (whose blocks compute the rest)."""
     order: int = 0
-    """Derivatives that the cache keeps of each tensor beside its value (TaylorSeer)."""
+    """Derivatives that are kept of each tensor beside its value: by a cache of branches (TaylorSeer), or by `taylor`,
+    for which 0 is 1."""
     cache: str | None = None
     """A training-free cache, which then decides on its own by `settings`; `full_steps`, `every` and `on_skipped` say
     what that leads to, where it does not depend on the video, and only plans read them."""
@@ -75,10 +86,10 @@ class MethodConfig:
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
         require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         require(self.order >= 0, "order", self.order, "must be at least 0")
-        require(self.on_skipped in ON_SKIPPED, "on_skipped", self.on_skipped, f"is one of {', '.join(ON_SKIPPED)}")
-        require(
-            self.on_skipped != "linear" or not self.two_pass, "on_skipped", self.on_skipped, "is for one pass a step"
-        )
+        known = (*FORECASTERS, *LEFT_OUT)
+        require(self.on_skipped in known, "on_skipped", self.on_skipped, f"is one of {', '.join(known)}")
+        fits = not (self.forecasts and self.two_pass and FORECASTERS[self.on_skipped].one_pass)
+        require(fits, "on_skipped", self.on_skipped, "is for one pass a step")
         require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
         require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
         require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
@@ -97,6 +108,11 @@ class MethodConfig:
     def planned(self) -> bool:
         """Whether what it computes is known before it runs."""
         return self.cache is None or self.every is not None or self.full_steps is not None
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether what runs on the steps that are not full is a forecaster."""
+        return self.on_skipped in FORECASTERS
 
     @property
     def predicts(self) -> bool:

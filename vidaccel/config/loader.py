@@ -135,7 +135,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def with_current_names(settings: Mapping[str, Any], schema: type, where: str | None = None) -> dict[str, Any]:
-    """`settings` as earlier versions wrote them, by the names that `schema` has now (its RENAMED: old name -> new).
+    """`settings` as earlier versions wrote them, by the names that `schema` has now: its RENAMED, old name -> new, and
+    what its `renamed_values` says of settings that are called as now.
 
     With `where`, the file that they come from, each old name is warned of.
     """
@@ -147,6 +148,11 @@ def with_current_names(settings: Mapping[str, Any], schema: type, where: str | N
             current.setdefault(new, settings[old])  # an override has the new name
             if where is not None:
                 log.warning('%s: "%s" is called "%s" now; the next release will not know the old name', where, old, new)
+    values = schema.renamed_values(current) if hasattr(schema, "renamed_values") else {}
+    for key, new in values.items() if where is not None else ():
+        old = current[key]
+        log.warning("%s: %s=%s is called %s now; the next release will not know the old value", where, key, old, new)
+    current |= values
     for key, value in current.items():
         inner = hints.get(key)
         if not isinstance(value, Mapping):

@@ -1,20 +1,24 @@
-"""What a forecaster is, and those that need no training of a network.
+"""What a forecaster is, how one is made, and what it says of its costs.
 
 A forecaster takes the place of the whole trunk on a predicted step: from the tokens that enter the first block and the
 tokens that left the last one on earlier full steps it makes the tokens that leave now. Video tokens are called
 `hidden_states`, text tokens `encoder_hidden_states`, as diffusers' blocks call them.
 
-These are the published ideas (FORA 2407.01425, TaylorSeer 2503.06923, LinCa) carried over to the trunk boundary, where
-they keep one set of tokens a full pass and not one a layer.
+Published ideas (FORA 2407.01425, TaylorSeer 2503.06923, LinCa) are carried over to the trunk boundary, where they keep
+one set of tokens a full pass and not one a layer.
 
 B batch, N tokens, D width"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.grid import Grid
 
 Tokens = dict[str, Tensor]
@@ -46,6 +50,71 @@ class Forecaster(Protocol):
             memory: the latest full passes of the same context, newest first, 1 to `history` of them.
             t: time of this pass, as in `Cached`.
         """
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a forecaster may be made from; whoever asks for one fills in what there is."""
+
+    pipe: DiffusionPipeline
+    """Whose trunk it is to stand in for."""
+    family: DiTFamily
+    """Of the pipeline."""
+    order: int = 0
+    """Derivatives to look at, for those that do; 0 leaves it to them."""
+    folder: Path | None = None
+    """Of a trained one."""
+    full_steps: Collection[int] = ()
+    """Steps that will be full."""
+    generate: Callable[[], None] | None = None
+    """Runs the pipeline once, each step in full and in one pass, on prompts and noise that are measured nowhere."""
+
+
+@dataclass(frozen=True)
+class PlannedTrunk:
+    """What a plan knows of the trunk that is stood in for, and of the forecaster's settings."""
+
+    width: int
+    """D of the tokens."""
+    rows: tuple[int, ...]
+    """N of each kind of tokens that leave it: video and text, or both as one sequence."""
+    block_linear: int
+    """FLOPs of the linear layers of its last block."""
+    block_attention: int
+    """FLOPs of the attention of its last block."""
+    block_parameters: int
+    """Parameters of its last block."""
+    blocks: int = 2
+    """Blocks of a predictor that is trained."""
+    history: int = 1
+    """Full passes that such a one looks back on."""
+    order: int = 0
+    """As in `Making`."""
+
+
+class ForecasterCosts(NamedTuple):
+    """What a forecaster costs for one video, beside embedders and output head, which always run."""
+
+    history: int
+    """Full passes whose tokens it keeps."""
+    linear: int = 0
+    """FLOPs of its linear layers in one pass."""
+    attention: int = 0
+    """FLOPs of its attentions in one pass."""
+    parameters: int = 0
+    """Parameters."""
+
+
+class NamedForecaster(Forecaster, Protocol):
+    """The class of a forecaster that stands in the registry."""
+
+    @classmethod
+    def make(cls, making: Making) -> Self:
+        """One for this pipeline; `UserError` if something that it is made from is not there."""
+
+    @staticmethod
+    def costs(trunk: PlannedTrunk) -> ForecasterCosts:
+        """Of one made for this trunk with these settings."""
 
 
 def even_time(t: Tensor | None, grid: Grid | None) -> Tensor:

@@ -8,21 +8,18 @@ where `cache` is what the full step before left, h_0, or for one that looks back
     cache  = h_0 + w (h_0 - h_1),    w = (k_0 - k) / ((k_1 - k_0) + (k_0 - k) / 2)
 
 which follows the line through both at first (`Taylor`) but never twice as far as they are apart: a line goes wrong
-there. k is time taken back through the shift of the grid, as there. Measured on the sprites student, 32 prompts, with
-8, 6 and 4 of 20 steps full (0 1 2 5 9 13 17 19; 0 1 3 6 10 15; 0 2 6 12): final latents are 6.9, 14.2 and 20.1 % off,
-with the line itself 7.9, 14.2 and 24.1, with reuse of h_0 10.7, 16.9 and 20.8. It is not learnt, because what the
-squared error teaches is to follow less far.
+there. k is time taken back through the shift of the grid, as there. w is not learnt, because what the squared error
+teaches is to follow less far.
 
 Video and text have a fusion each, except where the family's last blocks treat them as one sequence: both then share
 one, and since it acts on each token by itself nothing has to be put side by side for it. Nor are tokens and cache:
-the fusion's first layer is two products into one result, which on an H100 is faster than the layer as it is written,
-compiled, or as one Triton kernel (studies/results/gpu).
+the fusion's first layer is two products into one result, which is faster than the layer as it is written
+(studies/results/gpu).
 
-A new predictor gives the cached tokens, or that forecast of them. Measured on the sprites teacher at 20 steps, reusing
-the tokens of the full step before is 3 to 8 % wrong in velocity, while the trunk's last blocks applied to them a second
-time are 7 to 14 % wrong, and a random fusion is no better than nothing. So the fusion is a correction of the cache, and
-what writes it is zero at first; the blocks are copies of the trunk's last ones but for the layers that write into the
-residual stream, which are zero too: each starts as the identity and keeps what it has learnt to look at.
+A new predictor gives the cached tokens, or that forecast of them, which is nearer the truth than the trunk's last
+blocks applied to them a second time. So the fusion is a correction of the cache, and what writes it is zero at first;
+the blocks are copies of the trunk's last ones but for the layers that write into the residual stream, which are zero
+too: each starts as the identity and keeps what it has learnt to look at.
 
 What is added is scaled by the time since the full step: s is k_0 - k in tenths. So it is exact where none has passed,
 and has to find a slope, which changes less with the distance than what is missing does.
@@ -30,7 +27,7 @@ and has to find a slope, which changes less with the distance than what is missi
 Fusions see tokens standardised by channel, and correct in units of the cache's own deviation, video and text each by
 their own statistics, those of one pass. Channels of one trunk differ a thousandfold, text from video more, and Adam's
 steps are as large for a weight on the one as on the other: without it a rate at which the small channels learn throws
-the large ones about (sprites, rate 1e-3: the error rises to 16 times that of reuse and is back there after 400 steps).
+the large ones about.
 
 B batch, N tokens, D width
 """
@@ -45,7 +42,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, call_block, named_outputs
-from vidaccel.forecasters.base import Cached, Tokens, even_time
+from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.forecasters.checkpoint import Checkpointed, NetworkConfig
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.runtime.compiled import compile_like
@@ -110,6 +107,22 @@ class Predictor(Checkpointed, nn.Module):
         self.fusions = nn.ModuleDict({name: Fusion(config.width) for name in fusions})
         self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in config.cached})
         self.blocks = _blocks(config).to_empty(device="cpu")
+
+    @classmethod
+    def make(cls, making: Making) -> "Predictor":
+        """The one in `making.folder`."""
+        return cls.from_pretrained(making.folder)
+
+    @staticmethod
+    def costs(trunk: PlannedTrunk) -> ForecasterCosts:
+        D = trunk.width
+        fusion = 3 * D * D  # weights of a fusion, [D, 2 D] and [D, D]
+        return ForecasterCosts(
+            trunk.history,
+            linear=trunk.blocks * trunk.block_linear + sum(2 * N * fusion for N in trunk.rows),
+            attention=trunk.blocks * trunk.block_attention,
+            parameters=trunk.blocks * trunk.block_parameters + len(trunk.rows) * (fusion + 2 * D),
+        )
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
         """As `Forecaster.__call__`. Raises `ValueError` without the times of both passes."""

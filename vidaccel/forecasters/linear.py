@@ -13,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of, named_arguments, named_outputs
-from vidaccel.forecasters.base import Cached, Tokens
+from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens
 from vidaccel.models.grid import current_step
 
 
@@ -29,6 +30,17 @@ class LinearMap(nn.Module):
         super().__init__()
         for name, weight in weights.items():
             self.register_buffer(name, weight)
+
+    @classmethod
+    def make(cls, making: Making) -> "LinearMap":
+        """Fitted to `making.generate`, for its full steps."""
+        if making.generate is None:
+            raise UserError("a linear map is fitted to a generation, and there is none", "take predictor=taylor")
+        return fitted(making.pipe, making.family, making.full_steps, making.generate)
+
+    @staticmethod
+    def costs(trunk: PlannedTrunk) -> ForecasterCosts:
+        return ForecasterCosts(1, linear=sum(2 * N * (2 * trunk.width + 1) * trunk.width for N in trunk.rows))
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
         cached = memory[0].tokens

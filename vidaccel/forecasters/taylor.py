@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.errors import UserError
-from vidaccel.forecasters.base import Cached, Tokens, even_time
+from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.models.grid import Grid
 
 
@@ -30,6 +30,14 @@ class Taylor:
                 "make it without a grid: it then takes that of the pipeline",
             )
         self.grid = self._given or grid
+
+    @classmethod
+    def make(cls, making: Making) -> "Taylor":
+        return cls(making.order or 1)
+
+    @staticmethod
+    def costs(trunk: PlannedTrunk) -> ForecasterCosts:
+        return ForecasterCosts(history=(trunk.order or 1) + 1)
 
     def __call__(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
         now, *then = (even_time(time, self.grid) for time in (t, *(cached.t for cached in memory)))

@@ -87,9 +87,9 @@ def test_a_reused_trunk_leaves_embedders_and_head(model):
     loaded, _, costs, cache = model
     with attach(loaded, predictor=Reuse(), steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
         run(loaded)
-    assert [each.flops for each in seen.passes] == [costs[k] for k in ("full", "trunk", "full", "trunk") for _ in "cu"]
+    assert [each.flops for each in seen.passes] == [costs[k] for k in ("full", "reuse", "full", "reuse") for _ in "cu"]
     assert seen.full_steps == [0, 2]
-    assert seen.held == 2 * (sum(cache["trunk"]) + TIME)  # a context for each of the two passes of guidance
+    assert seen.held == 2 * (sum(cache["reuse"]) + TIME)  # a context for each of the two passes of guidance
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])

@@ -10,11 +10,10 @@ from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.bench.measures.flops import (
     attention_flops,
     block_flops,
-    fusion,
     layer_flops,
     parameters,
     pass_flops,
-    predictor_parameters,
+    planned_trunk,
     width,
 )
 from vidaccel.bench.measures.memory import block_arguments
@@ -23,7 +22,7 @@ from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import call_block
-from vidaccel.forecasters.learned import Statistics, new_predictor
+from vidaccel.forecasters.learned import Fusion, Predictor, Statistics, new_predictor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 MATMULS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -162,21 +161,23 @@ def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     in_last = sum(layer.flops for layer in last.layers)
     assert two["predictor"].blocks - one["predictor"].blocks == in_last
     assert two["predictor"].attention == 2 * last.attention
-    mlp = fusion(transformer)
+    mlp = Fusion(width(transformer))
     streams = family.costs.fusions
     inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
     statistics = Statistics(mlp.outer.in_features)
     fused = counted(lambda: [mlp(tokens, tokens, statistics) for tokens in inputs]).get_total_flops()
     assert one["predictor"].blocks == in_last + fused
-    assert one["predictor"].embedders == one["trunk"].total
+    assert one["predictor"].embedders == one["reuse"].total
 
 
 def test_predictor_parameters_are_those_of_a_predictor(one_pass):
-    transformer, family, _, _ = one_pass
+    transformer, family, rows, _ = one_pass
     tokens = {name: torch.randn(1, 4, width(transformer)) for name in family.block_lists[-1].returns}
     for blocks in (1, 2):
         predictor = new_predictor(transformer, family, tokens, tokens, blocks)
-        assert predictor_parameters(transformer, family, blocks) == parameters(predictor)
+        assert Predictor.costs(planned_trunk(transformer, family, rows, blocks=blocks)).parameters == parameters(
+            predictor
+        )
 
 
 def test_what_caches_leave_out(one_pass):
@@ -185,7 +186,7 @@ def test_what_caches_leave_out(one_pass):
     counts, name = counter.get_flop_counts(), type(transformer).__name__
     # Rotary embeddings are no FLOPs, and the counter has no line for what is none.
     held = sum(sum(counts.get(f"{name}.{path}", {}).values()) for path in family.static_embedders)
-    assert found["trunk"].total == found["full"].embedders - held < found["full"].embedders
+    assert found["reuse"].total == found["full"].embedders - held < found["full"].embedders
     assert found["attention"].total == found["full"].total - attention_modules
     assert attention_modules > found["full"].attention
 

@@ -66,7 +66,8 @@ def test_caches_of_hunyuan_video():
     assert cache_bytes(model, family, streams, torch.bfloat16) == {
         "predictor": (tokens, held),
         "linear": (tokens, held),
-        "trunk": (tokens, held),
+        "reuse": (tokens, held),
+        "taylor": (tokens, held),
         "attention": ((2 + 3) * tokens, 0),
         "branches": ((2 * 2 + 3) * tokens, 0),
     }

@@ -17,7 +17,9 @@ from torch import nn
 
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.costs import Attentions, Layers
-from vidaccel.forecasters.learned import Fusion
+from vidaccel.families.walk import blocks_of
+from vidaccel.forecasters.base import PlannedTrunk
+from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 
 ATTENTION_MODULES = "attn"
 """What the names of a block's attention modules begin with, in every family (diffusers' own caches rely on it too)."""
@@ -81,16 +83,17 @@ def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) ->
     }
 
 
-def fusion(model: nn.Module) -> Fusion:
-    """A predictor's fusion MLP for this width, [N, 2 D] -> [N, D]."""
-    with next(model.parameters()).device:
-        return Fusion(width(model))
-
-
-def predictor_parameters(model: nn.Module, family: DiTFamily, blocks: int) -> int:
-    """Parameters of a predictor (method.md, section 3): fusion MLPs and `blocks` copies of the trunk's last block."""
-    last = model.get_submodule(family.block_lists[-1].name)[-1]
-    return blocks * parameters(last) + len(family.costs.fusions) * parameters(fusion(model))
+def planned_trunk(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], **settings: int) -> PlannedTrunk:
+    """What a forecaster's costs follow from; `settings` are those of `PlannedTrunk`."""
+    last = block_flops(model, family, rows)[family.block_lists[-1].name]
+    return PlannedTrunk(
+        width=width(model),
+        rows=tuple(rows[stream] for stream in family.costs.fusions),
+        block_linear=sum(layer.flops for layer in last.layers),
+        block_attention=last.attention,
+        block_parameters=parameters(blocks_of(model, family)[-1][1]),
+        **settings,
+    )
 
 
 def parameters(module: nn.Module) -> int:
@@ -107,27 +110,20 @@ def pass_flops(
         rows: number of rows of each stream (`sizes.rows`).
         predictor_blocks: blocks of the learned predictor.
     """
-    costs, kinds = family.costs, block_flops(model, family, rows)
+    kinds = block_flops(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in kinds}
     outside = _outside(model, family, rows)
     predicted_outside = _outside(model, family, rows, but=family.static_embedders)
-    last = kinds[family.block_lists[-1].name]
-    fused = sum(layer.flops for stream in costs.fusions for layer in layer_flops(fusion(model), (("*", stream),), rows))
+    trunk = planned_trunk(model, family, rows, blocks=predictor_blocks)
+    forecasters = {name: forecaster_class(name).costs(trunk) for name in FORECASTERS}
 
     def blocks(counted) -> int:
         return sum(depths[name] * layer.flops for name in kinds for layer in kinds[name].layers if counted(layer))
 
     attention = sum(depths[name] * kinds[name].attention for name in kinds)
-    of_last = sum(layer.flops for layer in last.layers)
-    D = width(model)
-    linear = sum(2 * rows[stream] * (2 * D + 1) * D for stream in costs.fusions)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
-        "predictor": PassFlops(
-            predicted_outside, predictor_blocks * of_last + fused, predictor_blocks * last.attention
-        ),
-        "linear": PassFlops(predicted_outside, linear, 0),
-        "trunk": PassFlops(predicted_outside, 0, 0),
+        **{name: PassFlops(predicted_outside, each.linear, each.attention) for name, each in forecasters.items()},
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
         "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
     }

@@ -21,6 +21,7 @@ from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subcla
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.costs import Argument
 from vidaccel.families.walk import call_block
+from vidaccel.forecasters.registry import FORECASTERS
 
 
 class CacheBytes(NamedTuple):
@@ -37,19 +38,21 @@ def cache_bytes(
 ) -> dict[str, CacheBytes]:
     """What each kind of cheap pass keeps, by the names that `MethodConfig.on_skipped` knows.
 
-    `predictor`, `linear` and `trunk` keep the tokens that leave the trunk, and from the last full pass what the
-    family's `static_embedders` gave; `branches` and `attention` keep tokens of every block.
+    Forecasters keep the tokens that leave the trunk, and from the last full pass what the family's `static_embedders`
+    gave; `branches` and `attention` keep tokens of every block.
     """
     costs = family.costs
     depths = {name: len(model.get_submodule(name)) for name in costs.blocks}
     kept = {
-        "trunk": sum(rows[stream] for stream in costs.fusions),
         "branches": sum(depths[name] * rows[s] for name, block in costs.blocks.items() for s in block.branches),
         "attention": sum(depths[name] * rows[q] for name, block in costs.blocks.items() for q, _ in block.attentions),
     }
     size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
-    trunk = size["trunk"]._replace(newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders))
-    return size | dict.fromkeys(("predictor", "linear", "trunk"), trunk)
+    trunk = CacheBytes(
+        each=sum(rows[stream] for stream in costs.fusions) * width(model) * dtype.itemsize,
+        newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders),
+    )
+    return {**dict.fromkeys(FORECASTERS, trunk), **size}
 
 
 def _bytes(argument: Argument, model: nn.Module, rows: Mapping[str, int], dtype: torch.dtype) -> int:
