@@ -1,12 +1,15 @@
 """The trunk hook on doubling blocks (full gives 16 (3 x + 1), predicted what the forecaster says)."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.cache.toy import TOY, Plus, Toy
+from tests.cache.toy import BY_KEYWORD, TOY, Double, Plus, Toy
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
+from vidaccel.families.walk import as_output, call_block, named_outputs
 
 
 def x(value: float = 1.0) -> torch.Tensor:
@@ -48,6 +51,48 @@ def test_the_forecaster_gets_the_first_blocks_arguments_by_name_and_what_the_las
     assert [cached.t.item() for cached in memory] == [0.75] and t.item() == 0.5
     assert torch.equal(memory[0].tokens["hidden_states"], x(64))
     assert torch.equal(memory[0].tokens["encoder_hidden_states"], x(4))
+
+
+def test_blocks_that_are_called_by_keyword_are_as_those_called_by_place():
+    toy, plus = Toy(keywords=True), Plus()
+    with Trunk(toy, BY_KEYWORD) as trunk:
+        with trunk.full(t=0.75):
+            assert value(toy(x(1))) == 64
+        with trunk.predicted(plus, t=0.5):
+            assert value(toy(x(2), temb=0.25)) == 64 + 7 - 0.25
+    (arguments, memory, _), *_ = plus.calls
+    assert list(arguments) == ["hidden_states", "encoder_hidden_states", "temb", "rotary"]
+    assert torch.equal(arguments["hidden_states"], x(7)) and arguments["temb"] == 0.25
+    assert torch.equal(memory[0].tokens["hidden_states"], x(64))
+    assert torch.equal(memory[0].tokens["encoder_hidden_states"], x(4))
+    assert toy.runs == [1, 1, 1, 1] and value(toy(x(1))) == 64
+
+
+def test_blocks_called_by_keyword_may_be_checkpointed_by_place():
+    toy, plus = Toy(keywords=True), Plus()
+    toy.gradient_checkpointing, toy._gradient_checkpointing_func = True, partial(checkpoint, use_reentrant=False)
+    leaf = x(1).requires_grad_()
+    with Trunk(toy, BY_KEYWORD) as trunk:
+        with trunk.full():
+            output = toy(leaf)
+        assert value(output) == 64
+        output[0].sum().backward()
+        assert (leaf.grad == 3 * 2**4).all()
+        with trunk.predicted(plus):
+            assert value(toy(x(2))) == 64 + 7
+
+
+def test_a_block_is_called_as_its_record_says():
+    block, values = Double(), {"rotary": "rotary", "temb": 0.0, "encoder_hidden_states": x(0), "hidden_states": x(5)}
+    seen = []
+    block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((len(args), list(kwargs))), with_kwargs=True)
+    for family in (TOY, BY_KEYWORD):
+        kind = family.block_lists[0]
+        named = values | {"freqs": "rotary"}
+        left = named_outputs(kind, call_block(kind, block, named | {"more": 1}))
+        assert list(left) == list(kind.returns) and torch.equal(left["hidden_states"], x(10))
+        assert named_outputs(kind, as_output(kind, left)) == left
+    assert seen == [(4, []), (0, list(BY_KEYWORD.block_lists[0].arguments))]
 
 
 def test_a_predicted_pass_takes_what_the_newest_full_one_had_of_embedders_that_are_held():

@@ -21,6 +21,14 @@ TOY = replace(
     static_embedders=("texts.embedder",),
 )
 """Two lists, as in HunyuanVideo, whose fourth argument has two names."""
+BY_KEYWORD = replace(
+    TOY,
+    block_lists=tuple(
+        BlockList(name, arguments=(*TOKENS, "temb", "rotary"), returns=TOKENS, keywords=True)
+        for name in ("doubles", "singles")
+    ),
+)
+"""The same for a `Toy(keywords=True)`."""
 
 
 class Double(nn.Module):
@@ -52,8 +60,9 @@ class Toy(nn.Module, CacheMixin):
 
     _supports_gradient_checkpointing = True
 
-    def __init__(self, doubles: int = 2, singles: int = 2):
+    def __init__(self, doubles: int = 2, singles: int = 2, keywords: bool = False):
         super().__init__()
+        self.keywords = keywords
         self.doubles = nn.ModuleList(Double() for _ in range(doubles))
         self.singles = nn.ModuleList(Double() for _ in range(singles))
         self.texts = nn.ModuleDict({"embedder": Text()})
@@ -65,6 +74,8 @@ class Toy(nn.Module, CacheMixin):
             arguments = video, text, temb, "rotary", "extra"
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 video, text = self._gradient_checkpointing_func(block, *arguments)
+            elif self.keywords:  # in another order than the block's own
+                video, text = block(rotary="rotary", temb=temb, encoder_hidden_states=text, hidden_states=video)
             else:
                 video, text = block(*arguments)
         if fail:

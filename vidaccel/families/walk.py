@@ -23,11 +23,12 @@ def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList
 
 
 def named_arguments(kind: BlockList, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a block was called with, by the record's names, then whatever else it got by keyword.
+    """What a block was called with, by the record's names and in their order, then whatever else it got by keyword.
 
-    Arguments behind those that the record names are left out: HunyuanVideo passes some.
+    What is passed by position behind those that the record names is left out: HunyuanVideo passes some.
     """
-    return dict(zip(kind.arguments, args, strict=False)) | dict(kwargs)
+    given = dict(zip(kind.arguments, args, strict=False)) | dict(kwargs)
+    return {name: given[name] for name in kind.arguments if name in given} | given
 
 
 def call_block(kind: BlockList, block: nn.Module, arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...]:
