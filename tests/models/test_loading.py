@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.students import save, save_teacher, trained
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.errors import UserError
 from vidaccel.models import loading
 from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.folder import safetensors_header
-from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, read_model
 from vidaccel.worlds import sprites
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -71,6 +72,44 @@ def test_shipped_names_resolve_to_the_package(saved, monkeypatch, tmp_path):
     assert load_pipeline("sprites/tiny").source == str(tmp_path / "tiny")
     error = refused("sprites/tinny")
     assert "sprites/tinny" in error.message and "sprites/tiny" in error.hint
+
+
+def test_a_folder_that_is_called_like_a_shipped_model_is_not_shadowed(saved, monkeypatch, tmp_path):
+    (tmp_path / "shipped").mkdir()
+    shutil.copytree(saved("hunyuan_video"), tmp_path / "shipped" / "tiny")
+    monkeypatch.setattr("vidaccel.worlds.sprites.SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    own = Path(shutil.copytree(saved("wan"), tmp_path / "sprites" / "tiny"))
+    shutil.copytree(saved("wan"), tmp_path / "sprites" / "mine")
+    error = refused("sprites/tiny")
+    assert "is a shipped model, and a folder here has that name too" in error.message
+    assert error.hint == "write ./sprites/tiny for it"
+    for name in ("./sprites/tiny", Path("sprites/tiny"), own, str(own)):
+        loaded = load_pipeline(name)
+        assert loaded.family.name == "wan"
+        assert read_model(loaded.source).contents.path.resolve() == own  # and stays itself when it is read again
+    for name in ("sprites/mine", Path("sprites/mine")):
+        assert load_pipeline(name).family.name == "wan"
+    alone = Path(shutil.copytree(saved("hunyuan_video") / "transformer", tmp_path / "alone"))
+    make_run(alone, pipeline="sprites/tiny")  # by which a run.json can only mean the shipped one
+    assert load_pipeline(alone).family.name == "hunyuan_video"
+    error = refused("sprites/mnie")
+    assert "no model is shipped as sprites/mnie" in error.message and "sprites/tiny" in error.hint
+
+
+def test_a_student_of_a_folder_that_is_called_like_a_shipped_model_is_its_own(saved, monkeypatch, tmp_path):
+    (tmp_path / "shipped").mkdir()
+    shutil.copytree(saved("hunyuan_video"), tmp_path / "shipped" / "tiny")
+    monkeypatch.setattr("vidaccel.worlds.sprites.SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    save_teacher(tmp_path / "sprites" / "tiny", "wan")
+    for name in ("./sprites/tiny", Path("sprites/tiny")):
+        loaded = load_pipeline(name)
+        save(tmp_path / "student", loaded, trained(loaded, ("r",)))
+        student = load_pipeline(tmp_path / "student")
+        assert student.family.name == "wan"
+        encoders = {name: digest for name, digest in loaded.hashes.items() if not name.startswith("transformer/")}
+        assert encoders.items() <= dict(student.hashes).items()
 
 
 def test_a_models_own_settings_and_hashes_come_from_run_json(broken):

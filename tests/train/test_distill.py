@@ -425,6 +425,8 @@ def test_a_run_does_not_go_on_with_another_teacher_of_the_hub(world, tmp_path, m
     distil_from("one/wan")
     with pytest.raises(UserError, match="settings.teacher was 'one/wan', now 'two/wan'"):
         distil_from("two/wan")
+    monkeypatch.setattr(module, "load_pipeline", lambda *args, **kw: replace(plain(*args, **kw), source="one/wan"))
+    distill(settings(world, "wan"), tmp_path / "student")  # begun when a hub id was known by itself
 
 
 def test_features_of_another_model_are_refused(world, tmp_path):

@@ -212,8 +212,8 @@ def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
             f"{folder} holds a single model and does not say which pipeline it belongs to",
             f'pass the pipeline folder above it, or name one in {folder / RUN_FILE}: "pipeline": "<folder or hub id>"',
         )
-    beside = folder / run["pipeline"]
-    base = beside if beside.is_dir() else _local_folder(run["pipeline"])
+    named, shipped = folder / run["pipeline"], shipped_models().get(run["pipeline"])
+    base = named if named.is_dir() else shipped or _local_folder(run["pipeline"])
     contents = with_own_parts(read_pipeline_folder(base or _download(run["pipeline"])), folder)
     expected = run.get("parents", {}).get("pipeline")
     if expected and expected != (sha256_file(base / RUN_FILE) if base and (base / RUN_FILE).exists() else None):

@@ -9,6 +9,7 @@ B batch, C channels, T frames, H and W latent pixels
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         seed=config.seed,
         title="student",
         settings=_shaping(config) | {"made_of": provenance, "teacher": dict(loaded.hashes) or loaded.source},
-        recorded=_recorded,
+        recorded=partial(_recorded, loaded),
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
     )
@@ -122,8 +123,11 @@ def _of_one_method(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in METHODS or key == settings["method"]}
 
 
-def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_shaping` would say now of the settings in a checkpoint, whichever version wrote it."""
+def _recorded(teacher: LoadedPipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What would be said now of the settings in a checkpoint, whichever version wrote it: a teacher of the hub was its
+    id once."""
+    if settings.get("teacher") == teacher.source:
+        settings = dict(settings) | {"teacher": dict(teacher.hashes) or teacher.source}
     return _of_one_method(configuration.with_current_names(settings, DistillConfig))
 
 
