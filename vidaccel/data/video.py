@@ -1,38 +1,29 @@
-"""Video files to arrays and back: decord reads, imageio-ffmpeg's ffmpeg (mp4) and pillow (gif, png) write.
+"""Video files to arrays and back: frames.py reads, imageio-ffmpeg's ffmpeg (mp4) and pillow (gif, png) write.
 
 Frames are uint8 RGB, numpy [T, H, W, 3]. Writing is atomic, and the same frames give the same bytes: ffmpeg runs on
 one thread and leaves versions and dates out of the file. decord and imageio-ffmpeg are imported where they are used,
 so that training on encoded features and timing need neither.
 
-T frames, H height, W width, N frames of the source
+T frames, H height, W width
 """
 
-import contextlib
 import errno
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vidaccel.artefacts import atomic_folder, atomic_path, check_writable
-from vidaccel.compat.decord import decoding_errors
+from vidaccel.data.frames import BadClip, Frames, open_frames
 from vidaccel.errors import UserError
-
-if TYPE_CHECKING:
-    from decord import VideoReader
 
 GIF_MAX_FPS = 50  # a gif counts time in 1/100 s, and browsers play anything under 2 of those at a tenth of the speed
 _SEPARATOR = 2  # pixels between the frames of a contact sheet
 _LABEL_HEIGHT = 16  # pixels
-
-
-class BadClip(Exception):
-    """A video that cannot be used; the message is the reason, without the file's name."""
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -112,52 +103,27 @@ def read_video(
     Frame i is the source's frame nearest in time to start + i / fps. It is scaled, antialiased, until it just covers
     height x width, and cropped at the centre. Raises `BadClip` with the reason.
     """
-    reader, indices = _open(path, fps, num_frames, start)
+    frames, indices = _open(path, fps, num_frames, start)
     needed, inverse = np.unique(indices, return_inverse=True)
-    with _decoding():
-        decoded = np.stack([_cover(reader[int(i)].asnumpy(), height, width) for i in needed])
-    return decoded[inverse]
+    return np.stack([_cover(frame, height, width) for frame in frames.read(needed)])[inverse]
 
 
 def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
     """Raise the `BadClip` that `read_video` would, by decoding every frame it needs."""
-    reader, indices = _open(path, fps, num_frames, start)
-    with _decoding():
-        for i in np.unique(indices):
-            reader[int(i)].asnumpy()
+    frames, indices = _open(path, fps, num_frames, start)
+    for _ in frames.read(np.unique(indices)):
+        pass
 
 
-def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) -> tuple["VideoReader", np.ndarray]:
-    """A reader of the file, and which of its frames are wanted: int [num_frames]."""
-    import decord
-
-    path = Path(path)
-    if not path.is_file():
-        raise BadClip("no such file")
-    if path.stat().st_size == 0:
-        raise BadClip("the file is empty")
-    decord.logging.set_level(decord.logging.QUIET)  # what libav would print is said by BadClip
-    with _decoding():
-        reader = decord.VideoReader(str(path), num_threads=1)
-        begin, end = reader.get_frame_timestamp(range(len(reader))).T  # [N] seconds each
+def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) -> tuple[Frames, np.ndarray]:
+    """The file, and which of its frames are wanted: int [num_frames]."""
+    frames = open_frames(Path(path))
+    begin, end = frames.times.T
     wanted = start + np.arange(num_frames) / fps
     begin, end = begin - begin[0], end - begin[0]
     if wanted[-1] >= end[-1]:
         raise BadClip(f"too short: {end[-1]:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s")
-    return reader, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
-
-
-@contextlib.contextmanager
-def _decoding() -> Iterator[None]:
-    """Turn what decord raises into `BadClip`; its texts are C++ source lines, so the reason is told apart here."""
-    try:
-        yield
-    except decoding_errors() as error:
-        if "cannot find video stream" in str(error):
-            raise BadClip("no video stream can be found in it") from error
-        if "Error reading" in str(error):
-            raise BadClip("not a video, or cut off") from error
-        raise BadClip("its frames cannot be decoded: damaged or cut off") from error
+    return frames, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
 
 
 def _cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
