@@ -20,6 +20,7 @@ PUBLIC = {
     "_exit": "os._exit is documented",
     "_class_name": "a key of the config.json and model_index.json that diffusers writes: a format of files",
     "_name_or_path": "a key of the same files",
+    "_keys": "the end of a key in what diffusers says of loading, missing_keys and the like",
     **dict.fromkeys(
         (
             *("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "_native_npu"),

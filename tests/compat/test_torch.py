@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils import flop_counter
 
 from vidaccel.compat import torch as compat
 
@@ -144,3 +145,27 @@ def test_a_mesh_keeps_its_groups_where_forget_groups_looks(tmp_path):
         assert not kept
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("operation", ["CPU_ATTENTION", "INT8_PRODUCT"])
+def test_operations_that_the_counter_has_no_formula_for(operation):
+    """Once it has one, ours can go."""
+    assert getattr(compat, operation) not in flop_counter.flop_registry
+
+
+def test_what_runs_on_a_cpu_is_what_is_counted():
+    query, bytes = torch.randn(1, 2, 3, 4), torch.ones(32, 16, dtype=torch.int8)
+    with Recorded() as seen:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        torch._int_mm(bytes, bytes.mT.contiguous())
+    assert {compat.CPU_ATTENTION, compat.INT8_PRODUCT} <= seen.packets
+
+
+class Recorded(compat.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.packets = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.packets.add(func.overloadpacket)
+        return func(*args, **(kwargs or {}))

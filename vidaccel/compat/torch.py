@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "CPU_ATTENTION",
+    "INT8_PRODUCT",
     "KeepsFloat32",
     "TorchDispatchMode",
     "call_of",
@@ -30,6 +32,10 @@ __all__ = [
     "storage_key",
     "tree_leaves",
 ]
+
+# What these operations are called where PyTorch counts operations, which knows neither.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+INT8_PRODUCT = torch.ops.aten._int_mm
 
 
 def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable]:

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
-from vidaccel.bench.measures.counting import COUNTED, Observer, held_bytes
+from vidaccel.bench.measures.counting import FORMULAS, Observer, held_bytes
 from vidaccel.bench.measures.flops import pass_flops, width
 from vidaccel.bench.measures.memory import cache_bytes
 from vidaccel.bench.measures.peak_memory import PeakMemory
@@ -132,15 +134,26 @@ def test_pab_leaves_attention(model):
     assert seen.held == sizes["attention"].each + 4 * L * D
 
 
+def counted(call) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 def test_counted_operations():
     x, w, b = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
-    assert COUNTED[F.linear](F.linear(x, w, b), x, w, b) == 2 * 6 * 4 * 5
+    assert counted(lambda: F.linear(x, w, b)) == counted(lambda: x @ w.mT) == 2 * 6 * 4 * 5
     video, kernel = torch.randn(1, 2, 4, 4, 4), torch.randn(3, 2, 1, 2, 2)
-    out = F.conv3d(video, kernel, stride=(1, 2, 2))
-    assert COUNTED[F.conv3d](out, video, kernel) == 2 * (2 * 1 * 2 * 2) * 3 * (4 * 2 * 2)
+    assert counted(lambda: F.conv3d(video, kernel, stride=(1, 2, 2))) == 2 * (2 * 1 * 2 * 2) * 3 * (4 * 2 * 2)
+    bytes = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 24, dtype=torch.int8)
+    assert counted(lambda: torch._int_mm(*bytes)) == 2 * 32 * 16 * 24
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_is_counted_however_it_is_computed(backend):
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 7, 4)
-    assert COUNTED[F.scaled_dot_product_attention](q, q, k, k) == 2 * (2 * 3 * 7 * 4) * 2
-    assert COUNTED[torch.matmul](x @ w.mT, x, w.mT) == 2 * 6 * 4 * 5
+    with sdpa_kernel(backend):
+        assert counted(lambda: F.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 3 * 7 * 4) * 2
 
 
 class Holder:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import (
     attention_flops,
     block_flops,
@@ -18,6 +18,7 @@ from vidaccel.bench.measures.flops import (
 )
 from vidaccel.bench.measures.memory import block_arguments
 from vidaccel.bench.sizes import meta_transformer, planned_family
+from vidaccel.compat.torch import CPU_ATTENTION
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
@@ -25,13 +26,13 @@ from vidaccel.families.walk import call_block
 from vidaccel.forecasters.learned import Fusion, Predictor, Statistics, new_predictor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-MATMULS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-"""What attention, and nothing else in these models, is made of when it is not fused."""
+ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, CPU_ATTENTION)
+"""What attention, and nothing else in these models, is made of."""
 
 
 def counted(call) -> FlopCounterMode:
-    """FLOPs as PyTorch counts them; the CPU's fused attention would not be seen."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """FLOPs as PyTorch counts them, with what it has no formula for."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         call()
     return counter
 
@@ -44,7 +45,7 @@ def of_block_parts(counter: FlopCounterMode, family: DiTFamily, prefix: str) -> 
 
 
 def attention_of(counts: dict) -> int:
-    return sum(counts.get(op, 0) for op in MATMULS)
+    return sum(counts.get(op, 0) for op in ATTENTION)
 
 
 def test_every_family_has_its_work_described():

@@ -1,25 +1,25 @@
-"""What really happens in a generation, pass by pass: FLOPs from the shapes that each operation met, and the bytes that
-caches hold in between.
+"""What happens in a generation, pass by pass: FLOPs of all that ran, and the bytes that caches hold in between.
 
-No hook of a cache can hide anything from it, since it sees the calls that reach torch's functions: what a cache left
-out is what is missing. Attention is seen where diffusers hands it to a backend, since few backends are torch's own.
-Counted are the same operations as in flops.py, so that a full pass comes to the formula's number. Watching costs time,
-so nothing is timed meanwhile, and compiled blocks run as they were written.
+No hook of a cache can hide anything from it, since PyTorch's counter sees what is computed: what a cache left out is
+what is missing. Attention is counted where diffusers hands it to a backend, since few backends are PyTorch's own. A
+full pass comes to the number of the formula in flops.py. Watching costs time, so nothing is timed meanwhile, and
+compiled blocks run as they were written.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vidaccel.compat.diffusers import attention_backends, hook_registry
-from vidaccel.compat.torch import storage_key
+from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, storage_key
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.grid import current_step
 from vidaccel.models.loading import LoadedPipeline
@@ -37,15 +37,17 @@ class CountedPass:
     """Bytes that caches kept when it had ended."""
 
 
-class Observer(TorchFunctionMode):
+class Observer:
     """`with Observer(loaded) as seen: loaded.pipe(...)`, then `seen.passes`."""
 
     def __init__(self, loaded: LoadedPipeline):
-        super().__init__()
         self.passes: list[CountedPass] = []
         self._pipe = loaded.pipe
         self._denoisers = denoisers_of(loaded.pipe, loaded.family)
-        self._flops: int | None = None
+        self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        self._corrected = 0
+        """FLOPs of attention that the counter did not see."""
+        self._stack = ExitStack()
 
     @property
     def flops(self) -> int:
@@ -73,79 +75,56 @@ class Observer(TorchFunctionMode):
         return sorted({each.step for each in self.passes} - shortened)
 
     def __enter__(self) -> "Observer":
-        self._hooks = [module.register_forward_pre_hook(self._begin) for module in self._denoisers]
-        self._hooks += [module.register_forward_hook(self._end) for module in self._denoisers]
-        self._eager = torch.compiler.set_stance("force_eager")
-        self._eager.__enter__()
-        self._backends = dict(attention_backends())
-        attention_backends().update({name: self._counting(attend) for name, attend in self._backends.items()})
-        return super().__enter__()
+        for module in self._denoisers:
+            self._stack.callback(module.register_forward_pre_hook(self._begin).remove)
+            self._stack.callback(module.register_forward_hook(self._end).remove)
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        backends = dict(attention_backends())
+        self._stack.callback(attention_backends().update, backends)
+        attention_backends().update({name: self._counting(attend) for name, attend in backends.items()})
+        self._stack.enter_context(self._counter)
+        return self
 
     def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        super().__exit__(*error)
-        attention_backends().update(self._backends)
-        self._eager.__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if self._flops is not None and func in COUNTED:
-            self._flops += COUNTED[func](result, *args, **(kwargs or {}))
-        return result
+        self._stack.close()
 
     def _counting(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         """A backend of [B, N, H, d] by [B, M, H, d], whatever it calls for that."""
 
         def counting(query: Tensor, key: Tensor, **others: Any) -> Any:
-            before = self._flops
+            before = self._total()
             result = attend(query=query, key=key, **others)
-            if before is not None:
-                self._flops = before + 4 * query.numel() * key.shape[1]
+            self._corrected += before + 4 * query.numel() * key.shape[1] - self._total()
             return result
 
         return counting
 
+    def _total(self) -> int:
+        return self._counter.get_total_flops() + self._corrected
+
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self._flops, self._step = 0, current_step(self._pipe.scheduler).index
+        self._before, self._step = self._total(), current_step(self._pipe.scheduler).index
 
     def _end(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        flops, self._flops = self._flops, None
         grid = self._pipe.scheduler.timesteps, self._pipe.scheduler.sigmas
-        self.passes.append(CountedPass(self._step, flops, sum(held_bytes(each, but=grid) for each in self._denoisers)))
+        held = sum(held_bytes(each, but=grid) for each in self._denoisers)
+        self.passes.append(CountedPass(self._step, self._total() - self._before, held))
 
 
-def _linear(result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
-    return 2 * input.numel() * len(weight)
+def _attention(query: Sequence[int], key: Sequence[int], *others: Any, out_shape: Any = None, **options: Any) -> int:
+    """Scores and values, from shapes [B, H, N, d] and [B, H, M, d]."""
+    return 4 * math.prod(query) * key[-2]
 
 
-def _convolution(result: Tensor, input: Tensor, weight: Tensor, *more: Any, **options: Any) -> int:
-    return 2 * weight.numel() * result.numel() // result.shape[1]
+def _product(left: Sequence[int], right: Sequence[int], *others: Any, out_shape: Any = None, **options: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
 
 
-def _attention(result: Tensor, query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> int:
-    """Scores and values: [B, H, N, d] by [B, H, M, d] each."""
-    return 4 * query.numel() * key.shape[-2]
-
-
-def _product(result: Tensor, left: Tensor, right: Tensor) -> int:
-    return 2 * result.numel() * left.shape[-1]
-
-
-def _added_product(result: Tensor, to: Tensor, left: Tensor, right: Tensor) -> int:
-    return _product(result, left, right)
-
-
-COUNTED = {
-    F.linear: _linear,
-    F.conv3d: _convolution,
-    F.scaled_dot_product_attention: _attention,
-    torch.matmul: _product,
-    Tensor.matmul: _product,
-    Tensor.__matmul__: _product,
-    torch.addmm: _added_product,
+FORMULAS = {
+    CPU_ATTENTION: _attention,
+    INT8_PRODUCT: _product,
 }
-"""FLOPs of a call from its result and its arguments. None of our fused kernels multiplies by weights."""
+"""Of operations that PyTorch's counter takes for none: attention on a CPU, and products of int8 weights."""
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
