@@ -143,7 +143,7 @@ def test_an_exception_at_a_step_leaves_nothing_behind(pipe, plain):
             call(pipe, "a green square")
         handle.remove()
         assert torch.equal(call(pipe), expected)
-        assert not attachment._trunks[0]._memory
+        assert not attachment._trunks[0].remembered.contexts
     with pytest.raises(ArithmeticError), vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0]):
         handle = pipe.transformer.proj_out.register_forward_pre_hook(broken)
         call(pipe)
@@ -166,7 +166,7 @@ def test_nothing_is_kept_once_the_last_step_is_taken(pipe):
     kept = []
 
     def count(module, inputs, output):
-        kept.append(sum(len(memory) for memory in attachment._trunks[0]._memory.values()))
+        kept.append(len(attachment._trunks[0].remembered))
 
     with vidaccel.attach(pipe, predictor="taylor", steps=STEPS, full_steps=[0, 1, 3]) as attachment:
         handle = pipe.transformer.register_forward_hook(count)
@@ -285,7 +285,9 @@ def predictor_for(pipe, **made_for):
     family, kept = family_of_pipeline(type(pipe).__name__), []
     with Trunk(pipe.transformer, family) as trunk:
         trunk.choose = Mode
-        handle = pipe.transformer.register_forward_hook(lambda *_: kept.extend(trunk._memory.values()))
+        handle = pipe.transformer.register_forward_hook(
+            lambda *_: kept.extend(map(trunk.memory, trunk.remembered.contexts))
+        )
         call(pipe, steps=1)
         handle.remove()
     tokens = kept[0][0].tokens

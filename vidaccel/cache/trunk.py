@@ -38,6 +38,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from vidaccel.cache.blocks import BlockHook, OpenContext, StaticEmbedder, TrunkPass
+from vidaccel.cache.memory import Memory
 from vidaccel.compat.diffusers import (
     checkpointing,
     forget_listed_hooks,
@@ -75,14 +76,15 @@ class Trunk:
 
     def __init__(self, transformer: nn.Module, family: DiTFamily, history: int = 1):
         """`history` is the number of full passes to remember a context: the forecaster's own."""
-        self.transformer, self.family, self.history = transformer, family, history
+        self.transformer, self.family = transformer, family
         self.choose: Callable[[], Mode] | None = None
         """Asked before a pass for which no mode is in force. It may call `reset`."""
         self.full_passes, self.predicted_passes = 0, 0
         """Passes of either mode that went well."""
         self.current_pass: TrunkPass | None = None
         self._mode: Mode | None = None
-        self._memory: dict[str, tuple[Cached, ...]] = {}
+        self.remembered = Memory(history)
+        """What full passes have left."""
         self.open = OpenContext()
         self._undo: list[Callable[[], None]] = []
         self._release_checkpoints: Callable[[], None] = _nothing
@@ -106,11 +108,11 @@ class Trunk:
 
     def memory(self, context: str = DEFAULT_CONTEXT) -> tuple[Cached, ...]:
         """What full passes of a context have left, newest first."""
-        return self._memory.get(context, ())
+        return self.remembered.of(context)
 
     def reset(self) -> None:
         """Forget all contexts."""
-        self._memory.clear()
+        self.remembered.reset()
 
     def attach(self) -> "Trunk":
         """Put the hooks on.
@@ -174,9 +176,7 @@ class Trunk:
             return
         context = self.open.name or mode.context
         if mode.forecaster is None:
-            # The oldest is freed before the new one is made, and what only the newest is asked for.
-            kept = self.memory(context)[: self.history - 1]
-            self._memory[context] = tuple(Cached(cached.tokens, cached.t) for cached in kept)
+            self.remembered.make_room(context)
             memory = ()
         else:
             memory = self.memory(context) if mode.memory is None else mode.memory
@@ -203,12 +203,10 @@ class Trunk:
         else:
             self.predicted_passes += 1
         if current_pass.final:
-            self._memory.pop(current_pass.context, None)
+            self.remembered.forget(current_pass.context)
         elif current_pass.left:
-            self._memory[current_pass.context] = (
-                Cached(current_pass.left, current_pass.t, current_pass.held),
-                *self._memory[current_pass.context],
-            )
+            left = Cached(current_pass.left, current_pass.t, current_pass.held)
+            self.remembered.advance(current_pass.context, left)
 
     def _bind_checkpoints(self, current_pass: TrunkPass) -> None:
         """Let blocks that are checkpointed in this pass be recomputed as they ran in it, whatever is then in force."""
