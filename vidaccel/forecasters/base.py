@@ -37,7 +37,10 @@ class Cached(NamedTuple):
 
 
 class Forecaster(Protocol):
-    """Anything that can be called like this; a `torch.nn.Module` if it has weights."""
+    """Anything that can be called like this; a `torch.nn.Module` if it has weights.
+
+    One that has a method `follow(grid)` is told the `Grid` of each sampling before its first pass, and may refuse it.
+    """
 
     history: int
     """How many full passes it looks back on, at least 1. Each costs the memory of one set of tokens."""

@@ -8,7 +8,7 @@ where `cache` is what the full step before left, h_0, or for one that looks back
     cache  = h_0 + w (h_0 - h_1),    w = (k_0 - k) / ((k_1 - k_0) + (k_0 - k) / 2)
 
 which follows the line through both at first (`Taylor`) but never twice as far as they are apart: a line goes wrong
-there. k is time taken back through the shift of the grid, as there. w is not learnt, because what the squared error
+there. k is the place of a time along the step grid, as there. w is not learnt, because what the squared error
 teaches is to follow less far.
 
 Video and text have a fusion each, except where the family's last blocks treat them as one sequence: both then share

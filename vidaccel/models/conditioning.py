@@ -25,6 +25,7 @@ from vidaccel.artefacts import write_json
 from vidaccel.compat.torch import forward_hooks
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.models.grid import Grid
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FREQUENCIES = 256
@@ -44,16 +45,20 @@ class ConditioningConfig:
     rule: str = "add"
     """How they combine with the timestep's embedding; `add` is the only rule so far."""
     shift: float | None = None
-    """Shift of the step grid that the student was trained for."""
+    """Shift that makes the step grid that the student was trained for, if one does."""
     steps: int | None = None
     """Steps of that grid."""
     restrict: float | None = None
     """Restrict factor R: the widest interval t - r it was trained on."""
     guidance_range: tuple[float, float] | None = None
     """[low, high] of the scales g it was trained on."""
+    times: tuple[float, ...] | None = None
+    """Times [steps + 1] of that grid; where only steps and shift are said, those that follow."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeds", tuple(self.embeds))
+        grid = Grid.recorded(self.steps, self.shift, self.times)
+        object.__setattr__(self, "times", grid and grid.times)
         if self.guidance_range is not None:
             object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
         if self.rule != "add":
