@@ -1,18 +1,18 @@
-# Needs Python 3.11 or 3.12, and a network to set up once. Another interpreter: make PYTHON=/path/to/python
+# Needs Python 3.11 or later, and a network to set up once. Another interpreter: make PYTHON=/path/to/python
 
-PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
-	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint bench sprites distilled bench-distill gpu wheelhouse figures
+.PHONY: setup demo test lint wheel bench sprites distilled bench-distill gpu wheelhouse figures
 
 # An environment in .venv with the tested versions; again only when those change.
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found" >&2; \
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 on found" >&2; \
 		echo "hint: name one with make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train]'
@@ -29,6 +29,11 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/types.py
+
+# A wheel, built and installed apart, which runs with what it holds.
+wheel: setup
+	.ci/wheel
 
 # README.md's table: methods on the shipped models, swept and scored; ARGS=only=null is all there are. An hour on two CPU
 # cores, hours for all; goes on where it was stopped.
