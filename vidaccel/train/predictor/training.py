@@ -21,6 +21,7 @@ from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import loader as configuration
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
+from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
@@ -28,7 +29,7 @@ from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
-from vidaccel.train.predictor.discriminator import Discriminator, trunk_blocks
+from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import measured_costs, searched
@@ -165,7 +166,7 @@ def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
 def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator) -> None:
     """Each part on its own, because each is called on its own."""
     student = task.student
-    shard(student.transformer, [block for _, block in trunk_blocks(student)])
+    shard(student.transformer, [block for _, block in blocks_of(student.transformer, student.family)])
     for part in (student.conditioning, discriminator):
         if part is not None:
             shard(part, [])
