@@ -3,6 +3,8 @@
 `tiny_pipeline(name)` holds nothing that a download would bring: word-level tokenizers are made here from `VOCABULARY`.
 """
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -35,6 +37,8 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
+from vidaccel.families.registry import family_of_pipeline
+
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 COLOURS = ("red", "green", "blue", "black", "white")
 VOCABULARY = (*SPECIAL, *COLOURS, "a", "circle", "square", "moving", "right", "left", "on", "and", ".", ",")
@@ -42,6 +46,26 @@ SIZE = {"num_frames": 5, "height": 32, "width": 32}
 """The smallest interesting video: two latent frames."""
 HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
 """HunyuanVideoPipeline cuts its own template after 95 tokens, which only Llama's tokenizer makes of it."""
+
+
+CALLS = {"hunyuan_video": HUNYUAN_CALL}
+"""What a tiny pipeline has to be called with, for families that need anything."""
+
+
+def guided(pipe: DiffusionPipeline, scale: float, prompt: str | list[str] = "") -> dict[str, Any]:
+    """Arguments of a call with guidance of that scale in two passes, or with a scale of 1 in one, for this prompt.
+
+    A guider is set on the pipeline.
+    """
+    family = family_of_pipeline(type(pipe).__name__)
+    rule = family.guidance
+    if rule.guider:
+        setattr(pipe, rule.guider, getattr(pipe, rule.guider).new(guidance_scale=scale, enabled=scale > 1))
+        return {}
+    # Where one pass embeds a scale of its own, two are made only with a negative prompt.
+    negative = [""] * len(prompt) if isinstance(prompt, list) else ""
+    more = {"negative_prompt": negative} if rule.embedded_argument else {}
+    return CALLS.get(family.name, {}) | {rule.cfg_argument: scale} | more
 
 
 def word_tokenizer(max_length: int = 77, chat_prefix: int = 0) -> PreTrainedTokenizerFast:

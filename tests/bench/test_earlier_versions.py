@@ -56,6 +56,6 @@ def test_a_benchmark_goes_on(artefacts, monkeypatch, folder):
 
 
 def test_another_benchmark_is_still_told_from_it(artefacts, monkeypatch):
-    result = benchmark("bench-timing", "methods.linear.on_skipped=trunk", monkeypatch=monkeypatch)
+    result = benchmark("bench-timing", "methods.linear.on_skipped=reuse", monkeypatch=monkeypatch)
     assert result.exit_code == 2
-    assert "holds another benchmark: config.methods.linear.on_skipped was 'linear', now 'trunk'\n" in result.stderr
+    assert "holds another benchmark: config.methods.linear.on_skipped was 'linear', now 'reuse'\n" in result.stderr

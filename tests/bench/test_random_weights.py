@@ -17,10 +17,9 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import named_outputs
 
 TEXTS = {
-    "hunyuan_video": {"prompt": 16},
     "hunyuan_video_15": {"prompt": 12, "glyphs": 8, "image": 729},
-    "wan": {"prompt": 16},
 }
+"""Lengths of texts, where there are more than the prompt's or not 16."""
 METHODS = {
     "cfg": MethodConfig(weights="teacher", steps=4, two_pass=True),
     "student": MethodConfig(steps=2),
@@ -36,7 +35,12 @@ def config_of(family: str, **changes) -> BenchmarkConfig:
     pipe = tiny_pipeline(family)
     settings = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     compression = [pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial]
-    fixed = {"text_tokens": TEXTS[family], "sizes": [[5, 32, 32]], "compression": compression, "dtype": "float32"}
+    fixed = {
+        "text_tokens": TEXTS.get(family, {"prompt": 16}),
+        "sizes": [[5, 32, 32]],
+        "compression": compression,
+        "dtype": "float32",
+    }
     options = {"predictor_blocks": 1, "rounds": 2, "methods": METHODS, "baseline": "cfg"} | changes
     return BenchmarkConfig(family=family, transformer=settings, **fixed | options)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from inspect import signature
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, UniPCMultistepSc
 
 import vidaccel
 from tests.students import student
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.trunk import Mode, Trunk
@@ -36,14 +37,7 @@ STEPS = 4
 def call(pipe, prompt="a red circle", steps=STEPS, guidance=4.0, seed=0, **more):
     """The latents of a generation, with true CFG in two passes unless guidance is 1."""
     arguments = {"num_inference_steps": steps, "output_type": "latent", **SIZE, **more}
-    name = type(pipe).__name__
-    if name == "HunyuanVideoPipeline":
-        negative = [""] * len(prompt) if isinstance(prompt, list) else ""
-        arguments |= HUNYUAN_CALL | {"true_cfg_scale": guidance, "negative_prompt": negative}
-    elif name == "WanPipeline":
-        arguments |= {"guidance_scale": guidance}
-    else:
-        pipe.guider = pipe.guider.new(guidance_scale=guidance, enabled=guidance > 1)
+    arguments |= guided(pipe, guidance, prompt)
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
 
 
@@ -131,7 +125,8 @@ def test_an_exception_at_a_step_leaves_nothing_behind(pipe, plain):
     def broken(module, inputs):
         raise ArithmeticError("broken")
 
-    more = {} if type(pipe).__name__ == "HunyuanVideo15Pipeline" else {"callback_on_step_end": stop}
+    takes = signature(type(pipe).__call__).parameters
+    more = {"callback_on_step_end": stop} if "callback_on_step_end" in takes else {}
     with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]) as attachment:
         expected = call(pipe)
         if more:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
@@ -74,13 +74,9 @@ def one_pass(name, **options):
     pipe = tiny_pipeline(name, **options)
     family = family_of_pipeline(type(pipe).__name__)
     seen = Recorder(pipe.transformer)
-    off = {"hunyuan_video": {"guidance_scale": 6.0}, "hunyuan_video_15": {}, "wan": {"guidance_scale": 1.0}}[name]
-    extra = HUNYUAN_CALL if name == "hunyuan_video" else {}
-    if family.guidance.guider:
-        pipe.guider = pipe.guider.new(guidance_scale=1.0, enabled=False)
-    pipe(
-        "a red circle", num_inference_steps=2, output_type="latent", generator=torch.Generator(), **SIZE, **off, **extra
-    )
+    embedded = {family.guidance.embedded_argument: 6.0} if family.guidance.embedded_argument else {}
+    call = SIZE | guided(pipe, 1.0) | embedded
+    pipe("a red circle", num_inference_steps=2, output_type="latent", generator=torch.Generator(), **call)
     return pipe, family, seen
 
 

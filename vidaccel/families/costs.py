@@ -36,8 +36,8 @@ class BlockCosts:
     attentions: Attentions
     branches: tuple[str, ...]
     """Streams of the tensors that a cache of every residual branch (FORA, TaylorSeer) keeps of the block."""
-    arguments: dict[str, Argument]
-    """By the names in the record's BlockList."""
+    arguments: dict[str, Argument | None]
+    """By the names in the record's BlockList; None is what text to video passes as None."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from tests.cache.toy import TOY, Toy
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
 from vidaccel.bench.baselines.delta_dit import DeltaDiT
 from vidaccel.bench.baselines.fora import Fora
 from vidaccel.bench.baselines.teacache import Calibration, TeaCache, relative_change
@@ -169,12 +169,7 @@ def test_another_cache_beneath_is_refused():
 
 
 def call(pipe, steps: int = 4) -> torch.Tensor:
-    arguments = {"num_inference_steps": steps, "output_type": "latent", **SIZE}
-    name = type(pipe).__name__
-    if name == "HunyuanVideoPipeline":
-        arguments |= HUNYUAN_CALL | {"true_cfg_scale": 3.0, "negative_prompt": ""}
-    elif name == "WanPipeline":
-        arguments |= {"guidance_scale": 3.0}
+    arguments = {"num_inference_steps": steps, "output_type": "latent", **SIZE, **guided(pipe, 3.0)}
     return pipe("a red circle", generator=torch.Generator().manual_seed(0), **arguments).frames
 
 

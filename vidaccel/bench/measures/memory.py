@@ -82,15 +82,17 @@ def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, row
 
 def block_arguments(
     model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
-) -> dict[str, Tensor | tuple[Tensor, ...]]:
+) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
     """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
-    known = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
+    known: dict[str, Argument | None] = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
     known |= family.costs.blocks[block_list.name].arguments
     given = {}
     for name in block_list.arguments:
-        argument = known[name]
+        if (argument := known[name]) is None:
+            given[name] = None
+            continue
         shape, dtype = _shape(argument, model, rows), _dtype(argument, like.dtype)
         tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
         given[name] = tensors if argument.copies > 1 else tensors[0]
