@@ -29,7 +29,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python .ci/types.py
+	$(BIN)/python .ci/check_types.py
 
 # A wheel, built and installed apart, which runs with what it holds.
 wheel: setup

@@ -119,7 +119,7 @@ def _make(
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,
         "family": loaded.family.name,
-        "hashes": loaded.hashes | _predictor_hash(config.predictor),
+        "hashes": {**loaded.hashes, **_predictor_hash(config.predictor)},
     }
 
 

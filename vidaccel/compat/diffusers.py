@@ -56,12 +56,12 @@ def can_checkpoint(module: nn.Module) -> bool:
     return getattr(module, "_supports_gradient_checkpointing", False)
 
 
-def checkpointing(model: ModelMixin) -> Callable:
+def checkpointing(model: Any) -> Callable:
     """What the model's forward calls its blocks through while activations are recomputed."""
     return model._gradient_checkpointing_func
 
 
-def set_checkpointing(model: ModelMixin, call: Callable) -> None:
+def set_checkpointing(model: Any, call: Callable) -> None:
     """`enable_gradient_checkpointing(func)` would wrap it, and turn checkpointing on in every part."""
     model._gradient_checkpointing_func = call
 

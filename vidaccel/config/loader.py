@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from vidaccel.compat.hydra import quoted
 from vidaccel.config.benchmark import BenchmarkConfig
@@ -98,7 +98,8 @@ def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str
     shipped = quoted(f"file://{_folder(command)}")
     try:
         with initialize_config_dir(str(path.parent), version_base=None):
-            return OmegaConf.to_container(compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words]))
+            chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words])
+            return cast("dict[str, Any]", OmegaConf.to_container(chosen))
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -114,7 +115,7 @@ def _checked(settings: Mapping[str, Any], schema: type[Schema], where: str) -> S
     settings = with_current_names(settings, schema, where)
     _check_keys(settings, schema, where)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings))
+        return cast(Schema, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or where
         raise UserError(f"{key}: {str(error).splitlines()[0]}", "see `--print-conf` for values that fit") from error
@@ -131,7 +132,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain dictionaries, lists and scalars, for run.json."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def with_current_names(settings: Mapping[str, Any], schema: type, where: str | None = None) -> dict[str, Any]:
