@@ -24,7 +24,9 @@ from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
 
 RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on, so never part of what `files` vouches for
+CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on
+TRAJECTORIES = "trajectories"  # what a predictor learnt from: a folder that vouches for itself
+_APART = (RUN_FILE, CHECKPOINTS, TRAJECTORIES)  # never part of what `files` vouches for; a copy may leave them out
 
 _ELSEWHERE = "choose another place for it"
 _REASONS = {  # errno -> what was wrong, what to do
@@ -212,16 +214,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
-    """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be.
+    """Compare each file of `folder` with its hash in `run` (from `read_run`); files `run` does not list are let be, and
+    so are trajectories, which earlier versions listed for a predictor.
 
     Reads every byte, except of files that are as they were when they were last read (file_hashes.py). Raises
     `UserError` naming the files that are missing or changed.
     """
     folder = Path(folder)
-    missing = [name for name in run["files"] if not (folder / name).is_file()]
-    changed = [
-        name for name, digest in run["files"].items() if name not in missing and file_sha256(folder / name) != digest
-    ]
+    listed = {name: digest for name, digest in run["files"].items() if name.split("/")[0] not in _APART}
+    missing = [name for name in listed if not (folder / name).is_file()]
+    changed = [name for name, digest in listed.items() if name not in missing and file_sha256(folder / name) != digest]
     faults = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names]
     if faults:
         raise UserError(
@@ -245,7 +247,7 @@ def _artefacts(folder: Path) -> list[str]:
     return sorted(
         path.as_posix()
         for path in paths
-        if path.parts[0] not in (RUN_FILE, CHECKPOINTS) and not any(part.startswith(".") for part in path.parts)
+        if path.parts[0] not in _APART and not any(part.startswith(".") for part in path.parts)
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,8 +22,10 @@ from vidaccel.collect.encode import batch, encode_texts, rows
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.training import TrainConfig
+from vidaccel.data.clips import write_clips
 from vidaccel.data.shards import write_shards
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import encoder_hashes
@@ -38,11 +41,17 @@ CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
 
 
-def write_features(folder: Path, loaded: LoadedPipeline, spoil: float = 1.0, per_shard: int = 256) -> Path:
-    """Three samples with random latents, the first one's multiplied by `spoil`."""
+def write_features(
+    folder: Path,
+    loaded: LoadedPipeline,
+    spoil: float = 1.0,
+    per_shard: int = 256,
+    size: tuple[int, int, int] = (2, 4, 4),
+) -> Path:
+    """Three samples with random latents [C, *size], the first one's multiplied by `spoil`."""
     generator = torch.Generator().manual_seed(0)
     channels = loaded.pipe.transformer.config.out_channels
-    latents = torch.randn(3, channels, 2, 4, 4, generator=generator)
+    latents = torch.randn(3, channels, *size, generator=generator)
     latents[0] *= spoil
     samples = rows(loaded, encode_texts(loaded, CAPTIONS), [{"caption": c, "fps": 8} for c in CAPTIONS], "float32")
     for (tensors, _), latent in zip(samples, latents, strict=True):
@@ -243,6 +252,49 @@ def test_a_training_goes_on_from_an_earlier_student(world, distilled, tmp_path):
     assert logged(tmp_path / "further", "loss") != logged(first, "loss")  # the same batches, another model
     with pytest.raises(UserError, match="other settings.*start"):
         distill(settings(world, "hunyuan_video"), tmp_path / "further", "cpu")
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_sheets_have_the_size_of_what_is_learnt_from(world, family, tmp_path, monkeypatch):
+    """Not that of the model, which may not fit: one frame of 64 x 32 pixels, or what 4 x 2 latent ones decode to."""
+    teacher, _ = world(family)
+    loaded, sizes = load_pipeline(teacher), set()
+    features = write_features(tmp_path / "features", loaded, size=(1, 4, 2))
+    scale = loaded.pipe.vae_scale_factor_spatial
+
+    def look(videos, file, labels):
+        assert (tmp_path / "student" / "checkpoints" / "step-00000002" / "state.json").exists()
+        sizes.update(video.shape for video in videos)
+
+    monkeypatch.setattr(module, "contact_sheet", look)
+    distill(settings(world, family, features=str(features)), tmp_path / "student")
+    assert sizes == {(1, 4 * scale, 2 * scale, 3)}
+
+
+def test_a_sheet_that_fails_costs_a_warning(world, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise MemoryError("no room for a sheet")
+
+    monkeypatch.setattr(module, "contact_sheet", fail)
+    distill(settings(world, "wan", train={"sample_every": 1}), tmp_path / "student")
+    assert "the samples of step 1 failed (failure 1); training goes on: no room for a sheet" in caplog.text
+    assert "the samples of step 2 failed (failure 2)" in caplog.text
+    assert load_pipeline(tmp_path / "student").family.name == "wan"
+
+
+def test_clips_are_brought_to_the_size_that_is_asked_for(world, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 64, 3), dtype=np.uint8)
+    write_clips(tmp_path / "clips", zip(frames, CAPTIONS, strict=False), fps=16)
+    teacher, _ = world("wan")
+    config = DistillConfig(teacher=str(teacher), data=str(tmp_path / "clips"), num_frames=9, height=16, width=32, fps=4)
+    loaded = load_pipeline(teacher)
+    data, provenance = module.open_data(loaded, config)
+    assert data.source[0][0].shape == (3, 9, 16, 32)
+    assert (provenance["size"], provenance["fps"]) == ([9, 16, 32], 4)
+    assert video_size(loaded, data[0][0]["latent"].shape) == {"num_frames": 9, "height": 16, "width": 32}
+    with pytest.raises(UserError, match="num_frames=9 is not possible") as caught:
+        DistillConfig(features="there", num_frames=9)
+    assert "goes without features" in caught.value.hint
 
 
 def test_a_start_is_a_student_of_this_teacher_by_this_method(world, distilled, tmp_path):

@@ -80,6 +80,19 @@ def test_a_tracker_is_finished_when_training_fails(tmp_path, notebook):
     assert notebook[-1] == "finish"
 
 
+def test_a_tracker_that_fails_costs_a_warning(tmp_path, notebook, monkeypatch, caplog):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Notebook, "log", offline)
+    monkeypatch.setattr(Notebook, "finish", offline)
+    run(tmp_path / "told", config=replace(CONFIG, trackers=["notebook"]))
+    assert "telling the tracker notebook of step 4 failed (failure 2); training goes on: no network" in caplog.text
+    assert "finishing the tracker notebook failed (failure 11)" in caplog.text
+    run(tmp_path / "alone")
+    assert outcome(tmp_path / "told") == outcome(tmp_path / "alone")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("tensorbord", 'there is no tracker "tensorbord"'), ("wandb", "trackers: wandb is not installed")],

@@ -411,6 +411,22 @@ def test_evaluation_and_samples_see_averages_and_leave_no_trace(tmp_path, straig
     assert ours["metrics"] == straight["metrics"]
 
 
+def test_samples_that_fail_cost_a_warning_each_and_change_nothing(tmp_path, straight, caplog):
+    """They come after the checkpoint of their step; 0 is never."""
+    saved = []
+
+    def sample(step):
+        saved.append((step, (tmp_path / "some" / "checkpoints" / f"step-{step:08d}").exists()))
+        raise UserError("the sheet cannot be written", "hint")
+
+    run(tmp_path / "some", config=replace(CONFIG, sample_every=10), sample=sample)
+    assert saved == [(10, True), (20, True)]
+    assert "the samples of step 20 failed (failure 2); training goes on: the sheet cannot be written" in caplog.text
+    run(tmp_path / "never", config=replace(CONFIG, sample_every=0), sample=sample)
+    assert len(saved) == 2
+    assert outcome(tmp_path / "some") == outcome(tmp_path / "never") == straight
+
+
 def test_exchanged_weights_come_back_bit_for_bit():
     model = tiny().eval()
     average = Average(model, model.parameters(), 0.9)

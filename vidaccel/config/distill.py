@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import require, require_clip_size
 from vidaccel.config.training import TrainConfig
 
 Settings = TypeVar("Settings")
@@ -45,6 +45,12 @@ class DistillConfig:
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
     """Scenes of the sprites world, where neither of those is given."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels, of clips that are encoded while training; null is the model's own. Features have their size."""
+    fps: float | None = None
+    """Frames a second that such clips are brought to; null is the model's own."""
     seed: int = 0
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Scales g that the student learns, drawn uniformly."""
@@ -71,6 +77,7 @@ class DistillConfig:
         require(self.times in ("uniform", "logit_normal"), "times", self.times, "is uniform or logit_normal")
         for key in ("clips", "sample_steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require_clip_size(self)
         low_high = self.guidance_range
         fits = len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf
         require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import require, require_clip_size
 from vidaccel.config.training import TrainConfig
 
 
@@ -49,6 +49,12 @@ class PredictorConfig:
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
     """Scenes of the sprites world, where neither of those is given, and most trajectories that are collected."""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    """Pixels, of clips that are encoded while training; null is the model's own. Features have their size."""
+    fps: float | None = None
+    """Frames a second that such clips are brought to; null is the model's own."""
     on_damage: str = "stop"
     """What to do about damaged shards of `features`: `stop`, or `skip` to train without them."""
     seed: int = 0
@@ -101,6 +107,7 @@ class PredictorConfig:
             require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
         for key in ("clips", "blocks", "max_skipped", "search_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require_clip_size(self)
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs == "trajectory"
         require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")

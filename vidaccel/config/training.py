@@ -42,14 +42,15 @@ class TrainConfig:
     evaluate_every: int = 1000
     """Steps between evaluations of the averaged weights, where a training has one; the best checkpoint is kept."""
     sample_every: int = 1000
-    """Steps between sample sheets of the averaged weights, where a training makes them."""
+    """Steps between sample sheets of the averaged weights, where a training makes them, one at its end besides; 0 is
+    never."""
     trackers: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: names of trackers that accelerate knows, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "accumulate", "save_every", "log_every", "evaluate_every", "sample_every"):
+        for key in ("batch_size", "accumulate", "save_every", "log_every", "evaluate_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("steps", "warmup", "lora_rank"):
+        for key in ("steps", "warmup", "lora_rank", "sample_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be at least 0")
         require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be above 0 and finite")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be at least 0 and finite")

@@ -7,7 +7,7 @@ makes one pass a step, since both passes of two-pass guidance would then end in 
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
@@ -130,6 +130,13 @@ def size_steps(loaded: LoadedPipeline) -> tuple[int, int]:
     pipe, family = loaded.pipe, loaded.family
     *_, width = patch_of(denoisers_of(pipe, family)[0])
     return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, width * pipe.vae_scale_factor_spatial)
+
+
+def video_size(loaded: LoadedPipeline, latent: Sequence[int]) -> dict[str, int]:
+    """num_frames, height and width of the video that a latent of this shape [..., T, H, W] decodes to."""
+    (frames, height, width), spatial = latent[-3:], loaded.pipe.vae_scale_factor_spatial
+    frames = (frames - 1) * loaded.pipe.vae_scale_factor_temporal + 1
+    return {"num_frames": frames, "height": height * spatial, "width": width * spatial}
 
 
 def neighbours(value: int, step: int, first: int) -> list[int]:

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file
-from vidaccel.collect.encode import encode_texts
+from vidaccel.collect.encode import LATENT, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config import loader as configuration
+from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
@@ -29,6 +30,7 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of
+from vidaccel.models.calling import video_size
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
@@ -113,7 +115,7 @@ def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
-    elsewhere = {"train", "start", "features", "on_damage", "data", "clips", "seed"}
+    elsewhere = {"train", "start", "features", "on_damage", "data", "clips", *CLIP_SIZE, "seed"}
     elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
     return _of_one_method({key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere})
 
@@ -137,7 +139,8 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
-    clips = CollectConfig(model=config.teacher, data=config.data, clips=config.clips, seed=config.seed)
+    own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
+    clips = CollectConfig(model=config.teacher, **own)
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
@@ -211,11 +214,11 @@ def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
 
 
 def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) -> None:
-    """Videos of a few prompts by the student as it is, frames side by side. Every process makes them, one writes."""
+    """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side. Every
+    process makes them, one writes."""
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
-    videos = [
-        generate(copy, [prompt], GenerateConfig(), [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)
-    ]
+    like = GenerateConfig(**video_size(copy, data[0][0][LATENT].shape))
+    videos = [generate(copy, [prompt], like, [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)]
     if rank() == 0:
         contact_sheet(videos, file, labels=list(prompts))
 

@@ -1,8 +1,10 @@
 """What a training measures: metrics.jsonl always, and the trackers that were asked for."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,22 @@ from vidaccel.errors import UserError, nearest
 FILE = "metrics.jsonl"
 PROJECT = "vidaccel"
 """What trackers file runs under."""
+log = logging.getLogger(__name__)
+
+
+class ByProducts:
+    """What a training makes besides its result: a failure of one is a warning, numbered, and training goes on."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def make(self, make: Callable[[], None], title: str) -> None:
+        try:
+            make()
+        except Exception as error:
+            self.failed += 1
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log.warning("%s failed (failure %d); training goes on: %s", title, self.failed, reason)
 
 
 class Metrics:
@@ -20,13 +38,14 @@ class Metrics:
     def __init__(self, folder: Path):
         self._path = folder / FILE
         self._trackers = []
+        self._by_products = ByProducts()
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *exc) -> None:
         for tracker in self._trackers:
-            tracker.finish()
+            self._by_products.make(tracker.finish, f"finishing the tracker {tracker.name}")
 
     def start(self, step: int, trackers: Sequence[str], settings: Mapping[str, Any]) -> None:
         """Goes on after `step`: drops the lines of later ones, which are about to be run again."""
@@ -43,8 +62,10 @@ class Metrics:
     def write(self, line: Mapping[str, float]) -> None:
         """Raises `UserError` if the file cannot be written."""
         append(self._path, line)
+        values = {key: value for key, value in line.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+            told = partial(tracker.log, values, step=line["step"])
+            self._by_products.make(told, f"telling the tracker {tracker.name} of step {line['step']}")
 
 
 def append(path: Path, line: Mapping[str, float]) -> None:

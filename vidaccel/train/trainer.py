@@ -32,7 +32,7 @@ from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
 from vidaccel.train.checkpoints import Checkpoints, Tensors, flat, unflat
-from vidaccel.train.metrics import Metrics, check_trackers
+from vidaccel.train.metrics import ByProducts, Metrics, check_trackers
 from vidaccel.train.parallel import mean, on_first, rank, world
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def train(
         recorded: of the settings in a checkpoint: what they are called now, where an earlier version wrote it.
         evaluate: of the model with averaged weights, without gradients; lower is better. Called every `evaluate_every`
             steps, in every process, and averaged over them. The best checkpoint is kept.
-        sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place.
+        sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place,
+            after the checkpoint of that step. If it fails a warning says so, and training goes on.
         rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
             scaled down by their own norm: two parts that work against each other are trained as if apart.
 
@@ -98,7 +99,7 @@ def train(
     model.train()
 
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    last_good, bad_in_a_row = state.step, 0
+    last_good, bad_in_a_row, by_products = state.step, 0, ByProducts()
     started = time.monotonic() - state.seconds
     with metrics, Progress(title, total=config.steps, done=state.step, shown=rank() == 0) as progress:
         for step in range(state.step, config.steps):
@@ -125,15 +126,15 @@ def train(
                     line["evaluation"] = mean([evaluate(model)])[0]
                 if line["evaluation"] < state.best:
                     state.best, state.best_step = line["evaluation"], state.step
-            if good and sample and due(config.sample_every):
-                with average.in_place():
-                    sample(state.step)
             line |= {"skipped": state.skipped, "seconds": round(state.seconds, 1)}
             with checkpoints.last_good_named():
                 if "evaluation" in line or state.step % config.log_every == 0 or state.step == config.steps:
                     on_first(partial(metrics.write, line))
                 if good and (due(config.save_every) or state.best_step == state.step):
                     checkpoints.save(state)
+            if good and sample and config.sample_every and due(config.sample_every):
+                with average.in_place():
+                    by_products.make(lambda: sample(state.step), f"the samples of step {state.step}")
             if good:
                 last_good = state.step
             progress.advance(loss=value)

@@ -243,6 +243,21 @@ def test_runs_are_collected_first_where_none_are_given(world, tmp_path):
     assert {schedule.steps for schedule in searched} == {6}
 
 
+def test_runs_have_the_size_of_the_clips_they_are_of(world, tmp_path):
+    """And the predictor's folder does not vouch for them: a copy without them is whole, and so it was before."""
+    student = load_pipeline(world("wan") / "student")
+    features = write_features(tmp_path / "features", student, size=(1, 4, 2))
+    folder = tmp_path / "predictor"
+    train_predictor(settings(world, features=str(features), pairs="trajectory", clips=2), folder)
+    assert ShardFolder(folder / "trajectories")[0][0]["x"].shape[-3:] == (1, 4, 2)
+    run = read_run(folder, "predictor/1")
+    assert set(run["files"]) == {"config.json", "model.safetensors", "schedule.json"}
+    listed = {f"trajectories/{name}": digest for name, digest in contents(folder / "trajectories").items()}
+    (folder / "run.json").write_text(json.dumps(run | {"files": run["files"] | listed}))
+    rmtree(folder / "trajectories")
+    Predictor.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("kind", ["encoded", "trajectory"])
 def test_damaged_features_are_left_out_where_that_is_asked_for(world, tmp_path, kind, caplog):
     """Of both kinds, and never where it is not."""

@@ -14,6 +14,7 @@ from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
@@ -106,7 +107,8 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
         features = open_features(config.features, kind, loaded.hashes, config.on_damage)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
-    clips = CollectConfig(model=config.student, data=config.data, clips=config.clips, seed=config.seed)
+    own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
+    clips = CollectConfig(model=config.student, **own)
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 

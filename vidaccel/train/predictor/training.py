@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sha256_file, write_run
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import loader as configuration
+from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.families.walk import blocks_of
@@ -40,7 +41,18 @@ from vidaccel.train.trainer import generator_for, train
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor"
 STAGES = ("mse", "adversarial")
-NOT_SHAPING = {"student", "stage", "features", "data", "clips", "on_damage", "seed", "search_prompts", *STAGES}
+NOT_SHAPING = {
+    "student",
+    "stage",
+    "features",
+    "data",
+    "clips",
+    "on_damage",
+    "seed",
+    "search_prompts",
+    *CLIP_SIZE,
+    *STAGES,
+}
 """Settings that shape no stage, or that `train` is told otherwise."""
 
 

@@ -6,20 +6,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, sha256_file
+from vidaccel.artefacts import RUN_FILE, TRAJECTORIES, sha256_file
+from vidaccel.collect.encode import LATENT
 from vidaccel.collect.features import open_features
 from vidaccel.collect.job import collect, plan
 from vidaccel.collect.source import open_source
 from vidaccel.collect.trajectories import trajectory_job
+from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.data.shards import ShardFolder, kinds_in
 from vidaccel.errors import UserError
+from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.train.parallel import world
 
 log = logging.getLogger(__name__)
-FOLDER = "trajectories"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Captions:
 def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: Path) -> PredictorConfig:
     """`config` with trajectories of the student as its features, where it is to learn from them.
 
-    Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips;
-    a collection that was stopped is gone on with.
+    Without any they are collected into `output`/trajectories, on the captions of its encoded features or of its clips,
+    and of their size; a collection that was stopped is gone on with.
 
     Raises:
         UserError: there are no captions, the features are damaged or another model's, or several processes would all
@@ -61,14 +63,17 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
             "pairs=trajectory needs trajectories of the student, and several processes do not collect them",
             f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
         )
-    sampled = {name: getattr(config, name) for name in ("data", "clips", "seed", "steps", "shift", "guidance")}
+    names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "guidance")
+    sampled = {name: getattr(config, name) for name in names}
     asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
     if config.features is None:
         source = open_source(loaded, asked)
     else:
-        source = Captions(open_features(config.features, "encoded", loaded.hashes, config.on_damage), config.clips)
+        features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
+        source = Captions(features, config.clips)
+        asked = replace(asked, **video_size(loaded, features[0][0][LATENT].shape))
     job = trajectory_job(loaded, source, asked)
-    folder = output / FOLDER
+    folder = output / TRAJECTORIES
     log.info("trajectories of the student to learn from: %s, in %s", plan(job), folder)
     collect(job, folder)
-    return replace(config, features=str(folder))
+    return replace(config, features=str(folder), **dict.fromkeys(CLIP_SIZE))
