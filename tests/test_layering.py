@@ -16,6 +16,7 @@ LAYERS = (
     "vidaccel.errors",
     "vidaccel.file_hashes",
     "vidaccel.artefacts",
+    "vidaccel.locks",
     "vidaccel.progress",
     "vidaccel.numbers",
     "vidaccel.compat",

@@ -7,6 +7,7 @@ path of a YAML file. Any other keyword changes a setting: `steps=4`, for one in 
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,6 +19,7 @@ from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.config.loader import settings_of
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
+from vidaccel.locks import locked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,11 +93,13 @@ def collect_features(
 
     if output is not None:
         check_output(Path(output), FORMAT)
-    job = job_of(load_pipeline(settings.model, device=device, dtype=settings.dtype), settings)
-    size = planned(job)
-    if output is not None and not dry_run:
-        log.info("%s", size)
-        collect(job, Path(output))
+    writing = output is not None and not dry_run
+    with locked(output) if writing else nullcontext():
+        job = job_of(load_pipeline(settings.model, device=device, dtype=settings.dtype), settings)
+        size = planned(job)
+        if writing:
+            log.info("%s", size)
+            collect(job, Path(output))
     return size
 
 

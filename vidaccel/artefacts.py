@@ -24,6 +24,7 @@ from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"  # of a folder that is being written (locks.py), and hidden, so in no one's way
 CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on
 TRAJECTORIES = "trajectories"  # what a predictor learnt from: a folder that vouches for itself
 _APART = (RUN_FILE, CHECKPOINTS, TRAJECTORIES)  # never part of what `files` vouches for; a copy may leave them out
@@ -92,6 +93,8 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
             for file in filter(Path.is_file, temporary.rglob("*")):
                 _flush_to_disk(file)
             if target.is_dir():
+                if (target / LOCK_FILE).exists():  # the lock is on the file, whatever its name
+                    os.link(target / LOCK_FILE, temporary / LOCK_FILE)
                 target.rename(replaced)
             try:
                 temporary.rename(target)

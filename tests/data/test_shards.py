@@ -264,6 +264,37 @@ def test_a_shard_found_damaged_at_the_end_is_named(folder):
     assert not (folder / "index.json").exists()
 
 
+def test_a_finished_shard_that_changed_is_not_vouched_for_anew(folder):
+    path = folder / "shard-00001.tar"
+    path.write_bytes(path.read_bytes()[:-2000] + bytes([255] * 16) + path.read_bytes()[-1984:])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"shard-00001\.tar is damaged: its bytes are not those that index\.json"):
+            write(folder)
+    path.unlink()
+    assert write(folder) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", ["zeros", "header", "repeated", "cut"])
+def test_a_damaged_tail_costs_its_own_samples_and_is_named(tmp_path, whole, damage, caplog):
+    """Of sample 5: zeros, where a machine went down, a broken tar header, another writer's sample, half missing."""
+    entry = json.loads((whole / "index.json").read_text())["shards"][1]
+    span = entry["samples"][2]
+    (tmp_path / "shard-00000.tar").write_bytes((whole / "shard-00000.tar").read_bytes())
+    good = (whole / entry["file"]).read_bytes()[: span["offset"] + span["length"]]
+    before, sample = good[: span["offset"]], good[span["offset"] :]
+    first = entry["samples"][0]
+    tails = {
+        "zeros": sample[:512] + bytes(len(sample) - 512),
+        "header": b"x" * 512 + sample[512:],
+        "repeated": good[first["offset"] :][: first["length"]],
+        "cut": sample[:700],
+    }
+    (tmp_path / f"{entry['file']}.part").write_bytes(before + tails[damage])
+    assert write(tmp_path) == [5, 6]
+    assert "shard-00001.tar.part is cut off or damaged: samples from 00000005 on are made again" in caplog.text
+    assert tree(tmp_path) == tree(whole)
+
+
 def test_a_full_disk_leaves_no_index(full_disk, whole):
     filler = full_disk / "filler"
     filler.write_bytes(bytes(36 << 10))

@@ -35,6 +35,7 @@ from vidaccel.bench.rows import Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.errors import UserError
+from vidaccel.locks import locked
 from vidaccel.models.calling import check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
@@ -56,9 +57,10 @@ def run(
     """What results.json holds in the end; `command` is what the user typed, which it repeats.
 
     Raises:
-        UserError: methods or settings that are not there, no model, or a folder of another benchmark.
+        UserError: methods or settings that are not there, no model, or a folder of another benchmark or in use.
     """
-    return Benchmark(config, folder, quality, device, command).run()
+    with locked(folder):
+        return Benchmark(config, folder, quality, device, command).run()
 
 
 class Benchmark:

@@ -5,8 +5,9 @@
     index.json            per shard its SHA-256, bytes and samples; written last, so a folder without it is unfinished
     .settings.json        what the samples were computed from: a re-run that would compute others is refused
 
-Samples are computed in batches, and a re-run keeps every whole batch it finds. It cuts back to the last whole batch
-rather than the last sample because the last bits of what a GPU computes can depend on what else is in the batch.
+Samples are computed in batches, and a re-run keeps every whole batch it finds, and says which samples it makes again
+because the end of a shard is cut off or damaged. It cuts back to the last whole batch rather than the last sample
+because the last bits of what a GPU computes can depend on what else is in the batch.
 """
 
 import io
@@ -16,6 +17,7 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from torch import Tensor
 from vidaccel.artefacts import check_writable, differences, explained, sha256_file, write_json
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.errors import UserError
+from vidaccel.file_hashes import file_sha256
 from vidaccel.progress import Progress
 
 INDEX_FILE = "index.json"
+_UNREADABLE = (OSError, ValueError, tarfile.TarError, SafetensorError)
 SETTINGS_FILE = ".settings.json"
 _MEND = "copy the folder again, or remove what is damaged and run the command that made it"
 
@@ -95,6 +99,7 @@ def write_shards(
     folder = Path(folder)
     check_writable(folder / INDEX_FILE)
     _require_settings(folder, {"count": count, "per_shard": per_shard, "kind": kind, **settings})
+    _refuse_changed(folder)
     (folder / INDEX_FILE).unlink(missing_ok=True)
     shards = {
         folder / f"shard-{number:05d}.tar": range(first, min(first + per_shard, count))
@@ -166,12 +171,8 @@ class ShardFolder:
         file, span = self._samples[index]
         path = self.folder / file
         try:
-            with open(path, "rb") as shard:
-                shard.seek(span.offset)
-                whole = io.BytesIO(shard.read(span.length))
-            record, tensors = (_read_member(whole, f"{span.key}.{end}") for end in ("json", "safetensors"))
-            return safetensors.torch.load(tensors), json.loads(record)
-        except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
+            return _read_sample(path, span.key, span.offset, span.length)
+        except _UNREADABLE as error:
             raise _damaged(path, f"sample {span.key} cannot be read ({error})") from error
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
@@ -240,16 +241,48 @@ def _part(shard: Path) -> Path:
     return shard.with_name(shard.name + ".part")
 
 
+def _refuse_changed(folder: Path) -> None:
+    """A finished shard has the bytes that index.json vouches for, or a new index would vouch for damaged ones. Shards
+    that are cut short are found at the end."""
+    try:
+        shards = _read_index(folder)
+    except UserError:
+        return  # there is none, or it is to be made again
+    for shard in shards:
+        path = folder / shard.file
+        if path.is_file() and path.stat().st_size == shard.bytes and file_sha256(path) != shard.sha256:
+            raise _damaged(path, f"its bytes are not those that {INDEX_FILE} vouches for")
+
+
 def _missing(shard: Path, indices: range, batch_size: int) -> range:
     """The `indices` still to be computed; cuts a part back to its last whole batch."""
+    part = _part(shard)
     if shard.exists():
         return indices[:0]
-    if not _part(shard).exists():
+    if not part.exists():
         return indices
-    spans = _scan(_part(shard))
+    spans = _in_order(part, indices)
     kept = len(spans) // batch_size * batch_size
-    os.truncate(_part(shard), sum(length for _, _, length in spans[:kept]))
+    end = sum(length for _, _, length in spans[:kept])
+    if part.stat().st_size > end and kept < len(indices):
+        log.warning("the end of %s is cut off or damaged: samples from %s on are made again", part, _key(indices[kept]))
+    os.truncate(part, end)
     return indices[kept:]
+
+
+def _in_order(part: Path, indices: range) -> list[tuple[str, int, int]]:
+    """`_scan`, up to the first sample that is not the one to be there, and without those at the end that cannot be
+    read: what was written last before a machine went down may be zeros."""
+    found = zip(_scan(part), indices, strict=False)
+    spans = [span for span, _ in takewhile(lambda pair: pair[0][0] == _key(pair[1]), found)]
+    while spans:
+        try:
+            _read_sample(part, *spans[-1])
+        except _UNREADABLE:
+            spans.pop()
+        else:
+            break
+    return spans
 
 
 def _append(shard: Path, batch: range, samples: list[Sample]) -> None:
@@ -309,6 +342,15 @@ def _scan(path: Path) -> list[tuple[str, int, int]]:
     except tarfile.ReadError:  # the end is missing
         pass
     return spans
+
+
+def _read_sample(path: Path, key: str, offset: int, length: int) -> Sample:
+    """Raises one of `_UNREADABLE` where that sample is not there, whole."""
+    with open(path, "rb") as shard:
+        shard.seek(offset)
+        whole = io.BytesIO(shard.read(length))
+    record, tensors = (_read_member(whole, f"{key}.{end}") for end in ("json", "safetensors"))
+    return safetensors.torch.load(tensors), json.loads(record)
 
 
 def _read_index(folder: Path) -> list[_Shard]:

@@ -41,7 +41,7 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
-from vidaccel.train.parallel import full_state, processes, rank, shard, world
+from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
 from vidaccel.train.trainer import generator_for, train
 
 EVALUATION_PASSES = 4
@@ -61,7 +61,7 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
         TrainingFailed: the training did not stay finite.
     """
     check_output(output, MODEL)
-    with processes():
+    with processes(), locked_by_first(output):
         _distill(config, output, device)
         return rank() == 0
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vidaccel.artefacts import atomic_folder
 from vidaccel.compat.torch import forget_groups
+from vidaccel.locks import locked
 
 Result = TypeVar("Result")
 _meshes: list[DeviceMesh] = []  # that sharded models lie on
@@ -135,6 +136,14 @@ def on_all(function: Callable[[], Result]) -> Result:
         if error is not None:
             raise error
     return result
+
+
+@contextlib.contextmanager
+def locked_by_first(folder: Path) -> Iterator[None]:
+    """`locked` for a folder that all processes write to: process 0 holds the lock for all."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked(folder)))
+        yield
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
-from vidaccel.train.parallel import full_state, on_first, processes, rank, shard, world
+from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss
 from vidaccel.train.predictor.pairs import Pair, Pairs
@@ -66,7 +66,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         TrainingFailed: the training did not stay finite.
     """
     check_output(output, FORMAT)
-    with processes():
+    with processes(), locked_by_first(output):
         schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
 

@@ -16,6 +16,7 @@ from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.clips import write_clips
+from vidaccel.locks import locked
 from vidaccel.models.loading import load_pipeline
 from vidaccel.worlds.sprites.captions import caption
 from vidaccel.worlds.sprites.make import make_model
@@ -43,7 +44,8 @@ def make(
     """Train everything, from the newest checkpoint of each stage, and score the result."""
     config = configuration.load(CONF, SpritesConfig, conf, overrides or [])
     quiet_libraries()
-    make_model(config, output)
+    with locked(output):
+        make_model(config, output)
     typer.echo(f"{output / 'model'}: the trained pipeline, its scores and its card")
 
 
@@ -82,7 +84,8 @@ def score(
     """Score a model's videos of held-out prompts; settings are those of `vidaccel generate`."""
     quiet_libraries()
     config = configuration.load("generate", GenerateConfig, "teacher", [f"model={model}", *(overrides or [])])
-    summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
+    with locked(output):
+        summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
     for name, score in summary.items():
         typer.echo(f"{name:24} {score['mean']:6.2f}  [{score['low']:.2f}, {score['high']:.2f}]")
 
