@@ -68,7 +68,7 @@ class Row:
     """{"marks", "likeness"} of each scored prompt."""
     error: str | None = None
     attempts: int = 0
-    """Times that the piece of work it is at was begun and not ended."""
+    """How often the work that is under way was begun without ending; 0 between two pieces of work."""
 
     @property
     def id(self) -> str:
@@ -103,13 +103,12 @@ class Rows:
                 known = json.loads(self._file(row).read_text(encoding="utf-8"))
                 for name in ("settings", "counts", "rounds", "videos", "error", "attempts"):
                     setattr(row, name, known[name])
-        whole = min((len(row.rounds) for row in self.running), default=0)
-        for row in self.running:
+        whole = min((len(row.rounds) for row in self.without_error), default=0)
+        for row in self.without_error:
             del row.rounds[whole:]
 
     @property
-    def running(self) -> list[Row]:
-        """Those without an error."""
+    def without_error(self) -> list[Row]:
         return [row for row in self.rows if row.error is None]
 
     def save(self, row: Row) -> None:

@@ -76,13 +76,13 @@ class Benchmark:
         self.config, self.folder, self.quality, self.command = config, folder, quality, command
         self.models = Models(config, device)
         self._check_baseline(methods[config.baseline])
-        self.timed = prompts_of(config, config.timed_prompts)
-        self.scored = prompts_of(config, config.scored_prompts) if quality else []
+        self.timed_prompts = prompts_of(config, config.timed_prompts)
+        self.scored_prompts = prompts_of(config, config.scored_prompts) if quality else []
         if quality:
             perceptual_network()  # now, and not after an hour of timing
         self.environment = environment(self.models.device)
         self.started = datetime.now(UTC)
-        self._warm: set[str] = set()
+        self._warmed_up: set[str] = set()
         """Rows that have run in this process."""
         check_writable(folder / RESULTS_FILE)
         self.parents = parents(config, methods)
@@ -107,7 +107,7 @@ class Benchmark:
             check_sizes(loaded, **dict(zip(("num_frames", "height", "width"), size, strict=True)))
 
     def _count(self) -> None:
-        todo = [row for row in self.rows.running if row.counts is None]
+        todo = [row for row in self.rows.without_error if row.counts is None]
         with Progress("counting", total=len(todo)) as bar:
             for row in todo:
                 self._attempt(row, partial(self._count_row, row))
@@ -118,16 +118,16 @@ class Benchmark:
         loaded = self.models.pipeline(row.method)
         seed = self.config.seed + CALIBRATION_SEED
         row.settings = calibrate(
-            loaded, row.method, lambda: self._make(row, [self.timed[0]], [seed], loaded, decode=False)
+            loaded, row.method, lambda: self._generate(row, [self.timed_prompts[0]], [seed], loaded, decode=False)
         )
         with (
             self.models.running(row.method, row.settings),
             PeakMemory(self.models.device, self.models.modules(row.method, loaded)) as peak,
             Observer(loaded) as seen,
         ):
-            self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
+            self._generate(row, [self.timed_prompts[0]], [self.config.seed], loaded, decode=False)
         if not self.config.compile:  # what is counted runs uncompiled
-            self._warm.add(row.id)
+            self._warmed_up.add(row.id)
         full = sum(seen.full)
         other = {"predicted" if row.method.predicts else "skipped": len(seen.passes) - full}
         row.counts = {
@@ -140,14 +140,14 @@ class Benchmark:
         }
 
     def _time(self) -> None:
-        done = min((len(row.rounds) for row in self.rows.running), default=0)
+        done = min((len(row.rounds) for row in self.rows.without_error), default=0)
         if done < self.config.rounds:
             self.models.place(self.methods[self.config.baseline])
             self._warm_up(self.methods[self.config.baseline], self.rows.rows[0].size)
-        total = (self.config.rounds - done) * len(self.rows.running)
+        total = (self.config.rounds - done) * len(self.rows.without_error)
         with Progress("timing", total=total, live=False) as bar:
             for _ in range(done, self.config.rounds):
-                for row in list(self.rows.running):
+                for row in list(self.rows.without_error):
                     self._attempt(row, partial(self._time_row, row))
                     bar.advance()
 
@@ -156,20 +156,20 @@ class Benchmark:
         if self.models.place(row.method):
             self._warm_up(row.method, row.size)
         with self.models.running(row.method, row.settings) as loaded:
-            if row.id not in self._warm:
-                self._make(row, [self.timed[0]], [self.config.seed], loaded, decode=False)
-                self._warm.add(row.id)
-            for i, prompt in enumerate(self.timed):
-                made = self._make(row, [prompt], [self.config.seed + i], loaded)
+            if row.id not in self._warmed_up:
+                self._generate(row, [self.timed_prompts[0]], [self.config.seed], loaded, decode=False)
+                self._warmed_up.add(row.id)
+            for i, prompt in enumerate(self.timed_prompts):
+                made = self._generate(row, [prompt], [self.config.seed + i], loaded)
                 denoise.append(made.denoise_seconds)
                 rest.append(made.seconds - made.denoise_seconds)
                 if i == 0 and not row.rounds:
                     self.rows.save_frames(row, made.frames[0])
             # A few steps are over before the machine has settled: more of them, without the decoder.
-            for i, prompt in itertools.cycle(enumerate(self.timed)):
+            for i, prompt in itertools.cycle(enumerate(self.timed_prompts)):
                 if sum(denoise) >= self.config.timed_seconds:
                     break
-                made = self._make(row, [prompt], [self.config.seed + i], loaded, decode=False)
+                made = self._generate(row, [prompt], [self.config.seed + i], loaded, decode=False)
                 denoise.append(made.denoise_seconds)
         row.rounds.append({"denoise": mean(denoise), "end_to_end": mean(denoise) + mean(rest)})
 
@@ -177,23 +177,23 @@ class Benchmark:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
         same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance")}
         loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
-        timed_generation(loaded, one_step, size, self.timed[:1], [self.config.seed], self.config.guidance)
+        timed_generation(loaded, one_step, size, self.timed_prompts[:1], [self.config.seed], self.config.guidance)
 
     def _score(self) -> None:
-        total = sum(len(self.scored) - len(row.videos) for row in self.rows.running)
+        total = sum(len(self.scored_prompts) - len(row.videos) for row in self.rows.without_error)
         with Progress("scoring", total=total) as bar:
-            for row in list(self.rows.running):
+            for row in list(self.rows.without_error):
                 step = self._batch_size(row)
-                for first in range(len(row.videos), len(self.scored), step):
+                for first in range(len(row.videos), len(self.scored_prompts), step):
                     if row.error is None:
-                        indices = range(first, min(first + step, len(self.scored)))
+                        indices = range(first, min(first + step, len(self.scored_prompts)))
                         self._attempt(row, partial(self._score_batch, row, indices, bar.advance))
 
     def _score_batch(self, row: Row, indices: range, advance: Callable[[], None]) -> None:
-        prompts, seeds = [self.scored[i] for i in indices], [self.config.seed + i for i in indices]
+        prompts, seeds = [self.scored_prompts[i] for i in indices], [self.config.seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
-            made = self._make(row, prompts, seeds, loaded)
-        baseline, videos = self._is_baseline(row), []
+            made = self._generate(row, prompts, seeds, loaded)
+        baseline, videos = row.name == self.config.baseline, []
         for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             if baseline:
                 only = slice(place, place + 1)
@@ -208,7 +208,7 @@ class Benchmark:
                 }
             )
             if self.config.keep_videos:
-                number = self.scored[:index].count(prompt)
+                number = self.scored_prompts[:index].count(prompt)
                 self.rows.save_video(row, prompt, number, made.frames[place], loaded.default("fps"))
             advance()
         row.videos += videos
@@ -217,13 +217,10 @@ class Benchmark:
         together = not one_at_a_time(row.method.cache) and self.models.pipeline(row.method).family.batched_autoencoder
         return self.config.batch_size if together else 1
 
-    def _make(
+    def _generate(
         self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline, decode: bool = True
     ) -> TimedGeneration:
         return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
-
-    def _is_baseline(self, row: Row) -> bool:
-        return row.name == self.config.baseline
 
     def _attempt(self, row: Row, work: Callable[[], None]) -> None:
         """Do a piece of a row's work, unless it has ended the process before; then all that is known is written.
@@ -250,7 +247,7 @@ class Benchmark:
         write_json(self.folder / RESULTS_FILE, self._results())
 
     def _results(self) -> dict[str, Any]:
-        count = len(self.scored) if self.quality else len(self.timed)
+        count = len(self.scored_prompts) if self.quality else len(self.timed_prompts)
         seeds = [self.config.seed + i for i in range(count)]
         return {"command": self.command} | results_of(self.config, self.rows, self.environment, seeds)
 

@@ -1,7 +1,7 @@
 """FORA (2407.01425): every N-th step is computed, and on the others each residual branch gives its last output again.
 
 The gates that scale a branch, and all norms, are computed at every step. A cache of every branch of every block is
-large: 27 GB for a HunyuanVideo video of 129 x 704 x 704.
+large.
 """
 
 from collections.abc import Iterator

@@ -2,9 +2,8 @@
 
 Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
 The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
-that slows down after distillation shows here. LPIPS is there where its package is installed, which loads AlexNet by
-itself. VBench cannot be: its package pins transformers to 4.33 and torch below 2. `keep_videos` keeps what it would
-score.
+that slows down after distillation shows here. LPIPS is measured where its package is installed.
+VBench is not, since its package wants other versions of transformers and torch; `keep_videos` keeps them for it.
 
 T frames, H and W pixels, P prompts
 """
