@@ -93,13 +93,13 @@ def collect_features(
 
     if output is not None:
         check_output(Path(output), FORMAT)
-    writing = output is not None and not dry_run
-    with locked(output) if writing else nullcontext():
+    folder = None if output is None or dry_run else Path(output)
+    with locked(folder) if folder else nullcontext():
         job = job_of(load_pipeline(settings.model, device=device, dtype=settings.dtype), settings)
         size = planned(job)
-        if writing:
+        if folder:
             log.info("%s", size)
-            collect(job, Path(output))
+            collect(job, folder)
     return size
 
 
