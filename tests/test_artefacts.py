@@ -19,6 +19,7 @@ from vidaccel.artefacts import (
     atomic_path,
     check_output,
     check_writable,
+    own_files,
     read_run,
     sha256_file,
     verify_files,
@@ -142,6 +143,61 @@ def test_check_writable(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the file system is read-only"):
         check_writable(tmp_path / "a.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    """Also one to nothing yet, to a folder, and one of another suffix; a temporary name keeps the one asked for."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.json").symlink_to(tmp_path / "disk" / "real.txt")
+    (tmp_path / "run").symlink_to("disk")
+    for content in ("old", "new"):
+        with atomic_path(tmp_path / "a.json") as temporary:
+            assert (temporary.parent, temporary.suffix) == (tmp_path / "disk", ".json")
+            temporary.write_text(content)
+        assert (tmp_path / "disk" / "real.txt").read_text() == content
+    with atomic_path(tmp_path / "run" / ".." / "run" / "b.txt") as temporary:
+        temporary.write_text("b")
+    assert tree(tmp_path / "disk") == {"real.txt": b"new", "b.txt": b"b"}
+    with atomic_folder(tmp_path / "run") as temporary:
+        (temporary / "c.txt").write_text("c")
+    assert tree(tmp_path / "disk") == {"c.txt": b"c"}
+    assert all((tmp_path / name).is_symlink() for name in ("a.json", "run"))
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for write in (check_writable, lambda path: write_json(path, {})):
+        with pytest.raises(UserError, match="a link in its path leads back to itself"):
+            write(tmp_path / "a")
+
+
+def test_a_place_where_nothing_can_be_made():
+    with pytest.raises(UserError, match="cannot write /proc/run/a.txt"):
+        check_writable("/proc/run/a.txt")
+
+
+def test_names_that_are_no_unicode_are_written_and_read(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "caf\udce9 ☕"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "caf\udce9 ☕"}
+
+
+# What operating systems leave in folders
+
+
+LEFT = (".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", "@eaDir/model.safetensors", "lost+found/x")
+
+
+def test_what_systems_leave_in_folders_is_nobodys(tmp_path):
+    run = read_run(finished(tmp_path), "model/1")
+    names = [path.name for path in own_files(tmp_path)]
+    for name in LEFT:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert [path.name for path in own_files(tmp_path)] == names == ["config.json", "run.json", "weights"]
+    assert own_files(tmp_path, "*.safetensors") == []
+    assert read_run(finished(tmp_path), "model/1")["files"] == run["files"]
+    verify_files(tmp_path, {"files": run["files"] | dict.fromkeys(["Thumbs.db", "weights/.DS_Store"], "0")})
 
 
 # Folders

@@ -374,3 +374,14 @@ def test_a_world_has_yamls_of_its_own(tmp_path, path):
 @given(data=TEXT.filter(lambda text: text != "null" and text[0] not in "'\""))
 def test_any_text_survives_an_override(data):
     assert sprites(f"data={data}").data == data
+
+
+@pytest.mark.parametrize("folder", ["a:b", "v1.0=x@y, z", "file://there"])
+@pytest.mark.parametrize("name", ["my.v1.yaml", "a=b:c.yaml"])
+def test_a_colon_in_a_path_is_no_protocol_and_a_byte_order_mark_no_key(tmp_path, monkeypatch, folder, name):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / name).write_bytes(b"\xef\xbb\xbfsample_steps: 7\ndefaults: [sprites/cfg@_global_, _self_]\n")
+    monkeypatch.chdir(tmp_path)
+    for conf in (str(tmp_path / folder / name), f"{folder}/{name}"):
+        loaded = load("distill", DistillConfig, conf, ["teacher=a:b"])
+        assert (loaded.sample_steps, loaded.train.batch_size, loaded.teacher) == (7, 16, "a:b")

@@ -17,6 +17,7 @@ LAYERS = (
     "vidaccel.file_hashes",
     "vidaccel.artefacts",
     "vidaccel.locks",
+    "vidaccel.prompts",
     "vidaccel.progress",
     "vidaccel.numbers",
     "vidaccel.compat",

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from vidaccel import __version__
@@ -29,7 +29,15 @@ CHECKPOINTS = "checkpoints"  # resume state: changes while a run goes on
 TRAJECTORIES = "trajectories"  # what a predictor learnt from: a folder that vouches for itself
 _APART = (RUN_FILE, CHECKPOINTS, TRAJECTORIES)  # never part of what `files` vouches for; a copy may leave them out
 
+LEFT_BY_SYSTEMS = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
+    *(".ds_store", ".spotlight-v100", ".trashes", ".fseventsd", "__macosx"),  # macOS, which leaves ._NAME as well
+    *("lost+found", ".directory", "@eadir", ".snapshot"),  # Linux and network storage
+}
+"""Names, in small letters, that operating systems put into any folder."""
+
 _ELSEWHERE = "choose another place for it"
+_ACCESS = "look at the path, its permissions and its disk"
 _REASONS = {  # errno -> what was wrong, what to do
     errno.ENOSPC: ("no space left on device", "free some space, or choose a place on another disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose a place on another disk"),
@@ -41,6 +49,18 @@ _REASONS = {  # errno -> what was wrong, what to do
     errno.EEXIST: ("a part of its path is a file, not a folder", _ELSEWHERE),
     errno.EISDIR: ("a folder of that name exists", _ELSEWHERE),
     errno.ENAMETOOLONG: ("its name is too long", "choose a shorter name"),
+    errno.ELOOP: ("a link in its path leads back to itself", _ELSEWHERE),
+    errno.ESTALE: ("the file system that it is on has gone", "mount it again"),
+    errno.EIO: ("its disk or file system failed", "see what is wrong with it (dmesg)"),
+}
+_NOT_READ = {  # what another reason or hint is better for where a path is read
+    errno.ENOENT: ("there is no such file or folder", "check its spelling"),
+    errno.EISDIR: ("it is a folder", "give the path of a file"),
+    errno.ENOTDIR: ("a part of its path is a file, not a folder", "check its spelling"),
+    errno.EACCES: ("permission denied", "see who may read it (ls -l)"),
+    errno.EPERM: ("permission denied", "see who may read it (ls -l)"),
+    errno.ENAMETOOLONG: ("its name is too long", "check its spelling"),
+    errno.ELOOP: ("a link in its path leads back to itself", "mend that link"),
 }
 _ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors reports a full disk as its own exception, with this text
@@ -50,11 +70,15 @@ def check_writable(target: str | os.PathLike) -> None:
     """Raise the `UserError` that writing `target` would end in, as far as it can be told before any work is done."""
     target = _absolute(target)
     with explained(target):
+        _require_no_loop(target)
         home = next(folder for folder in (target.parent, *target.parents) if folder.exists())  # `/` has no parents
         if not home.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(home))
         probe = home / _temporary_name(target)
-        probe.touch(exist_ok=False)
+        try:
+            probe.touch(exist_ok=False)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(home)) from error  # not about a name that is ours
         probe.unlink()
 
 
@@ -62,12 +86,14 @@ def check_writable(target: str | os.PathLike) -> None:
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a path (same folder, same suffix) for the caller to write; rename it to `target` if the block succeeds.
 
-    Missing parent folders are made. On any exception, Ctrl-C included, the temporary file and the folders made for
-    it are removed and `target` is as it was. Raises `UserError` when the place cannot be written or the disk is full.
+    A target that is a symbolic link stays one: what it leads to is written. Missing parent folders are made. On any
+    exception, Ctrl-C included, the temporary file and the folders made for it are removed and `target` is as it was.
+    Raises `UserError` when the place cannot be written or the disk is full.
     """
-    target = _absolute(target)
+    asked, target = Path(target), _absolute(target)
     with explained(target), _parents_made(target):
-        temporary = target.parent / _temporary_name(target)
+        _require_no_loop(target)
+        temporary = target.parent / _temporary_name(asked)
         try:
             yield temporary
             _flush_to_disk(temporary)
@@ -85,6 +111,7 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = _absolute(target)
     with explained(target), _parents_made(target):
+        _require_no_loop(target)
         temporary = target.parent / _temporary_name(target)
         replaced = target.parent / _temporary_name(target)
         temporary.mkdir()
@@ -117,17 +144,38 @@ def explained(target: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         code = _errno(error)
         # A file the block merely reads may be missing or forbidden too: that is not about writing the target.
-        if code not in _REASONS or not (code in _ABOUT_THE_DISK or _is_about(error, target)):
+        if code is None or not (code in _ABOUT_THE_DISK or _is_about(error, target)):
             raise
-        reason, hint = _REASONS[code]
+        reason, hint = _REASONS.get(code, (os.strerror(code), _ELSEWHERE))
         raise UserError(f"cannot write {target}: {reason}", hint) from error
+
+
+def told(error: OSError) -> UserError | None:
+    """What the operating system says of a path, as a user is told it; None where it names no path."""
+    if error.errno is None or not isinstance(error.filename, str | bytes):
+        return None
+    name = os.fsdecode(error.filename)
+    reasons = _REASONS if error.errno in _ABOUT_THE_DISK else _NOT_READ
+    reason, hint = reasons.get(error.errno) or _REASONS.get(error.errno) or (os.strerror(error.errno), _ACCESS)
+    return UserError(f"cannot use {name}: {reason}", hint)
+
+
+def own_files(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
+    """What lies in `folder` and matches, sorted, without what operating systems leave in folders."""
+    return sorted(path for path in Path(folder).glob(pattern) if not left_by_system(path.name))
+
+
+def left_by_system(name: str) -> bool:
+    """Whether a file or folder of this name is none of a user's: .DS_Store, Thumbs.db, ._cat.mp4, ..."""
+    return name.startswith("._") or name.lower() in LEFT_BY_SYSTEMS
 
 
 def write_json(target: str | os.PathLike, data: Any) -> None:
     """Write `data` (paths in it become strings) as indented JSON, atomically."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=os.fspath)
     with atomic_path(target) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A name that is no Unicode has half characters, which JSON writes as backslash escapes.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -224,7 +272,7 @@ def verify_files(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
     `UserError` naming the files that are missing or changed.
     """
     folder = Path(folder)
-    listed = {name: digest for name, digest in run["files"].items() if name.split("/")[0] not in _APART}
+    listed = {name: digest for name, digest in run["files"].items() if _vouched(PurePosixPath(name))}
     missing = [name for name in listed if not (folder / name).is_file()]
     changed = [name for name, digest in listed.items() if name not in missing and file_sha256(folder / name) != digest]
     faults = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names]
@@ -247,11 +295,12 @@ def is_finished(folder: str | os.PathLike, format: str) -> bool:
 def _artefacts(folder: Path) -> list[str]:
     """Sorted names, relative and with forward slashes, of the files a finished folder vouches for."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        path.as_posix()
-        for path in paths
-        if path.parts[0] not in _APART and not any(part.startswith(".") for part in path.parts)
-    )
+    return sorted(path.as_posix() for path in paths if _vouched(path))
+
+
+def _vouched(path: PurePath) -> bool:
+    hidden = any(part.startswith(".") or left_by_system(part) for part in path.parts)
+    return not hidden and path.parts[:1] not in [(part,) for part in _APART]
 
 
 def _iso(time: datetime) -> str:
@@ -259,8 +308,13 @@ def _iso(time: datetime) -> str:
 
 
 def _absolute(target: str | os.PathLike) -> Path:
-    """Without `..` and `.`, so that the last part is a name and `parents` reaches an existing folder."""
-    return Path(os.path.abspath(target))
+    """What links lead to, without `..` and `.`, so that the last part is a name and `parents` reaches a folder."""
+    return Path(os.path.realpath(target))
+
+
+def _require_no_loop(target: Path) -> None:
+    if target.is_symlink():  # followed already, as far as it leads anywhere
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
 
 
 def _temporary_name(target: Path) -> str:

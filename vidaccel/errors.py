@@ -1,7 +1,7 @@
 """What a user did wrong, as one line and one hint, and a training that cannot go on.
 
 Core modules raise `UserError`; the command line prints it without a traceback and exits with status 2, or 1 for
-`TrainingFailed`. Anything else that escapes is a bug of ours and keeps its traceback.
+`TrainingFailed`. Anything else that escapes is a bug of ours: one line as well, and its traceback with --debug.
 """
 
 import difflib

@@ -9,6 +9,7 @@ from typing import Any
 from vidaccel.cache.attach import Attachment
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
 from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_guidance, warn_of_unknown_words
 
@@ -27,6 +28,7 @@ class Session:
 
     def videos(self, prompts: Sequence[str]) -> Iterator[Generated]:
         """One video a prompt; video i is made of seed `config.seed + i`."""
+        check_prompts(prompts)
         for prompt in prompts:
             warn_of_unknown_words(self.loaded, prompt)
         for i, prompt in enumerate(prompts):

@@ -1,6 +1,10 @@
 """How commands end."""
 
+import errno
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -37,8 +41,65 @@ def test_status_and_words(error, status, said):
     assert end(error, "--debug").exception is error or status == 130
 
 
-def test_a_bug_keeps_its_traceback():
-    assert isinstance(end(ZeroDivisionError("ours")).exception, ZeroDivisionError)
+def test_a_bug_is_a_line_too_and_has_its_traceback_with_debug():
+    result = end(ZeroDivisionError("ours,\nand long: " + "x" * 1000))
+    assert result.exit_code == 1
+    _, error, hint = result.stderr.splitlines()
+    assert error.startswith("error: ZeroDivisionError: ours, and long: xxx") and len(error) < 600
+    assert "--debug shows where" in hint
+    assert isinstance(end(ZeroDivisionError("ours"), "--debug").exception, ZeroDivisionError)
+
+
+def test_how_a_command_ends_itself_is_let_be():
+    assert end(typer.Exit(3)).exit_code == 3
+    assert end(typer.Abort()).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.EACCES, "permission denied"),
+        (errno.EISDIR, "it is a folder"),
+        (errno.ENAMETOOLONG, "its name is too long"),
+        (errno.ENOENT, "there is no such file or folder"),
+        (errno.ESTALE, "the file system that it is on has gone"),
+        (errno.ENOTCONN, os.strerror(errno.ENOTCONN)),
+        (errno.ENOSPC, "no space left on device"),
+    ],
+)
+def test_what_the_operating_system_says_of_a_path_is_a_line_and_a_hint(code, said):
+    result = end(OSError(code, os.strerror(code), "clips/a.mp4"))
+    assert result.exit_code == 2
+    assert f"error: cannot use clips/a.mp4: {said}\nhint: " in result.stderr
+    assert end(OSError(code, os.strerror(code))).exit_code == 1
+
+
+PRINTING = """
+import sys
+from vidaccel.cli.common import reported
+from vidaccel.errors import UserError
+
+@reported
+def command(debug):
+    print("\\u0441 \\udcff")
+    raise UserError("\\u0441", "\\u0441")
+
+command(debug=False)
+"""
+
+
+@pytest.mark.parametrize("own", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_console_that_lacks_a_character_shows_an_escape(own):
+    variables = {"PYTHONCOERCECLOCALE": "0"} | own
+    done = subprocess.run([sys.executable, "-c", PRINTING], capture_output=True, env=os.environ | variables)
+    assert b"\\udcff" in done.stdout
+    assert b"UnicodeEncodeError" not in done.stderr and b"hint: " in done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["generate", "--help"], ["generate", "--print-conf", "model=стол"]])
+def test_commands_print_on_an_ascii_console(command):
+    variables = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-m", "vidaccel", *command], env=os.environ | variables, check=True)
 
 
 def test_settings_are_told_from_the_prompt():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.conftest import drifting
+from vidaccel.data import clips as clips_module
 from vidaccel.data.clips import ClipFolder, write_clips
 from vidaccel.data.video import BadClip, write_video
 from vidaccel.errors import UserError
@@ -149,3 +150,47 @@ def test_order_is_a_permutation_of_seed_and_epoch(length, seed, epoch):
 def test_neither_decord_nor_ffmpeg_is_imported_before_it_is_needed():
     script = "import sys, vidaccel.data.clips; sys.exit(bool({'decord', 'imageio_ffmpeg'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_file_and_caption_that_are_swapped_are_told(folder):
+    append(folder, {"file": "clip 3", "caption": "00003.mp4"})
+    clips = ClipFolder(folder, **SIZE)
+    assert len(clips) == 10
+    assert '"file" and "caption" are swapped' in clips.skipped[0]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder):
+    path = folder / "captions.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert ClipFolder(folder, **SIZE).skipped == []
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"file": "x" * 300 + ".mp4", "caption": "long"}, "File name too long"),
+        ({"file": "a\0b.mp4", "caption": "null"}, "no such file"),
+        ({"file": "\ud800.mp4", "caption": "half a name"}, '"file" has half of a character'),
+        ({"file": "00000.mp4", "caption": "half \ud83d"}, '"caption" has half of a character'),
+        ({"file": ".", "caption": "a folder"}, "no such file"),
+        ({"file": "00000.mp4/x.mp4", "caption": "under a file"}, "no such file"),
+    ],
+)
+def test_a_line_that_names_nothing_readable_is_skipped_named_and_counted(folder, record, reason, caplog):
+    append(folder, record, {"file": "gone.mp4", "caption": "gone"})
+    clips = ClipFolder(folder, **SIZE, max_bad_share=0.2)
+    assert len(clips) == 10
+    assert "captions.jsonl, line 11" in clips.skipped[0] and reason in clips.skipped[0]
+    assert f"2 of 12 clips in {folder} are left out" in caplog.text
+
+
+def test_a_clip_that_may_not_be_read_is_skipped(folder, monkeypatch):
+    plain = clips_module.probe_video
+
+    def forbidden(path, **size):
+        if path.name == "00004.mp4":
+            raise PermissionError(13, "Permission denied", str(path))
+        plain(path, **size)
+
+    monkeypatch.setattr(clips_module, "probe_video", forbidden)
+    assert "line 5 (00004.mp4): Permission denied" in ClipFolder(folder, **SIZE).skipped[0]

@@ -418,6 +418,15 @@ def test_sharded_weights_load(broken):
     assert len(load_pipeline(broken).hashes) > 4
 
 
+def test_what_systems_leave_in_a_model_folder_is_no_part_of_it(broken):
+    before = dict(read_model(broken).hashes)
+    for name in ("._diffusion_pytorch_model.safetensors", "._config.json", "._a.bin", "Thumbs.db", ".DS_Store"):
+        (broken / "transformer" / name).write_bytes(b"\0\5\x16\7")
+    (broken / "transformer" / "@eaDir").mkdir()
+    assert load_pipeline(broken).family.name == "hunyuan_video"
+    assert dict(read_model(broken).hashes) == before
+
+
 def test_a_file_is_not_a_folder(saved):
     assert "is a file" in refused(saved("hunyuan_video") / WEIGHTS).message
 

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from vidaccel.artefacts import own_files
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
@@ -249,7 +250,7 @@ def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[
                 "load it by vidaccel.load_pipeline(folder), and attach to what that gives",
             )
         names.append("conditioning")
-    files = [(name, file) for name in names for file in sorted((folder / name).glob("*.safetensors"))]
+    files = [(name, file) for name in names for file in own_files(folder / name, "*.safetensors")]
     hashes = FileHashes({f"{name}/{file.name}": file for name, file in files})
     return student_hashes(LoadedPipeline(pipe, family, source, {}, hashes))
 

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from vidaccel.artefacts import told
 from vidaccel.errors import TrainingFailed, UserError
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
@@ -19,35 +20,55 @@ Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; --print-conf shows them all.")
 ]
 
+LONGEST = 500
+"""Characters that are shown of an error that was not meant for a user."""
 _SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 
 def reported(command: Callable) -> Callable:
-    """A command that ends with 2 and one line and a hint for a user's mistake, 1 for a training that failed, and 130
-    for Ctrl-C."""
+    """A command that ends with a line and a hint: with 2 for a user's mistake and for what the operating system says of
+    a path, with 1 for a training that failed and for a fault of ours, and with 130 for Ctrl-C.
+
+    Only --debug shows a traceback.
+    """
 
     @functools.wraps(command)
     def run(*args, debug: bool = False, **kwargs):
+        print_any_character()
         _log_to_stderr()
         try:
             return command(*args, debug=debug, **kwargs)
-        except UserError as error:
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # which end as they should
+        except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except TrainingFailed as failure:
-            if debug:
-                raise
-            typer.echo(f"error: {failure}", err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            if debug:
-                raise
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            status, said = _ending(error)
+            typer.echo(said, err=True)
+            raise typer.Exit(status) from None
 
     return run
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """Exit status and last words."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, TrainingFailed):
+        return 1, f"error: {error}"
+    user_error = told(error) if isinstance(error, OSError) else error
+    if isinstance(user_error, UserError):
+        return 2, f"error: {user_error}"
+    said = " ".join(str(error).split())[:LONGEST]
+    hint = "the same command with --debug shows where; if it is not yours to mend, it is a fault of vidaccel's"
+    return 1, f"error: {type(error).__name__}{': ' if said else ''}{said}\nhint: {hint}"
+
+
+def print_any_character() -> None:
+    """Characters that the console or its locale cannot show are printed as escapes, rather than ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 Schema = TypeVar("Schema")

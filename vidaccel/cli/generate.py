@@ -20,6 +20,7 @@ from vidaccel.cli.common import (
 )
 from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
+from vidaccel.prompts import check_prompts, prompts_in
 
 
 @reported
@@ -142,23 +143,15 @@ def _prompts(free: list[str], file: Path | None) -> list[str]:
     if file is None:
         if not free[0].strip():
             raise UserError("the prompt is empty", 'say what to show, such as "a red circle moving right on black"')
+        check_prompts(free)
         return [free[0].strip()]
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the prompts in {file}: {error}", "give a text file with one prompt a line"
-        ) from error
-    texts = [line for line in lines if line]
-    if not texts:
-        raise UserError(f"{file} holds no prompt", "write one prompt a line")
-    return texts
+    return prompts_in(file)
 
 
 def _outputs(output: Path | None, count: int, many: bool) -> list[Path]:
     if not many:
         return [output or Path("out.mp4")]
     folder = output or Path("out")
-    if folder.suffix:
+    if folder.suffix.lower() in (".mp4", ".gif", ".png"):
         raise UserError(f"{folder} is one file, and --prompts makes many", "give -o the name of a folder")
     return [folder / f"{i:04d}.mp4" for i in range(count)]

@@ -10,6 +10,7 @@ import typer
 from vidaccel import __version__
 from vidaccel.cli.benchmark import benchmark
 from vidaccel.cli.collect_features import collect_features
+from vidaccel.cli.common import print_any_character
 from vidaccel.cli.distill import distill
 from vidaccel.cli.generate import generate
 from vidaccel.cli.train_predictor import train_predictor
@@ -45,4 +46,5 @@ app.command(no_args_is_help=True)(benchmark)
 
 
 def main() -> None:
+    print_any_character()
     app(prog_name="vidaccel")

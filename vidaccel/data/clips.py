@@ -6,6 +6,7 @@ share of them is an error. Clips are decoded when asked for, so a folder of any 
 C channels (3, RGB), T frames, H height, W width
 """
 
+import codecs
 import json
 import logging
 import os
@@ -20,9 +21,11 @@ from vidaccel.data.order import epoch_order
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
+from vidaccel.prompts import is_whole
 
 CAPTIONS_FILE = "captions.jsonl"
 _REASONS_SHOWN = 3
+_LONGEST_NAME = 255
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +87,8 @@ class ClipFolder:
                 f"{self.folder} is not a folder of clips: it has no {CAPTIONS_FILE}",
                 'write one line a video into it: {"file": "a.mp4", "caption": "..."}',
             )
-        return [(i, line) for i, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()]
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return [(i, line) for i, line in enumerate(content.splitlines(), start=1) if line.strip()]
 
     def _admit(self, number: int, line: bytes) -> None:
         """Add the clip a line describes, or its fault to `skipped`."""
@@ -92,16 +96,24 @@ class ClipFolder:
         try:
             file, caption = _parse(line)
             named += f" ({file})"
+            self._require_order(file, caption)
             probe_video(self.folder / file, fps=self.fps, num_frames=self.num_frames)
-        except BadClip as error:
-            self.skipped.append(f"{named}: {error}")
+        except (BadClip, OSError, ValueError) as error:  # the last for a name that no file can have
+            reason = error.strerror if isinstance(error, OSError) else error
+            self.skipped.append(f"{named}: {reason}")
             logger.warning("skipped %s", self.skipped[-1])
         else:
             self.files.append(file)
             self.captions.append(caption)
 
+    def _require_order(self, file: str, caption: str) -> None:
+        if len(caption) < _LONGEST_NAME and not (self.folder / file).exists() and (self.folder / caption).is_file():
+            raise BadClip('"file" and "caption" are swapped: its caption is the name of a file')
+
     def _require_enough(self, total: int, max_bad_share: float) -> None:
         if self.files and len(self.skipped) <= max_bad_share * total:
+            if len(self.skipped) > 1:
+                logger.warning("%d of %d clips in %s are left out", len(self.skipped), total, self.folder)
             return
         first = "; ".join(self.skipped[:_REASONS_SHOWN])
         raise UserError(
@@ -131,11 +143,13 @@ def _parse(line: bytes) -> tuple[str, str]:
     """File and caption of one line of captions.jsonl; raises `BadClip`."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise BadClip("the line is no JSON") from error
     if not isinstance(record, dict):
         raise BadClip("the line is no JSON object")
     for key in ("file", "caption"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise BadClip(f'"{key}" is missing, empty or no text')
+        if not is_whole(record[key]):
+            raise BadClip(f'"{key}" has half of a character (a lone surrogate)')
     return record["file"], record["caption"].strip()

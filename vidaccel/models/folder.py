@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
+from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
@@ -61,7 +62,7 @@ class Component:
     @property
     def weight_files(self) -> list[Path]:
         """Its safetensors files."""
-        return sorted(self.folder.glob("*.safetensors")) if self.is_module else []
+        return own_files(self.folder, "*.safetensors") if self.is_module else []
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def check_component(component: Component, *, any_class: bool = True) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing", f"model_index.json lists it: {COPY_AGAIN}")
     config = read_json(folder / component.config_name)
-    for path in folder.glob("*.json"):
+    for path in own_files(folder, "*.json"):
         read_json(path)
     found = config.get("_class_name", component.cls.__name__)
     if found != component.cls.__name__ and (component.is_module or not any_class):
@@ -132,7 +133,7 @@ def check_component(component: Component, *, any_class: bool = True) -> None:
 def _check_weights(component: Component) -> None:
     whole = component.folder / component.weights_name
     index = component.folder / f"{component.weights_name}.index.json"
-    pickles = [path for path in sorted(component.folder.iterdir()) if path.suffix in PICKLES]
+    pickles = [path for path in own_files(component.folder) if path.suffix in PICKLES]
     if pickles and not component.weight_files:
         raise UserError(
             f"{pickles[0]} is a pickle, which can run code when it is loaded",

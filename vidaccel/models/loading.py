@@ -15,7 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
+from vidaccel.artefacts import RUN_FILE, own_files, read_run, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -194,7 +194,7 @@ def _hashes(contents: ModelFolder) -> FileHashes:
     """Of all weights, by names that are the same for a folder here and for a snapshot of the hub's."""
     weights = {component.name: component.weight_files for component in contents.components.values()}
     for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
-        weights[name] = sorted(part.glob("*.safetensors")) if part else []
+        weights[name] = own_files(part, "*.safetensors") if part else []
     return FileHashes({f"{name}/{file.name}": file for name, files in weights.items() for file in files})
 
 
