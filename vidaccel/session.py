@@ -9,6 +9,7 @@ from typing import Any
 from vidaccel.cache.attach import Attachment
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
 from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_guidance, warn_of_unknown_words
@@ -31,8 +32,11 @@ class Session:
         check_prompts(prompts)
         for prompt in prompts:
             warn_of_unknown_words(self.loaded, prompt)
+        cuts = TextCuts()
         for i, prompt in enumerate(prompts):
-            yield generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment)
+            with cuts.noticed(self.loaded.pipe):
+                made = generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment)
+            yield made
 
 
 @contextmanager

@@ -93,3 +93,15 @@ def test_print_conf_is_a_conf(tmp_path):
     printed = run("--print-conf", "clips=7").stdout
     (tmp_path / "mine.yaml").write_text(printed)
     assert run("--conf", "mine.yaml", "--print-conf").stdout == printed
+
+
+def test_captions_that_are_cut_are_named_and_counted(model, clips):
+    """HunyuanVideo's second tokenizer takes 77 tokens here, its first 16."""
+    lines = [json.loads(line) for line in (clips / "captions.jsonl").read_text().splitlines()]
+    long = [line | {"caption": "a red circle " * 5 + line["caption"]} for line in lines]
+    (clips / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in long))
+    result = run(f"model={model}", f"data={clips}", "-o", "features")
+    assert result.exit_code == 0, result.output
+    cut = [line for line in result.stderr.splitlines() if "it drops" in line]
+    assert len(cut) == 3 and cut[0].endswith(f'{CAPTIONS[0]}"')
+    assert "5 prompts in all are longer than the 16 tokens that tokenizer takes" in result.stderr

@@ -5,12 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from vidaccel.cli.common import Debug, reported, split_settings
+from vidaccel.cli.common import Debug, is_setting, reported, split_settings
 from vidaccel.errors import TrainingFailed, UserError
 
 
@@ -100,6 +101,18 @@ def test_a_console_that_lacks_a_character_shows_an_escape(own):
 def test_commands_print_on_an_ascii_console(command):
     variables = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-m", "vidaccel", *command], env=os.environ | variables, check=True)
+
+
+@pytest.mark.parametrize("word", ["steps=3", "+steps=3", "prediction.steps=3", "old=1", "group.x=1"])
+def test_a_setting_is_one_by_its_name(word):
+    @dataclass
+    class Config:
+        RENAMED = {"old": "new"}
+        steps: int = 1
+        new: int = 1
+        group: int = 1
+
+    assert is_setting(word, Config) == (not word.startswith("prediction"))
 
 
 def test_settings_are_told_from_the_prompt():

@@ -22,6 +22,7 @@ from vidaccel.cli.main import app
 from vidaccel.data.frames import open_frames
 from vidaccel.data.video import read_video
 from vidaccel.models.loading import load_pipeline
+from vidaccel.prompts import prompts_in
 
 QUICK = ["steps=2", *(f"{name}={value}" for name, value in SIZE.items())]
 
@@ -323,3 +324,68 @@ def test_ctrl_c_leaves_nothing_and_exits_130(models, monkeypatch):
     result = run("a red circle", f"model={models['hunyuan_video']}", "steps=2", "-o", "new/out.mp4")
     assert result.exit_code == 130
     assert list(Path().iterdir()) == []
+
+
+CASES = Path(__file__).parent / "cases"
+
+
+def prompts_of(file: str, models) -> list[str]:
+    result = run("--prompts", CASES / file, "-o", "videos", f"model={models['hunyuan_video']}", "steps=1", "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["prompts"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(models):
+    assert prompts_of("bom.txt", models) == ["a red circle moving right on black", "a blue cross growing on white"]
+
+
+def test_prompts_end_where_lines_end(models):
+    """U+2028 and a form feed stand within prompts, which Python would split there."""
+    texts = prompts_of("ls.txt", models)
+    assert texts == ["a red circle\u2028moving right on black", "a blue cross growing\x0con white"]
+    Path("old.txt").write_bytes(b"one\rtwo\r\n\r\n three \n")
+    assert prompts_in(Path("old.txt")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a\nb\xff\n", "line 2 is no UTF-8"), (None, "Is a directory"), (b"\xef\xbb\xbf \n", "holds no prompt")],
+)
+def test_a_file_that_holds_no_prompts(content, said):
+    Path("prompts.txt").mkdir() if content is None else Path("prompts.txt").write_bytes(content)
+    result = run("--prompts", "prompts.txt")
+    assert result.exit_code == 2 and said in result.stderr
+
+
+@pytest.mark.parametrize("text", ["E=mc2", "title=the end", "E = mc2", "a.b=c"])
+def test_a_prompt_that_looks_like_a_setting_is_a_prompt(models, text):
+    result = run(text, f"model={models['hunyuan_video']}", "steps=1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["prompts"] == [text]
+
+
+def test_a_prompt_that_begins_with_a_settings_name_can_be_forced(models):
+    own = (f"model={models['hunyuan_video']}", "steps=1", "--json")
+    result = run("--prompt", "steps=4 of a dance", *own)
+    assert json.loads(result.stdout)["prompts"] == ["steps=4 of a dance"]
+    assert "more than one prompt" in run("a dance", "--prompt", "steps=4 of a dance", *own).stderr
+    assert 'there is no setting "stepz"' in run("--prompt", "a dance", "stepz=4", *own).stderr
+
+
+def test_half_a_character_in_a_prompt_is_refused():
+    result = run("half \ud83d")
+    assert result.exit_code == 2
+    assert r'the prompt "half \ud83d" has half of a character' in result.stderr
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_15", "wan"])
+def test_what_is_dropped_of_a_long_prompt_is_named(models, family):
+    """Each pipeline cuts at a length of its own, the template and two special tokens counted."""
+    tokens, repeats = {"hunyuan_video": (16, 5), "wan": (512, 170), "hunyuan_video_15": (1108, 333)}[family]
+    prompt = " ".join(["a red circle"] * repeats + ["moving right on black"])
+    result = run(prompt, f"model={models[family]}", *QUICK)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "it drops" in line]
+    assert line.startswith(f"warning: a prompt is longer than the {tokens} tokens that tokenizer takes: after ")
+    assert "circle a red" in line.partition(" it drops ")[0] and line.endswith('right on black"')
+    assert "it drops" not in run("a red circle moving right on black", f"model={models[family]}", *QUICK).stderr

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Annotated, TypeVar
 
 import typer
@@ -89,6 +90,12 @@ def split_settings(words: list[str]) -> tuple[list[str], list[str]]:
     """Positional words apart: those that are not `key=value`, and those that are."""
     overrides = [word for word in words if _SETTING.match(word)]
     return [word for word in words if word not in overrides], overrides
+
+
+def is_setting(word: str, schema: type) -> bool:
+    """Whether a word that looks like `key=value` begins with the name of a setting, of a group or an old one too."""
+    key = word.lstrip("+").partition("=")[0].split(".")[0]
+    return key in {field.name for field in fields(schema)} | set(getattr(schema, "RENAMED", {}))
 
 
 def _log_to_stderr() -> None:

@@ -1,6 +1,7 @@
 """`vidaccel generate`: prompts in, videos out."""
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from vidaccel.cli.common import (
     Debug,
     Device,
     PrintConf,
+    is_setting,
     quiet_libraries,
     reported,
     settings,
@@ -22,11 +24,17 @@ from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
 from vidaccel.prompts import check_prompts, prompts_in
 
+log = logging.getLogger(__name__)
+
 
 @reported
 def generate(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT] [KEY=VALUE]...", help="The prompt, and settings to change.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help='The prompt, where it begins like a setting: --prompt "steps=4 of a dance".'),
     ] = None,
     output: Annotated[
         Path | None,
@@ -56,8 +64,10 @@ def generate(
     """Generate a video from PROMPT, or one for each line of --prompts.
 
     vidaccel generate "a red circle moving right on black" -o out.mp4
+
+    A word is a setting if it begins with the name of one and "=". "E=mc2" is a prompt.
     """
-    free, overrides = split_settings(words or [])
+    free, overrides = _told_apart(words or [], prompt, prompts)
     if seed is not None:
         overrides.append(f"seed={seed}")
     given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
@@ -134,6 +144,19 @@ def _predictor_hash(predictor: str | None) -> dict[str, str]:
     if predictor is None or predictor in attachable():
         return {}
     return {f"predictor/{WEIGHTS_FILE}": sha256_file(local_path(predictor) / WEIGHTS_FILE)}
+
+
+def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:
+    """Prompts and settings. What looks like a setting and has the name of none is the prompt, where there is no other:
+    beside one it is a misspelt setting."""
+    free, overrides = split_settings(words)
+    free += [] if prompt is None else [prompt]
+    unknown = [word for word in overrides if not is_setting(word, GenerateConfig)]
+    if len(unknown) == 1 and not free and file is None:
+        log.info('"%s" is taken for the prompt: no setting has that name', unknown[0])
+        overrides.remove(unknown[0])
+        free = unknown
+    return free, overrides
 
 
 def _prompts(free: list[str], file: Path | None) -> list[str]:

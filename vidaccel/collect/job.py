@@ -13,8 +13,12 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.text_cuts import TextCuts
 from vidaccel.numbers import si
 from vidaccel.progress import Progress
+
+CUTS_SHOWN = 3
+"""Captions that are cut, of those that are named."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,22 @@ def plan(job: Job) -> Plan:
 def collect(job: Job, folder: Path) -> None:
     """Write the folder, going on where an earlier, killed run was; one that is finished and whole stays as it is.
 
+    The first captions that are longer than the model takes are named in warnings, and all are counted.
+
     Raises:
         UserError: the folder was begun with another model, other clips or other settings, or cannot be written.
     """
     started, loaded, config = datetime.now(UTC), job.loaded, job.config
+    cuts = TextCuts(most=CUTS_SHOWN)
+
+    def compute(indices: list[int]) -> list[Sample]:
+        with cuts.noticed(loaded.pipe):
+            return job.compute(indices)
+
     hub = {} if loaded.hashes else {"model": loaded.source}  # nothing else tells two models without files apart
     write_shards(
         folder,
-        job.compute,
+        compute,
         count=job.count,
         kind=config.kind,
         settings=job.made_with | hub | job.settings,
@@ -80,6 +92,7 @@ def collect(job: Job, folder: Path) -> None:
         batch_size=config.batch_size,
         title=f"collecting {config.kind}",
     )
+    cuts.summarise()
     if is_finished(folder, FORMAT):
         return  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE
