@@ -65,6 +65,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 def _acquired(file: Path) -> int | None:
     """An open handle that holds the lock; None where the file system has no locks."""
+    assert fcntl is not None
     while True:
         with explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)

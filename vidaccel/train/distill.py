@@ -217,7 +217,7 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) 
     """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side. Every
     process makes them, one writes."""
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
-    like = GenerateConfig(**video_size(copy, data[0][0][LATENT].shape))
+    like = replace(GenerateConfig(), **video_size(copy, data[0][0][LATENT].shape))
     videos = [generate(copy, [prompt], like, [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)]
     if rank() == 0:
         contact_sheet(videos, file, labels=list(prompts))
