@@ -124,7 +124,6 @@ def test_help_loads_nothing_heavy(arguments):
         "numpy",
         "hydra",
         "omegaconf",
-        "decord",
         "imageio_ffmpeg",
         "matplotlib",
     }

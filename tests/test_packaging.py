@@ -77,21 +77,6 @@ def test_what_is_declared_is_pinned_where_it_is_tested():
     assert DEPENDENCIES | EXTRAS["dev"] | EXTRAS["train"] <= names([line for line in lines if line])
 
 
-@pytest.mark.parametrize(
-    ("system", "machine", "wanted"),
-    [
-        ("Linux", "x86_64", True),
-        ("Windows", "AMD64", True),
-        ("Linux", "aarch64", False),
-        ("Darwin", "x86_64", False),
-        ("Darwin", "arm64", False),
-    ],
-)
-def test_decord_is_asked_for_where_it_has_a_wheel(system, machine, wanted):
-    decord = next(Requirement(each) for each in PROJECT["dependencies"] if each.startswith("decord"))
-    assert decord.marker.evaluate({"platform_system": system, "platform_machine": machine}) == wanted
-
-
 def test_any_later_python_will_do():
     assert PROJECT["requires-python"] == ">=3.11"
 

@@ -19,8 +19,7 @@ from tests.students import save, student, trained
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
-from vidaccel.data.frames import open_frames
-from vidaccel.data.video import read_video
+from vidaccel.data.ffmpeg import list_frames
 from vidaccel.models.loading import load_pipeline
 from vidaccel.prompts import prompts_in
 
@@ -58,16 +57,9 @@ def run(*args: str):
 def test_every_family_makes_a_video(models, family):
     result = run("a red circle", f"model={models[family]}", *QUICK, "-o", "out.mp4")
     assert result.exit_code == 0, result.output
-    video = open_frames(Path("out.mp4"))
-    assert (len(video.times), *next(video.read([0])).shape) == (5, 32, 32, 3)
+    made = list_frames(Path("out.mp4"), until=60)
+    assert (len(made.times), made.height, made.width) == (5, 32, 32)
     assert result.stdout.startswith("out.mp4: 5 frames 32x32; 2 steps, 4 passes")
-
-
-def test_decord_is_not_needed(models, monkeypatch):
-    monkeypatch.setitem(sys.modules, "decord", None)  # importing it fails
-    result = run("a red circle", f"model={models['wan']}", *QUICK, "-o", "out.mp4", "--sheet", "sheet.png")
-    assert result.exit_code == 0, result.output
-    assert read_video("out.mp4", fps=16, num_frames=5, height=32, width=32).shape == (5, 32, 32, 3)
 
 
 def test_json_says_what_was_made(models):

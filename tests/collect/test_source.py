@@ -1,12 +1,14 @@
 """Clips and captions from a folder and from the sprites world, and their samples encoded when asked for."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.collect.conftest import CAPTIONS, FPS
+from tests.data.test_formats import CASES, COUNTED
 from tests.tiny import SIZE, tiny_pipeline
 from vidaccel.collect.encode import encode_samples
 from vidaccel.collect.source import EncodedSource, open_source
@@ -94,6 +96,21 @@ def test_bad_clips_are_named_and_left_out(loaded, clips, caplog):
     source = open_source(loaded, CollectConfig(data=str(clips), max_bad_share=0.2))
     assert [source.record(i)["caption"] for i in range(len(source))] == [*CAPTIONS[:3], CAPTIONS[4]]
     assert "skipped" in caplog.text and "00003.mp4" in caplog.text
+
+
+def test_latents_are_of_the_right_frames_whatever_the_container(loaded, tmp_path):
+    """A square as bright as the time is late, in files that readers take wrong frames from, and a broken file."""
+    for name in COUNTED:
+        shutil.copy(CASES / name, tmp_path)
+    (tmp_path / "cut.mp4").write_bytes((CASES / "base.mp4").read_bytes()[:2000])
+    lines = [json.dumps({"file": name, "caption": name}) for name in [*COUNTED, "cut.mp4"]]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    source = open_source(loaded, CollectConfig(data=str(tmp_path), num_frames=17, max_bad_share=0.1))
+    assert len(source) == len(COUNTED) and "cut.mp4" in source.clips.skipped[0]
+    for i, (tensors, record) in enumerate(EncodedSource(loaded, source).read(range(len(source)))):
+        square = (source[i][0][:, :, 14:18, 14:18].mean((0, 2, 3)) + 1) * 127.5
+        assert square.tolist() == pytest.approx([80 * t / FPS for t in range(17)], abs=7), record["file"]
+        assert tensors["latent"].isfinite().all() and record["file"] == COUNTED[i]
 
 
 @pytest.mark.parametrize("lines", ["", '{"file": "gone.mp4", "caption": "a"}\n'])

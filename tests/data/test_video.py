@@ -3,13 +3,14 @@ import subprocess
 import sys
 import time
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.conftest import drifting, noise
 from vidaccel.data import video as video_module
-from vidaccel.data.frames import open_frames
+from vidaccel.data.ffmpeg import list_frames
 from vidaccel.data.video import check_output, contact_sheet, read_video, write_video
 from vidaccel.errors import UserError
 
@@ -27,9 +28,7 @@ def error_between(a, b):
 def test_mp4_keeps_frames_size_and_rate(tmp_path, height, width):
     frames = drifting(17, height, width)
     write_video(frames, tmp_path / "a.mp4", 8)
-    begins = open_frames(tmp_path / "a.mp4").times[:, 0]
-    assert len(begins) == 17
-    assert np.diff(begins) == pytest.approx(1 / 8)
+    assert imageio_ffmpeg.count_frames_and_secs(tmp_path / "a.mp4") == (17, pytest.approx(17 / 8, abs=0.01))
     back = read_video(tmp_path / "a.mp4", fps=8, num_frames=17, height=height, width=width)
     assert back.shape == frames.shape
     assert back.dtype == np.uint8
@@ -39,8 +38,7 @@ def test_mp4_keeps_frames_size_and_rate(tmp_path, height, width):
 @pytest.mark.parametrize("fps", [8, 24, 23.976, 29.97, 12.5])
 def test_mp4_frame_rate(tmp_path, fps):
     write_video(drifting(5), tmp_path / "a.mp4", fps)
-    begins = open_frames(tmp_path / "a.mp4").times[:, 0]
-    assert 4 / (begins[-1] - begins[0]) == pytest.approx(fps, rel=1e-4)
+    assert list_frames(tmp_path / "a.mp4", 5).times == pytest.approx(np.arange(5) / fps, rel=1e-4)
 
 
 def test_mp4_keeps_pure_colours(tmp_path):

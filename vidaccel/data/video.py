@@ -1,24 +1,28 @@
-"""Video files to arrays and back: frames.py reads, imageio-ffmpeg's ffmpeg (mp4) and pillow (gif, png) write.
+"""Video files to arrays and back: imageio-ffmpeg's ffmpeg reads (pillow: WebP) and writes mp4, pillow gif and png.
 
 Frames are uint8 RGB, numpy [T, H, W, 3]. Writing is atomic, and the same frames give the same bytes: ffmpeg runs on
-one thread and leaves versions and dates out of the file. decord and imageio-ffmpeg are imported where they are used,
-so that training on encoded features and timing need neither.
+one thread and leaves versions and dates out of the file. imageio-ffmpeg is imported where it is used, so that training
+on encoded features and timing do not need it.
 
 T frames, H height, W width
 """
 
+import contextlib
 import errno
 import os
+import stat
 import subprocess
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vidaccel.artefacts import atomic_folder, atomic_path, check_writable
-from vidaccel.data.frames import BadClip, Frames, open_frames
+from vidaccel.data import ffmpeg, webp
+from vidaccel.data.ffmpeg import BadClip
 from vidaccel.errors import UserError
 
 GIF_MAX_FPS = 50  # a gif counts time in 1/100 s, and browsers play anything under 2 of those at a tenth of the speed
@@ -103,34 +107,53 @@ def read_video(
     Frame i is the source's frame nearest in time to start + i / fps. It is scaled, antialiased, until it just covers
     height x width, and cropped at the centre. Raises `BadClip` with the reason.
     """
-    frames, indices = _open(path, fps, num_frames, start)
+    path = Path(path)
+    source, listing, indices = _plan(path, fps, num_frames, start)
     needed, inverse = np.unique(indices, return_inverse=True)
-    return np.stack([_cover(frame, height, width) for frame in frames.read(needed)])[inverse]
+    frames = source.decode(path, listing, needed.tolist())
+    with contextlib.closing(frames):
+        return np.stack([_cover(frame, height, width, listing.pixel_aspect) for frame in frames])[inverse]
 
 
 def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
     """Raise the `BadClip` that `read_video` would, by decoding every frame it needs."""
-    frames, indices = _open(path, fps, num_frames, start)
-    for _ in frames.read(np.unique(indices)):
-        pass
+    _plan(Path(path), fps, num_frames, start)
 
 
-def _open(path: str | os.PathLike, fps: float, num_frames: int, start: float) -> tuple[Frames, np.ndarray]:
-    """The file, and which of its frames are wanted: int [num_frames]."""
-    frames = open_frames(Path(path))
-    begin, end = frames.times.T
+def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[ModuleType, ffmpeg.Listing, np.ndarray]:
+    """The module that reads the file, the frames it has found, and which of them are wanted: int [num_frames]."""
+    source = webp if webp.is_webp(_head(path)) else ffmpeg
     wanted = start + np.arange(num_frames) / fps
-    begin, end = begin - begin[0], end - begin[0]
-    if wanted[-1] >= end[-1]:
-        raise BadClip(f"too short: {end[-1]:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s")
-    return frames, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
+    listing = source.list_frames(path, wanted[-1])
+    begin = listing.times
+    if wanted[-1] > begin[-1] and wanted[-1] >= listing.end:
+        raise BadClip(
+            f"too short: {listing.end:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s"
+        )
+    return source, listing, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
 
 
-def _cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The largest centred part of frame [H, W, 3] with the shape height : width, scaled to it."""
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; raises `BadClip` if it is none, or may not be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadClip("no such file")
+        with path.open("rb") as file:
+            head = file.read(12)
+    except FileNotFoundError as error:
+        raise BadClip("no such file") from error
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        raise BadClip(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not head:
+        raise BadClip("the file is empty")
+    return head
+
+
+def _cover(frame: np.ndarray, height: int, width: int, pixel_aspect: float) -> np.ndarray:
+    """The largest centred part of frame [H, W, 3] that has the shape height : width on screen, scaled to it."""
     source_height, source_width = frame.shape[:2]
-    crop_width = min(source_width, source_height * width / height)
-    crop_height = min(source_height, source_width * height / width)
+    crop_width = min(source_width, source_height * width / height / pixel_aspect)
+    crop_height = min(source_height, source_width * height / width * pixel_aspect)
     left, right = (source_width - crop_width) / 2, (source_width + crop_width) / 2
     top, bottom = (source_height - crop_height) / 2, (source_height + crop_height) / 2
     image = Image.fromarray(frame).resize(
@@ -141,8 +164,6 @@ def _cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
     """H.264, 4:2:0, as every player takes it; converted to and tagged as BT.709, since players guess when not told."""
-    import imageio_ffmpeg
-
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(
@@ -162,7 +183,7 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
     with atomic_path(path) as temporary:
         # On any exception `subprocess.run` kills ffmpeg before it lets the exception through.
         done = subprocess.run(
-            [imageio_ffmpeg.get_ffmpeg_exe(), *options, str(temporary)],
+            [ffmpeg.executable(), *options, str(temporary)],
             input=np.ascontiguousarray(frames).reshape(-1).data,
             capture_output=True,
         )

@@ -1,51 +1,29 @@
-"""`read_video` with decord and without it: the same frames, or the same fault."""
+"""`read_video` on plain clips: time, space, and what cannot be read. test_formats.py has the others."""
 
 import numpy as np
 import pytest
 
 from tests.data.conftest import drifting, noise
-from vidaccel.data import frames as frames_module
-from vidaccel.data.frames import BadClip, DecordFrames, FfmpegFrames, open_frames
-from vidaccel.data.video import probe_video, read_video, write_video
-
-
-@pytest.fixture(autouse=True, params=["decord", "ffmpeg"])
-def reader(request, monkeypatch):
-    """Every test runs with each."""
-    if request.param == "decord":
-        pytest.importorskip("decord", reason="there is no wheel of it for every machine")
-    monkeypatch.setattr(frames_module, "have_decord", lambda: request.param == "decord")
-    return request.param
-
-
-def test_the_reader_is_the_one_asked_for(tmp_path, reader):
-    write_video(drifting(3), tmp_path / "a.mp4", 8)
-    assert type(open_frames(tmp_path / "a.mp4")) is {"decord": DecordFrames, "ffmpeg": FfmpegFrames}[reader]
+from vidaccel.data.ffmpeg import decode, list_frames
+from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 
 
 @pytest.mark.parametrize("fps", [8, 23.976, 29.97])
 def test_times_are_those_of_the_frames(tmp_path, fps):
     write_video(drifting(9), tmp_path / "a.mp4", fps)
-    times = open_frames(tmp_path / "a.mp4").times
-    expected = np.stack([np.arange(9), np.arange(1, 10)], axis=1) / fps
-    assert times.shape == (9, 2) and np.abs(times - times[0, 0] - expected).max() < 1e-4
-
-
-@pytest.mark.parametrize("numbers", [[0], [16], [3, 4, 11], list(range(17))])
-def test_both_read_the_same_frames(tmp_path, numbers, reader):
-    pytest.importorskip("decord", reason="there is no wheel of it for every machine")
-    write_video(drifting(17, 48, 80), tmp_path / "a.mp4", 24)
-    one, other = (list(kind(tmp_path / "a.mp4").read(numbers)) for kind in (DecordFrames, FfmpegFrames))
-    assert [frame.shape for frame in other] == [(48, 80, 3)] * len(numbers)
-    assert np.array_equal(one, other)
+    listing = list_frames(tmp_path / "a.mp4", until=60)
+    assert np.abs(listing.times - np.arange(9) / fps).max() < 1e-4 and listing.end == pytest.approx(9 / fps, abs=1e-4)
+    assert len(list_frames(tmp_path / "a.mp4", until=3.5 / fps).times) == 5  # those before, and the next
 
 
 def test_reading_ends_with_the_last_frame_that_is_asked_for(tmp_path):
-    write_video(drifting(17), tmp_path / "a.mp4", 8)
-    frames = open_frames(tmp_path / "a.mp4").read([1, 2])
+    path = tmp_path / "a.mp4"
+    write_video(drifting(17), path, 8)
+    listing = list_frames(path, until=60)
+    frames = decode(path, listing, [1, 2])
     assert next(frames).shape == (64, 64, 3)
     frames.close()  # which leaves no process behind: a second one reads as well
-    assert len(list(open_frames(tmp_path / "a.mp4").read([1, 2]))) == 2
+    assert len(list(decode(path, listing, [1, 2]))) == 2
 
 
 # Reading: time
