@@ -17,7 +17,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,7 +40,7 @@ _FRAME = re.compile(
     r"n: *\d+ pts: *(?P<pts>\S+) +pts_time:\S+ +(?:duration: *(?P<duration>\d+) )?"
     r".*? sar:(?P<aspect>\d+/\d+) s:(?P<width>\d+)x(?P<height>\d+) i:(?P<scan>.)"
 )
-_CONFIGURED = re.compile(r"config in time_base: (?P<time_base>\d+/\d+), frame_rate: (?P<rate>\d+/\d+)")
+_CONFIGURED = re.compile(r"config in time_base: (\d+/\d+)")
 _DECODED = re.compile(r"decoder -> ")
 _DAMAGED = re.compile(r"Error (submitting|processing) packet (to|in) decoder|corrupt decoded frame")
 _LOST = re.compile(r"partial file|File ended prematurely|CRC mismatch")
@@ -111,9 +110,10 @@ def list_frames(path: Path, until: float) -> Listing:
     if not frames:
         _require_decoder(opened + log)
         raise BadClip(DAMAGED)
-    times, end = _timed(frames, Fraction(_CONFIGURED.search(log)["time_base"]))
+    time_bases = _CONFIGURED.findall(log)  # one each time the frames' format changes
+    times, end = _timed(frames, Fraction(time_bases[0]))
     _require_whole(log, len(frames), stopped=times[-1] >= until)
-    _require_one_shape(frames, log)
+    _require_one_shape(frames, formats=len(time_bases))
     turned = _TURNED.search(opened)
     if turned and float(turned[1]) % 90:
         raise BadClip(f"it is to be shown turned by {float(turned[1]):g} degrees, which is no quarter turn")
@@ -147,13 +147,12 @@ def decode(path: Path, listing: Listing, indices: Sequence[int]) -> Iterator[np.
     ]
     # fmt: on
     size = listing.height * listing.width * 3
-    with (
-        tempfile.TemporaryFile() as said,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as process,
-    ):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        pipe = process.stdout
+        assert pipe is not None
         try:
             for _ in indices:
-                frame = process.stdout.read(size)
+                frame = pipe.read(size)
                 if len(frame) < size:
                     raise BadClip(DAMAGED)
                 yield np.frombuffer(frame, np.uint8).reshape(listing.height, listing.width, 3)
@@ -226,12 +225,12 @@ def _require_whole(log: str, listed: int, *, stopped: bool) -> None:
         raise BadClip(DAMAGED)
 
 
-def _require_one_shape(frames: Sequence[re.Match], log: str) -> None:
+def _require_one_shape(frames: Sequence[re.Match], formats: int) -> None:
     """Raise `BadClip` if the frames change on the way, where ffmpeg would scale them to the first's size."""
     shapes = {f"{frame['width']} x {frame['height']}": None for frame in frames}
     if len(shapes) > 1:
         raise BadClip(f"its frames change their size midway: {', then '.join(shapes)}")
-    if len(_CONFIGURED.findall(log)) > 1 or len({frame["aspect"] for frame in frames}) > 1:
+    if formats > 1 or len({frame["aspect"] for frame in frames}) > 1:
         raise BadClip("its frames change their colours or shape midway")
 
 

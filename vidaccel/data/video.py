@@ -104,8 +104,9 @@ def read_video(
 ) -> np.ndarray:
     """Decode `num_frames` frames at `fps` frames/s from `start` seconds on: [num_frames, height, width, 3] uint8.
 
-    Frame i is the source's frame nearest in time to start + i / fps. It is scaled, antialiased, until it just covers
-    height x width, and cropped at the centre. Raises `BadClip` with the reason.
+    Frame i is the source's frame nearest in time to start + i / fps, as it is shown: upright, with square pixels,
+    deinterlaced, HDR tone mapped to SDR. It is scaled, antialiased, until it just covers height x width, and cropped at
+    the centre. The source is decoded from its first frame on, wherever `start` is. Raises `BadClip` with the reason.
     """
     path = Path(path)
     source, listing, indices = _plan(path, fps, num_frames, start)
@@ -116,7 +117,7 @@ def read_video(
 
 
 def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
-    """Raise the `BadClip` that `read_video` would, by decoding every frame it needs."""
+    """Raise the `BadClip` that `read_video` would, by decoding the source up to the last frame it needs."""
     _plan(Path(path), fps, num_frames, start)
 
 

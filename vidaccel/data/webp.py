@@ -20,7 +20,7 @@ def list_frames(path: Path, until: float) -> Listing:
     """All frames of a file, decoded to see that they can be. Raises `BadClip`."""
     begins = [0]  # milliseconds
     with _open(path) as image:
-        for i in range(image.n_frames):
+        for i in range(getattr(image, "n_frames", 1)):
             image.seek(i)
             image.load()
             begins.append(begins[-1] + image.info.get("duration", 0))
