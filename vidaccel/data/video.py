@@ -141,10 +141,10 @@ def _head(path: Path) -> bytes:
             raise BadClip("no such file")
         with path.open("rb") as file:
             head = file.read(12)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last for a name that no file can have
         raise BadClip("no such file") from error
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        raise BadClip(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise BadClip(f"it cannot be read: {error.strerror}") from error
     if not head:
         raise BadClip("the file is empty")
     return head
