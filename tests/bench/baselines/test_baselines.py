@@ -1,5 +1,8 @@
 """Which training-free cache runs on which family, as diffusers 0.42.1 has them: full (F) and shortened (.) passes."""
 
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.hooks import sea_cache
@@ -12,6 +15,7 @@ from vidaccel.bench.measures.counting import Observer
 from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
 from vidaccel.errors import UserError
+from vidaccel.families.walk import blocks_of
 
 SETTINGS = {
     "pab": {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]},
@@ -71,6 +75,56 @@ def test_every_cache_runs_or_says_why_not(loaded):
             with pytest.raises((Unsupported, ValueError), match=reason):
                 passes(loaded, cache)
         assert torch.equal(run(loaded, steps=5, two_pass=False).latents, plain), f"{cache} left something behind"
+
+
+def test_an_interrupted_row_leaves_nothing_to_the_next(loaded):
+    """Left on after an aborted generation, diffusers' caches keep their state and give other videos next time. A row's
+    cache is switched off however the row ends, in the middle of a pass as well, so it cannot be left on: the next rows,
+    without a cache, with this one and with another, are what they are without the interruption."""
+    names = [cache for cache in CACHES if (loaded.family.name, cache) not in STOPPED]
+    rows = [MethodConfig(steps=5, two_pass=False, cache=cache, settings=SETTINGS[cache]) for cache in names]
+    rows = [replace(row, settings=calibrate(loaded, row, lambda: latents(loaded))) for row in rows]
+    plain, before = latents(loaded), [latents(loaded, row) for row in rows]
+    for i, row in enumerate(rows):
+        for block, stop in ((0, KeyboardInterrupt), (-1, RuntimeError)):
+            with pytest.raises(stop), interrupted(loaded, 3, block, stop):
+                latents(loaded, row)
+        assert torch.equal(latents(loaded), plain), row.cache
+        assert torch.equal(latents(loaded, row), before[i]), row.cache
+        assert torch.equal(latents(loaded, rows[i - 1]), before[i - 1]), (row.cache, rows[i - 1].cache)
+    with pytest.raises(KeyboardInterrupt), interrupted(loaded, 3, 0, KeyboardInterrupt):
+        passes(loaded, "magcache" if "magcache" in names else "teacache")  # in its calibration
+    assert torch.equal(latents(loaded), plain)
+
+
+def latents(loaded, row: MethodConfig | None = None) -> torch.Tensor:
+    """Of a video, by a row with a cache."""
+    with switched_on(loaded, row, row.settings) if row else nullcontext():
+        return run(loaded, steps=5, two_pass=False).latents
+
+
+@contextmanager
+def interrupted(loaded, at: int, block: int, stop: type[BaseException]):
+    """The `at`-th pass ends in this block, or where that is skipped before the next pass begins."""
+    seen = []
+    transformer = loaded.pipe.transformer
+
+    def count(module, args):
+        seen.append(module)
+        if len(seen) > at:
+            raise stop
+
+    def end(module, args, output):
+        if len(seen) == at:
+            raise stop
+
+    inner = blocks_of(transformer, loaded.family)[block][1]
+    handles = [transformer.register_forward_pre_hook(count), inner.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_caches_with_one_state_are_not_run_under_two_passes(loaded):
