@@ -178,6 +178,20 @@ def write_json(target: str | os.PathLike, data: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def read_json(path: str | os.PathLike, hint: str) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` with this hint if the file is missing, damaged or holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing", hint)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets in brackets in brackets ...
+        raise UserError(f"{path} is damaged, and no JSON: {error}", hint) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not a JSON object", hint)
+    return content
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -228,12 +242,10 @@ def read_run(folder: str | os.PathLike, format: str) -> dict[str, Any]:
     path = folder / RUN_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a finished {name} folder: it has no {RUN_FILE}", "run its command again")
-    try:
-        run = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}", "run the command that makes it again") from error
-    if not isinstance(run, dict) or not isinstance(run.get("files"), dict) or "format" not in run:
-        raise UserError(f"{path} is damaged: it has no format or no files", "run the command that makes it again")
+    again = "run the command that makes it again"
+    run = read_json(path, again)
+    if not isinstance(run.get("files"), dict) or "format" not in run:
+        raise UserError(f"{path} is damaged: it has no format or no files", again)
     if run["format"] != format:
         raise UserError(
             f"{folder} is of format {run['format']}, where {format} is needed",
@@ -252,7 +264,7 @@ def check_output(folder: str | os.PathLike, format: str) -> None:
     check_writable(run_file)
     try:
         found = json.loads(run_file.read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # nothing that is finished
     if found != format:
         raise UserError(f"{folder} is of format {found}, and this makes {format}", "choose another folder with -o")

@@ -3,12 +3,11 @@
 Its settings.json holds the configuration, the environment, and a hash of each model's run.json.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, differences, read_run, sha256_file, write_json
+from vidaccel.artefacts import RUN_FILE, differences, read_json, read_run, sha256_file, write_json
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict, with_current_names
 from vidaccel.errors import UserError
@@ -32,7 +31,7 @@ def open_output_folder(
     if not file.exists():
         write_json(file, settings)
         return
-    found = differences(_compared(json.loads(file.read_text(encoding="utf-8"))), _compared(settings))
+    found = differences(_compared(read_json(file, "choose another folder with -o")), _compared(settings))
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(

@@ -8,7 +8,6 @@
 A round counts when all rows that have no error were timed in it: a ratio is between neighbours in time.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidaccel.artefacts import atomic_path, write_json
+from vidaccel.artefacts import atomic_path, read_json, write_json
 from vidaccel.bench.generation import Size, TimedGeneration
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.data.video import write_video
@@ -100,7 +99,7 @@ class Rows:
         self.folder, self.rows = folder, list(rows)
         for row in self.rows:
             if self._file(row).exists():
-                known = json.loads(self._file(row).read_text(encoding="utf-8"))
+                known = read_json(self._file(row), "remove this file to time the row anew")
                 for name in ("settings", "counts", "rounds", "videos", "error", "attempts"):
                     setattr(row, name, known[name])
         whole = min((len(row.rounds) for row in self.without_error), default=0)

@@ -120,7 +120,7 @@ def read_schedules(path: str | Path) -> list[Schedule]:
         return [_schedule(**entry) for entry in entries]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "give the path of a schedule.json") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no schedule: {error}", "search it again, or list full_steps=") from error
 
 

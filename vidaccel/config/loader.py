@@ -100,7 +100,7 @@ def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str
         with initialize_config_dir(str(path.parent), version_base=None):
             chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words])
             return cast("dict[str, Any]", OmegaConf.to_container(chosen))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
     except (HydraException, OmegaConfBaseException) as error:
         reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key

@@ -26,14 +26,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vidaccel.artefacts import check_writable, differences, explained, sha256_file, write_json
+from vidaccel.artefacts import check_writable, differences, explained, read_json, sha256_file, write_json
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
 from vidaccel.progress import Progress
 
 INDEX_FILE = "index.json"
-_UNREADABLE = (OSError, ValueError, tarfile.TarError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, RecursionError, tarfile.TarError, SafetensorError)
 SETTINGS_FILE = ".settings.json"
 _MEND = "copy the folder again, or remove what is damaged and run the command that made it"
 
@@ -229,7 +229,7 @@ def _require_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    old, new = json.loads(path.read_bytes()), json.loads(json.dumps(settings, default=os.fspath))
+    old, new = read_json(path, _MEND), json.loads(json.dumps(settings, default=os.fspath))
     if changed := differences(old, new):
         raise UserError(
             f"{folder} was begun with other settings ({'; '.join(changed)})",
@@ -366,7 +366,7 @@ def _read_index(folder: Path) -> list[_Shard]:
             _Shard(**entry | {"samples": [_Span(**span) for span in entry["samples"]]}) for entry in index["shards"]
         ]
         _require(any(shard.samples for shard in shards), "it lists no sample")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     return shards
 

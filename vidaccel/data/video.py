@@ -18,11 +18,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from vidaccel.artefacts import atomic_folder, atomic_path, check_writable
+from vidaccel.artefacts import atomic_folder, atomic_path, check_writable, own_files
 from vidaccel.data import ffmpeg, webp
 from vidaccel.data.ffmpeg import BadClip
+from vidaccel.data.labels import drawable
 from vidaccel.errors import UserError
 
 GIF_MAX_FPS = 50  # a gif counts time in 1/100 s, and browsers play anything under 2 of those at a tenth of the speed
@@ -89,10 +90,11 @@ def contact_sheet(
     label_height = _LABEL_HEIGHT if labels is not None else 0
     height = sum(row.shape[0] + label_height for row in rows)
     sheet = Image.new("RGB", (max(row.shape[1] for row in rows), height), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(), 0
+    draw, top = ImageDraw.Draw(sheet), 0
     for i, row in enumerate(rows):
         if labels is not None:
-            draw.text((_SEPARATOR, top + _SEPARATOR), labels[i], fill="black", font=font)
+            label, font = drawable(labels[i])
+            draw.text((_SEPARATOR, top + _SEPARATOR), label, fill="black", font=font)
         sheet.paste(Image.fromarray(row), (0, top + label_height))
         top += row.shape[0] + label_height
     with atomic_path(path) as temporary:
@@ -217,7 +219,7 @@ def _write_pngs(frames: np.ndarray, path: Path, fps: float) -> None:
 
 
 def _is_frame_folder(path: Path) -> bool:
-    return path.is_dir() and all(file.suffix == ".png" and file.stem.isdecimal() for file in path.iterdir())
+    return path.is_dir() and all(file.suffix == ".png" and file.stem.isdecimal() for file in own_files(path))
 
 
 def _require_frames(frames: np.ndarray) -> None:

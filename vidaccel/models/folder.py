@@ -7,7 +7,6 @@ names the file.
 
 import importlib
 import inspect
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
+from vidaccel import artefacts
 from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -84,16 +84,8 @@ class ModelFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `UserError` if the file is missing, unreadable or holds anything else."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing", COPY_AGAIN)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", COPY_AGAIN) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object", COPY_AGAIN)
-    return content
+    """The object in a JSON file of a model; `UserError` if the file is missing, damaged or holds anything else."""
+    return artefacts.read_json(path, COPY_AGAIN)
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -50,8 +50,8 @@ class Metrics:
     def start(self, step: int, trackers: Sequence[str], settings: Mapping[str, Any]) -> None:
         """Goes on after `step`: drops the lines of later ones, which are about to be run again."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            lines = self._path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
             with atomic_path(self._path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
@@ -66,6 +66,14 @@ class Metrics:
         for tracker in self._trackers:
             told = partial(tracker.log, values, step=line["step"])
             self._by_products.make(told, f"telling the tracker {tracker.name} of step {line['step']}")
+
+
+def _step(line: str) -> float:
+    """Of a line of the file; infinite for what is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # the process was killed, or the disk full, within it
+        return math.inf
 
 
 def append(path: Path, line: Mapping[str, float]) -> None:

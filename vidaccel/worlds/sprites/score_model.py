@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import differences, write_json
+from vidaccel.artefacts import differences, read_json, write_json
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
@@ -60,7 +60,7 @@ def _begin(folder: Path, settings: dict) -> Path:
     """The file of scores so far, cut after its last whole batch; `UserError` if they are of other settings."""
     record, scores = folder / "settings.json", folder / "marks.jsonl"
     if scores.exists() and scores.stat().st_size:
-        begun = json.loads(record.read_text()) if record.exists() else {}
+        begun = read_json(record, f"remove {scores} to score anew") if record.exists() else {}
         if changed := differences(_compared(begun), _compared(settings)):
             raise UserError(
                 f"{folder} holds scores of other settings ({'; '.join(changed)})",
