@@ -1,6 +1,7 @@
 """What every command shares: how it fails, its settings, and its log lines on stderr."""
 
 import functools
+import io
 import logging
 import re
 import sys
@@ -68,7 +69,7 @@ def _ending(error: BaseException) -> tuple[int, str]:
 def print_any_character() -> None:
     """Characters that the console or its locale cannot show are printed as escapes, rather than ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

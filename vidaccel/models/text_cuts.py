@@ -61,7 +61,7 @@ def _noticing(
         def __call__(self, text=None, *args, **kwargs):
             encoded = super().__call__(text, *args, **kwargs)
             if kwargs.get("truncation") is True and kwargs.get("max_length"):
-                for each in [text] if isinstance(text, str) else text:
+                for each in [text] if isinstance(text, str) else text or []:
                     special = kwargs.get("add_special_tokens", True)
                     before, dropped = self._parted(each, kwargs["max_length"], special)
                     if dropped:
@@ -75,8 +75,11 @@ def _noticing(
                 return "", ""
             kept = super().__call__(text, add_special_tokens=special, truncation=True, max_length=tokens).input_ids
             same = next((i for i, (a, b) in enumerate(zip(kept, whole, strict=False)) if a != b), len(kept))
-            parts = whole[max(0, same - BEFORE) : same], whole[same:]
-            return tuple(self.decode(part, skip_special_tokens=True).strip() for part in parts)
+            before, dropped = whole[max(0, same - BEFORE) : same], whole[same:]
+            return self._words(before), self._words(dropped)
+
+        def _words(self, tokens: list[int]) -> str:
+            return str(self.decode(tokens, skip_special_tokens=True)).strip()
 
     tokenizer.__class__ = Noticing
     try:
