@@ -46,7 +46,7 @@ class World(Protocol):
     """What the package of a world has."""
 
     SHIPPED: Path
-    """A folder of model folders; <name> in it is the shipped model WORLD/<name>."""
+    """A folder of model folders, if there are any; <name> in it is the shipped model WORLD/<name>."""
 
     def clip_source(self, loaded: Any, clips: int, seed: int, size: Mapping[str, int], fps: float) -> Any:
         """`clips` clips of that size and rate, a `vidaccel.collect.source.ClipSource`; None for a model of another
@@ -68,6 +68,6 @@ def shipped_models() -> dict[str, Path]:
     return {
         f"{name}/{folder.name}": folder
         for name in WORLDS
-        for folder in sorted(world(name).SHIPPED.iterdir())
+        for folder in sorted(world(name).SHIPPED.glob("*"))
         if folder.is_dir()
     }
