@@ -82,6 +82,8 @@ def commands(page: Path, *programs: str) -> Iterator[str]:
             lines += block.text.replace("\\\n", " ").split("\n")
     for line in [*lines, *spans(page)]:
         line = re.sub(r"\s+#.*", "", line).strip()
-        started = re.match(rf"(?:\w+=\S+ )*(?:torchrun .*?-m )?((?:{'|'.join(map(re.escape, programs))})(?: .*)?)$", line)
+        started = re.match(
+            rf"(?:\w+=\S+ )*(?:torchrun .*?-m )?((?:{'|'.join(map(re.escape, programs))})(?: .*)?)$", line
+        )
         if started:
             yield started[1]
