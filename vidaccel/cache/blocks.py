@@ -92,8 +92,8 @@ class BlockHook(ModelHook):
     """On each block of a trunk: it runs, unless a forecaster is in force. The first block's then has the tokens made,
     the others' hand theirs on.
 
-    One class for all places, which asks for its place as late as it can: torch.compile makes a graph for each answer,
-    and the graphs of all blocks of a model count towards one limit.
+    One class serves the first, the last and the other blocks, and looks at which it is only where they differ:
+    torch.compile makes a graph for each answer, and the graphs of all blocks of a model count towards one limit.
     """
 
     def __init__(self, trunk: Owner, kind: BlockList, first: bool, last: bool):

@@ -129,7 +129,7 @@ def _scores(results: Path | None, kind: str) -> list[str]:
     runs = [run for run in found["runs"] if run["total"] is not None and kind_of(run).startswith(kind)]
     if not runs:
         return []
-    return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_marks, runs), ""]
+    return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_scores_line, runs), ""]
 
 
 def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], scores: list[str], remark: str) -> str:
@@ -147,7 +147,7 @@ def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]],
     return "\n".join(lines)
 
 
-def _marks(run: Mapping[str, Any]) -> str:
+def _scores_line(run: Mapping[str, Any]) -> str:
     low, high = run["intervals"]["total"]
     scores = " | ".join(f"{run[name]:.1f}" for name in ("semantic", "quality", "total"))
     error = run["fidelity"]["latent_relative_l2"] if run["fidelity"] else 0.0  # the baseline itself
