@@ -40,7 +40,7 @@ def same_weights(one: Path, other: Path) -> None:
     made, expected = load_file(one), load_file(other)
     assert made.keys() == expected.keys()
     for name in made:
-        assert_close(made[name], expected[name], rtol=1e-4, atol=1e-6)
+        assert_close(made[name], expected[name], rtol=1e-3, atol=1e-4)  # a step of the half precision that is stored
 
 
 def same_metrics(lines: list[dict], expected: list[dict]) -> None:

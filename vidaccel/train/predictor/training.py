@@ -66,6 +66,8 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         TrainingFailed: the training did not stay finite.
     """
     check_output(output, FORMAT)
+    if config.stage == "search":
+        read_run(output, FORMAT)  # now, because a lock makes the folder that is missing
     with processes(), locked_by_first(output):
         schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
