@@ -166,7 +166,7 @@ def own_files(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
 
 
 def left_by_system(name: str) -> bool:
-    """Whether a file or folder of this name is none of a user's: .DS_Store, Thumbs.db, ._a.mp4, ..."""
+    """Whether a file or folder of this name is none of a user's: .DS_Store, Thumbs.db, macOS's doubles, ..."""
     return name.startswith("._") or name.lower() in LEFT_BY_SYSTEMS
 
 
