@@ -1,9 +1,12 @@
 """Kernel tests run on the GPU if there is one, else in Triton's interpreter, with uninitialised memory poisoned."""
 
 import importlib
+import pkgutil
 
 import pytest
 import torch
+
+import vidaccel.kernels
 
 triton = pytest.importorskip("triton", reason="the fused kernels need Triton: pip install vidaccel[gpu]")
 
@@ -11,8 +14,8 @@ triton = pytest.importorskip("triton", reason="the fused kernels need Triton: pi
 @pytest.fixture(autouse=True, scope="session")
 def first_configuration():
     """One configuration a kernel: tuning each of the tests' shapes on a GPU would take longer than the tests."""
-    for op in ("adaln", "gated_residual_adaln", "qk_norm_rope", "attention_jvp"):
-        for kernel in vars(importlib.import_module(f"vidaccel.kernels.{op}.fused")).values():
+    for op in pkgutil.iter_modules(vidaccel.kernels.__path__):
+        for kernel in vars(importlib.import_module(f"vidaccel.kernels.{op.name}.fused")).values() if op.ispkg else ():
             if isinstance(kernel, triton.runtime.Autotuner):
                 kernel.configs = kernel.configs[:1]
 
