@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.docs.pages import CARDS, PAGES, ROOT, name, prose
-from tests.test_layering import LAYERS
+from tests.docs.pages import CARDS, PAGES, ROOT, name, prose, spans
+from tests.test_layering import LAYERS, PACKAGE
 
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*([^)\s]+)\s*\)")
 
@@ -68,3 +68,11 @@ def test_rooms_of_the_design_are_the_layers():
     rooms = [room for row in table.split("\n| ")[1:] for room in re.findall(r"`([\w./]+)`", row.split(" | ")[0])]
     layers = [layer.removeprefix("vidaccel.").replace(".", "/") for layer in LAYERS]
     assert [room.removesuffix("/").removesuffix(".py") for room in rooms] == layers
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_modules_that_the_text_names_exist(page):
+    """`folder/file.py`, in the repository or in the package; what a reader would add has NAME or <name> in it."""
+    named = {span for span in spans(page) if re.fullmatch(r"[\w./]+/[\w.]+\.py|conf/[\w./]+\.yaml", span)}
+    own = {span for span in named if "NAME" in span or "FAMILY" in span}
+    assert {span for span in named - own if not any((place / span).exists() for place in (ROOT, PACKAGE))} == set()
