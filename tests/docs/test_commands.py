@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
-from tests.docs.pages import PAGES, ROOT, blocks, commands, name
+from tests.docs.pages import EXTENDING, PAGES, ROOT, blocks, commands, name
+from tests.docs.placing import place
 from vidaccel.cli.common import is_setting
 from vidaccel.cli.main import app as vidaccel_app
 from vidaccel.config import loader
+from vidaccel.config.distill import DistillConfig, with_method_groups
 from vidaccel.worlds.sprites.__main__ import app as sprites_app
 
 PROGRAMS = {
@@ -22,8 +24,8 @@ PROGRAMS = {
 }
 CHANGED = [ROOT / page for page in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
 """Pages whose commands are today's; a card or a results file says what was run when it was made."""
-ADDED = {"skyreels_v2", "average", "halving", "midpoint", "bar"}
-"""Names in commands of the examples, which test_extending.py runs when it has put those in place."""
+ADDED = {"family": "skyreels_v2", "forecaster": "average", "method": "halving", "target": "midpoint", "world": "bar"}
+"""Examples of docs/extending*.md whose names are in commands there: what they add, which has to be in place."""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,22 @@ def refusal(line: str) -> str:
 
 @pytest.mark.parametrize("page", CHANGED, ids=name)
 def test_commands_parse_and_their_settings_fit(page, workplace):
-    lines = [line for line in commands(page, *PROGRAMS) if not any(re.search(rf"\b{each}\b", line) for each in ADDED)]
+    lines = [line for line in commands(page, *PROGRAMS) if not named(line, *ADDED.values())]
     assert {line: said for line in lines if (said := refusal(line))} == {}
+
+
+def named(line: str, *names: str) -> bool:
+    return re.search(rf"\b({'|'.join(names)})\b", line) is not None
+
+
+@pytest.mark.parametrize("example", ADDED)
+def test_commands_with_what_an_example_adds(example, workplace, tmp_path):
+    for placed in place(example, tmp_path):
+        placed.patch.setitem(loader.SCHEMAS, "distill", with_method_groups(DistillConfig))
+        lines = [line for page in EXTENDING for line in commands(page, "vidaccel") if named(line, ADDED[example])]
+        assert lines and {line: said for line in lines if (said := refusal(line))} == {}
+    if example != "forecaster":  # whose name might be a folder's
+        assert any(refusal.__wrapped__(line) for line in lines)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
