@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import drifting, noise
+from vidaccel.data import ffmpeg
 from vidaccel.data.ffmpeg import decode, list_frames
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 
@@ -24,6 +25,21 @@ def test_reading_ends_with_the_last_frame_that_is_asked_for(tmp_path):
     assert next(frames).shape == (64, 64, 3)
     frames.close()  # which leaves no process behind: a second one reads as well
     assert len(list(decode(path, listing, [1, 2]))) == 2
+
+
+def test_a_file_is_listed_once_until_it_changes(tmp_path, monkeypatch):
+    path, listed = tmp_path / "a.mp4", []
+    write_video(drifting(9), path, 8)
+    monkeypatch.setattr(ffmpeg, "list_frames", lambda *given: listed.append(given) or list_frames(*given))
+    wanted = {"fps": 8, "num_frames": 5}
+    probe_video(path, **wanted)
+    first = read_video(path, **wanted, height=64, width=64)
+    assert np.array_equal(read_video(path, **wanted, height=64, width=64), first) and len(listed) == 1
+    write_video(drifting(9)[::-1], path, 8)
+    assert not np.array_equal(read_video(path, **wanted, height=64, width=64), first) and len(listed) == 2
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(BadClip, match="cut off"):
+        read_video(path, **wanted, height=64, width=64)
 
 
 # Reading: time

@@ -9,6 +9,7 @@ T frames, H height, W width
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import subprocess
@@ -127,13 +128,20 @@ def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[Module
     """The module that reads the file, the frames it has found, and which of them are wanted: int [num_frames]."""
     source = webp if webp.is_webp(_head(path)) else ffmpeg
     wanted = start + np.arange(num_frames) / fps
-    listing = source.list_frames(path, wanted[-1])
+    state = path.stat()
+    listing = _listed(source, path.absolute(), float(wanted[-1]), (state.st_ino, state.st_size, state.st_mtime_ns))
     begin = listing.times
     if wanted[-1] > begin[-1] and wanted[-1] >= listing.end:
         raise BadClip(
             f"too short: {listing.end:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s"
         )
     return source, listing, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
+
+
+@functools.lru_cache(maxsize=4096)
+def _listed(source: ModuleType, path: Path, until: float, state: tuple[int, int, int]) -> ffmpeg.Listing:
+    """`source.list_frames`, once for a file that stays as it is: it costs as much as reading the frames does."""
+    return source.list_frames(path, until)
 
 
 def _head(path: Path) -> bytes:
