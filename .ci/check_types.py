@@ -27,7 +27,7 @@ def found() -> list[tuple[str, str]]:
             f"{each['range']['start']['line'] + 1}: {each['message'].splitlines()[0]} ({each.get('rule', 'syntax')})",
         )
         for each in report["generalDiagnostics"]
-        if each["severity"] == "error"
+        if each["severity"] == "error" and Path(each["file"]).is_relative_to(ROOT)  # it reads imports elsewhere as well
     ]
 
 
