@@ -10,6 +10,7 @@ from tests.tiny import BUILDERS, tiny_pipeline
 DEEPER = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 4}}
 """As many kinds of place in the trunk as a real model has: a first, other and last block, of either list."""
 GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
+"""Of a family that is not here only that no generation after the first makes more."""
 
 
 @pytest.mark.parametrize("name, history", [*((name, 1) for name in sorted(BUILDERS)), ("wan", 2)])
@@ -27,7 +28,8 @@ def test_compiled_blocks_have_static_graphs(name, history):
     with vidaccel.attach(pipe, **attached):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert torch.equal(call(pipe), expected[0])
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == GRAPHS[name] + history - 1
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert graphs == (GRAPHS[name] + history - 1 if name in GRAPHS else graphs) > 0
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(call(pipe), expected[0])
             assert torch.equal(call(pipe, "a green square", seed=1), expected[1])

@@ -33,7 +33,7 @@ class Cached(NamedTuple):
     t: Tensor | None
     """Time in [0, 1] of that pass, [] or [B]; None where the caller did not say."""
     held: Mapping[str, Any] = MappingProxyType({})
-    """What the family's `held` embedders gave in it, by their paths; one that is not here runs on predicted steps."""
+    """What the family's `static_embedders` gave in it, by their paths; one that is not here runs on predicted steps."""
 
 
 class Forecaster(Protocol):

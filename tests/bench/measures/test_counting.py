@@ -129,7 +129,7 @@ def test_pab_leaves_attention(model):
     assert seen.full_steps == [0, 2]
     assert seen.passes[0].flops == costs["full"]
     # its pattern for blocks finds the attention of the one refiner block of the text as well
-    L, D = 0 if loaded.family.name == "wan" else rows["prompt"], width(loaded.pipe.transformer)
+    L, D = rows["prompt"] if loaded.family.costs.attentions else 0, width(loaded.pipe.transformer)
     assert seen.passes[1].flops == costs["attention"] - (2 * L * 4 * D**2 + 4 * L**2 * D)
     assert seen.held == sizes["attention"].each + 4 * L * D
 
