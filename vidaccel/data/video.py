@@ -129,7 +129,8 @@ def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[Module
     source = webp if webp.is_webp(_head(path)) else ffmpeg
     wanted = start + np.arange(num_frames) / fps
     state = path.stat()
-    listing = _listed(source, path.absolute(), float(wanted[-1]), (state.st_ino, state.st_size, state.st_mtime_ns))
+    key = (state.st_ino, state.st_size, state.st_mtime_ns)
+    listing = _listed(source is webp, path.absolute(), float(wanted[-1]), key)
     begin = listing.times
     if wanted[-1] > begin[-1] and wanted[-1] >= listing.end:
         raise BadClip(
@@ -139,9 +140,9 @@ def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[Module
 
 
 @functools.lru_cache(maxsize=4096)
-def _listed(source: ModuleType, path: Path, until: float, state: tuple[int, int, int]) -> ffmpeg.Listing:
-    """`source.list_frames`, once for a file that stays as it is: it costs as much as reading the frames does."""
-    return source.list_frames(path, until)
+def _listed(by_pillow: bool, path: Path, until: float, state: tuple[int, int, int]) -> ffmpeg.Listing:
+    """The frames of a file, listed once while its `state` stays: that costs as much as reading them does."""
+    return (webp if by_pillow else ffmpeg).list_frames(path, until)
 
 
 def _head(path: Path) -> bytes:
