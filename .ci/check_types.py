@@ -15,7 +15,8 @@ ALLOWED = Path(__file__).with_name("type_errors.json")
 
 def found() -> list[tuple[str, str]]:
     """(file, line and message) of each error."""
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    settings = ["--project", str(ROOT / "pyproject.toml")]  # or it takes those of a folder above
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout)
