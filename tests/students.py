@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import CALLS, SIZE, tiny_pipeline
 from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning, new_conditioning
@@ -20,7 +20,7 @@ STARTED = datetime(2000, 1, 1, tzinfo=UTC)
 def save_teacher(folder: Path, family: str, **options: bool) -> Path:
     """A tiny pipeline folder that says how it is called: 32 x 32 pixels, 5 frames, 6 steps, guidance 3."""
     tiny_pipeline(family, **options).save_pretrained(folder)
-    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {}) | {"steps": 6, "guidance": 3.0, "fps": 8}
+    call = SIZE | CALLS.get(family, {}) | {"steps": 6, "guidance": 3.0, "fps": 8}
     write_run(folder, format="model/1", command="test", config={}, seed=0, started=STARTED, call=call)
     return folder
 

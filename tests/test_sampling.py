@@ -11,7 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.students import student
-from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import CALLS, SIZE, tiny_pipeline
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
@@ -27,7 +27,7 @@ BATCHES = {"hunyuan_video": 2, "wan": 2, "hunyuan_video_15": 1, "own r": 1}
 
 
 def loaded(family: str = "hunyuan_video") -> LoadedPipeline:
-    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {})
+    call = SIZE | CALLS.get(family, {})
     return LoadedPipeline(tiny_pipeline(family), FAMILIES[family], "here", call, {})
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, CALLS, SIZE, tiny_pipeline
 from vidaccel.collect.encode import batch, encode_samples, encode_texts, encode_videos
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
@@ -19,10 +19,13 @@ CAPTIONS = ["a red circle moving right on black", 'a blue square with "red" on w
 def models() -> dict[str, LoadedPipeline]:
     """A tiny pipeline of every family whose latents have units of their own."""
     pipes = {name: tiny_pipeline(name) for name in BUILDERS}
-    pipes["hunyuan_video_15"].vae.register_to_config(scaling_factor=1.7)
-    pipes["wan"].vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[0.5, 2.0, 4.0, 1.0])
+    for pipe in pipes.values():
+        if pipe.vae.config.get("latents_mean"):
+            pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[0.5, 2.0, 4.0, 1.0])
+        elif pipe.vae.config.scaling_factor == 1:
+            pipe.vae.register_to_config(scaling_factor=1.7)
     return {
-        name: LoadedPipeline(pipe, FAMILIES[name], "here", SIZE | (HUNYUAN_CALL if name == "hunyuan_video" else {}), {})
+        name: LoadedPipeline(pipe, FAMILIES[name], "here", SIZE | CALLS.get(name, {}), {})
         for name, pipe in pipes.items()
     }
 
@@ -47,7 +50,7 @@ def fed(loaded: LoadedPipeline, prompts: list[str], guidance: float) -> list[dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", BUILDERS)
 def test_texts_are_what_the_pipeline_feeds_its_transformer(family, dtype):
-    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {})
+    call = SIZE | CALLS.get(family, {})
     pipe = tiny_pipeline(family)
     pipe.transformer.to(dtype)
     pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 16  # of HunyuanVideo-1.5, which no setting shortens

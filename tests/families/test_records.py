@@ -223,6 +223,7 @@ def test_text_tensors_are_what_encode_prompt_gives_and_the_transformer_takes(fam
     hook.remove()
     with torch.no_grad():
         encoded = pipe.encode_prompt("a red circle", device=torch.device("cpu"), **length)
+    encoded = [tensor for tensor in encoded if tensor is not None]
     calls = signature(type(pipe).__call__).parameters
     for text, tensor in zip(family.text_tensors, encoded, strict=False):
         assert text.name in calls and text.argument in signature(pipe.transformer.forward).parameters

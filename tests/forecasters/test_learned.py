@@ -202,7 +202,7 @@ def test_it_is_the_formula_of_the_method(name):
     arguments, tokens, out = seen[0]
     values = dict(arguments)
     for key in tokens:
-        fusion = predictor.fusions["tokens" if name == "hunyuan_video" else key]
+        fusion = predictor.fusions["tokens" if family.block_lists[-1].joint else key]
         mean, deviation = predictor.statistics[key].mean, predictor.statistics[key].deviation
         standard = [(each[key] - mean[i]) / deviation[i] for i, each in enumerate((arguments, tokens))]
         both = torch.cat(standard, dim=-1)
@@ -210,7 +210,7 @@ def test_it_is_the_formula_of_the_method(name):
     for block in predictor.blocks:
         left = block(*values.values())
         values |= zip(tokens, left if isinstance(left, tuple) else (left,), strict=True)
-    assert len(predictor.fusions) == (2 if name == "hunyuan_video_15" else 1)
+    assert len(predictor.fusions) == (1 if family.block_lists[-1].joint else len(tokens))
     for key in tokens:
         scale = (((t + LAG) - t) / LAG).view(-1, 1, 1)  # once, but for what t + LAG was rounded by
         torch.testing.assert_close(out[key], tokens[key] + scale * (values[key] - tokens[key]))

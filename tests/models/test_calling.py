@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline, word_tokenizer
+from tests.tiny import BUILDERS, CALLS, HUNYUAN_CALL, SIZE, tiny_pipeline, word_tokenizer
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import call_arguments, check_sizes, neighbours, set_guidance, size_steps, unknown_words
@@ -16,7 +16,7 @@ from vidaccel.models.loading import LoadedPipeline, as_student
 
 
 def load(family: str, call: dict | None = None, **options: bool) -> LoadedPipeline:
-    call = (HUNYUAN_CALL if family == "hunyuan_video" else {}) | (call or {})
+    call = CALLS.get(family, {}) | (call or {})
     return LoadedPipeline(tiny_pipeline(family, **options), FAMILIES[family], "tiny", call, {})
 
 

@@ -36,6 +36,7 @@ def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
     known = inspect.signature(type(pipe).encode_prompt).parameters
     extra = {name: value for name, value in extra.items() if name in known}
     encoded = pipe.encode_prompt(list(captions), **text_settings(loaded), **extra)
+    encoded = [tensor for tensor in encoded if tensor is not None]  # some put the negative prompt's, None, between them
     return {text.stored: tensor.to(dtype) for text, tensor in zip(family.text_tensors, encoded, strict=False)}
 
 

@@ -134,7 +134,8 @@ class DiTFamily:
     """Dotted path in the transformer of the module whose output [B, D] stands for t alone: embeddings of r and g are
     added to it."""
     text_tensors: tuple[TextTensor, ...]
-    """What `encode_prompt` returns for the prompt, in its order (Wan returns the negative prompt's behind it)."""
+    """What `encode_prompt` returns for the prompt, in its order; the negative prompt's, which it is told to leave out,
+    may be None between them or stand behind."""
     guidance: Guidance
     """How guidance is switched on and off."""
     defaults: SamplingDefaults

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, CALLS, SIZE, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.counting import FORMULAS, Observer, held_bytes
@@ -29,7 +29,7 @@ TEXTS = {"prompt": "encoder_hidden_states", "glyphs": "encoder_hidden_states_2",
 
 
 def tiny_loaded(family: str) -> LoadedPipeline:
-    call = SIZE | (HUNYUAN_CALL if family == "hunyuan_video" else {}) | {"guidance": 3.0}
+    call = SIZE | CALLS.get(family, {}) | {"guidance": 3.0}
     return LoadedPipeline(tiny_pipeline(family), FAMILIES[family], family, call, {})
 
 

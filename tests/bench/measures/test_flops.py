@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import CALLS, SIZE, tiny_pipeline
 from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import (
     attention_flops,
@@ -99,7 +99,7 @@ def one_pass(request):
     """(transformer, family, rows, counter) of one pass of a tiny pipeline."""
     family = request.param
     pipe = tiny_pipeline(family.name)
-    extra = HUNYUAN_CALL if family.name == "hunyuan_video" else {}
+    extra = CALLS.get(family.name, {})
     if family.guidance.guider:
         pipe.guider = pipe.guider.new(guidance_scale=1.0, enabled=False)
     elif not family.guidance.embedded_argument:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import BUILDERS, HUNYUAN_CALL, tiny_pipeline
+from tests.tiny import BUILDERS, CALLS, tiny_pipeline
 from vidaccel.collect.encode import encode_texts
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.errors import UserError
@@ -39,7 +39,7 @@ def student(name: str, **options) -> tuple[Velocity, torch.Tensor, Text]:
     """A tiny frozen student, latents [2, ...] for it, and text."""
     pipe = tiny_pipeline(name, **options)
     family = family_of_pipeline(type(pipe).__name__)
-    call = HUNYUAN_CALL if name == "hunyuan_video" else {}
+    call = CALLS.get(name, {})
     text = encode_texts(LoadedPipeline(pipe, family, "tiny", call, {}), ["a red circle", "a square"])
     torch.manual_seed(2)
     return Velocity(pipe.transformer.requires_grad_(False), family), torch.randn(2, 4, 2, 4, 4), text
