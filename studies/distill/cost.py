@@ -29,7 +29,7 @@ from vidaccel.train.distill import open_data, student_of, velocity_of
 from vidaccel.train.flow_matching import flow_matching_loss
 from vidaccel.train.methods import method_of
 from vidaccel.train.methods.base import Distillation
-from vidaccel.train.trainer import Loss, generator_for
+from vidaccel.train.objective import Loss, generator_for
 
 PLAIN = "plain"
 TARGETS = {

@@ -22,7 +22,8 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.train import metrics as metrics_module
 from vidaccel.train.average import Average
-from vidaccel.train.trainer import TrainingFailed, generator_for, learning_rate, train
+from vidaccel.train.objective import generator_for
+from vidaccel.train.trainer import TrainingFailed, learning_rate, train
 
 CONFIG = TrainConfig(
     steps=20, batch_size=4, accumulate=2, learning_rate=0.01, warmup=3, ema_decay=0.9, save_every=5, log_every=2
@@ -481,7 +482,7 @@ def test_a_run_leaves_the_last_two_checkpoints_and_its_metrics(straight):
     assert [line["step"] for line in straight["metrics"]] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
     assert straight["metrics"][0].keys() == {"step", "loss", "grad_norm", "lr", "index", "largest", "skipped"}
     assert straight["metrics"][0]["lr"] == learning_rate(CONFIG, 1)
-    assert straight["step-00000020"][0].keys() == {"step", "skipped", "best", "best_step", "identity"}
+    assert straight["step-00000020"][0].keys() == {"step", "skipped", "share", "best", "best_step", "identity"}
 
 
 def test_steps_that_no_interval_divides_are_logged_and_saved_at_the_end(tmp_path):

@@ -169,6 +169,24 @@ def with_current_names(settings: Mapping[str, Any], schema: type, where: str | N
     return current
 
 
+def as_recorded_now(recorded: Mapping[str, Any], now: Mapping[str, Any], schema: type) -> dict[str, Any]:
+    """Settings that an earlier version recorded, as this one would: by their names of today, and those of `now` that it
+    did not know at their defaults."""
+
+    def filled(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        result = {key: defaults[key] for key in new if key in defaults and key not in old} | dict(old)
+        for key, value in new.items():
+            if (
+                isinstance(value, Mapping)
+                and isinstance(old.get(key), Mapping)
+                and isinstance(defaults.get(key), Mapping)
+            ):
+                result[key] = filled(old[key], value, defaults[key])
+        return result
+
+    return filled(with_current_names(recorded, schema), now, to_dict(schema()))
+
+
 def _folder(command: str | Path) -> Path:
     return command if isinstance(command, Path) else conf_root() / command
 

@@ -144,6 +144,8 @@ class DiTFamily:
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
     costs: FamilyCosts
     """What its parts work on, from which FLOPs and memory follow."""
+    rotary: str | None = None
+    """Dotted path of the embedder whose output depends on nothing but the size of the latents."""
     static_embedders: tuple[str, ...] = ()
     """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
     last full one."""

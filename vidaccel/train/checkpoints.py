@@ -39,6 +39,8 @@ class State:
     skipped: int = 0
     """Those of them that were not finite."""
     seconds: float = 0.0
+    share: float = 0.0
+    """Of the training, that has passed."""
     best: float = math.inf
     """Lowest evaluation so far."""
     best_step: int | None = None

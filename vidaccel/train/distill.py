@@ -17,7 +17,7 @@ import diffusers
 import torch
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file
+from vidaccel.artefacts import RUN_FILE, check_output, sha256_file
 from vidaccel.collect.encode import LATENT, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
@@ -33,7 +33,7 @@ from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.models.calling import video_size
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift
-from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, resolve_device
+from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, local_path, read_model, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity
@@ -41,8 +41,9 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
+from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
-from vidaccel.train.trainer import generator_for, train
+from vidaccel.train.trainer import train
 
 EVALUATION_PASSES = 4
 EVALUATION_INDEX = 10**9
@@ -74,9 +75,10 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     _check_teacher(loaded, method)
     data, provenance = open_data(loaded, config)
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
-    copy = student_of(loaded, config)
-    if config.start is not None:
-        provenance = provenance | {"start": _go_on_from(config, loaded, copy)}
+    start = _started(config, loaded)
+    copy = student_of(loaded, config, start)
+    if start is not None:
+        provenance = provenance | {"start": _go_on_from(config, start, copy)}
     teacher, student = velocity_of(loaded).requires_grad_(False).eval(), velocity_of(copy).requires_grad_(True)
     blocks = _blocks(student.transformer, loaded.family)
     if config.train.lora_rank:
@@ -100,7 +102,7 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         seed=config.seed,
         title="student",
         settings=_shaping(config) | {"made_of": provenance, "teacher": dict(loaded.hashes) or loaded.source},
-        recorded=partial(_recorded, loaded),
+        recorded=partial(_recorded, loaded, _shaping(config)),
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
     )
@@ -125,12 +127,12 @@ def _of_one_method(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in METHODS or key == settings["method"]}
 
 
-def _recorded(teacher: LoadedPipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(teacher: LoadedPipeline, now: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What would be said now of the settings in a checkpoint, whichever version wrote it: a teacher of the hub was its
     id once."""
     if settings.get("teacher") == teacher.source:
         settings = dict(settings) | {"teacher": dict(teacher.hashes) or teacher.source}
-    return _of_one_method(configuration.with_current_names(settings, DistillConfig))
+    return _of_one_method(configuration.as_recorded_now(settings, now, DistillConfig))
 
 
 def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict]:
@@ -145,13 +147,17 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
-def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
-    """The teacher once more, its transformer to be trained, which starts equal to it: new embeddings give nothing."""
-    family, attribute = loaded.family, loaded.family.denoisers[0].attribute
+def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipeline | None = None) -> LoadedPipeline:
+    """The teacher once more, its transformer to be trained, which starts equal to it: new embeddings give nothing.
+
+    It embeds what `start`, whose weights it is to go on from, does as well.
+    """
+    loaded_embeds, family, attribute = velocity_of(loaded).embeds, loaded.family, loaded.family.denoisers[0].attribute
     copy = _beside(config.teacher, loaded)
     transformer = getattr(copy.pipe, attribute)
     method = method_of(config.method)
-    wanted = [name for name in ("r", "g") if name == method.embeds or velocity_of(loaded).embeds(name)]
+    more = start.conditioning.config.embeds if start and start.conditioning else ()
+    wanted = [name for name in ("r", "g") if name == method.embeds or name in more or loaded_embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift)
@@ -163,22 +169,36 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig) -> LoadedPipeline:
     return as_student(replace(copy, call=copy.call | own), conditioning, GridScheduler(shift=shift))
 
 
-def _go_on_from(config: DistillConfig, teacher: LoadedPipeline, copy: LoadedPipeline) -> str:
-    """Puts the weights of the student `config.start` into `copy`, a new one of the same teacher; returns their hash."""
-    run, run_file = read_run(config.start, MODEL), Path(teacher.source) / RUN_FILE
-    foreign = UserError(
-        f"{config.start} is no student of {config.teacher} by method={config.method}",
-        "give start= one that was distilled so, or leave it out",
+def _started(config: DistillConfig, teacher: LoadedPipeline) -> LoadedPipeline | None:
+    """The student `config.start`; `UserError` if it is of another teacher."""
+    if config.start is None:
+        return None
+    files, own = read_model(config.start), teacher.family.denoisers[0].attribute
+    if files.contents.family.name != teacher.family.name:
+        raise _foreign(config)
+    theirs, ours = (
+        {name: digest for name, digest in hashes.items() if not name.startswith((f"{own}/", "lora/"))}
+        for hashes in (files.hashes, teacher.hashes)
     )
-    its_teacher = sha256_file(run_file) if run_file.is_file() else None
-    if (run["parents"].get("teacher"), run["config"].get("method")) != (its_teacher, config.method):
-        raise foreign
-    start = _beside(config.start, teacher)
+    if ours and theirs != ours:
+        raise _foreign(config)
+    return _beside(config.start, teacher)
+
+
+def _go_on_from(config: DistillConfig, start: LoadedPipeline, copy: LoadedPipeline) -> str:
+    """Puts the weights of `start` into `copy`, a new student of the same teacher; returns their hash."""
     weights, own = velocity_of(start).state_dict(), velocity_of(copy)
     if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in own.state_dict().items()}:
-        raise foreign  # nothing tells two hub teachers apart but that
+        raise _foreign(config)
     own.load_state_dict(weights)
     return student_hash(start)
+
+
+def _foreign(config: DistillConfig) -> UserError:
+    return UserError(
+        f"{config.start} is no student of {config.teacher} by method={config.method}",
+        "give start= one of that teacher which embeds what this method teaches, or leave it out",
+    )
 
 
 def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
@@ -210,7 +230,8 @@ def _blocks(transformer: nn.Module, family: DiTFamily) -> list[nn.Module]:
 def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
     """The loss on batches, noise and times that are the same every time."""
     indices = range(EVALUATION_INDEX, EVALUATION_INDEX + EVALUATION_PASSES)
-    return sum(float(loss(model, i, generator_for(~seed, i))[0]) for i in indices) / EVALUATION_PASSES
+    device = drawing_device(loss, model)
+    return sum(float(loss(model, i, generator_for(~seed, i, device))[0]) for i in indices) / EVALUATION_PASSES
 
 
 def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) -> None:
@@ -245,7 +266,7 @@ def _save(
         config=configuration.to_dict(config),
         seed=config.seed,
         started=started,
-        parents={"start": sha256_file(Path(config.start) / RUN_FILE)} if config.start else {},
+        parents={"start": sha256_file(local_path(config.start) / RUN_FILE)} if config.start else {},
     )
 
 

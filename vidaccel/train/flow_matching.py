@@ -17,13 +17,14 @@ def sample_times(
 ) -> torch.Tensor:
     """[count] times in [0, 1): `uniform` or `logit_normal`, then moved towards noise by s t / (1 + (s - 1) t)."""
     uniform = distribution == "uniform"
-    t = torch.rand(count, generator=generator) if uniform else torch.randn(count, generator=generator).sigmoid()
+    given = {"generator": generator, "device": generator.device}
+    t = torch.rand(count, **given) if uniform else torch.randn(count, **given).sigmoid()
     return shift * t / (1 + (shift - 1) * t)
 
 
 def sample_guidance(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     """[count] guidance scales, uniform in [low, high]."""
-    return low + (high - low) * torch.rand(count, generator=generator)
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
 def noised(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -45,5 +46,5 @@ def flow_matching_loss(
         x_0: clean latents [B, C, T, H, W].
     """
     t = sample_times(len(x_0), shift, generator).to(x_0)
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
     return F.mse_loss(velocity(noised(x_0, eps, t), t).float(), eps - x_0)

@@ -9,6 +9,7 @@ one process with W k passes.
     folder/metrics.jsonl                one line every `log_every` steps, see metrics.py
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -31,21 +32,20 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
-from vidaccel.train.checkpoints import Checkpoints, Tensors, flat, unflat
+from vidaccel.train.checkpoints import Checkpoints, State, Tensors, flat, unflat
 from vidaccel.train.metrics import ByProducts, Metrics, check_trackers
+from vidaccel.train.muon import StackedMuon
+from vidaccel.train.objective import Loss, Objective
 from vidaccel.train.parallel import mean, on_first, rank, world
+from vidaccel.train.step import CaptureFailed, EagerStep, GraphStep, Outcome, eagerly, prepared, why_eager
 
 log = logging.getLogger(__name__)
 
 MOST_BAD_STEPS = 10
 MUON_RATE = 5.0
 """Muon's rate over AdamW's, both in AdamW's measure of an update's size (arXiv 2502.16982); sprites was trained so."""
-WITHOUT_EFFECT = ("trackers", "sample_every")
+WITHOUT_EFFECT = ("trackers", "sample_every", "graph")
 """Settings that may change between a run and its continuation."""
-
-Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
-"""(model, index of this forward pass since the start, its generator) -> scalar loss, metrics to log: the same names in
-every pass. The index counts the passes of all processes."""
 
 
 def train(
@@ -86,7 +86,8 @@ def train(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(model, trained, config)
-    optimizers = _optimizers(trained, config, rates)
+    graph = _is_graph(model, loss, config, title)
+    optimizers = _optimizers(trained, config, rates, graph)
     average = Average(model, trained.values(), config.ema_decay)
     identity = _identity(seed, config, settings)
     tensors = _tensors(model, average, optimizers)
@@ -98,42 +99,56 @@ def train(
         module.enable_gradient_checkpointing()
     model.train()
 
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    last_good, bad_in_a_row, by_products = state.step, 0, ByProducts()
-    started = time.monotonic() - state.seconds
-    with metrics, Progress(title, total=config.steps, done=state.step, shown=rank() == 0) as progress:
-        for step in range(state.step, config.steps):
-            for group in groups:
-                group["lr"] = group["rate"] * learning_rate(config, step)
-            value, measured = _accumulate(model, loss, config, step, seed)
-            norm = math.hypot(*(_clip(group["params"], config.clip_norm) for group in groups))
-            good = math.isfinite(value) and math.isfinite(norm)
-            if good:
-                for optimizer in optimizers:
-                    optimizer.step()
+    make_step: EagerStep | GraphStep = EagerStep(model, loss, config, optimizers, seed)
+    course, last_good, by_products = Course(config, state), state.step, ByProducts()
+    progress = Progress(title, total=config.steps, done=state.step, shown=rank() == 0)
+    with metrics, progress, contextlib.ExitStack() as preparations:
+        if graph and isinstance(loss, Objective):
+            preparations.enter_context(prepared(loss.velocities))
+            make_step = GraphStep(model, loss, config, optimizers, seed)
+        while not course.over(state.step):
+            step, rate = state.step, learning_rate(config, state.step, course.share(state.step))
+            try:
+                outcome = make_step(step, rate)
+            except CaptureFailed as failure:
+                if config.graph == "on":
+                    raise UserError(f"graph=on, and a step is no CUDA graph: {failure}", "set graph=auto") from failure
+                log.warning("%s: steps run eagerly, because capturing one failed: %s", title, failure)
+                preparations.close()
+                make_step.give_up()
+                make_step = EagerStep(model, loss, config, optimizers, seed)
+                outcome = make_step(step, rate)
+            if step == course.first:
+                course.begin()
+            if outcome is None or outcome.good:
                 average.update(step - state.skipped)
-                bad_in_a_row = 0
-            else:
-                state.skipped, bad_in_a_row = state.skipped + 1, bad_in_a_row + 1
-                _skip(title, step, value, norm, bad_in_a_row, folder)
-            model.zero_grad()
-
-            state.step, state.seconds = step + 1, time.monotonic() - started
-            due = partial(_due, since=last_good, done=state.step, end=config.steps)
-            line = {"step": state.step, "loss": value, "grad_norm": norm, "lr": learning_rate(config, step), **measured}
+            state.step, state.seconds, state.share = step + 1, course.seconds(), course.share(step + 1)
+            last = course.over(state.step)
+            due = partial(_due, since=last_good, done=state.step, last=last)
+            logged = state.step % config.log_every == 0 or last
+            if outcome is None:
+                if not logged and not any(map(due, (config.evaluate_every, config.save_every, config.sample_every))):
+                    progress.advance()
+                    continue
+                outcome = make_step.outcome()
+            state.skipped += outcome.skipped
+            if outcome.skipped:
+                _skip(title, step, outcome, folder)
+            value, norm, good = outcome.loss, outcome.norm, outcome.good
+            line = {"step": state.step, "loss": value, "grad_norm": norm, "lr": rate, **outcome.measured}
             if good and evaluate and due(config.evaluate_every):
-                with average.in_place():
+                with average.in_place(), eagerly():
                     line["evaluation"] = mean([evaluate(model)])[0]
                 if line["evaluation"] < state.best:
                     state.best, state.best_step = line["evaluation"], state.step
             line |= {"skipped": state.skipped, "seconds": round(state.seconds, 1)}
             with checkpoints.last_good_named():
-                if "evaluation" in line or state.step % config.log_every == 0 or state.step == config.steps:
+                if "evaluation" in line or logged:
                     on_first(partial(metrics.write, line))
                 if good and (due(config.save_every) or state.best_step == state.step):
                     checkpoints.save(state)
-            if good and sample and config.sample_every and due(config.sample_every):
-                with average.in_place():
+            if good and sample and due(config.sample_every):
+                with average.in_place(), eagerly():
                     by_products.make(lambda: sample(state.step), f"the samples of step {state.step}")
             if good:
                 last_good = state.step
@@ -142,19 +157,63 @@ def train(
     return model.eval()
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or half a cosine down to zero."""
+class Course:
+    """How far a training is, by its steps or by its minutes; the same in all processes."""
+
+    def __init__(self, config: TrainConfig, state: State):
+        self.first = state.step
+        """The first step of this process."""
+        self._steps, self._limit, self._share = config.steps, 60 * (config.minutes or math.inf), state.share
+        self._started = time.monotonic() - state.seconds
+        self._begun = state.seconds
+
+    def seconds(self) -> float:
+        """Those of the whole training, in all processes that made it one after the other."""
+        return time.monotonic() - self._started
+
+    def begin(self) -> None:
+        """The first step is made: what came before was preparation."""
+        self._begun = self._now()
+
+    def share(self, step: int) -> float:
+        """Of the training, in [0, 1], that has passed before `step` (from 0). Of minutes: what this process has left is
+        shared by its steps, whatever preparing them took."""
+        if self._steps is not None:
+            return step / max(1, self._steps)
+        passed = (self._now() - self._begun) / max(1e-9, self._limit - self._begun) if step > self.first else 0.0
+        return min(1.0, self._share + (1 - self._share) * passed)
+
+    def over(self, step: int) -> bool:
+        """Whether `step` (from 0) is not made any more. One is made in any case."""
+        if self._steps is not None:
+            return step >= self._steps
+        return (step > self.first or self.first > 0) and self._now() >= self._limit
+
+    def _now(self) -> float:
+        return mean([self.seconds()])[0]
+
+
+def learning_rate(config: TrainConfig, step: int, share: float = 0.0) -> float:
+    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or half a cosine down to zero, over the
+    steps or, in a training of minutes, over the `share` of the time that has passed."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.learning_rate
+    if config.steps is None:
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def generator_for(seed: int, index: int) -> torch.Generator:
-    """The CPU generator of forward pass `index`: a function of (seed, index) and nothing else."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03) % 2**63)
+def _is_graph(model: nn.Module, loss: Loss, config: TrainConfig, title: str) -> bool:
+    """Whether a step is to be one CUDA graph; says so where there is a CUDA device."""
+    reason = "graph=off" if config.graph == "off" else why_eager(model, loss, config)
+    if reason and config.graph == "on":
+        raise UserError(f"graph=on, and {reason}", "set graph=auto, which takes what there is")
+    if next(model.parameters()).device.type == "cuda":
+        log.info("%s: %s", title, f"steps run eagerly: {reason}" if reason else "each step is one CUDA graph")
+    return reason is None
 
 
 def _check(model: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig) -> None:
@@ -186,7 +245,7 @@ def _recomputing(model: nn.Module) -> list[nn.Module]:
 
 
 def _optimizers(
-    trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]
+    trained: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float], graph: bool
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices of the blocks if it is asked for, which gathers each one that is sharded.
 
@@ -204,17 +263,29 @@ def _optimizers(
     def groups(parts: dict[str, list[nn.Parameter]], times: float) -> list[dict[str, Any]]:
         return [{"params": every, "rate": times * rates.get(part, 1.0)} for part, every in parts.items()]
 
+    device = next(iter(trained.values())).device
+
+    def rate() -> float | torch.Tensor:
+        """A number; where a graph is to be told another one, in memory."""
+        return torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate
+
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
-        optimizers.append(torch.optim.AdamW(groups(adamw, 1.0), betas=(0.9, 0.99), **common))
+        fused = {"fused": True, "capturable": device.type == "cuda"} if graph else {}
+        optimizers.append(torch.optim.AdamW(groups(adamw, 1.0), betas=(0.9, 0.99), **common, **fused))
         for p in chain(*adamw.values()):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            optimizers[-1].state[p] = {"step": torch.zeros(()), **moments}
-    if muon:
+            counted = torch.zeros((), device=device) if graph else torch.zeros(())
+            optimizers[-1].state[p] = {"step": counted, **moments}
+    if muon and graph:
+        optimizers.append(StackedMuon(groups(muon, MUON_RATE), **common))
+    elif muon:
         optimizers.append(torch.optim.Muon(groups(muon, MUON_RATE), adjust_lr_fn="match_rms_adamw", **common))
         for p in chain(*muon.values()):
             optimizers[-1].state[p] = {"momentum_buffer": torch.zeros_like(p)}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate()
     return optimizers
 
 
@@ -245,43 +316,18 @@ def _current(recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]], identit
     return flat(nested | {"settings": recorded(nested.get("settings", {}))})
 
 
-def _accumulate(
-    model: nn.Module, loss: Loss, config: TrainConfig, step: int, seed: int
-) -> tuple[float, dict[str, float]]:
-    """Gradients of `accumulate` forward passes, averaged; their loss and metrics, averaged over all processes."""
-    device = next(model.parameters()).device.type
-    passes = []
-    for part in range(config.accumulate):
-        index = (step * config.accumulate + part) * world() + rank()
-        torch.manual_seed(generator_for(~seed, index).initial_seed())  # dropout layers know the global generator only
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            value, measured = loss(model, index, generator_for(seed, index))
-        (value / config.accumulate).backward()
-        passes.append([float(value.detach()), *measured.values()])
-    value, *values = mean([sum(column) / config.accumulate for column in zip(*passes, strict=True)])
-    return value, dict(zip(measured, values, strict=True))
-
-
-def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scales gradients down to the global norm `largest`; the norm they had, over all processes."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return float(norm)
-
-
-def _skip(title: str, step: int, value: float, norm: float, bad_in_a_row: int, folder: Path) -> None:
+def _skip(title: str, step: int, outcome: Outcome, folder: Path) -> None:
     if rank() == 0:
-        log.warning("step %d skipped: loss %s, gradient norm %s", step, value, norm)
-    if bad_in_a_row == MOST_BAD_STEPS:
+        which = f"step {step}" if outcome.skipped == 1 and not outcome.good else f"{outcome.skipped} steps to {step}"
+        log.warning("%s skipped: loss %s, gradient norm %s", which, outcome.loss, outcome.norm)
+    if outcome.bad_in_a_row >= MOST_BAD_STEPS:
         raise TrainingFailed(
             f"{title}: {MOST_BAD_STEPS} steps in a row without a finite loss or gradient, at step {step}; "
             f"the last good checkpoint is kept in {folder / CHECKPOINTS}"
         )
 
 
-def _due(every: int, since: int, done: int, end: int) -> bool:
-    """Whether something that happens every so many steps is to happen now, it having been possible at `since` last."""
-    return done // every > since // every or done == end
+def _due(every: int, since: int, done: int, last: bool) -> bool:
+    """Whether something that happens every so many steps, or never (0), is to happen now, it having been possible at
+    `since` last."""
+    return bool(every) and (done // every > since // every or last)

@@ -12,7 +12,7 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.train.flow_matching import noised
 from vidaccel.train.methods.base import Distillation, Method
-from vidaccel.train.trainer import Loss
+from vidaccel.train.objective import Loss
 
 SEEN: list[str] = []
 

@@ -27,11 +27,11 @@ from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
+from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor import training as module
 from vidaccel.train.predictor import trajectories as runs_module
 from vidaccel.train.predictor.task import task_of
 from vidaccel.train.predictor.training import train_predictor
-from vidaccel.train.trainer import generator_for
 
 FAMILIES = ("hunyuan_video", "wan")
 STAGE = TrainConfig(steps=3, batch_size=2, learning_rate=1e-3, warmup=0, ema_decay=0.5, log_every=1, save_every=1)

@@ -95,6 +95,7 @@ HUNYUAN_VIDEO = DiTFamily(
         fusions=("all",),
         static_embedders=(ROTATIONS, Argument((1, "prompt", "width"))),
     ),
+    rotary="rope",
     static_embedders=("rope", "context_embedder"),
     g_config="guidance_embeds",
     g_argument="guidance",

@@ -50,6 +50,7 @@ WAN = DiTFamily(
         fusions=("video",),
         static_embedders=(_ROTATIONS, Argument((1, "prompt", "width"))),
     ),
+    rotary="rope",
     static_embedders=("rope", "condition_embedder.text_embedder"),
     fused="vidaccel.families.wan.fused",
 )

@@ -17,7 +17,7 @@ from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.train.flow_matching import sample_guidance, sample_times
-from vidaccel.train.trainer import Loss
+from vidaccel.train.objective import Batch, Loss
 
 Data = ShardFolder | EncodedSource
 
@@ -50,10 +50,25 @@ class Distillation:
         chosen = [self.data.at(index * size + i, self.config.seed) for i in range(size)]
         text = batch([tensors for tensors, _ in self.data.read(chosen)], device, torch.float32)
         x_0 = text.pop(LATENT)
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
         t = sample_times(size, self.train_shift, generator, self.config.times)
         g = sample_guidance(size, *self.config.guidance_range, generator)
         return x_0, eps, t.to(device), g.to(device), text
+
+
+TEXT = "text."
+"""What the names of text tensors begin with in a `Batch`."""
+
+
+def in_batch(text: Text) -> dict[str, Tensor]:
+    """Text tensors by the names that they have in a `Batch`."""
+    return {TEXT + name: tensor for name, tensor in text.items()}
+
+
+def text_of(batch: Batch) -> Text:
+    """The text tensors of a `Batch`."""
+    named = batch.tensors.items()
+    return {name.removeprefix(TEXT): tensor for name, tensor in named if name.startswith(TEXT)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Method:
     embeds: str
     """The number that its students are told: "r", the end of an interval, or "g", the guidance scale."""
     loss: Callable[[Distillation], Loss]
+    """An `Objective`, whose steps can be CUDA graphs, or a plain loss."""
     check_teacher: Callable[[LoadedPipeline, Velocity], None] = lambda loaded, teacher: None
     """Raises `UserError` for a teacher that it cannot distil, given as the pipeline and as its velocity."""
     resolved: Callable[[Any], Any] = lambda settings: settings

@@ -14,8 +14,8 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.methods.base import Distillation, Method
-from vidaccel.train.trainer import Loss
+from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
+from vidaccel.train.objective import Batch, Loss, Objective
 
 
 def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tensor, text: Text, empty: Text) -> Tensor:
@@ -26,11 +26,15 @@ def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tens
 
 
 def _loss(task: Distillation) -> Loss:
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
+    def draw(index: int, generator: torch.Generator) -> Batch:
         x_0, eps, t, g, text = task.draw(index, generator)
-        return cfg_loss(model, task.teacher, noised(x_0, eps, t), t, g, text, task.empty), {}
+        return Batch({"x": noised(x_0, eps, t), "t": t, "g": g} | in_batch(text))
 
-    return loss
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x, t, g = (batch.tensors[name] for name in ("x", "t", "g"))
+        return cfg_loss(model, task.teacher, x, t, g, text_of(batch), task.empty), {}
+
+    return Objective(draw, loss, (task.teacher, task.student))
 
 
 def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:

@@ -25,7 +25,7 @@ from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised, sample_guidance
 from vidaccel.train.methods.mean_velocity.intervals import sample_interval_ends
-from vidaccel.train.trainer import generator_for
+from vidaccel.train.objective import generator_for
 
 Data = ShardFolder | EncodedSource
 PER_STEP = ("x", "velocity", *CACHES.values())

@@ -28,8 +28,8 @@ from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
+from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor.task import PredictorTask
-from vidaccel.train.trainer import generator_for
 
 NOISE_INDEX = 10**9
 """Of the generator that the noise is drawn by: further than any training goes."""

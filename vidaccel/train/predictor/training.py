@@ -29,6 +29,7 @@ from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.train.objective import generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss
@@ -36,7 +37,7 @@ from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import measured_costs, searched
 from vidaccel.train.predictor.task import PredictorTask, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
-from vidaccel.train.trainer import generator_for, train
+from vidaccel.train.trainer import train
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor"
@@ -103,7 +104,7 @@ def _train(task: PredictorTask, output: Path) -> None:
     _shard(task, predictor, discriminator)
     predictor_loss = PredictorLoss(student, task.trunk, predictor, relative=config.relative)
     _stage("mse", task, pairs, predictor_loss, output)
-    if config.adversarial.steps:
+    if config.adversarial.is_on:
         judged = PredictorLoss(student, task.trunk, predictor, discriminator, config.discriminator, config.relative)
         _stage("adversarial", task, pairs, judged, output)
     _save(predictor, output)
@@ -150,7 +151,7 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
 
 def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: PredictorLoss, output: Path) -> None:
     config: TrainConfig = getattr(task.config, name)
-    passes = config.accumulate * world()
+    passes, shaping = config.accumulate * world(), _shaping(task, name)
 
     def loss(predictor_loss: nn.Module, index: int, generator: torch.Generator):
         return predictor_loss(pairs.draw(index, config.batch_size, index // passes, generator))
@@ -162,8 +163,8 @@ def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: Predict
         output / CHECKPOINTS / name,
         seed=task.config.seed + STAGES.index(name),
         title=f"predictor, {name}",
-        settings=_shaping(task, name),
-        recorded=partial(configuration.with_current_names, schema=PredictorConfig),
+        settings=shaping,
+        recorded=partial(configuration.as_recorded_now, now=shaping, schema=PredictorConfig),
         rates={"discriminator": task.config.discriminator.learning_rate / config.learning_rate},
     )
 

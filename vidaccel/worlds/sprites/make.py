@@ -127,14 +127,14 @@ def train_autoencoder(
         given = {key: value for key, value in shaping.items() if key not in irrelevant} | before
         train(model, loss, which, folder / name, seed=config.seed, title=title, settings=given)
 
-    if settings.images.steps:
+    if settings.images.is_on:
         stage("images", "autoencoder on images", [[1, settings.image_pixels]], "excerpts", "latent_noise")
         inflate(model)
-    if settings.clips.steps:
+    if settings.clips.is_on:
         stage("clips", "autoencoder on clips", settings.excerpts, "latent_noise", images=_digest(model))
-    if settings.images.steps or settings.clips.steps:
+    if settings.images.is_on or settings.clips.is_on:
         whiten(model, _some_latents(model, source), settings.latent_noise)
-    if settings.decoder.steps:
+    if settings.decoder.is_on:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
         stage("decoder", "decoder", settings.excerpts, clips=_digest(model))
@@ -173,7 +173,7 @@ def encode_clips(
     Where the encoder is still that of the model to start from, so is its factor: the transformer knows latents in it.
     """
     started = datetime.now(UTC)
-    if start and not (config.autoencoder.images.steps or config.autoencoder.clips.steps):
+    if start and not (config.autoencoder.images.is_on or config.autoencoder.clips.is_on):
         factor = start.pipe.vae.config.scaling_factor
     else:
         factor = round(1 / float(_some_latents(autoencoder, source).std()), 6)
@@ -270,7 +270,7 @@ def train_teacher(
 
     torch.manual_seed(config.seed)
     model = build_transformer(settings, channels, width).to(device)
-    if settings.shallow.steps:
+    if settings.shallow.is_on:
         few = {key: getattr(settings, key) // settings.growth for key in ("double_blocks", "single_blocks")}
         shallow = build_transformer(replace(settings, shallow=TrainConfig(steps=0), **few), channels, width).to(device)
         deepen(stage(shallow, settings.shallow, "shallow"), model)

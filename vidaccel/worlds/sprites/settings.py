@@ -87,7 +87,7 @@ class TeacherTraining:
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "must be in [0, 1)")
         require(self.alignment >= 0, "alignment", self.alignment, "must be at least 0")
         require(self.growth >= 1, "growth", self.growth, "must be at least 1")
-        if self.shallow.steps:
+        if self.shallow.is_on:
             for key in ("double_blocks", "single_blocks"):
                 rule = f"must be a multiple of growth={self.growth} for a shallow stage"
                 require(getattr(self, key) % self.growth == 0, key, getattr(self, key), rule)

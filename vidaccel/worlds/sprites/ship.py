@@ -91,7 +91,7 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
     """Write the predictor to `output`, with its card; arguments and errors as for `ship_student`."""
     run = read_run(predictor, PREDICTOR)
     command = _command("train-predictor --conf sprites", run, "student", "features")
-    stages = [stage for stage in STAGES if run["config"][stage]["steps"]]
+    stages = [stage for stage in STAGES if run["config"][stage]["steps"] != 0]
     made_by = {f"predictor, {stage}": (command, run, predictor / CHECKPOINTS / stage / METRICS) for stage in stages}
     with atomic_folder(output) as folder:
         for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def derivative_target(
-    u: MeanVelocity, v: Tensor, x: Tensor, t: Tensor, r: Tensor, config: MeanVelocityTraining, warmup: float
+    u: MeanVelocity, v: Tensor, x: Tensor, t: Tensor, r: Tensor, config: MeanVelocityTraining, warmup: float | Tensor
 ) -> Tensor:
     """v - (t - r) Du/Dt, with the derivative clipped and multiplied by `warmup` in [0, 1] as configured."""
     if config.derivative == "exact":
@@ -34,7 +34,7 @@ def derivative_target(
 
 
 def _target(at: Interval, settings: MeanVelocityTraining) -> Tensor:
-    warmup = min(1.0, at.step / settings.tangent_warmup) if settings.tangent_warmup else 1.0
+    warmup = (at.step / settings.tangent_warmup).clamp(max=1.0) if settings.tangent_warmup else 1.0
     return derivative_target(at.student, _followed(at, settings), at.x, at.t, at.r, settings, warmup)
 
 

@@ -21,5 +21,6 @@ def restrict_at(config: MeanVelocityTraining, widest: float, progress: float) ->
 
 def sample_interval_ends(t: Tensor, restrict: float, r_equals_t_share: float, generator: torch.Generator) -> Tensor:
     """r [B] for t [B]: max(0, t - T) with T ~ U(0, R), and t itself for a share of the samples."""
-    r = (t - restrict * torch.rand(len(t), generator=generator)).clamp(min=0.0)
-    return torch.where(torch.rand(len(t), generator=generator) < r_equals_t_share, t, r)
+    given = {"generator": generator, "device": generator.device}
+    r = (t - restrict * torch.rand(len(t), **given)).clamp(min=0.0)
+    return torch.where(torch.rand(len(t), **given) < r_equals_t_share, t, r)

@@ -12,36 +12,45 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.config.distill import DistillConfig
+from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.methods.base import Distillation, Method
+from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
+from vidaccel.train.objective import Batch, Loss, Objective, generator_for
 from vidaccel.train.parallel import world
-from vidaccel.train.trainer import Loss, generator_for
 
 log = logging.getLogger(__name__)
 
 
 def _loss(task: Distillation) -> Loss:
-    settings, target = task.settings, _target(task)
+    settings, target, steps = task.settings, _target(task), task.config.train.steps
     per_step = task.config.train.accumulate * world()
-    widest, passes = widest_interval(task.config.sample_steps, task.shift), task.config.train.steps * per_step
+    widest = widest_interval(task.config.sample_steps, task.shift)
+    if steps is None and settings.restrict_end is not None:
+        raise UserError("restrict_end, and nobody knows how many steps there will be", "set train.steps, not minutes")
 
-    def loss(model: nn.Module, index: int, generator: torch.Generator):
+    def draw(index: int, generator: torch.Generator) -> Batch:
         x_0, eps, t, g, text = task.draw(index, generator)
-        restrict = restrict_at(settings, widest, min(1.0, index / passes))
-        r = sample_interval_ends(t.cpu(), restrict, settings.r_equals_t_share, generator).to(t)
-        teacher, student = _bound(task.teacher, text, g), _bound(model, text, g)
-        at = Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, index / per_step)
-        goal = target.mean_velocity(at, settings)
-        error, left_out = weighted_error(student(at.x, t, r), goal, settings.error_power, settings.error_constant)
-        return error, {"restrict": restrict, "left_out": float(left_out)}
+        restrict = restrict_at(settings, widest, min(1.0, index / (steps * per_step)) if steps else 0.0)
+        ends = sample_interval_ends(t.to(generator.device), restrict, settings.r_equals_t_share, generator)
+        numbers = {"restrict": restrict, "step": index / per_step}
+        numbers = {name: torch.tensor(number, dtype=torch.float64, device=t.device) for name, number in numbers.items()}
+        tensors = {"x": noised(x_0, eps, t), "t": t, "r": ends.to(t), "g": g, "v": eps - x_0}
+        return Batch(tensors | numbers | in_batch(text))
 
-    return loss
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x, t, r, g, v, step = (batch.tensors[name] for name in ("x", "t", "r", "g", "v", "step"))
+        teacher, student = (_bound(velocity, text_of(batch), g) for velocity in (task.teacher, model))
+        goal = target.mean_velocity(Interval(x, t, r, v, teacher, student, step), settings)
+        error, left_out = weighted_error(student(x, t, r), goal, settings.error_power, settings.error_constant)
+        return error, {"restrict": batch.tensors["restrict"], "left_out": left_out}
+
+    return Objective(draw, loss, (task.teacher, task.student))
 
 
 def weighted_error(predicted: Tensor, target: Tensor, power: float, constant: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +77,7 @@ def _preflight(task: Distillation) -> None:
     x_0, eps, t, g, text = task.draw(0, generator_for(task.config.seed, 0))
     r = (t - restrict).clamp(min=0.0)
     teacher, student = _bound(task.teacher, text, g), _bound(task.student, text, g)
-    target.preflight(Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, 0.0), settings)
+    target.preflight(Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, torch.zeros(())), settings)
 
 
 def _target(task: Distillation) -> Target:

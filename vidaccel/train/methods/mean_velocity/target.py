@@ -28,8 +28,8 @@ class Interval(NamedTuple):
     """Frozen, with this pass's text and guidance."""
     student: MeanVelocity
     """The one that is trained, likewise."""
-    step: float
-    """Optimiser steps made; with accumulation, parts of one count."""
+    step: Tensor
+    """Optimiser steps made, []; with accumulation, parts of one count."""
 
 
 @dataclass(frozen=True)
