@@ -24,6 +24,7 @@ from tests.train.test_distill import TRAIN, write_features
 from vidaccel import api
 from vidaccel.cache.attach import attach
 from vidaccel.cli.main import app
+from vidaccel.collect.bank import world_bank
 from vidaccel.collect.source import open_source
 from vidaccel.config import loader
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -313,6 +314,9 @@ def test_a_world(placed, wan, monkeypatch):
     assert len(source) == 9 and source.fingerprint["world"] == "bar"
     with pytest.raises(UserError, match="no model of a world"):
         open_source(other, CollectConfig(clips=9))
+    bank = world_bank(loaded, 3, captions=1, seed=0)
+    assert len(bank) == 3 and bank.batch([2], torch.float32)["latent"].isfinite().all()
+    assert world_bank(other, 3, captions=1, seed=0) is None
     seen = set()
     for index in range(9):
         video, record = source[index]

@@ -7,7 +7,7 @@ imported when it is first asked for, so that a world of one's own is its folder 
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vidaccel.errors import UserError, nearest
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WORLDS = {"sprites": "vidaccel.worlds.sprites"}
 """Every world: name -> package."""
 
+Split = Literal["train", "held_out"]
+"""What models are trained on, and what they never see."""
 Scores = Mapping[str, float]
 """Of one video, by dimension, 0 to 1."""
 
@@ -51,6 +53,11 @@ class World(Protocol):
     def clip_source(self, loaded: Any, clips: int, seed: int, size: Mapping[str, int], fps: float) -> Any:
         """`clips` clips of that size and rate, a `vidaccel.collect.source.ClipSource`; None for a model of another
         world, `UserError` for a size or rate that the world has not."""
+        ...
+
+    def bank(self, loaded: Any, clips: int, captions: int, seed: int, split: Split) -> Any:
+        """That many new clips with so many captions each, encoded by the model, a `vidaccel.collect.bank.Bank` on its
+        device; None for a model of another world."""
         ...
 
     def scorer(self) -> Scorer: ...

@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 
+from vidaccel.worlds.sprites.align import shown
 from vidaccel.worlds.sprites.render import CROSS_ARM, coverage, render, to_uint8
 from vidaccel.worlds.sprites.world import (
     BACKGROUNDS,
@@ -143,3 +144,11 @@ def test_every_motion_is_drawn():
     first_frames = {motion: alpha_of(lone(motion=motion)) for motion in MOTIONS}
     ends = [clip[-1] for clip in first_frames.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_it_draws_on_the_device_that_it_is_given_and_on_no_other():
+    scenes = [random_scene(random.Random(seed), pair_share=seed % 2) for seed in range(6)]
+    plain, labels = render(scenes, 5, 3), shown(scenes)
+    with torch.device("meta"):  # where a tensor would lie that is made on no device in particular
+        assert torch.equal(render(scenes, 5, 3, device="cpu"), plain)
+        assert torch.equal(shown(scenes, device="cpu"), labels)

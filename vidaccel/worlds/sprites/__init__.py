@@ -1,6 +1,7 @@
 """The sprites world, coloured shapes that move: what general code asks of a world is here, the rest is its own.
 
-This file imports nothing heavy: a shipped model's name is looked up without the world's renderer or scorer.
+This file imports nothing heavy: a shipped model's name is looked up without the world's renderer or scorer. No module
+beside it is called as a function here, or importing the one would put it in the place of the other.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidaccel.worlds import Scorer
+    from vidaccel.collect.bank import Bank
+    from vidaccel.worlds import Scorer, Split
     from vidaccel.worlds.sprites.source import RenderedScenes
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -24,8 +26,17 @@ def clip_source(loaded: Any, clips: int, seed: int, size: Mapping[str, int], fps
     return source.RenderedScenes(clips, seed)
 
 
+def bank(loaded: Any, clips: int, captions: int, seed: int, split: "Split") -> "Bank | None":
+    """See `vidaccel.worlds.World`."""
+    from vidaccel.worlds.sprites.drawing import Scenes
+    from vidaccel.worlds.sprites.rendered_bank import rendered_bank
+    from vidaccel.worlds.sprites.source import knows_sprites
+
+    return rendered_bank(loaded, Scenes(seed, split), clips, captions) if knows_sprites(loaded) else None
+
+
 def scorer() -> "Scorer":
     """See `vidaccel.worlds.World`."""
-    from vidaccel.worlds.sprites.scorer import SpritesScorer
+    from vidaccel.worlds.sprites.scoring import SpritesScorer
 
     return SpritesScorer()

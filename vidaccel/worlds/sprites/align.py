@@ -8,6 +8,7 @@ the order frames, rows, columns; D width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -24,20 +25,25 @@ SHARE = 0.04
 """A token shows the sprite that covers at least this share of it."""
 
 
-def shown(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Shape, colour and motion of the sprite that each token shows, uint8 [B, N, 3]; no sprite is one class more."""
+def shown(scenes: Sequence[Scene], device: torch.device | str | None = None) -> torch.Tensor:
+    """Shape, colour and motion of the sprite that each token shows, uint8 [B, N, 3]; no sprite is one class more.
+
+    Computed on the device, and there."""
+    tensor = partial(torch.tensor, device=device)  # none lies elsewhere
     progress = [f / (NUM_FRAMES - 1) for f in range(NUM_FRAMES)]
-    best = torch.full((len(scenes), _tokens()), SHARE)
-    labels = torch.tensor([len(values) for _, values in ATTRIBUTES]).repeat(len(scenes), _tokens(), 1)
+    best = torch.full((len(scenes), _tokens()), SHARE, device=device)
+    labels = tensor([len(values) for _, values in ATTRIBUTES]).repeat(len(scenes), _tokens(), 1)
     for layer in range(max(len(scene.sprites) for scene in scenes)):
         members = [i for i, scene in enumerate(scenes) if len(scene.sprites) > layer]
         sprites = [scenes[i].sprites[layer] for i in members]
-        shapes = torch.tensor([SHAPES.index(sprite.shape) for sprite in sprites])
-        share = by_token(coverage(shapes, torch.tensor([[s.state(at) for at in progress] for s in sprites])))
-        own = torch.tensor([[values.index(getattr(s, name)) for name, values in ATTRIBUTES] for s in sprites])
-        more = share > best[members]
-        labels[members] = torch.where(more[..., None], own[:, None], labels[members])
-        best[members] = torch.where(more, share, best[members])
+        shapes = tensor([SHAPES.index(sprite.shape) for sprite in sprites])
+        states = tensor([[s.state(at) for at in progress] for s in sprites])
+        share = by_token(coverage(shapes, states))
+        own = tensor([[values.index(getattr(s, name)) for name, values in ATTRIBUTES] for s in sprites])
+        rows = tensor(members)
+        more = share > best[rows]
+        labels[rows] = torch.where(more[..., None], own[:, None], labels[rows])
+        best[rows] = torch.where(more, share, best[rows])
     return labels.to(torch.uint8)
 
 

@@ -6,6 +6,7 @@ its clips on the fly faster than a disk could deliver them.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,23 +16,30 @@ CROSS_ARM = 0.36
 """Half the width of a cross's arms over its half extent."""
 
 
-def render(scenes: Sequence[Scene], num_frames: int = NUM_FRAMES, first_frame: int = 0) -> torch.Tensor:
-    """Frames `first_frame` .. `first_frame + num_frames - 1` of each scene's clip.
+def render(
+    scenes: Sequence[Scene],
+    num_frames: int = NUM_FRAMES,
+    first_frame: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Frames `first_frame` .. `first_frame + num_frames - 1` of each scene's clip, drawn on the device.
 
     Returns float32 [B, 3, T, H, W] in [-1, 1]. Progress through the clip is always measured on the full clip's 17
     frames, so a shorter excerpt shows the same motion, cut.
     """
-    video = torch.tensor([BACKGROUNDS[s.background] for s in scenes], dtype=torch.float32)
+    tensor = partial(torch.tensor, device=device)  # none lies elsewhere
+    video = tensor([BACKGROUNDS[s.background] for s in scenes], dtype=torch.float32)
     video = video.view(-1, 3, 1, 1, 1).expand(-1, -1, num_frames, SIZE, SIZE)
     for layer in range(max(len(s.sprites) for s in scenes)):
         members = [i for i, s in enumerate(scenes) if len(s.sprites) > layer]
         sprites = [scenes[i].sprites[layer] for i in members]
         frames = range(first_frame, first_frame + num_frames)
-        states = torch.tensor([[s.state(f / (NUM_FRAMES - 1)) for f in frames] for s in sprites])
-        shapes = torch.tensor([SHAPES.index(s.shape) for s in sprites])
-        colour = torch.tensor([COLOURS[s.colour] for s in sprites], dtype=torch.float32).view(-1, 3, 1, 1, 1)
+        states = tensor([[s.state(f / (NUM_FRAMES - 1)) for f in frames] for s in sprites])
+        shapes = tensor([SHAPES.index(s.shape) for s in sprites])
+        colour = tensor([COLOURS[s.colour] for s in sprites], dtype=torch.float32).view(-1, 3, 1, 1, 1)
         alpha = coverage(shapes, states)[:, None]
-        video = video.index_copy(0, torch.tensor(members), torch.lerp(video[members], colour, alpha))
+        rows = tensor(members)
+        video = video.index_copy(0, rows, torch.lerp(video[rows], colour, alpha))
     return video / 127.5 - 1
 
 
@@ -43,12 +51,12 @@ def coverage(shapes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         states: [B, T, 3], centre x, centre y and half extent in pixels; pixel centres lie at half-integers.
 
     Returns:
-        [B, T, H, W] in [0, 1].
+        [B, T, H, W] in [0, 1], on their device.
     """
-    grid = torch.arange(SIZE) + 0.5
+    grid = torch.arange(SIZE, device=states.device) + 0.5
     x, y, radius = states[..., None, None].unbind(2)
     dx, dy = grid.view(1, 1, 1, -1) - x, grid.view(1, 1, -1, 1) - y
-    distance = torch.zeros(*states.shape[:2], SIZE, SIZE)
+    distance = torch.zeros(*states.shape[:2], SIZE, SIZE, device=states.device)
     for index, signed_distance in enumerate(_DISTANCES):
         of_shape = shapes == index
         if of_shape.any():

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -10,8 +11,9 @@ from vidaccel.collect.source import Record
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds.sprites.captions import UNSAID, caption, told, vocabulary
+from vidaccel.worlds.sprites.drawing import Scenes
 from vidaccel.worlds.sprites.render import render
-from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene, random_scene
+from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,18 @@ class RenderedScenes:
         return render([self.scene(index)])[0], self.record(index)
 
     def record(self, index: int) -> Record:
-        rng = self._rng(index)
-        scene = self._draw(rng)
-        return {"caption": caption(told(scene, rng), rng), "fps": FPS}
+        return {"caption": self.scenes.told(index, 1)[1][0], "fps": FPS}
 
     def another_caption(self, index: int, rng: random.Random) -> str:
         """The clip in other words, or with other things left unsaid."""
         return caption(told(self.scene(index), rng), rng)
 
     def scene(self, index: int) -> Scene:
-        return self._draw(self._rng(index))
+        return self.scenes.scene(index)
+
+    @cached_property
+    def scenes(self) -> Scenes:
+        return Scenes(self.seed, "train", self.pair_share, self.odds)
 
     @property
     def fingerprint(self) -> Record:
@@ -51,12 +55,6 @@ class RenderedScenes:
             "pair_share": self.pair_share,
             "odds": dict(self.odds),
         }
-
-    def _draw(self, rng: random.Random) -> Scene:
-        return random_scene(rng, pair_share=self.pair_share, odds=self.odds)
-
-    def _rng(self, index: int) -> random.Random:
-        return random.Random(f"{self.seed}/{index}")
 
 
 def check_size(size: Mapping[str, int], fps: float) -> None:

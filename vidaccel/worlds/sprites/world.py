@@ -11,9 +11,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 from vidaccel.errors import UserError
+from vidaccel.worlds import Split
 
 SIZE = 64
 NUM_FRAMES = 17
@@ -74,7 +74,6 @@ class Scene:
     sprites: tuple[Sprite, ...]
 
 
-Split = Literal["train", "held_out"]
 Odds = Mapping[str, int]
 """How often a shape or a background is drawn, by its name, against once for those that are not named."""
 EVEN: Odds = MappingProxyType({})
