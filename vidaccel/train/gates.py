@@ -1,0 +1,242 @@
+"""How much of what a stage of distillation is to teach its student has learnt: 0 is an untrained one, 1 an exact one.
+
+    guidance gap closed         1 - |u(r = t, g) - v_g| / |v_cond - v_g|
+    mean-velocity gap closed    1 - |u(x, r, t) - u*| / |v - u*|
+
+The first is what CFG distillation is for: v_g is the teacher's velocity in two passes, v_cond that in one. The second
+is what the training on mean velocities is for: v is the frozen CFG-distilled teacher's velocity, and u* its mean over
+the step, along its own run from noise. Norms are over all samples together, and a stage that ends under its gate has
+not been trained for long enough. Means of single samples' ratios would count most where there is least to learn.
+
+Everything here takes samples in batches, without gradients, under whichever autocast the caller has set.
+
+B samples, C channels, T frames, H and W latent pixels
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vidaccel.models.grid import step_grid
+from vidaccel.models.velocity import Text, Velocity, per_sample
+from vidaccel.train.flow_matching import noised, sample_times
+from vidaccel.train.methods.mean_velocity.rollout import rollout_target
+
+SCALES = (1.5, 2.0, 3.0, 4.0)
+"""Guidance scales g that the guidance gap is taken at."""
+TIMES = (1.0, 0.95, 0.85, 0.7, 0.5, 0.3, 0.1)
+"""Times t that it is taken at one by one."""
+GRIDS = (20, 8, 4, 3)
+"""Steps of the grids that the mean-velocity gap is taken on."""
+RUN_GUIDANCE = 2.5
+"""Scale of the run that it is taken along."""
+GUIDANCE_GATES = {3.0: 0.45}
+"""By scale: the least that CFG distillation has to close."""
+MEAN_VELOCITY_GATES = {8: 0.5, 4: 0.5}
+"""By steps: the least that the training on mean velocities has to close."""
+
+
+class Ratio:
+    """The norm of what is still wrong, over that of what there is to learn, both over all samples that were added."""
+
+    def __init__(self) -> None:
+        self._squares: list[Tensor] = []
+
+    def add(self, answer: Tensor, target: Tensor, untrained: Tensor) -> None:
+        """Velocities [B, ...]: the student's, the right one, and the one that it starts from."""
+        target = target.double()
+        both = [(velocity.double() - target).square().sum() for velocity in (answer, untrained)]
+        self._squares.append(torch.stack(both))
+
+    def __float__(self) -> float:
+        """NaN where there is nothing to learn."""
+        wrong, whole = torch.stack(self._squares).sum(0).tolist()
+        return (wrong / whole) ** 0.5 if whole else float("nan")
+
+    @property
+    def closed(self) -> float:
+        return 1 - float(self)
+
+
+@dataclass(frozen=True)
+class GuidanceGap:
+    """What CFG distillation closes; `closed` has None for scale 1, where there is no gap."""
+
+    closed: dict[float, float]
+    """By scale, over times that are uniform along the step grid."""
+    by_time: dict[float, dict[float, float]]
+    """By scale and time t, of the same samples at that time."""
+    off_at_one: float
+    """|u(r = t, 1) - v_cond| / |v_cond - v_uncond|: how far the student was shaken where there is nothing to learn."""
+
+
+def guidance_gap_closed(
+    student: Velocity,
+    teacher: Velocity,
+    x_0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    text: Text,
+    empty: Text,
+    scales: Collection[float] = SCALES,
+    batch_size: int = 32,
+) -> dict[float, float]:
+    """The share by scale, at the times t.
+
+    Args:
+        student: embeds g; one that embeds r as well is asked at r = t.
+        teacher: guided in two passes.
+        x_0: clean latents [B, C, T, H, W].
+        eps: noise like them.
+        t: times [B], one a sample.
+        text: of the samples, [B, ...].
+        empty: the unconditional text, [1, ...].
+        scales: g, where 1 gives |u - v_cond| / |v_cond - v_uncond| and not a share: it leaves no gap to be closed.
+        batch_size: samples that a model is given at once.
+    """
+    ratios = {g: Ratio() for g in scales}
+    with torch.no_grad():
+        for x_0_part, eps_part, t_part, text_part in _parts(batch_size, text, x_0, eps, t):
+            x = noised(x_0_part, eps_part, t_part)
+            without = {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in empty.items()}
+            conditional, unconditional = (teacher(x, t_part, its).double() for its in (text_part, without))
+            for g, ratio in ratios.items():
+                guided = unconditional + g * (conditional - unconditional)
+                answer = student(x, t_part, text_part, g=torch.full_like(t_part, g))
+                # At 1 the guided velocity is the conditional one, whose distance is put against the other's.
+                ratio.add(answer, guided, conditional if g != 1 else unconditional)
+    return {g: float(ratio) if g == 1 else ratio.closed for g, ratio in ratios.items()}
+
+
+def guidance_gap(
+    student: Velocity,
+    teacher: Velocity,
+    x_0: Tensor,
+    eps: Tensor,
+    text: Text,
+    empty: Text,
+    shift: float,
+    generator: torch.Generator,
+    scales: Collection[float] = SCALES,
+    times: Collection[float] = TIMES,
+    timed_scales: Collection[float] = tuple(GUIDANCE_GATES),
+    batch_size: int = 32,
+) -> GuidanceGap:
+    """The whole of it, of samples that were not trained on; arguments as in `guidance_gap_closed`.
+
+    Args:
+        shift: of the step grid that the student is sampled on. Times are t = s k / (1 + (s - 1) k), k uniform.
+        generator: draws them.
+        times: at which all samples are taken once more, for `timed_scales` alone; none of them costs nothing.
+    """
+    t = sample_times(len(x_0), shift, generator, "uniform").to(x_0)
+    at = partial(guidance_gap_closed, student, teacher, x_0, eps, text=text, empty=empty, batch_size=batch_size)
+    overall = at(t=t, scales=(1.0, *scales))
+    single = {time: at(t=torch.full_like(t, time), scales=timed_scales) for time in times}
+    by_time = {g: {time: closed[g] for time, closed in single.items()} for g in timed_scales}
+    return GuidanceGap({g: overall[g] for g in scales}, by_time, overall[1.0])
+
+
+def mean_velocity_gap_closed(
+    student: Velocity,
+    frozen: Velocity,
+    eps: Tensor,
+    text: Text,
+    shift: float,
+    g: float = RUN_GUIDANCE,
+    grids: Sequence[int] = GRIDS,
+    substeps: int = 4,
+    batch_size: int = 32,
+) -> dict[int, float]:
+    """The share by steps of the grid, errors of all its steps together.
+
+    It takes 2 `substeps` + 2 passes a sample and step: some 350 for the grids of 20, 8, 4 and 3.
+
+    Args:
+        student: embeds r.
+        frozen: the teacher that it learnt from, instantaneous; both are told the scale if they embed one.
+        eps: noise [B, C, T, H, W] that the runs begin with.
+        text: of the runs, [B, ...].
+        shift: of the grids.
+        g: scale of the runs.
+        grids: their numbers of steps.
+        substeps: midpoint steps of the frozen teacher for each step of a grid.
+        batch_size: runs at once.
+    """
+    closed = {}
+    with torch.no_grad():
+        for steps in grids:
+            ratio = Ratio()
+            for part, text_part in _parts(batch_size, text, eps):
+                _along(ratio, student, frozen, part, text_part, g, step_grid(steps, shift).tolist(), substeps)
+            closed[steps] = ratio.closed
+    return closed
+
+
+def _along(
+    ratio: Ratio,
+    student: Velocity,
+    frozen: Velocity,
+    x: Tensor,
+    text: Text,
+    g: float,
+    times: Sequence[float],
+    substeps: int,
+) -> None:
+    """Adds every step of a run of the frozen teacher, from noise x."""
+    scale = x.new_full((len(x),), g)
+
+    def velocity(model: Velocity, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return model(x, t, text, r=r, g=scale if model.embeds("g") else None)
+
+    def instantaneous(x: Tensor, t: Tensor) -> Tensor:
+        return velocity(frozen, x, t, t).to(x)  # autocast gives less than the run is kept in
+
+    for start, end in zip(times, times[1:], strict=False):
+        t, r = (torch.full_like(scale, time) for time in (start, end))
+        mean = rollout_target(instantaneous, x, t, r, substeps)
+        ratio.add(velocity(student, x, t, r), mean, instantaneous(x, t))
+        x = x - per_sample(t - r, x) * mean
+
+
+def _parts(size: int, text: Text, *tensors: Tensor) -> Iterator[tuple]:
+    """The tensors and the text, up to `size` samples at a time."""
+    for start in range(0, len(tensors[0]), size):
+        part = slice(start, start + size)
+        yield *(tensor[part] for tensor in tensors), {name: tensor[part] for name, tensor in text.items()}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A number of a stage, and the least that it has to be."""
+
+    name: str
+    """What is closed, where: "of the guidance gap at g = 3"."""
+    value: float
+    at_least: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.at_least
+
+    def said(self, stage: str) -> str:
+        """One sentence about a stage, "the CFG stage"."""
+        closes = f"{stage} closes {self.value:.2f} {self.name}"
+        if self.passed:
+            return f"{closes}: its gate is {self.at_least:.2f}"
+        return f"{closes}, below its gate of {self.at_least:.2f}: train it longer, or go on from its weights (start=)"
+
+
+def guidance_gates(closed: dict[float, float]) -> list[Gate]:
+    """Those of `GuidanceGap.closed`, for the scales that have one."""
+    named = ((g, f"of the guidance gap at g = {g:g}") for g in GUIDANCE_GATES if g in closed)
+    return [Gate(name, closed[g], GUIDANCE_GATES[g]) for g, name in named]
+
+
+def mean_velocity_gates(closed: dict[int, float]) -> list[Gate]:
+    """Those of `mean_velocity_gap_closed`, for the grids that have one."""
+    named = ((steps, f"of the mean-velocity gap in {steps} steps") for steps in MEAN_VELOCITY_GATES if steps in closed)
+    return [Gate(name, closed[steps], MEAN_VELOCITY_GATES[steps]) for steps, name in named]
