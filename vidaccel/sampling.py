@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.cache.attach import Attachment, attach
+from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
@@ -65,7 +66,7 @@ class Generated:
 
 
 @contextmanager
-def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> Iterator[Attachment | None]:
+def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> Iterator[Attachment | WholePass | None]:
     """The pipeline with the predictor that `config` names, for the time of a `with` block; as it is, if it names none.
 
     Raises:
@@ -91,7 +92,7 @@ def generate(
     prompts: list[str],
     config: GenerateConfig,
     seeds: list[int],
-    attachment: Attachment | None = None,
+    attachment: Attachment | WholePass | None = None,
 ) -> Generated:
     """Run the pipeline on a batch of prompts, each from the noise of its own seed, and time its stages.
 
@@ -205,7 +206,7 @@ def warn_of_guidance(loaded: LoadedPipeline, guidance: float | None) -> None:
 class _Passes:
     """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
 
-    def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | None):
+    def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | WholePass | None):
         self._denoisers = denoisers_of(loaded.pipe, loaded.family)
         self._bar = Progress("denoising", total=total)
         self._attachment = attachment

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidaccel.cache.attach import Attachment
+from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.text_cuts import TextCuts
@@ -23,7 +24,7 @@ class Session:
     loaded: LoadedPipeline
     runtime: dict[str, Any]
     """How it runs, by the names of the settings."""
-    attachment: Attachment | None
+    attachment: Attachment | WholePass | None
     seconds: float
     """That loading took."""
 

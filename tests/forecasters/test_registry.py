@@ -119,12 +119,13 @@ def test_every_entry_says_what_it_costs(name):
 
 def test_costs_by_hand():
     costs = {name: forecaster_class(name).costs(TRUNK) for name in FORECASTERS}
-    assert tuple(costs["reuse"]) == (1, 0, 0, 0)
-    assert tuple(costs["taylor"]) == (2, 0, 0, 0)
+    assert tuple(costs["reuse"]) == (1, 0, 0, 0, False)
+    assert tuple(costs["taylor"]) == (2, 0, 0, 0, False)
+    assert tuple(costs["multistep"]) == (3, 0, 0, 0, True)
     assert forecaster_class("taylor").costs(replace(TRUNK, order=2)).history == 3
-    assert tuple(costs["linear"]) == (1, 2 * 13 * 9 * 4, 0, 0)  # [9 features] -> [4], for 13 tokens
+    assert tuple(costs["linear"]) == (1, 2 * 13 * 9 * 4, 0, 0, False)  # [9 features] -> [4], for 13 tokens
     # two blocks; for each of two fusions [8] -> [4] -> [4] with two biases of 4
-    assert tuple(costs["predictor"]) == (1, 2 * 1000 + 2 * 13 * 48, 2 * 100, 2 * 50 + 2 * (48 + 8))
+    assert tuple(costs["predictor"]) == (1, 2 * 1000 + 2 * 13 * 48, 2 * 100, 2 * 50 + 2 * (48 + 8), False)
     assert forecaster_class("predictor").costs(replace(TRUNK, history=2)).history == 2
 
 

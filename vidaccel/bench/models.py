@@ -23,6 +23,7 @@ from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import shifted
@@ -156,7 +157,7 @@ class Models:
         teacher = self.pipeline(MethodConfig(model=self.config.model))
         return not guidance_in_force(teacher, None, None)[1]
 
-    def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Forecaster:
+    def _forecaster(self, method: MethodConfig, loaded: LoadedPipeline) -> Forecaster | Multistep:
         """The row's, made once for each model and way of sampling."""
         if not method.forecasts:
             raise UserError(
@@ -164,6 +165,8 @@ class Models:
             )
         if method.on_skipped == "predictor":
             return self.predictor(method, loaded)
+        if method.on_skipped == "multistep":
+            return Multistep.from_pretrained(self.predictor_folder(method))
         sampled = method.steps, method.shift, method.guidance, tuple(method.schedule())
         key = loaded.source, method.on_skipped, method.order, *sampled
         if key not in self._made:

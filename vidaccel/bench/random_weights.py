@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters
-from vidaccel.bench.plan import Passes, SizeCosts, method_flops, passes, size_costs, stand_in
+from vidaccel.bench.plan import SizeCosts, method_flops, passes, size_costs, stand_in
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
@@ -187,7 +187,8 @@ def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: 
 
 
 def _is_timed(method: MethodConfig, costs: SizeCosts) -> bool:
-    """Whether its passes are those that were timed: a forecaster without FLOPs takes as long as reuse does."""
+    """Whether its passes are those that were timed: a forecaster without FLOPs takes as long as reuse does, or
+    nothing where it answers the whole pass."""
     if not method.planned:
         return False
     forecaster = stand_in(method, costs)
@@ -197,7 +198,7 @@ def _is_timed(method: MethodConfig, costs: SizeCosts) -> bool:
 
 def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed: list[Seconds]) -> dict[str, Any]:
     count, flops = passes(method), method_flops(method, costs)
-    seconds = [_denoise(count, each) for each in timed]
+    seconds = [_denoise(method, costs, each) for each in timed]
     known: dict[str, Any] = {
         "full_steps": method.schedule(),
         "passes": asdict(count),
@@ -205,12 +206,14 @@ def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed
         "denoise_seconds": quartiles(seconds),
     }
     if _is_timed(baseline, costs):
-        slow = [_denoise(passes(baseline), each) for each in timed]
+        slow = [_denoise(baseline, costs, each) for each in timed]
         measured = quartiles([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
         ideal = method_flops(baseline, costs) / flops
         known["speedup"] = {"measured": measured, "ideal": ideal, "measured_over_ideal": measured / ideal}
     return known
 
 
-def _denoise(count: Passes, seconds: Seconds) -> float:
-    return count.full * seconds["full"] + count.predicted * seconds["predictor"] + count.skipped * seconds["reuse"]
+def _denoise(method: MethodConfig, costs: SizeCosts, seconds: Seconds) -> float:
+    count, forecaster = passes(method), stand_in(method, costs)
+    skipped = 0.0 if forecaster is not None and forecaster.answers_pass else seconds["reuse"]
+    return count.full * seconds["full"] + count.predicted * seconds["predictor"] + count.skipped * skipped

@@ -23,6 +23,7 @@ from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
+from vidaccel.cache.whole_pass import WholePass, check_sampler, require_free
 from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -30,8 +31,9 @@ from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, kind_of
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
@@ -42,27 +44,28 @@ from vidaccel.models.weight_hashes import student_hashes
 def attach(
     pipe: DiffusionPipeline | LoadedPipeline,
     *,
-    predictor: str | Path | Forecaster,
+    predictor: str | Path | Forecaster | Multistep,
     steps: int | None = None,
     full_steps: list[int] | None = None,
     every: int | None = None,
     budget: int | None = None,
     schedule: str | Path | Schedule | None = None,
     force: bool = False,
-) -> "Attachment":
+) -> "Attachment | WholePass":
     """Let a forecaster stand in for the transformer's blocks on all but the full steps.
 
     Args:
         pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives.
-        predictor: the folder of a trained one, sprites/<name> for one that is shipped, "reuse", "taylor" or another
-            name of forecasters/registry.py, or any forecaster, taken as it is.
+        predictor: the folder of a trained one or of fitted scalars, sprites/<name> for one that is shipped, "reuse",
+            "taylor" or another name of forecasters/registry.py, or any forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
             schedules for several are at hand.
         full_steps: positions of the full steps, rising from 0.
         every: n, for the full steps 0, n, 2n, ...
         budget: how many full steps, where schedules for several are at hand.
         schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own.
-        force: take a predictor that was trained for another student or on another step grid.
+        force: take a predictor that was trained for another student or on another step grid, or scalars that were
+            fitted to another student or other guidance; their grid and full steps cannot be forced.
 
     Returns:
         What takes it off again: by `detach()` or at the end of a `with` block. The pipeline is then as it was.
@@ -73,6 +76,8 @@ def attach(
     loaded = pipe if isinstance(pipe, LoadedPipeline) else None
     pipe = loaded.pipe if loaded else pipe
     family = family_of_pipeline(type(pipe).__name__)
+    for transformer in denoisers_of(pipe, family):
+        require_free(transformer, family)
     if isinstance(predictor, str | Path) and predictor not in attachable():
         predictor = local_path(predictor)
         if not predictor.is_dir():
@@ -80,6 +85,9 @@ def attach(
             raise UserError(f"there is no folder {predictor}", hint)
     chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
     forecaster = _forecaster(predictor, pipe, family)
+    if isinstance(forecaster, Multistep):
+        student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
+        return _under_scalars(pipe, family, forecaster, student, chosen, force)
     if isinstance(forecaster, Predictor):
         student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
         for transformer in denoisers_of(pipe, family):
@@ -101,14 +109,16 @@ class Bound:
     grid: Grid
     hint: str
     """What may be done other than to sample on that grid."""
+    remedy: str = "vidaccel train-predictor stage=search shift={shift:g} on a copy of the predictor"
+    """What makes it for another shift."""
 
     def check(self, running: Grid) -> None:
         """`UserError` unless a sampling on that grid is one on this."""
         if not self.grid.fits(running.times):
-            how = "" if running.shift is None else f": vidaccel train-predictor stage=search shift={running.shift:g}"
+            how = "" if running.shift is None else f": {self.remedy.format(shift=running.shift)}"
             raise UserError(
                 f"{self.what} is for the grid of {self.grid}, and the pipeline is on that of {running}",
-                f"sample on its grid, {self.hint}{how and how + ' on a copy of the predictor'}",
+                f"sample on its grid, {self.hint}{how}",
             )
 
 
@@ -227,11 +237,40 @@ def _bound_to(forecaster: Forecaster, schedule: Schedule, force: bool) -> Bound 
     return None
 
 
-def _forecaster(predictor: str | Path | Forecaster, pipe: DiffusionPipeline, family: DiTFamily) -> Forecaster:
+def _under_scalars(
+    pipe: DiffusionPipeline,
+    family: DiTFamily,
+    multistep: Multistep,
+    student: set[str] | None,
+    chosen: Schedule,
+    force: bool,
+) -> WholePass:
+    """The pipeline under the scalars of these full steps; `UserError` unless they were fitted to it."""
+    multistep.check_fits(family.name, student, force)
+    check_sampler(pipe.scheduler)
+    scalars = multistep.list_for(chosen.full_steps, chosen.steps, chosen.times)
+    remedy = "vidaccel train-predictor forecaster=multistep shift={shift:g}"
+    bound = Bound(
+        f"this list of scalars ({chosen.budget} of {chosen.steps})", scalars.grid, "or fit some to it", remedy
+    )
+    shift = shift_of(pipe.scheduler, family)
+    if shift is not None and scalars.shift is not None:
+        bound.check(Grid.shifted(chosen.steps, shift))
+
+    def check_grid() -> None:
+        bound.check(running_grid(pipe.scheduler, family))
+
+    check_guidance = (lambda guidance: None) if force else multistep.check_guidance
+    return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass)
+
+
+def _forecaster(
+    predictor: str | Path | Forecaster | Multistep, pipe: DiffusionPipeline, family: DiTFamily
+) -> Forecaster | Multistep:
     if not isinstance(predictor, str | Path):
         return predictor
     if isinstance(predictor, Path):
-        return forecaster_class("predictor").make(Making(pipe, family, folder=predictor))
+        return forecaster_class(kind_of(predictor)).make(Making(pipe, family, folder=predictor))
     return forecaster_class(predictor).make(Making(pipe, family))
 
 

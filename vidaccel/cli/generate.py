@@ -135,15 +135,17 @@ def _make(
 
 
 def _predictor_hash(predictor: str | None) -> dict[str, str]:
-    """SHA-256 of a trained predictor's weights."""
+    """SHA-256 of a trained predictor's weights, or of fitted scalars."""
     from vidaccel.artefacts import sha256_file
-    from vidaccel.forecasters.checkpoint import WEIGHTS_FILE
+    from vidaccel.forecasters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, kind_of
     from vidaccel.forecasters.registry import attachable
     from vidaccel.models.loading import local_path
 
     if predictor is None or predictor in attachable():
         return {}
-    return {f"predictor/{WEIGHTS_FILE}": sha256_file(local_path(predictor) / WEIGHTS_FILE)}
+    folder = local_path(predictor)
+    file = CONFIG_FILE if kind_of(folder) == "multistep" else WEIGHTS_FILE
+    return {f"predictor/{file}": sha256_file(folder / file)}
 
 
 def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:

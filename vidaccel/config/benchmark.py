@@ -14,6 +14,9 @@ from vidaccel.worlds import WORLDS
 LEFT_OUT = ("branches", "attention")
 """What training-free caches of parts of the trunk leave out on skipped steps."""
 
+FROM_FOLDERS = "predictor or multistep"
+"""Forecasters that a folder holds, with a schedule of their own."""
+
 CACHES = {
     "pab": "diffusers:PyramidAttentionBroadcastConfig",
     "fastercache": "diffusers:FasterCacheConfig",
@@ -60,8 +63,9 @@ class MethodConfig:
     """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
     on_skipped: str = "predictor"
     """What runs on the other steps, beside embedders and output head: a forecaster by name (`predictor`, the learned
-    one; `reuse`, the trunk's last output again; `taylor`, the last ones carried on; `linear`, a linear map fitted
-    beforehand to the row's own sampling, with one pass a step), or a cache that gives again every block's residual
+    one; `multistep`, fitted scalars, which answer the whole pass; `reuse`, the trunk's last output again; `taylor`,
+    the last ones carried on; `linear`, a linear map fitted beforehand to the row's own sampling, with one pass a
+    step), or a cache that gives again every block's residual
     `branches`, or every block's `attention` (whose blocks compute the rest)."""
     order: int = 0
     """Derivatives that are kept of each tensor beside its value: by a cache of branches (TaylorSeer), or by `taylor`,
@@ -76,7 +80,7 @@ class MethodConfig:
     model: str | None = None
     """Weights of this row alone, in place of the benchmark's teacher or student."""
     predictor: str | None = None
-    """The predictor of this row alone."""
+    """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep."""
 
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
@@ -95,8 +99,8 @@ class MethodConfig:
         require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
         if self.budget is not None:
             alone = self.every is None and self.full_steps is None and self.cache is None
-            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with on_skipped=predictor"
-            fits = 1 <= self.budget <= self.steps and self.on_skipped == "predictor"
+            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with on_skipped={FROM_FOLDERS}"
+            fits = 1 <= self.budget <= self.steps and self.on_skipped in FROM_FOLDERS.split(" or ")
             require(alone and fits, "budget", self.budget, rule)
         if self.full_steps is not None:
             require(self.every is None, "every", self.every, "must be null where full_steps is set")

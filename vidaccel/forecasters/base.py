@@ -106,6 +106,9 @@ class ForecasterCosts(NamedTuple):
     """FLOPs of its attentions in one pass."""
     parameters: int = 0
     """Parameters."""
+    answers_pass: bool = False
+    """Whether it stands in for the whole pass, embedders and head included, and keeps latents and velocities of full
+    passes in place of tokens."""
 
 
 class NamedForecaster(Forecaster, Protocol):

@@ -20,11 +20,23 @@ from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, verify_files, wr
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
+from vidaccel.forecasters.registry import FORECASTERS
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.grid import Grid
 
 FORMAT = "predictor/1"
 CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
+
+
+def kind_of(folder: str | Path) -> str:
+    """The name, in the registry, of the forecaster that a folder holds: by the format of its config.json, which that of
+    a predictor does not say. What is no such folder is left to whoever reads it."""
+    try:
+        made_as = json.loads((Path(folder) / CONFIG_FILE).read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "predictor"
+    kind = str(made_as).partition("/")[0]
+    return kind if kind in FORECASTERS else "predictor"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ FORECASTERS: dict[str, Entry] = {
     "reuse": Entry("vidaccel.forecasters.reuse:Reuse"),
     "taylor": Entry("vidaccel.forecasters.taylor:Taylor"),
     "linear": Entry("vidaccel.forecasters.linear:LinearMap", by_name=False, one_pass=True),
+    "multistep": Entry("vidaccel.forecasters.multistep:Multistep", by_name=False),
     "predictor": Entry("vidaccel.forecasters.learned:Predictor", by_name=False),
 }
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from vidaccel.compat.diffusers import hook_registry
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
@@ -41,6 +42,11 @@ class StepHook(ModelHook):
         self._last: tuple[Tensor, int] | None = None
         HookRegistry.check_if_exists_or_initialize(self._transformer).register_hook(self, NAME)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether it tells the model its scale."""
+        return self._conditioning is not None and "g" in self._conditioning.config.embeds
+
     def remove(self) -> None:
         HookRegistry.check_if_exists_or_initialize(self._transformer).remove_hook(NAME, recurse=False)
 
@@ -62,7 +68,7 @@ class StepHook(ModelHook):
         """r and g of the step that the pipeline is about to take."""
         scheduler = self._pipe.scheduler
         step = current_step(scheduler)
-        if self._conditioning and "g" in self._conditioning.config.embeds:
+        if self.embeds_guidance:
             self._refuse_second_pass(scheduler.timesteps, step.index)
         return {"r": step.t if self.instantaneous else step.r, "g": self.guidance}
 
@@ -78,3 +84,10 @@ class StepHook(ModelHook):
     def __deepcopy__(self, memo: dict) -> "StepHook":
         # diffusers' hooks close over the module they were registered on: a copy's forward would run the original.
         raise TypeError("a transformer with a StepHook cannot be copied: remove() the hook, or load the model again")
+
+
+def step_hook_of(transformer: nn.Module) -> StepHook | None:
+    """The one that is on a transformer."""
+    registry = hook_registry(transformer)
+    hook = None if registry is None else registry.hooks.get(NAME)
+    return hook if isinstance(hook, StepHook) else None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vidaccel.cache.whole_pass import scalars_on
 from vidaccel.compat.diffusers import attention_backends, hook_registry
 from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, storage_key
 from vidaccel.families.walk import denoisers_of
@@ -128,7 +129,8 @@ FORMULAS = {
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of the tensors that hooks of diffusers' kind on the transformer and its modules hold, each storage once.
+    """Bytes of the tensors that hooks of diffusers' kind on the transformer and its modules hold, and scalars in its
+    place, each storage once.
 
     Weights are not counted, nor the tensors in `but`.
     """
@@ -136,7 +138,8 @@ def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
     known = {
         storage_key(tensor.untyped_storage()) for tensor in (*transformer.parameters(), *transformer.buffers(), *but)
     }
-    held = _tensors([registry.hooks for registry in registries], set())
+    scalars = scalars_on(transformer)
+    held = _tensors([*(registry.hooks for registry in registries), scalars and scalars.remembered], set())
     storages = {storage_key(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in held}
     return sum(size for storage, size in storages.items() if storage not in known)
 

@@ -123,7 +123,10 @@ def pass_flops(
     attention = sum(depths[name] * kinds[name].attention for name in kinds)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), attention),
-        **{name: PassFlops(predicted_outside, each.linear, each.attention) for name, each in forecasters.items()},
+        **{
+            name: PassFlops(0 if each.answers_pass else predicted_outside, each.linear, each.attention)
+            for name, each in forecasters.items()
+        },
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
         "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
     }

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vidaccel.bench.measures.flops import width
+from vidaccel.bench.measures.flops import planned_trunk, width
 from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass, storage_key, tree_leaves
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.costs import Argument
-from vidaccel.families.walk import call_block
-from vidaccel.forecasters.registry import FORECASTERS
+from vidaccel.families.walk import call_block, patch_of
+from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 
 
 class CacheBytes(NamedTuple):
@@ -39,9 +39,9 @@ def cache_bytes(
     """What each kind of cheap pass keeps, by the names that `MethodConfig.on_skipped` knows.
 
     Forecasters keep the tokens that leave the trunk, and from the last full pass what the family's `static_embedders`
-    gave; `branches` and `attention` keep tokens of every block.
+    gave, or, of those that answer a whole pass, the latents that went in and the velocities that came out; `branches` and `attention` keep tokens of every block.
     """
-    costs = family.costs
+    costs, planned = family.costs, planned_trunk(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in costs.blocks}
     kept = {
         "branches": sum(depths[name] * rows[s] for name, block in costs.blocks.items() for s in block.branches),
@@ -52,7 +52,12 @@ def cache_bytes(
         each=sum(rows[stream] for stream in costs.fusions) * width(model) * dtype.itemsize,
         newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders),
     )
-    return {**dict.fromkeys(FORECASTERS, trunk), **size}
+    latent = rows["video"] * math.prod(patch_of(model)) * model.config.out_channels * dtype.itemsize
+    forecasters = {
+        name: CacheBytes(2 * latent, 0) if forecaster_class(name).costs(planned).answers_pass else trunk
+        for name in FORECASTERS
+    }
+    return {**forecasters, **size}
 
 
 def _bytes(argument: Argument, model: nn.Module, rows: Mapping[str, int], dtype: torch.dtype) -> int:
