@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint wheel bench sprites distilled bench-distill gpu wheelhouse figures
+.PHONY: setup demo test lint wheel bench sprites distilled chain bench-distill gpu wheelhouse figures
 
 # An environment in .venv with the tested versions; again only when those change.
 setup: $(INSTALLED)
@@ -55,6 +55,12 @@ distilled: setup
 	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features
 	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features stage=search steps=8
 	$(BIN)/python -m vidaccel.sprites ship -o runs/shipped
+
+# The shipped student and what forecasts its steps, trained further within MINUTES on one GPU, with the Python that has
+# torch there; again in the same folder goes on. studies/chain/README.md has what comes next. ARGS=--conf toy shows that
+# it runs.
+chain:
+	$(PYTHON) -m studies.chain minutes=$(or $(MINUTES),8) $(ARGS)
 
 # Few-step students at equal training time: hours on a CPU, a row at a time. TEACHER, FEATURES, WORK, NAME, ARGS=--cost ...
 bench-distill: setup

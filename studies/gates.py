@@ -26,12 +26,9 @@ from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.train.distill import velocity_of
 from vidaccel.train.gates import (
     RUN_GUIDANCE,
-    Gate,
-    GuidanceGap,
+    Measured,
     guidance_gap,
-    guidance_gates,
     mean_velocity_gap_closed,
-    mean_velocity_gates,
 )
 from vidaccel.worlds.sprites.captions import caption, told
 from vidaccel.worlds.sprites.render import render
@@ -92,14 +89,14 @@ def main(
         closed = mean_velocity_gap_closed(
             one_pass, velocity_of(frozen), noise, text, shift, run_guidance, batch_size=batch_size
         )
-    gates = guidance_gates(guidance.closed) + mean_velocity_gates(closed)
-    typer.echo(_table(guidance, closed))
-    for gate in gates:
+    measured = Measured(guidance, closed)
+    typer.echo(str(measured))
+    for gate in measured.gates:
         typer.echo(gate.said(model))
     if output is not None:
         counts = {"samples": len(taken.x_0), "runs": min(runs, len(taken.x_0)), "seed": seed, "shift": shift}
         counts |= {"teacher": teacher, "student": model, "distilled": distilled, "run_guidance": run_guidance}
-        write_json(output, counts | _as_json(guidance, closed, gates) | {"environment": environment(device_of(loaded))})
+        write_json(output, counts | measured.as_json() | {"environment": environment(device_of(loaded))})
         typer.echo(str(output))
 
 
@@ -149,27 +146,6 @@ def _last(loaded: LoadedPipeline, folder: Path, count: int) -> list[Sample]:
     check_tensors(features, loaded)
     kept = max(1, round(KEPT_OUT * len(features)))
     return features.read(range(len(features) - min(count, kept), len(features)))
-
-
-def _table(guidance: GuidanceGap, closed: dict[int, float]) -> str:
-    """Rows of numbers, each with what it is."""
-    rows = [("guidance gap closed", [(f"g = {g:g}", share) for g, share in guidance.closed.items()])]
-    rows += [
-        (f"at g = {g:g}", [(f"t = {t:g}", share) for t, share in shares.items()])
-        for g, shares in guidance.by_time.items()
-    ]
-    rows.append(("|u - v| / |v_cond - v_uncond|", [("g = 1", guidance.off_at_one)]))
-    if closed:
-        rows.append(("mean-velocity gap closed", [(f"{steps} steps", share) for steps, share in closed.items()]))
-    return "\n".join(f"{name:30}" + "  ".join(f"{at}: {value:.3f}" for at, value in cells) for name, cells in rows)
-
-
-def _as_json(guidance: GuidanceGap, closed: dict[int, float], gates: list[Gate]) -> dict[str, object]:
-    listed = [{"name": gate.name, "value": gate.value, "at_least": gate.at_least} for gate in gates]
-    shares = {f"{g:g}": share for g, share in guidance.closed.items()}
-    by_time = {f"{g:g}": {f"{t:g}": x for t, x in shares.items()} for g, shares in guidance.by_time.items()}
-    own = {"closed": shares, "by_time": by_time, "off_at_one": guidance.off_at_one}
-    return {"guidance_gap": own, "mean_velocity_gap": {str(n): share for n, share in closed.items()}, "gates": listed}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class DistillConfig:
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
     """Scenes of the sprites world, where neither of those is given."""
+    bank: str = "auto"
+    """Encoded clips in the device's memory: `on`, `off`, or `auto`, which is on where it is a CUDA device and they take
+    less than a quarter of what is free."""
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -64,6 +67,14 @@ class DistillConfig:
     """Scale it is sampled with unless told; null is the teacher's."""
     shift: float | None = None
     """Shift of its step grid; null is the teacher's."""
+    embedding_rate: float = 1.0
+    """Learning rate of the embeddings of r and g over that of everything else."""
+    gate_samples: int | None = None
+    """Clips that are kept out of the training and that its gates are computed on; 0 computes none, null is 512 on CUDA
+    and none on a CPU, where they take longer than most trainings."""
+    gate_runs: int | None = None
+    """Of them, those that the mean-velocity gap is taken on, which costs 350 passes each; null is all of them, and none
+    of a model of more than a billion parameters."""
     prompts: list[str] = field(default_factory=list)
     """Captions of the sample sheets; empty takes four from the data."""
     merge_lora: bool = True
@@ -73,6 +84,12 @@ class DistillConfig:
     def __post_init__(self) -> None:
         methods = _methods().METHODS
         require(self.method in methods, "method", self.method, f"is {' or '.join(methods)}")
+        require(self.bank in ("auto", "on", "off"), "bank", self.bank, "is auto, on or off")
+        rate = self.embedding_rate
+        require(0 < rate < math.inf, "embedding_rate", rate, "must be above 0 and finite")
+        for key in ("gate_samples", "gate_runs"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, key, value, "must be at least 0, or null")
         require(self.on_damage in ("stop", "skip"), "on_damage", self.on_damage, "is stop or skip")
         require(self.times in ("uniform", "logit_normal"), "times", self.times, "is uniform or logit_normal")
         for key in ("clips", "sample_steps"):

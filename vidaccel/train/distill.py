@@ -6,18 +6,20 @@ against the frozen teacher. The folder holds the run's checkpoints and metrics b
 B batch, C channels, T frames, H and W latent pixels
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, check_output, sha256_file
+from vidaccel.artefacts import RUN_FILE, check_output, sha256_file, write_json
+from vidaccel.collect.bank import Bank, world_bank
 from vidaccel.collect.encode import LATENT, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
@@ -37,25 +39,46 @@ from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, l
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity
-from vidaccel.models.weight_hashes import student_hash
+from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.sampling import generate
+from vidaccel.train.gates import HeldOut
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
 from vidaccel.train.trainer import train
 
+log = logging.getLogger(__name__)
+
 EVALUATION_PASSES = 4
 EVALUATION_INDEX = 10**9
 """Index of the first of them: further than any training goes."""
+GATE_SAMPLES, GATE_SHARE = 512, 0.02
+"""Clips that gates are computed on, and at most how many of a feature folder are kept out for them."""
+GATES_FILE = "gates.json"
+LARGE = 1_000_000_000
+"""Parameters above which the mean-velocity gap, which takes hundreds of passes a run, is computed only if asked for."""
 SHEET_PROMPTS = 4
 """Of a sheet for which the user names none."""
 
 
-def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
+class Clips(NamedTuple):
+    """What a training learns from."""
+
+    data: Data
+    made_of: dict[str, Any]
+    """What tells it from others, as JSON can hold it."""
+    held_out: Bank | None = None
+    """Clips that it does not learn from."""
+
+
+def distill(config: DistillConfig, output: Path, device: str = "auto", clips: Clips | None = None) -> bool:
     """Train a student into the folder `output`, going on where an earlier run was stopped.
 
     Returns whether this process is the one that saved it: the first of many.
+
+    Args:
+        clips: what is there already to learn from, in place of what the settings say of it.
 
     Raises:
         UserError: teacher, data and settings do not go together, or cannot be read.
@@ -63,17 +86,21 @@ def distill(config: DistillConfig, output: Path, device: str = "auto") -> bool:
     """
     check_output(output, MODEL)
     with processes(), locked_by_first(output):
-        _distill(config, output, device)
+        _distill(config, output, device, clips)
         return rank() == 0
 
 
-def _distill(config: DistillConfig, output: Path, device: str) -> None:
+def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | None) -> None:
     started = datetime.now(UTC)
     method, target = method_of(config.method), resolve_device(device)
     config = _resolved(config, method)
     loaded = load_pipeline(config.teacher, device=device, denoiser_dtype="float32", placed=world() == 1)
     _check_teacher(loaded, method)
-    data, provenance = open_data(loaded, config)
+    seen = None
+    if clips is None:
+        seen, provenance = open_data(loaded, config)
+        clips = _in_memory(loaded, config, Clips(seen, provenance), target)
+    data, provenance, held_out = clips
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     start = _started(config, loaded)
     copy = student_of(loaded, config, start)
@@ -91,6 +118,8 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
     shard(teacher, _blocks(teacher.transformer, loaded.family), target)
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
     empty, shift = encode_texts(loaded, [""]), config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
+    if isinstance(data, Bank):
+        empty = data.cut(empty)
     task = Distillation(config, teacher, student, data, empty, shift)
     method.preflight(task)
     loss = method.loss(task)
@@ -104,8 +133,11 @@ def _distill(config: DistillConfig, output: Path, device: str) -> None:
         settings=_shaping(config) | {"made_of": provenance, "teacher": dict(loaded.hashes) or loaded.source},
         recorded=partial(_recorded, loaded, _shaping(config)),
         evaluate=lambda model: _evaluate(model, loss, config.seed),
-        sample=lambda step: _sheet(copy, config, data, output / "samples" / f"{step:08d}.png"),
+        rates={} if config.embedding_rate == 1 else {"conditioning": config.embedding_rate},
+        sample=lambda step: _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen else None,
     )
+    if held_out is not None:
+        _pass_gates(task, method, held_out, output)
     _save(config, loaded, copy, task, output, started)
 
 
@@ -118,7 +150,14 @@ def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
     elsewhere = {"train", "start", "features", "on_damage", "data", "clips", *CLIP_SIZE, "seed"}
-    elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
+    elsewhere |= {
+        "prompts",
+        "guidance",
+        "merge_lora",
+        "bank",
+        "gate_samples",
+        "gate_runs",
+    }  # of what is made of the weights
     return _of_one_method({key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere})
 
 
@@ -147,6 +186,45 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
+def _in_memory(loaded: LoadedPipeline, config: DistillConfig, clips: Clips, target: torch.device) -> Clips:
+    """`clips` in the device's memory where settings say so, and some kept out of them for the gates."""
+    cuda = target.type == "cuda" and world() == 1
+    count = (GATE_SAMPLES if cuda else 0) if config.gate_samples is None else config.gate_samples
+    if world() > 1 and (config.bank == "on" or count):
+        raise UserError("several processes keep no bank of clips, and compute no gates", "set bank=auto gate_samples=0")
+    data, rendered = clips.data, world_bank(loaded, count, 1, config.seed, "held_out") if count else None
+    from_folder = count and rendered is None
+    size = sum(tensor.nbytes for tensor in data[0][0].values()) * len(data)
+    fits = cuda and size < torch.cuda.mem_get_info(target)[0] / 4
+    if config.bank == "on" or from_folder or (config.bank == "auto" and fits):
+        data = Bank.of(data, target, loaded.family)
+        log.info("%d clips are in the device's memory: %.1f GiB", len(data), size / 2**30)
+    if not from_folder:
+        return Clips(data, clips.made_of, rendered)
+    kept_out = min(count, max(1, round(GATE_SHARE * len(data))))
+    data, held_out = data.split(kept_out)
+    log.info("the last %d of %d clips are kept out of the training, for its gates", kept_out, kept_out + len(data))
+    return Clips(data, clips.made_of | {"kept_out": kept_out}, held_out)
+
+
+def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> None:
+    """Computes the numbers that say whether the student was trained, says them and writes them down."""
+    device, config = clips.latents.device, task.config
+    generator = generator_for(config.seed, EVALUATION_INDEX)
+    text = clips.batch([clip * clips.captions for clip in range(len(clips))], torch.float32)
+    x_0 = text.pop(LATENT)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    large = sum(p.numel() for p in task.student.parameters()) > LARGE
+    runs = (0 if large else len(clips)) if config.gate_runs is None else min(config.gate_runs, len(clips))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
+        measured = method.gates(task, HeldOut(x_0, eps, text, generator, runs, max(config.train.batch_size, 32)))
+    for line in str(measured).splitlines():
+        log.info("%s", line)
+    for gate in measured.gates:
+        log.log(logging.INFO if gate.passed else logging.WARNING, gate.said("the student"))
+    write_json(output / GATES_FILE, {"samples": len(clips), "runs": runs} | measured.as_json())
+
+
 def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipeline | None = None) -> LoadedPipeline:
     """The teacher once more, its transformer to be trained, which starts equal to it: new embeddings give nothing.
 
@@ -173,14 +251,9 @@ def _started(config: DistillConfig, teacher: LoadedPipeline) -> LoadedPipeline |
     """The student `config.start`; `UserError` if it is of another teacher."""
     if config.start is None:
         return None
-    files, own = read_model(config.start), teacher.family.denoisers[0].attribute
-    if files.contents.family.name != teacher.family.name:
-        raise _foreign(config)
-    theirs, ours = (
-        {name: digest for name, digest in hashes.items() if not name.startswith((f"{own}/", "lora/"))}
-        for hashes in (files.hashes, teacher.hashes)
-    )
-    if ours and theirs != ours:
+    files = read_model(config.start)
+    theirs, ours = files.hashes, encoder_hashes(teacher)
+    if files.contents.family.name != teacher.family.name or any(theirs.get(name) != ours[name] for name in ours):
         raise _foreign(config)
     return _beside(config.start, teacher)
 

@@ -14,8 +14,9 @@ B samples, C channels, T frames, H and W latent pixels
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,21 @@ class Ratio:
     @property
     def closed(self) -> float:
         return 1 - float(self)
+
+
+class HeldOut(NamedTuple):
+    """Clips that were not trained on, noise for each, and how many samples go through a model at once."""
+
+    x_0: Tensor
+    """[B, C, T, H, W]."""
+    eps: Tensor
+    """Like them."""
+    text: Text
+    generator: torch.Generator
+    """Draws their times."""
+    runs: int
+    """Of them, those that costly numbers are computed on."""
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -240,3 +256,43 @@ def mean_velocity_gates(closed: dict[int, float]) -> list[Gate]:
     """Those of `mean_velocity_gap_closed`, for the grids that have one."""
     named = ((steps, f"of the mean-velocity gap in {steps} steps") for steps in MEAN_VELOCITY_GATES if steps in closed)
     return [Gate(name, closed[steps], MEAN_VELOCITY_GATES[steps]) for steps, name in named]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a student."""
+
+    guidance: GuidanceGap | None = None
+    mean_velocity: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> list[Gate]:
+        return [
+            *guidance_gates(self.guidance.closed if self.guidance else {}),
+            *mean_velocity_gates(self.mean_velocity),
+        ]
+
+    def __str__(self) -> str:
+        """Rows of numbers, each with what it is."""
+        rows: list[tuple[str, list[tuple[str, float]]]] = []
+        if self.guidance:
+            rows.append(("guidance gap closed", [(f"g = {g:g}", x) for g, x in self.guidance.closed.items()]))
+            rows += [
+                (f"at g = {g:g}", [(f"t = {t:g}", share) for t, share in shares.items()])
+                for g, shares in self.guidance.by_time.items()
+            ]
+            rows.append(("|u - v| / |v_cond - v_uncond|", [("g = 1", self.guidance.off_at_one)]))
+        if closed := self.mean_velocity:
+            rows.append(("mean-velocity gap closed", [(f"{steps} steps", share) for steps, share in closed.items()]))
+        return "\n".join(f"{name:30}" + "  ".join(f"{at}: {value:.3f}" for at, value in cells) for name, cells in rows)
+
+    def as_json(self) -> dict[str, object]:
+        """The numbers and their gates, for a file."""
+        gates = [{"name": gate.name, "value": gate.value, "at_least": gate.at_least} for gate in self.gates]
+        own: dict[str, object] | None = None
+        if gap := self.guidance:
+            shares = {f"{g:g}": share for g, share in gap.closed.items()}
+            by_time = {f"{g:g}": {f"{t:g}": x for t, x in shares.items()} for g, shares in gap.by_time.items()}
+            own = {"closed": shares, "by_time": by_time, "off_at_one": gap.off_at_one}
+        closed = {str(steps): share for steps, share in self.mean_velocity.items()}
+        return {"guidance_gap": own, "mean_velocity_gap": closed, "gates": gates}

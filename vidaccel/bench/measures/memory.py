@@ -39,7 +39,8 @@ def cache_bytes(
     """What each kind of cheap pass keeps, by the names that `MethodConfig.on_skipped` knows.
 
     Forecasters keep the tokens that leave the trunk, and from the last full pass what the family's `static_embedders`
-    gave, or, of those that answer a whole pass, the latents that went in and the velocities that came out; `branches` and `attention` keep tokens of every block.
+    gave, or, of those that answer a whole pass, the latents that went in and the velocities that came out; `branches`
+    and `attention` keep tokens of every block.
     """
     costs, planned = family.costs, planned_trunk(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in costs.blocks}

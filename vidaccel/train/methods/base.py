@@ -3,13 +3,14 @@
 B batch, C channels, T frames, H and W latent pixels
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidaccel.collect.bank import Bank
 from vidaccel.collect.encode import LATENT, batch
 from vidaccel.collect.source import EncodedSource
 from vidaccel.config.distill import DistillConfig
@@ -17,9 +18,17 @@ from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.train.flow_matching import sample_guidance, sample_times
+from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.objective import Batch, Loss
 
-Data = ShardFolder | EncodedSource
+Data = ShardFolder | EncodedSource | Bank
+
+
+def taken(data: Data, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """Latents and texts [B, ...] of those samples in float32."""
+    if isinstance(data, Bank):
+        return data.batch(chosen, torch.float32)
+    return batch([tensors for tensors, _ in data.read(chosen)], device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Distillation:
         """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
         size, device = self.config.train.batch_size, next(self.student.parameters()).device
         chosen = [self.data.at(index * size + i, self.config.seed) for i in range(size)]
-        text = batch([tensors for tensors, _ in self.data.read(chosen)], device, torch.float32)
+        text = taken(self.data, chosen, device)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
         t = sample_times(size, self.train_shift, generator, self.config.times)
@@ -85,5 +94,7 @@ class Method:
     """Its settings with what they leave open chosen; called where the number of processes is known."""
     conditioning: Callable[[DistillConfig, float], dict[str, Any]] = lambda config, shift: {}
     """What the student's conditioning config is to record of the training besides its step grid, of that shift."""
+    gates: Callable[[Distillation, HeldOut], Measured] = lambda task, held_out: Measured()
+    """The numbers that say that a student was trained, computed when it is."""
     preflight: Callable[[Distillation], None] = lambda task: None
     """Called before the training: what is worth saying or checking when models and data are there."""

@@ -14,6 +14,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
+from vidaccel.train.gates import HeldOut, Measured, guidance_gap
 from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
 from vidaccel.train.objective import Batch, Loss, Objective
 
@@ -45,4 +46,10 @@ def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
         )
 
 
-METHOD = Method(embeds="g", loss=_loss, check_teacher=_check_teacher)
+def _gates(task: Distillation, held_out: HeldOut) -> Measured:
+    x_0, eps, text, generator, _, size = held_out
+    gap = guidance_gap(task.student, task.teacher, x_0, eps, text, task.empty, task.shift, generator, batch_size=size)
+    return Measured(guidance=gap)
+
+
+METHOD = Method(embeds="g", loss=_loss, check_teacher=_check_teacher, gates=_gates)

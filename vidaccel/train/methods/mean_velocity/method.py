@@ -16,6 +16,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised
+from vidaccel.train.gates import RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
 from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
@@ -110,11 +111,24 @@ def _conditioning(config: DistillConfig, shift: float) -> dict[str, Any]:
     return {"restrict": restrict_at(config.own_settings, widest_interval(config.sample_steps, shift), 1.0)}
 
 
+def _gates(task: Distillation, held_out: HeldOut) -> Measured:
+    noise, runs = held_out.eps[: held_out.runs], held_out.runs
+    if not runs:
+        return Measured()
+    text = {name: tensor[:runs] for name, tensor in held_out.text.items()}
+    g = min(max(RUN_GUIDANCE, task.config.guidance_range[0]), task.config.guidance_range[1])
+    closed = mean_velocity_gap_closed(
+        task.student, task.teacher, noise, text, task.shift, g, batch_size=held_out.batch_size
+    )
+    return Measured(mean_velocity=closed)
+
+
 METHOD = Method(
     embeds="r",
     loss=_loss,
     check_teacher=_check_teacher,
     resolved=_resolved,
     conditioning=_conditioning,
+    gates=_gates,
     preflight=_preflight,
 )

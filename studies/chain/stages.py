@@ -1,0 +1,211 @@
+"""The stages of a chain, each by the product's own functions, and each within its time.
+
+    work/round-1/cfg           the teacher, its guidance distilled into one pass
+    work/round-1/student       that model in few steps
+    work/round-1/scalars       fitted to the student's runs
+    work/round-1/predictor     a network trained on top of them
+    work/round-1/scores        of held-out prompts
+
+A round that was stopped is gone on with; one that is finished is followed by another, whose stages start from what the
+last one made.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from studies.chain import pieces, scoring
+from studies.chain.settings import STAGES, ChainConfig
+from vidaccel.artefacts import RUN_FILE, read_json, write_json
+from vidaccel.collect.bank import Bank, world_bank
+from vidaccel.config import loader as configuration
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.errors import UserError
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.train.distill import GATES_FILE, Clips, distill
+from vidaccel.worlds import world
+
+log = logging.getLogger(__name__)
+SHORTEST = 2.0
+"""Seconds of training under which a stage is not begun."""
+MADE_BY = {"cfg": ("cfg",), "few_steps": ("student",), "forecasters": ("scalars", "predictor"), "score": ("scores",)}
+"""The folders of each stage."""
+
+
+@dataclass
+class Chain:
+    """One call."""
+
+    config: ChainConfig
+    started: float
+
+    def __post_init__(self) -> None:
+        self.work = Path(self.config.work)
+        self.device = resolve_device(self.config.device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        rounds = sorted(self.work.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+        unfinished = rounds and not (rounds[-1] / "finished.json").exists()
+        self.earlier = rounds[:-1] if unfinished else rounds
+        self.round = rounds[-1] if unfinished else self.work / f"round-{len(rounds) + 1}"
+        self.ends = self.config.ends()
+
+    def run(self) -> dict[str, object]:
+        """Every stage; returns what is to be said of them."""
+        self.round.mkdir(parents=True, exist_ok=True)
+        report: dict[str, object] = {"device": self._device_name(), "round": self.round.name, "stages": {}}
+        for stage in (stage for stage in STAGES if stage in self.config.stages):
+            before = self._passed()
+            self._check_time(stage)
+            self._say(f"{stage} until {self.ends[stage]:.0f} s")
+            outcome = getattr(self, f"_{stage}")()
+            report["stages"][stage] = {"seconds": round(self._passed() - before, 1), "outcome": outcome}  # type: ignore[index]
+            write_json(self.round / "chain.json", report)
+            self.export()
+        write_json(self.round / "finished.json", {"minutes": self.config.minutes, "seconds": round(self._passed(), 1)})
+        return report
+
+    def export(self) -> list[Path]:
+        """The pieces of what there is, each from the newest round that made it."""
+        folders = {name: self.newest(name) for names in MADE_BY.values() for name in names}
+        found = {name: folder for name, folder in folders.items() if folder is not None} | {"chain": self.round}
+        found["chain"] = self._notes()
+        size = self.config.piece_mib * 2**20
+        return pieces.pack(found, world(self.config.world).SHIPPED / "teacher", Path(self.config.output), size)
+
+    def newest(self, name: str) -> Path | None:
+        """The newest finished folder of that name."""
+        marks = {"scores": "scores.json"}
+        for folder in (*reversed([*self.earlier, self.round]),):
+            if (folder / name / marks.get(name, RUN_FILE)).exists():
+                return folder / name
+        return None
+
+    def _notes(self) -> Path:
+        """What each round says of itself, in one folder."""
+        notes = self.work / "notes"
+        for folder in (*self.earlier, self.round):
+            for path in (*folder.glob("*.json"), *folder.glob(f"*/{GATES_FILE}"), *folder.glob("*/metrics.jsonl")):
+                to = notes / folder.name / path.relative_to(folder)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(path.read_bytes())
+        notes.mkdir(parents=True, exist_ok=True)
+        return notes
+
+    # The stages
+
+    def _cfg(self) -> str:
+        start = self.newest("cfg") or self._shipped("student")
+        self._distilled("cfg", "cfg", "sprites/cfg", self.config.cfg, self._shipped("teacher"), start)
+        return self._gates("cfg")
+
+    def _few_steps(self) -> str:
+        teacher = self.newest("cfg")
+        if teacher is None:
+            raise UserError("few_steps, and there is no CFG-distilled model yet", "run stages=[cfg,few_steps]")
+        start = self.newest("student") or self._shipped("student")
+        self._distilled(
+            "few_steps", "student", "sprites/restricted_meanflow", self.config.few_steps, str(teacher), start
+        )
+        return self._gates("student")
+
+    def _distilled(
+        self, stage: str, name: str, conf: str, overrides: list[str], teacher: str, start: Path | str
+    ) -> None:
+        if (self.round / name / RUN_FILE).exists():
+            return
+        config = configuration.load("distill", DistillConfig, conf, ["train.steps=null", *overrides, "train.minutes=1"])
+        left = self.ends[stage] - self._passed() - self.config.reserve
+        train = replace(
+            config.train, minutes=max(left, SHORTEST) / 60, sample_every=0, save_every=1000, evaluate_every=10**9
+        )
+        config = replace(
+            config,
+            teacher=teacher,
+            start=str(start),
+            seed=self.config.seed + 1000 * len(self.earlier),
+            gate_runs=self.config.runs,
+            train=train,
+        )
+        made_of = {"world": self.config.world, "scenes": self.config.scenes, "captions": self.config.captions}
+        distill(config, self.round / name, self.config.device, Clips(self._clips, made_of, self._held_out))
+
+    def _score(self) -> str:
+        student = self.newest("student") or self._shipped("student")
+        folder = self.round / "scores"
+        config, shared = self.config, self.work / "scores"
+        shared.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows: dict[str, list] = {}
+        kind = "bfloat16" if self.device.type == "cuda" else "float32"
+        with scoring.workers(max(1, min(14, (torch.get_num_threads() if self.device.type == "cpu" else 14)))) as pool:
+
+            def row(name: str, loaded: LoadedPipeline, given: GenerateConfig, file: Path) -> None:
+                rows[name] = scoring.score_row(
+                    loaded, given, config.world, config.prompts, config.score_batch, file, pool
+                )
+                report = scoring.summary(config.world, rows)
+                scoring.write_summary(folder, report, config.prompts)
+                self._say(f"{name}: {report[name]['total']['mean']:.2f} {report[name].get('paired', '')}")
+
+            teacher = load_pipeline(self._shipped("teacher"), device=config.device, dtype=kind)
+            row("teacher-50", teacher, GenerateConfig(model=str(teacher.source)), shared / "teacher-50.jsonl")
+            loaded = load_pipeline(student, device=config.device, dtype=kind)
+            for steps in config.score_steps:
+                if self._passed() > self.ends["score"] - 2:
+                    self._say(f"no time is left to score {steps} steps")
+                    break
+                given = GenerateConfig(model=str(student), steps=steps)
+                row(f"student-{steps}", loaded, given, folder / f"student-{steps}.jsonl")
+        return scoring.table(scoring.summary(config.world, rows))
+
+    # What they share
+
+    @cached_property
+    def _teacher(self) -> LoadedPipeline:
+        return load_pipeline(self._shipped("teacher"), device=self.config.device, dtype="float32")
+
+    @cached_property
+    def _clips(self) -> Bank:
+        bank = world_bank(self._teacher, self.config.scenes, self.config.captions, self._fresh())
+        if bank is None:
+            raise UserError(f"{self._teacher.source} is no model of {self.config.world}", "name its world")
+        self._say(f"{len(bank)} clips are encoded")
+        return bank
+
+    @cached_property
+    def _held_out(self) -> Bank | None:
+        return world_bank(self._teacher, self.config.held_out, 1, self.config.seed, "held_out")
+
+    def _fresh(self) -> int:
+        """Every round sees clips of its own."""
+        return self.config.seed + len(self.earlier)
+
+    def _shipped(self, name: str) -> str:
+        return f"{self.config.world}/{name}"
+
+    def _gates(self, name: str) -> str:
+        found = read_json(self.round / name / GATES_FILE, "run the stage again")
+        return "; ".join(f"{gate['value']:.3f} {gate['name']} (gate {gate['at_least']:g})" for gate in found["gates"])
+
+    def _passed(self) -> float:
+        return time.monotonic() - self.started
+
+    def _check_time(self, stage: str) -> None:
+        left = self.ends[stage] - self._passed()
+        if left < SHORTEST + (self.config.reserve if stage in ("cfg", "few_steps") else 0):
+            raise UserError(
+                f"{left:.0f} seconds are left for {stage}, which is too short",
+                f"give it a larger share, or more than minutes={self.config.minutes:g}",
+            )
+
+    def _say(self, what: str) -> None:
+        log.info("[%6.1f] %s", self._passed(), what)
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
