@@ -46,15 +46,14 @@ bench: setup
 sprites: setup
 	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
 
-# The shipped student and predictor made from the shipped teacher, in the form they ship in: about an hour on two
-# CPU cores.
+# A student and a predictor made from the shipped teacher, in the form that such ship in: about an hour on two CPU cores.
 distilled: setup
 	$(BIN)/vidaccel collect-features --conf sprites -o runs/features
 	$(BIN)/vidaccel distill --conf sprites/cfg -o runs/cfg features=runs/features
 	$(BIN)/vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg features=runs/features
 	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features
 	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features stage=search steps=8
-	$(BIN)/python -m vidaccel.sprites ship -o runs/shipped
+	$(BIN)/python -m vidaccel.sprites ship --distilled runs/cfg -o runs/shipped
 
 # The shipped student and what forecasts its steps, trained further within MINUTES on one GPU, with the Python that has
 # torch there; again in the same folder goes on. studies/chain/README.md has what comes next. ARGS=--conf toy shows that

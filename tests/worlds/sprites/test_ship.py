@@ -150,6 +150,29 @@ def test_without_results_the_cards_have_no_scores(made, tmp_path):
     assert "How it scores" not in (tmp_path / "shipped" / "student" / "README.md").read_text()
 
 
+def test_weights_that_were_not_kept_are_said_to_be(made, tmp_path):
+    run("ship", *places(made)[:4], "-o", tmp_path / "shipped")
+    card = (tmp_path / "shipped" / "student" / "README.md").read_text()
+    assert "The weights of the CFG distillation that it goes on from were not kept." in card
+    assert "| few steps | 7 | 2 | 0.2500 | 3 |" in card and "| CFG distillation |" not in card
+    assert "not kept" not in (made / "shipped" / "student" / "README.md").read_text()
+
+
+def test_what_a_script_trained_is_shipped_with_its_command_and_machine(made, tmp_path):
+    """It has neither metrics.jsonl nor the settings of a command."""
+    teacher = load_pipeline("sprites/teacher")
+    save(tmp_path / "student", teacher, trained(teacher), command="python train.py 60", config={"batch_size": 512})
+    words = ["--student", tmp_path / "student", "--machine", "one NVIDIA H200, torch 2.11"]
+    run("ship", *words, *places(made)[2:4], "-o", tmp_path / "shipped")
+    folder = tmp_path / "shipped" / "student"
+    card = (folder / "README.md").read_text()
+    assert "    python train.py 60\n\nOn one NVIDIA H200, torch 2.11, seed 0.\n" in card
+    assert "## Settings of `python train.py 60`\n\n```yaml\nbatch_size: 512\n```" in card
+    assert "guidance included, in 4 steps unless" in card and "| stage |" not in card
+    assert read_run(folder, "model/1")["command"] == "python train.py 60"
+    assert "H200" not in (tmp_path / "shipped" / "predictor" / "README.md").read_text()
+
+
 def test_a_student_of_another_model_is_refused(made, tmp_path):
     teacher = load_pipeline("sprites/teacher")
     other = tmp_path / "other"

@@ -95,15 +95,18 @@ def score(
 def ship(
     student: Annotated[Path, typer.Option(help="A finished `vidaccel distill` folder.")] = Path("runs/student"),
     predictor: Annotated[Path, typer.Option(help="A `vidaccel train-predictor` folder.")] = Path("runs/predictor"),
-    distilled: Annotated[Path, typer.Option(help="The CFG-distilled teacher of the student.")] = Path("runs/cfg"),
+    distilled: Annotated[
+        Path | None, typer.Option(help="The CFG-distilled teacher of the student; not kept, unless it is given.")
+    ] = None,
     results: Annotated[Path | None, typer.Option(help="The results.json that their cards quote.")] = None,
     remark: Annotated[str, typer.Option(help="What the student's card is to say of its training as well.")] = "",
+    machine: Annotated[str | None, typer.Option(help="What the student was trained on, if not this machine.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for student/ and predictor/.")] = Path(
         "runs/shipped"
     ),
     debug: Debug = False,
 ) -> None:
     """Put what was distilled from the shipped teacher into the form that it ships in, with cards."""
-    ship_student(student, distilled, results, remark, output / "student")
+    ship_student(student, distilled, results, remark, output / "student", machine)
     ship_predictor(predictor, results, output / "predictor")
     typer.echo(f"{output}: student and predictor, each with its card")

@@ -81,21 +81,22 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
     )
 
 
-def made_here(stages: list[dict], seed: int) -> list[str]:
-    """Lines of Markdown: the machine, and a table of the stages that were trained on it."""
+def made_here(stages: list[dict], seed: int, machine: str | None = None) -> list[str]:
+    """Lines of Markdown: the machine, which is this one unless it is named, and a table of the stages trained on it."""
+    lines = [f"On {machine or _this_machine()}, seed {seed}.", ""]
+    if not stages:
+        return lines
+    rows = [
+        f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
+    ]
+    table = ["| stage | steps | minutes | last loss | skipped steps |", "|---|---|---|---|---|", *rows, ""]
+    return lines + table
+
+
+def _this_machine() -> str:
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     )
-    rows = [
-        f"| {s['stage']} | {s['step']} | {s['seconds'] / 60:.0f} | {s['loss']:.4f} | {s['skipped']} |" for s in stages
-    ]
-    return [
-        f"On {device}, torch {torch.__version__}, seed {seed}.",
-        "",
-        "| stage | steps | minutes | last loss | skipped steps |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
+    return f"{device}, torch {torch.__version__}"

@@ -31,9 +31,10 @@ from vidaccel.worlds.sprites.card import made_here, trained_stage
 
 TEACHER = "sprites/teacher"
 STUDENT = """\
-The few-step student of sprites/teacher: one forward pass a step, guidance included, in 20 steps unless told otherwise.
-With `instantaneous=true` it is the CFG-distilled teacher, to be sampled in 50. All but the transformer are the
-teacher's own parts. Licence: Apache-2.0."""
+The few-step student of sprites/teacher: one forward pass a step, guidance included, in {steps} steps unless told
+otherwise. With `instantaneous=true` it is the CFG-distilled teacher, to be sampled in 50. All but the transformer are
+the teacher's own parts. Licence: Apache-2.0."""
+NOT_KEPT = "The weights of the CFG distillation that it goes on from were not kept."
 INSTEAD = """\
 Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
 number of full steps, those that the search found. Licence: Apache-2.0."""
@@ -46,42 +47,43 @@ SCORES = [
 ]
 
 
-def ship_student(student: Path, distilled: Path, results: Path | None, remark: str, output: Path) -> None:
+def ship_student(
+    student: Path, distilled: Path | None, results: Path | None, remark: str, output: Path, machine: str | None = None
+) -> None:
     """Write the student's own parts to `output`, with its card.
 
     Args:
-        student: folder of `vidaccel distill`, whose every component but the transformer is the shipped teacher's.
-        distilled: folder of the CFG distillation before it.
+        student: folder of `vidaccel distill` or of a script, whose every component but the transformer is the shipped
+            teacher's.
+        distilled: folder of the CFG distillation before it; None says in the card that it was not kept.
         results: the results.json that its card quotes; None leaves that out.
         remark: a paragraph for the card on what the settings do not say of the training.
         output: the new folder.
+        machine: what the student was trained on; None is this machine.
 
     Raises:
         UserError: a folder is not finished, another teacher's, or cannot be written.
     """
-    run, before = read_run(student, MODEL), read_run(distilled, MODEL)
+    run = read_run(student, MODEL)
     files, teacher = read_model(student), read_model(TEACHER)
     own = teacher.contents.family.denoisers[0].attribute
     shared = {name: digest for name, digest in teacher.hashes.items() if not name.startswith(f"{own}/")}
     if foreign := [name for name, digest in shared.items() if files.hashes.get(name) != digest]:
         raise UserError(f"the {foreign[0]} of {student} is not that of {TEACHER}", "distil the shipped teacher")
-    made_by = {
-        "CFG distillation": (
-            _command(f"distill --conf sprites/cfg -o {distilled}", before, "features"),
-            before,
-            distilled / METRICS,
-        ),
-        "few steps": (
-            _command(f"distill --conf sprites/restricted_meanflow -o {student}", run, "teacher", "features"),
-            run,
-            student / METRICS,
-        ),
-    }
+    made_by = {}
+    if distilled is not None:
+        before = read_run(distilled, MODEL)
+        command = _command(f"distill --conf sprites/cfg -o {distilled}", before, "features")
+        made_by["CFG distillation"] = (command, before, distilled / METRICS)
+    command = _command(f"distill --conf sprites/restricted_meanflow -o {student}", run, "teacher", "features")
+    made_by["few steps"] = (command, run, student / METRICS)
+    remarks = [remark] if distilled else [remark, NOT_KEPT]
     with atomic_folder(output) as folder:
         shutil.copytree(files.contents.components[own].folder, folder, dirs_exist_ok=True)
         for name in ("conditioning", "scheduler"):
             shutil.copytree(student / name, folder / name)
-        card = _card("sprites/student", STUDENT, made_by, _scores(results, "sampler"), remark)
+        about = STUDENT.format(steps=run["call"]["steps"])
+        card = _card("sprites/student", about, made_by, _scores(results, "sampler"), remarks, machine)
         (folder / "README.md").write_text(card, encoding="utf-8")
         parents = run["parents"] | {"pipeline": sha256_file(SHIPPED / "teacher" / RUN_FILE)}
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
@@ -98,13 +100,15 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
             shutil.copy(predictor / name, folder / name)
         steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
         remark = f"Schedules were searched on grids of {steps} steps."
-        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), remark)
+        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), [remark])
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
 
 
 def _command(words: str, run: Mapping[str, Any], *places: str) -> str:
-    """That which `run` is of, with the folders that it read."""
+    """That which `run` is of, with the folders that it read; a script's, whose settings are others, as it stands."""
+    if not run["config"].keys() >= set(places):
+        return run["command"]
     given = {place: run["config"][place] for place in places if run["config"][place] is not None}
     return " ".join(["vidaccel", words, *(f"{place}={folder}" for place, folder in given.items())])
 
@@ -132,14 +136,21 @@ def _scores(results: Path | None, kind: str) -> list[str]:
     return ["## How it scores", "", f"Rows of `{found['command']}`.", *SCORES, *map(_scores_line, runs), ""]
 
 
-def _card(title: str, about: str, made_by: Mapping[str, tuple[str, dict, Path]], scores: list[str], remark: str) -> str:
-    """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics."""
+def _card(
+    title: str,
+    about: str,
+    made_by: Mapping[str, tuple[str, dict, Path]],
+    scores: list[str],
+    remarks: list[str],
+    machine: str | None = None,
+) -> str:
+    """Markdown; `made_by` has, for each stage of training, its command, its run.json and its metrics, if it has any."""
     commands = {command: run for command, run, _ in made_by.values()}
-    stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items()]
+    stages = [trained_stage(stage, metrics) for stage, (_, _, metrics) in made_by.items() if metrics.is_file()]
     seed = next(iter(commands.values()))["seed"]
     lines = [f"# {title}", "", about, "", "## How it was made", ""]
-    lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed)]
-    if remark:
+    lines += [*(f"    {command}" for command in commands), "", *made_here(stages, seed, machine)]
+    for remark in filter(None, remarks):
         lines += [remark, ""]
     lines += scores
     for command, run in commands.items():
