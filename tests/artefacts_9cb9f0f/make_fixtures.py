@@ -3,6 +3,9 @@
     cd TREE && PYTHONPATH=TREE OMP_NUM_THREADS=1 python .../make_fixtures.py make OUT      # TREE at 9cb9f0f
     cd TREE && PYTHONPATH=TREE OMP_NUM_THREADS=1 python .../make_fixtures.py expect OUT    # expected.json again
     cd TREE && PYTHONPATH=TREE OMP_NUM_THREADS=1 python .../make_fixtures.py check OUT     # the same, compared
+    cd TREE && PYTHONPATH=TREE OMP_NUM_THREADS=1 python .../make_fixtures.py shipped OUT WEIGHTS
+
+The last makes `score` and `latents` alone again, with later weights, those in the folder WEIGHTS, in place of TREE's.
 
 Everything is made in a temporary folder that is the working directory, with relative paths only, by the commands that
 README.md lists, run in this process so that some can be stopped half way. `expect` reads all of it back from a copy.
@@ -38,7 +41,7 @@ from typer.testing import CliRunner
 import vidaccel
 from tests.tiny import HUNYUAN_CALL, SIZE, VOCABULARY, word_tokenizer
 from vidaccel import config as configuration
-from vidaccel.artefacts import read_run, sha256_file, verify_files, write_run
+from vidaccel.artefacts import read_run, sha256_file, verify_files, write_json, write_run
 from vidaccel.bench import runner as bench
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.cli.main import app
@@ -72,6 +75,17 @@ KEPT = {  # latents of the shipped models: model, steps, arguments of attach, fu
     "student+predictor": ("sprites/student", 8, {"predictor": "sprites/predictor", "steps": 8, "budget": 4}, {}),
 }
 
+SCORE = (
+    "score",
+    "sprites/student",
+    "predictor=sprites/predictor",
+    "steps=8",
+    "budget=4",
+    "--prompts",
+    "10",
+    "-o",
+    "score",
+)
 RESULTS = (  # fields of a row that are the same each time
     "passes",
     "full_steps",
@@ -464,8 +478,7 @@ def make(out: Path) -> None:
     with stopped(bench.Benchmark, "_score_batch", lambda self, row, i, _: row.name == "searched" and i.start == 2):
         words = ("--speedup", "--quality", "--conf", "conf/benchmark.yaml", "-o", "bench-scoring", few, "rounds=2")
         run("benchmark", *words, code=130)
-    words = ("sprites/student", "predictor=sprites/predictor", "steps=8", "budget=4", "--prompts", "10", "-o", "score")
-    run("score", *words, program=sprites)
+    run(*SCORE, program=sprites)
     keep_latents()
     strip()
     shutil.copytree(".", out, dirs_exist_ok=True)
@@ -509,6 +522,30 @@ def keep_latents() -> None:
     }
     settings = {"prompt": PROMPT, "seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "cases": settings}
     Path("latents/settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_shipped(out: Path, weights: Path) -> None:
+    """`score` and `latents` in `out`, and what is expected of them, of `weights`, which take the place of this tree's.
+
+    A predictor's times are of a later format: this code computes the same from steps and shift.
+    """
+    place = Path(vidaccel.__file__).parent / "sprites" / "weights"
+    shutil.rmtree(place)
+    shutil.copytree(weights, place)
+    config, schedules = (json.loads((place / "predictor" / f"{n}.json").read_text()) for n in ("config", "schedule"))
+    for entry in (config, *(each for each in schedules.values() if isinstance(each, dict))):
+        entry.pop("times", None)
+    write_json(place / "predictor" / "config.json", config)
+    write_json(place / "predictor" / "schedule.json", schedules)
+    (place / "predictor" / "run.json").unlink()  # which vouches for those with times
+    run(*SCORE, program=sprites)
+    keep_latents()
+    expected = json.loads((out / "expected.json").read_text())
+    for name in ("score", "latents"):
+        shutil.rmtree(out / name)
+        shutil.copytree(name, out / name)
+    expected |= {"score": score_again(), "latents": latents_again()}
+    (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 def strip() -> None:
@@ -739,13 +776,17 @@ def measured() -> tuple[dict, dict[str, torch.Tensor]]:
             "results": {method: {key: row[key] for key in RESULTS} for method, row in results.items()},
         }
 
+    found |= {"score": score_again(), "latents": latents_again()}
+    return found, tensors
+
+
+def score_again() -> dict:
     lines = Path("score/marks.jsonl").read_text().splitlines()
     summary = json.loads(Path("score/score.json").read_text())
-    words = ("sprites/student", "predictor=sprites/predictor", "steps=8", "budget=4", "--prompts", "10", "-o", "score")
-    run("score", *words, program=sprites)
+    run(*SCORE, program=sprites)
     again = Path("score/marks.jsonl").read_text().splitlines()
     assert again[:8] == lines[:8]
-    found["score"] = {
+    return {
         "lines_kept": 8,
         "lines": 10,
         "last_marks": json.loads(lines[-1]),
@@ -753,12 +794,13 @@ def measured() -> tuple[dict, dict[str, torch.Tensor]]:
         "total": summary["total"],
     }
 
+
+def latents_again() -> dict:
     kept, again = load_file("latents/latents.safetensors"), shipped_latents()
-    found["latents"] = {
+    return {
         name: described(t) | {"made_again_apart": float((again[name] - t).norm() / t.norm())}
         for name, t in kept.items()
     }
-    return found, tensors
 
 
 def apart(old, new, where: str = ""):
@@ -777,13 +819,17 @@ def apart(old, new, where: str = ""):
 
 
 def main() -> None:
-    what, out = sys.argv[1], Path(sys.argv[2]).resolve()
+    what, out, *more = sys.argv[1], *(Path(word).resolve() for word in sys.argv[2:])
     torch.set_num_threads(1)
     from vidaccel.cli.common import quiet_libraries
 
     quiet_libraries()
     print(vidaccel.__file__)
     with tempfile.TemporaryDirectory() as folder:
+        if what == "shipped":
+            with contextlib.chdir(folder):
+                make_shipped(out, *more)
+            return
         if what == "make":
             with contextlib.chdir(folder):
                 make(out)
