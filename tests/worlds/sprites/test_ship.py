@@ -48,6 +48,7 @@ def made(tmp_path_factory) -> Path:
     save_predictor(root / "predictor", load_pipeline(root / "student"))
     write_json(root / "results.json", {"command": "vidaccel benchmark --quality", "runs": [result(n) for n in METHODS]})
     words = ["--results", root / "results.json", "--remark", "It was interrupted once."]
+    words += ["--predictor-remark", "Reuse is nearer."]
     run("ship", *places(root), *words, "-o", root / "shipped")
     return root
 
@@ -133,6 +134,7 @@ def test_the_cards_quote_trainings_and_results(made):
     assert "| cfg-50 | 4 | 11.0 | 22.0 | 80.1 | 1.0 to 99.0 | 0.000 |" in student
     assert "fora" not in student + predictor
     assert "It was interrupted once." in student and "interrupted" not in predictor
+    assert "Reuse is nearer." in predictor and "nearer" not in student
     assert "searched on grids of 4 steps" in predictor
     assert "| CFG distillation | 7 | 2 | 0.2500 | 3 |" in student and "| few steps | 7 | 2 | 0.2500 | 3 |" in student
     assert "| predictor, mse | 5 | 1 | 0.5000 | 0 |" in predictor and "adversarial |" not in predictor

@@ -100,6 +100,7 @@ def ship(
     ] = None,
     results: Annotated[Path | None, typer.Option(help="The results.json that their cards quote.")] = None,
     remark: Annotated[str, typer.Option(help="What the student's card is to say of its training as well.")] = "",
+    predictor_remark: Annotated[str, typer.Option(help="The same of the predictor's.")] = "",
     machine: Annotated[str | None, typer.Option(help="What the student was trained on, if not this machine.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for student/ and predictor/.")] = Path(
         "runs/shipped"
@@ -108,5 +109,5 @@ def ship(
 ) -> None:
     """Put what was distilled from the shipped teacher into the form that it ships in, with cards."""
     ship_student(student, distilled, results, remark, output / "student", machine)
-    ship_predictor(predictor, results, output / "predictor")
+    ship_predictor(predictor, results, output / "predictor", predictor_remark)
     typer.echo(f"{output}: student and predictor, each with its card")

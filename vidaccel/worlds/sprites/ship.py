@@ -89,7 +89,7 @@ def ship_student(
         _finish(folder, run, MODEL, parents, call=run["call"], pipeline=TEACHER)
 
 
-def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
+def ship_predictor(predictor: Path, results: Path | None, output: Path, remark: str = "") -> None:
     """Write the predictor to `output`, with its card; arguments and errors as for `ship_student`."""
     run = read_run(predictor, PREDICTOR)
     command = _command("train-predictor --conf sprites", run, "student", "features")
@@ -99,8 +99,8 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path) -> None:
         for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):
             shutil.copy(predictor / name, folder / name)
         steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
-        remark = f"Schedules were searched on grids of {steps} steps."
-        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), [remark])
+        searched = f"Schedules were searched on grids of {steps} steps."
+        card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), [searched, remark])
         (folder / "README.md").write_text(card, encoding="utf-8")
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
 
