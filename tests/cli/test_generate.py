@@ -173,15 +173,15 @@ def test_the_default_goes_with_its_own_model_only(students):
 @pytest.mark.parametrize(
     ("words", "left"),
     [
-        ([], {"budget": 6}),
-        (["budget=4", "steps=8"], {"budget": 4}),
+        ([], {"budget": 4}),
+        (["budget=3", "steps=20"], {"budget": 3}),
         (["full_steps=[0,5]"], {"full_steps": [0, 5]}),
         (["every=3"], {"every": 3}),
         (["+every=3"], {"every": 3}),
         (["predictor=null"], {}),
         (["predictor=reuse", "full_steps=[0,5]"], {"full_steps": [0, 5]}),
         (["every=3", "budget=4"], {"every": 3, "budget": 4}),  # which is refused later
-        (["schedule=mine.json"], {"schedule": "mine.json", "budget": 6}),
+        (["schedule=mine.json"], {"schedule": "mine.json", "budget": 4}),
     ],
 )
 def test_one_way_of_saying_which_steps_are_full_takes_the_place_of_the_configurations(words, left):
