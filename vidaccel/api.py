@@ -127,9 +127,13 @@ def train_predictor(
         UserError: student, data and settings do not go together, or cannot be read.
         TrainingFailed: the training did not stay finite.
     """
-    from vidaccel.train.predictor.training import train_predictor as run
+    settings = settings_of("train-predictor", config, overrides)
+    if settings.forecaster == "multistep":
+        from vidaccel.train.predictor.multistep import train_multistep as run
+    else:
+        from vidaccel.train.predictor.training import train_predictor as run
 
-    return run(settings_of("train-predictor", config, overrides), Path(output), device)
+    return run(settings, Path(output), device)
 
 
 def benchmark(

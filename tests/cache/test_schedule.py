@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vidaccel.cache.schedule import (
     PUBLISHED,
     Schedule,
+    candidates,
     every,
     pick,
     read_schedules,
@@ -158,3 +159,30 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_schedules(tmp_path / "schedule.json")
+
+
+def test_candidates_are_the_cheapest_lists_where_costs_know_the_step_before():
+    generator = random.Random(0)
+    steps = 6
+    costs = [[[generator.random() for _ in range(steps + 1)] for _ in range(steps)] for _ in range(steps)]
+    costs[0][1][3] = math.inf
+
+    def cost(full):
+        ways = zip((full[0], *full), full, (*full[1:], steps), strict=False)
+        return sum(costs[h][i][j] for h, i, j in ways)
+
+    found = candidates(costs, 4)
+    for budget in range(1, steps + 1):
+        every_list = [(0, *rest) for rest in combinations(range(1, steps), budget - 1)]
+        ordered = sorted((cost(full), full) for full in every_list if math.isfinite(cost(full)))[:4]
+        assert [full for _, full in found[budget]] == [full for _, full in ordered]
+        assert [error for error, _ in found[budget]] == pytest.approx([error for error, _ in ordered])
+
+
+def test_candidates_without_a_step_before_are_those_of_the_search():
+    generator = random.Random(1)
+    plain = [[generator.random() for _ in range(6)] for _ in range(5)]
+    found = candidates([plain] * 5, 1)
+    for budget, schedule in search(plain).items():
+        ((error, full),) = found[budget]
+        assert full == schedule.full_steps and error == pytest.approx(schedule.expected_error)

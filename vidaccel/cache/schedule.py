@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from pathlib import Path
 
 from vidaccel.artefacts import write_json
@@ -99,6 +100,40 @@ def search(costs: Sequence[Sequence[float]], *, grid: Grid | None = None) -> dic
             )
             for i in range(steps)
         ]
+    return found
+
+
+def candidates(
+    costs: Sequence[Sequence[Sequence[float]]], count: int
+) -> dict[int, list[tuple[float, tuple[int, ...]]]]:
+    """The `count` cheapest lists of full steps of every budget 1 to S, cheapest first, each with its cost; exactly,
+    where the cost of a stretch knows the full step before it as well.
+
+    Args:
+        costs: [S][S][S + 1]; costs[h][i][j] is the error made by a stretch that is full at step i and predicted up to
+            the next full step j, or to the end where j = S, after the full step h before; h = i where there is none,
+            which is read of i = 0 alone. Infinite where a stretch is not to be used. Errors add.
+        count: how many of each budget; fewer where there are not that many of finite cost.
+    """
+    steps = len(costs)
+    # best[h, i]: the cheapest ways from full step i, after h, to the end, with the full steps that are left.
+    best = {(h, i): [(costs[h][i][steps], (i,))] for i in range(steps) for h in (range(i) if i else [0])}
+    found = {}
+    for budget in range(1, steps + 1):
+        if lists := [each for each in best[0, 0] if math.isfinite(each[0])]:
+            found[budget] = lists
+        best = {
+            (h, i): nsmallest(
+                count,
+                (
+                    (costs[h][i][j] + cost, (i, *rest))
+                    for j in range(i + 1, steps)
+                    for cost, rest in best[i, j]
+                    if math.isfinite(costs[h][i][j])
+                ),
+            )
+            for h, i in best
+        }
     return found
 
 

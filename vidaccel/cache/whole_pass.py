@@ -111,8 +111,9 @@ class WholePass:
                 self._keep(place, Left(x, _velocity(output).detach()))
                 self.full_passes += 1
             else:
-                output = call.answered(self._forecast(step, place, x), args, kwargs)
-                self.predicted_passes += 1
+                u = self._forecast(step, place, x)
+                self.predicted_passes += 1  # before hooks on the end of the pass, which ask
+                output = call.answered(u, args, kwargs)
         except BaseException:
             self._timesteps = None
             self.remembered.clear()

@@ -41,4 +41,5 @@ def train_predictor(
         full, of = " ".join(map(str, schedule.full_steps)), f"{schedule.budget} of {schedule.steps}"
         typer.echo(f"{of} steps full, expected error {schedule.expected_error:.3f}: {full}")
     if schedules:
-        typer.echo(f"{output}: the predictor and these schedules")
+        made = "the scalars" if config.forecaster == "multistep" else "the predictor"
+        typer.echo(f"{output}: {made} and these schedules")

@@ -65,7 +65,7 @@ class TrajectorySampler:
                 kept.setdefault(name, []).append(tensor.cpu())
 
         with trunk if self.config.cache else nullcontext(), trunk.full():
-            sample(self._guided, self.noise(seeds), text, self.grid.tensor, g, keep)
+            sample(self.guided, self.noise(seeds), text, self.grid.tensor, g, keep)
         return {name: torch.stack(tensors, dim=1) for name, tensors in kept.items()} | text
 
     def noise(self, seeds: list[int]) -> Tensor:
@@ -77,7 +77,8 @@ class TrajectorySampler:
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(drawn).to(self.transformer.device, self.transformer.dtype)
 
-    def _guided(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
+    def guided(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
+        """The velocity that a step takes, as `sample` calls for it."""
         if self.empty:
             return guided_velocity(self.velocity, x, t, text, self.empty, g)
         return self.velocity(x, t, text, r=r, g=g)

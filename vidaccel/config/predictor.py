@@ -40,6 +40,23 @@ class PredictorConfig:
 
     student: str = "sprites/student"
     """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id."""
+    forecaster: str = "learned"
+    """What it is: `learned` (a network in the trunk's place), `multistep` (scalars, fitted to the model's own runs,
+    which answer the whole pass; the model may be a teacher of two passes), or `reuse`, `taylor` or `linear`, of which
+    there is nothing to train: their schedules are searched."""
+    runs: int = 64
+    """Of `multistep`: the model's own runs that scalars are fitted to."""
+    checked_prompts: int = 32
+    """Prompts of their own on which lists of full steps are run as they serve. With `multistep` at least 1; else 0
+    takes the estimated best without running it."""
+    tried: int = 3
+    """How many lists of each budget are run so, those of the lowest estimated cost; the best is kept."""
+    budgets: list[int] | None = None
+    """Numbers of full steps that schedules are wanted for; null is all, of `multistep` up to half of the steps."""
+    full_steps: list[int] | None = None
+    """Of `multistep`: the one list to fit, in place of a search."""
+    ridge: float = 1e-4
+    """Of `multistep`: penalty on the square of a coefficient, as a share of what it multiplies, squared and summed."""
     stage: str = "all"
     """`all` (train, then search schedules) or `search` (search schedules for the predictor that is there already)."""
     features: str | None = None
@@ -99,6 +116,7 @@ class PredictorConfig:
     def __post_init__(self) -> None:
         require(bool(self.student.strip()), "student", self.student, "must name a model")
         for key, names in {
+            "forecaster": ("learned", "multistep", "reuse", "taylor", "linear"),
             "stage": ("all", "search"),
             "on_damage": ("stop", "skip"),
             "pairs": ("data", "trajectory"),
@@ -108,6 +126,18 @@ class PredictorConfig:
         for key in ("clips", "blocks", "max_skipped", "search_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
+        for key in ("runs", "tried"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        least = int(self.forecaster == "multistep")
+        require(self.checked_prompts >= least, "checked_prompts", self.checked_prompts, f"must be at least {least}")
+        require(0 <= self.ridge < math.inf, "ridge", self.ridge, "is a number from 0 up")
+        budgets = self.budgets
+        rising = budgets is None or bool(budgets) and budgets == sorted(set(budgets)) and budgets[0] >= 1
+        require(rising, "budgets", budgets, "rises, from 1 or more, or is null")
+        if self.full_steps is not None:
+            rule = "is for forecaster=multistep, in place of budgets"
+            alone = self.forecaster == "multistep" and budgets is None
+            require(alone, "full_steps", self.full_steps, rule)
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs == "trajectory"
         require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")
@@ -122,4 +152,5 @@ class PredictorConfig:
         if scales is not None:
             fits = len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
             require(fits, "guidance_range", scales, "is [low, high] with 1 <= low <= high, or null")
-            require(self.pairs == "data", "guidance_range", scales, "is null for trajectories, which have their own")
+            own = self.pairs == "data" or self.forecaster == "multistep"
+            require(own, "guidance_range", scales, "is null for trajectories, which have their own")

@@ -234,8 +234,8 @@ class Multistep:
         """The numbers for these full steps, on the grid of these times where they are said; `UserError`, naming those
         that there are, if there are none."""
         for made in self.config.lists:
-            alike = made.full_steps == tuple(full_steps) and made.steps == steps
-            if alike and (times is None or made.grid.fits(times)):
+            same = made.full_steps == tuple(full_steps) and made.steps == steps
+            if same and (times is None or made.grid.fits(times)):
                 return made
         known = "; ".join(f"{' '.join(map(str, made.full_steps))} of {made.steps}" for made in self.config.lists)
         asked = f"{' '.join(map(str, full_steps))} of {steps}"

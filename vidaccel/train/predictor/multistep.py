@@ -1,0 +1,328 @@
+"""`vidaccel train-predictor forecaster=multistep`: scalars fitted to a model's own runs, and the lists that they serve
+best, into a folder.
+
+A list of full steps is fitted as it serves: from the first step on, over all runs at once, each predicted step takes
+the numbers that bring the state nearest to the model's own, and the next step goes on from what they leave. Full steps
+run the model there, which is all that a fit costs.
+
+Which lists are tried: the cost of a stretch from full step i, after the full step h, up to the next one j is what is
+left of the own state at j outside the span of the velocities and latents of i and h on the own run, times what such
+errors grow to in the end (search.py). The cheapest of each budget by the sum of these are fitted and run on other
+prompts, and the best of them is kept.
+
+N runs, S steps
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file, write_run
+from vidaccel.cache.policy import check_full_steps
+from vidaccel.cache.schedule import Schedule, candidates, read_schedules, write_schedules
+from vidaccel.collect.encode import LATENT
+from vidaccel.collect.features import open_features
+from vidaccel.collect.source import open_source
+from vidaccel.collect.trajectories import TrajectorySampler
+from vidaccel.config import loader as configuration
+from vidaccel.config.checks import CLIP_SIZE
+from vidaccel.config.collect import CollectConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.multistep import (
+    FORMAT,
+    HISTORY,
+    RIDGE,
+    FittedList,
+    Multistep,
+    MultistepConfig,
+    fit_coefficients,
+    multistep_velocity,
+)
+from vidaccel.locks import locked
+from vidaccel.models.calling import guidance_in_force, video_size
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.progress import Progress
+from vidaccel.train.predictor.lists import run_lists
+from vidaccel.train.predictor.runs import Runs, own_runs
+
+log = logging.getLogger(__name__)
+COMMAND = "vidaccel train-predictor forecaster=multistep"
+SMALLEST = 1e-8
+"""Ridge of the estimates: enough to solve, too little to count."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Runs under a list of full steps, up to a step."""
+
+    x: Tensor
+    """[N, C, T, H, W]"""
+    us: tuple[Tensor, ...] = ()
+    xs: tuple[Tensor, ...] = ()
+    """Of the last full steps, newest first."""
+    coefficients: Mapping[int, Tensor] | None = None
+    """Of the predicted steps so far."""
+
+
+def fit_lists(
+    runs: Runs, lists: Sequence[tuple[int, ...]], fitted: int, ridge: float = RIDGE
+) -> list[tuple[FittedList, Tensor]]:
+    """Scalars for each list of full steps, fitted as served to the first `fitted` runs, with the final latents
+    [N - fitted, ...] that they lead to on the others.
+
+    Raises:
+        UserError: as `fit_coefficients` does.
+    """
+    grid, made = runs.sampler.grid, []
+
+    def full(state: Served, step: int) -> Served:
+        u = runs.velocity(step, state.x)
+        us, xs = ((new, *old)[:HISTORY] for new, old in ((u, state.us), (state.x, state.xs)))
+        progress.advance()
+        return Served(runs.after(step, state.x, u), us, xs, state.coefficients)
+
+    def predicted(state: Served, step: int) -> Served:
+        dt = float(runs.times[step] - runs.times[step + 1])
+        us, xs = ([each[:fitted] for each in kept] for kept in (state.us, state.xs))
+        x = state.x[:fitted]
+        target = (x.float() - runs.states[step + 1][:fitted].float()) / dt
+        numbers = fit_coefficients(us, xs, x, target, ridge)
+        u = multistep_velocity(numbers, state.us, state.xs, state.x)
+        known = {**(state.coefficients or {}), step: numbers}
+        return Served(runs.after(step, state.x, u), state.us, state.xs, known)
+
+    nodes = {each[: k + 1] for each in lists for k in range(len(each))}
+    with Progress("lists as served", total=len(nodes)) as progress:
+        for each, state in run_lists(lists, grid.steps, Served(runs.states[0]), full, predicted):
+            numbers = {step: tuple(row.tolist()) for step, row in (state.coefficients or {}).items()}
+            error = relative_error(state.x[fitted:], runs.states[-1][fitted:]) if fitted < len(runs) else None
+            found = FittedList(each, numbers, grid.steps, grid.shift, grid.times, error)
+            made.append((found, state.x[fitted:]))
+    return made
+
+
+def relative_error(x: Tensor, own: Tensor) -> float:
+    """Root of the mean, over runs, of the squared error of latents [N, ...] as a share of that of the own ones."""
+    apart, whole = ((latent.double().flatten(1)).square().sum(1) for latent in (x.double() - own.double(), own))
+    return math.sqrt(float((apart / whole).mean()))
+
+
+def estimated_costs(runs: Runs, growth: Sequence[float]) -> list[list[list[float]]]:
+    """costs[h][i][j] [S][S][S + 1] as `candidates` takes them, from inner products on the own runs alone.
+
+    growth: [S + 1], what a squared error at j grows to in the final latents.
+    """
+    steps, gram = len(runs.velocities), _gram(runs)
+    dt = (runs.times[:-1] - runs.times[1:]).double()
+    states = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)  # rows: x_i by x_0, u_0, ..., u_{S-1}
+    states[:, 0] = 1
+    for step in range(steps):
+        states[step + 1 :, step + 1] = -dt[step]
+    velocities = torch.eye(steps + 1, dtype=torch.float64)[1:]
+    nothing = float("inf")
+    costs = [[[nothing] * (steps + 1) for _ in range(steps)] for _ in range(steps)]
+    for i in range(steps):
+        for h in range(i) if i else [0]:
+            known = torch.stack([states[i], velocities[i], *([states[h], velocities[h]] if h < i else [])])
+            inner = known @ gram @ known.mT
+            scale = inner.diagonal().sqrt()
+            inner = inner / torch.outer(scale, scale) + SMALLEST * torch.eye(len(known), dtype=torch.float64)
+            wanted = states[i + 1 :]
+            moment = (known @ gram @ wanted.mT) / scale[:, None]
+            explained = (moment * torch.linalg.solve(inner, moment)).sum(0)
+            whole = (wanted @ gram * wanted).sum(1)
+            left = (whole - explained).clamp(min=0)
+            left[0] = 0  # the next step begins where the full one leads
+            for j in range(i + 1, steps + 1):
+                costs[h][i][j] = float(left[j - i - 1]) * growth[j]
+    return costs
+
+
+def _gram(runs: Runs) -> Tensor:
+    """[S + 1, S + 1] inner products of x_0 and the velocities, averaged over runs as shares of the final latents'."""
+    total = torch.zeros(len(runs.velocities) + 1, len(runs.velocities) + 1, dtype=torch.float64)
+    for run in range(len(runs)):
+        rows = torch.stack([tensor[run].flatten() for tensor in (runs.states[0], *runs.velocities)]).double()
+        total += rows @ rows.mT / runs.states[-1][run].double().square().sum()
+    return total / len(runs)
+
+
+def measured_growth(runs: Runs, count: int) -> list[float]:
+    """[S + 1]: what a squared error in the state at j grows to in the final latents, on the first `count` runs.
+
+    It is the error of a velocity that was kept for a step too long, followed by full steps. S^2 / 2 passes a run.
+    """
+    steps = len(runs.velocities)
+    part = runs.first(count)
+    growth = [1.0] * (steps + 1)
+    with Progress("how errors grow", total=steps - 2) as progress:
+        for j in range(2, steps):
+            own = part.states[j]
+            begun = x = part.after(j - 1, part.states[j - 1], part.velocities[j - 2])
+            for step in range(j, steps):
+                x = part.after(step, x, part.velocity(step, x))
+            before = (begun.double() - own.double()).square().flatten(1).sum(1)
+            final = (x.double() - part.states[-1].double()).square().flatten(1).sum(1)
+            growth[j] = float(torch.where(before > 0, final / before, 1.0).mean())
+            progress.advance()
+    return growth
+
+
+def train_multistep(config: PredictorConfig, output: Path, device: str = "auto") -> list[Schedule]:
+    """Fit scalars to the model's own runs, with the lists that they serve best, into the folder `output`; beside those
+    of other grids that are there already, where they are of the same model and range of guidance.
+
+    Raises:
+        UserError: model and settings do not go together, there are fewer runs than unknowns, or the fit is singular.
+    """
+    check_output(output, FORMAT)
+    with locked(output):
+        return _fit_and_search(config, output, device)
+
+
+def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
+    started = datetime.now(UTC)
+    loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision)
+    sampler, captions, span = runs_of(config, loaded)
+    steps = sampler.steps
+    if config.full_steps is not None:
+        check_full_steps(config.full_steps, steps)
+    if config.budgets and config.budgets[-1] > steps:
+        raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
+    log.info("%d runs of %d steps, guidance from %g to %g", len(captions), steps, *span)
+    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size)
+    if config.full_steps is not None:
+        lists = [tuple(config.full_steps)]
+    else:
+        growth = measured_growth(runs, min(config.search_prompts, config.runs))
+        found = candidates(estimated_costs(runs.first(config.runs), growth), config.tried)
+        budgets = config.budgets or range(1, steps // 2 + 1)
+        lists = [full for budget in budgets for _, full in found[budget]]
+    made = [each for each, _ in fit_lists(runs, lists, config.runs, config.ridge)]
+    best: dict[int, FittedList] = {}
+    for each in made:
+        budget = len(each.full_steps)
+        if budget not in best or each.error < best[budget].error:
+            best[budget] = each
+    fitted = MultistepConfig(
+        loaded.family.name,
+        student_hash(loaded),
+        span,
+        sampler.empty is not None,
+        tuple(best[budget] for budget in sorted(best)),
+    )
+    return _finish(config, output, loaded, sampler, fitted, started)
+
+
+def runs_of(
+    config: PredictorConfig, loaded: LoadedPipeline
+) -> tuple[TrajectorySampler, list[str], tuple[float, float]]:
+    """How the model is sampled, captions of the runs to fit to and then of those to try on, and the range of guidance.
+
+    Raises:
+        UserError: there are no two captions, or the model cannot be sampled so.
+    """
+    high = max(config.guidance_range) if config.guidance_range else config.guidance
+    named = {name: getattr(config, name) for name in ("data", *CLIP_SIZE, "seed", "steps", "shift")}
+    wanted = config.runs + config.checked_prompts
+    asked = CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
+    if config.features is None:
+        source = open_source(loaded, asked)
+        captions = [source.record(i)["caption"] for i in range(min(wanted, len(source)))]
+    else:
+        features = open_features(config.features, None, loaded.hashes, config.on_damage)
+        count = min(wanted, len(features))
+        captions = [features[i][1]["caption"] for i in range(count)]
+        first = features[0][0]
+        shape = first[LATENT].shape if LATENT in first else first["x"].shape
+        asked = replace(asked, **video_size(loaded, shape))
+    captions = told_apart(captions, config.runs, config.checked_prompts)
+    sampler = TrajectorySampler(loaded, asked)
+    if sampler.steps < 2:
+        raise UserError("a model of one step has nothing to predict from", "set steps to 2 or more")
+    return sampler, captions, _span(config, loaded, sampler)
+
+
+def told_apart(captions: Sequence[str], fitted: int, tried: int) -> list[str]:
+    """`fitted` captions to fit to and then `tried` others: where there are fewer, a share of them each, again and again
+    with other noise. `UserError` if there is but one."""
+    count = len(captions)
+    if count < 2:
+        raise UserError("scalars are fitted on one caption and tried on another, and there are no two", "give more")
+    if count < fitted + tried:
+        log.warning("%d captions for %d runs: they are taken again with other noise", count, fitted + tried)
+    apart = count - min(tried, max(1, count * tried // (fitted + tried)))
+    parts = ((captions[:apart], fitted), (captions[apart:], tried))
+    return [part[i % len(part)] for part, wanted in parts for i in range(wanted)]
+
+
+def _span(config: PredictorConfig, loaded: LoadedPipeline, sampler: TrajectorySampler) -> tuple[float, float]:
+    """The range of guidance that is served: as it is set, else what a student was trained on, else the one scale."""
+    scale, _ = guidance_in_force(loaded, config.guidance, None)
+    trained = loaded.conditioning.config.guidance_range if loaded.conditioning else None
+    if sampler.g is None:
+        return scale, scale
+    if config.guidance_range:
+        low, high = config.guidance_range
+        return low, high
+    if config.guidance is None and trained:
+        return trained[0], trained[1]
+    return scale, scale
+
+
+def _finish(
+    config: PredictorConfig,
+    output: Path,
+    loaded: LoadedPipeline,
+    sampler: TrajectorySampler,
+    fitted: MultistepConfig,
+    started: datetime,
+) -> list[Schedule]:
+    """Write the folder, with what it had for other grids."""
+    schedules = [
+        Schedule(each.steps, each.full_steps, "search", each.shift, each.error, each.times) for each in fitted.lists
+    ]
+    kept, searched_on = _kept(output, loaded, fitted)
+    lists = (*(each for each in kept.lists if each.steps != sampler.steps), *fitted.lists) if kept else fitted.lists
+    others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != sampler.steps] if kept else []
+    searched_on = [on for on in searched_on if on["steps"] != sampler.steps]
+    (output / RUN_FILE).unlink(missing_ok=True)
+    Multistep(replace(fitted, lists=lists)).save_pretrained(output)
+    write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
+    source = Path(loaded.source) / RUN_FILE
+    on = {"steps": sampler.steps, "shift": sampler.shift, "guidance": list(fitted.guidance_range)}
+    write_run(
+        output,
+        format=FORMAT,
+        command=COMMAND,
+        config=configuration.to_dict(config),
+        seed=config.seed,
+        started=started,
+        parents={"student": sha256_file(source)} if source.is_file() else {},
+        searched_on=[*searched_on, on | {"runs": config.runs, "prompts": config.checked_prompts}],
+    )
+    return schedules
+
+
+def _kept(
+    output: Path, loaded: LoadedPipeline, fitted: MultistepConfig
+) -> tuple[MultistepConfig | None, list[dict[str, Any]]]:
+    """What is in the folder already, if it goes with what was fitted."""
+    if not (output / RUN_FILE).exists():
+        return None, []
+    run, there = read_run(output, FORMAT), Multistep.from_pretrained(output).config
+    same = there.student in student_hashes(loaded) and there.guidance_range == fitted.guidance_range
+    if not (same and there.two_pass == fitted.two_pass):
+        log.warning("%s holds scalars for another model or other guidance, which are replaced", output)
+        return None, []
+    return there, run.get("searched_on", [])

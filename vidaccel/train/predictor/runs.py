@@ -1,0 +1,121 @@
+"""A model's own full runs, latents and velocities only, and its velocity at any other state of them.
+
+Fitted scalars learn from them and are tried on others of them. Runs differ in caption, noise and, over a range,
+guidance. They are kept on the CPU in the model's dtype: two latents a run and step.
+
+N runs, S steps, C channels, T frames, H and W latent pixels
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vidaccel.collect.encode import encode_texts
+from vidaccel.collect.trajectories import TrajectorySampler
+from vidaccel.errors import UserError
+from vidaccel.progress import Progress
+from vidaccel.sampling import sample
+from vidaccel.train.trainer import generator_for
+
+GUIDANCE_INDEX = 10**9 + 1
+"""Of the generator that scales are drawn by: further than any training goes."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """`states` and `velocities` of N runs, and what it takes to run them otherwise."""
+
+    sampler: TrajectorySampler
+    states: list[Tensor]
+    """S + 1 of [N, C, T, H, W]: what each step began with, and the final latents."""
+    velocities: list[Tensor]
+    """S of [N, C, T, H, W]."""
+    text: dict[str, Tensor]
+    """[N, ...] by stored name."""
+    g: Tensor | None
+    """[N] guidance scales; None for a model that takes none."""
+    batch_size: int
+    """Runs that go through the model together."""
+
+    def __len__(self) -> int:
+        return len(self.states[0])
+
+    def first(self, count: int) -> "Runs":
+        """The first `count` of them."""
+        return replace(
+            self,
+            states=[x[:count] for x in self.states],
+            velocities=[u[:count] for u in self.velocities],
+            text={name: tensor[:count] for name, tensor in self.text.items()},
+            g=None if self.g is None else self.g[:count],
+        )
+
+    @property
+    def times(self) -> Tensor:
+        """[S + 1]"""
+        return self.sampler.grid.tensor
+
+    @torch.no_grad()
+    def velocity(self, step: int, x: Tensor) -> Tensor:
+        """What the model gives at a step that begins with x [N, C, T, H, W] in place of `states[step]`."""
+        if x is self.states[step]:
+            return self.velocities[step]
+        device, times = self.sampler.transformer.device, self.times
+        parts = []
+        for first in range(0, len(x), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            part = x[rows].to(device)
+            t, r = (times[i].to(device).expand(len(part)) for i in (step, step + 1))
+            text = {name: tensor[rows].to(device) for name, tensor in self.text.items()}
+            g = None if self.g is None else self.g[rows].to(device)
+            parts.append(self.sampler.guided(part, t, text, r=r, g=g).cpu())
+        return torch.cat(parts)
+
+    def after(self, step: int, x: Tensor, u: Tensor) -> Tensor:
+        """The state that a step with velocity u leads to, as the sampler takes it; its own where it is its own."""
+        if x is self.states[step] and u is self.velocities[step]:
+            return self.states[step + 1]
+        dt = self.times[step] - self.times[step + 1]
+        return (x.float() - dt * u).to(x.dtype)
+
+
+def own_runs(
+    sampler: TrajectorySampler,
+    captions: Sequence[str],
+    seed: int,
+    guidance_range: tuple[float, float],
+    batch_size: int,
+) -> Runs:
+    """Full runs on these captions, run i from the noise of seed + i, with scales drawn uniformly from the range.
+
+    Raises:
+        UserError: a run is not finite.
+    """
+    low, high = guidance_range
+    count = len(captions)
+    drawn = low + (high - low) * torch.rand(count, generator=generator_for(seed, GUIDANCE_INDEX))
+    g = None if sampler.g is None else drawn
+    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sampler.steps)]
+    ends, texts = [], []
+    with Progress("the model's own runs", total=math.ceil(count / batch_size)) as progress:
+        for first in range(0, count, batch_size):
+            rows = slice(first, min(first + batch_size, count))
+            text = encode_texts(sampler.loaded, list(captions[rows]))
+            noise = sampler.noise([seed + i for i in range(rows.start, rows.stop)])
+            scales = None if g is None else g[rows].to(noise.device)
+
+            def keep(step: int, x: Tensor, u: Tensor) -> None:
+                kept[step].append((x.cpu(), u.cpu()))
+
+            ends.append(sample(sampler.guided, noise, text, sampler.grid.tensor, scales, keep).cpu())
+            texts.append({name: tensor.cpu() for name, tensor in text.items()})
+            progress.advance()
+    states = [torch.cat([x for x, _ in parts]) for parts in kept] + [torch.cat(ends)]
+    velocities = [torch.cat([u for _, u in parts]) for parts in kept]
+    if not all(tensor.isfinite().all() for tensor in (*states, *velocities)):
+        raise UserError("runs of the model are not finite", "try dtype=float32; if that fails too, it is broken")
+    text = {name: torch.cat([part[name] for part in texts]) for name in texts[0]}
+    return Runs(sampler, states, velocities, text, g, batch_size)
