@@ -138,7 +138,7 @@ def run_pipeline(
     """
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-    arguments = call_arguments(loaded, steps=config.steps, **size, **guidance)
+    arguments = call_arguments(loaded, steps=config.steps, negative_prompt=config.negative_prompt, **size, **guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     loaded.pipe.set_progress_bar_config(disable=True)
@@ -194,13 +194,6 @@ def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:
         log.warning(
             "the model does not know %s: %s taken as unknown", words, "it is" if len(unknown) == 1 else "they are"
         )
-
-
-def warn_of_guidance(loaded: LoadedPipeline, guidance: float | None) -> None:
-    """Say so where a student was trained on other scales than this."""
-    trained = loaded.conditioning.config.guidance_range if loaded.conditioning else None
-    if guidance is not None and trained and not trained[0] <= guidance <= trained[1]:
-        log.warning("guidance=%g: the student was trained on scales from %g to %g", guidance, *trained)
 
 
 class _Passes:

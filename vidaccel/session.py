@@ -9,11 +9,12 @@ from typing import Any
 from vidaccel.cache.attach import Attachment
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.models.calling import warn_of_guidance
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
-from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_guidance, warn_of_unknown_words
+from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_unknown_words
 
 
 @dataclass

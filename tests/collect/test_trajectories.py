@@ -75,6 +75,23 @@ def pipeline_latents(loaded: LoadedPipeline, **settings) -> torch.Tensor:
     return loaded.pipe(CAPTIONS, generator=generators, output_type="latent", **arguments).frames
 
 
+def test_the_negative_prompt_is_the_pipelines(teachers):
+    """Of the settings, else of the model's own call; another than the empty one is another velocity."""
+    loaded, grid = teachers["wan"], step_grid(4, 2.0)
+    own = replace(loaded, call=loaded.call | {"negative_prompt": "a green square"})
+    runs = {}
+    for name, model, said in (("", loaded, None), ("said", loaded, "a green square"), ("own", own, None)):
+        runs[name] = TrajectorySampler(model, config(steps=4, negative_prompt=said))(CAPTIONS, SEEDS)
+    assert torch.equal(runs["said"]["velocity"], runs["own"]["velocity"])
+    assert not torch.equal(runs["said"]["velocity"], runs[""]["velocity"])
+    arguments = call_arguments(own, steps=4)
+    assert arguments["negative_prompt"] == "a green square"
+    set_guidance(own)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    made = own.pipe(CAPTIONS, generator=generators, output_type="latent", **arguments).frames
+    torch.testing.assert_close(end(runs["own"], grid), made, rtol=1e-4, atol=1e-4)
+
+
 def end(run: dict[str, torch.Tensor], grid: torch.Tensor) -> torch.Tensor:
     """Where runs [B, S, ...] arrive after their last step."""
     return run["x"][:, -1] - (grid[-2] - grid[-1]) * run["velocity"][:, -1]

@@ -47,8 +47,10 @@ def write_features(
     spoil: float = 1.0,
     per_shard: int = 256,
     size: tuple[int, int, int] = (2, 4, 4),
+    said: dict | None = None,
 ) -> Path:
-    """Three samples with random latents [C, *size], the first one's multiplied by `spoil`."""
+    """Three samples with random latents [C, *size], the first one's multiplied by `spoil`; `said` are the settings of
+    the command."""
     generator = torch.Generator().manual_seed(0)
     channels = loaded.pipe.transformer.config.out_channels
     latents = torch.randn(3, channels, *size, generator=generator)
@@ -63,7 +65,7 @@ def write_features(
         folder,
         format="features/1",
         command="test",
-        config={},
+        config=said or {},
         seed=0,
         started=datetime.now(UTC),
         made_with=made_with,

@@ -38,6 +38,7 @@ from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.own_call import loaded_of
 from vidaccel.models.weight_hashes import student_hashes
 
 
@@ -55,7 +56,7 @@ def attach(
     """Let a forecaster stand in for the transformer's blocks on all but the full steps.
 
     Args:
-        pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives.
+        pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives, or its `pipe`.
         predictor: the folder of a trained one or of fitted scalars, sprites/<name> for one that is shipped, "reuse",
             "taylor" or another name of forecasters/registry.py, or any forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
@@ -73,7 +74,7 @@ def attach(
     Raises:
         UserError: the pipeline is attached already, the predictor is not for it, or the full steps make no sense.
     """
-    loaded = pipe if isinstance(pipe, LoadedPipeline) else None
+    loaded = pipe if isinstance(pipe, LoadedPipeline) else loaded_of(pipe)
     pipe = loaded.pipe if loaded else pipe
     family = family_of_pipeline(type(pipe).__name__)
     for transformer in denoisers_of(pipe, family):

@@ -28,7 +28,7 @@ LATENT = "latent"
 def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
     """What the pipeline would feed its transformer for these prompts, bit for bit: [B, ...] by stored name.
 
-    The transformer's dtype and the pipeline's device, masks too. The empty caption is the unconditional one.
+    The transformer's dtype and the pipeline's device, masks too. The negative prompt's are those of its own text.
     """
     pipe, family = loaded.pipe, loaded.family
     dtype = denoisers_of(pipe, family)[0].dtype
@@ -48,7 +48,7 @@ def text_settings(loaded: LoadedPipeline) -> dict[str, Any]:
     """
     known = inspect.signature(type(loaded.pipe).encode_prompt).parameters
     of_call = inspect.signature(type(loaded.pipe).__call__).parameters
-    shared = [name for name in of_call if name in known and name not in ("self", "prompt")]
+    shared = [name for name in of_call if name in known and name not in ("self", "prompt", "negative_prompt")]
     settings = {name: loaded.call.get(name, of_call[name].default) for name in shared}
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -2,18 +2,23 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vidaccel.artefacts import read_run
 from vidaccel.collect.encode import LATENT, encode_texts, is_mask
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
+from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
 
 FORMAT = "features/1"
 NOT_TEXT = {LATENT, "times", "x", "velocity", "cache", "cache_text"}
 """Tensors of a sample that are not made from its caption."""
+SAID = ("guidance", "negative_prompt")
+"""Settings of collect-features that say how whoever is trained on the features is called, besides the videos' size."""
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +60,20 @@ def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
             f"{features.folder} was made with another model: {', '.join(sorted(others))} do not fit {loaded.source}",
             "collect features with this model, or train the one that they were made with",
         )
+
+
+def called_like(features: ShardFolder, loaded: LoadedPipeline) -> LoadedPipeline:
+    """The model with what these features say of its call in place of its own: the videos' size and rate, and what was
+    said of guidance when they were collected. A student keeps its own scale, which it was given by a training."""
+    tensors, record = features[0]
+    latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
+    said: dict[str, Any] = video_size(loaded, latent.shape)
+    config = read_run(features.folder, FORMAT)["config"]
+    if fps := record.get("fps") or config.get("fps"):
+        said["fps"] = fps
+    if loaded.call.get("two_pass") is not False:  # which every student's says
+        said |= {name: config[name] for name in SAID if config.get(name) is not None}
+    return replace(loaded, call=loaded.call | said)
 
 
 def check_made_for(folder: str | Path, hashes: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The kinds of feature folder (formats.md): which samples each consists of."""
 
 from vidaccel.collect.encode import encode_samples, text_settings
+from vidaccel.collect.features import SAID
 from vidaccel.collect.job import Job
 from vidaccel.collect.source import ClipSource, open_source
 from vidaccel.collect.trajectories import trajectory_job
@@ -30,5 +31,7 @@ def encoding_job(loaded: LoadedPipeline, source: ClipSource, config: CollectConf
         return encode_samples(loaded, videos, records, config.store)
 
     settings = {"store": config.store, "dtype": str(loaded.pipe.vae.dtype), "tiling": config.tiling}
-    settings |= {"text": text_settings(loaded)} | source.fingerprint
+    # What is passed on to trainings: said otherwise, it is another folder.
+    said = {name: getattr(config, name) for name in SAID if getattr(config, name) is not None}
+    settings |= said | {"text": text_settings(loaded)} | source.fingerprint
     return Job(loaded, config, len(source), compute, encoder_hashes(loaded), settings)

@@ -19,7 +19,7 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.calling import guidance_in_force, unwanted
 from vidaccel.models.grid import Grid, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity, guided_velocity
@@ -39,7 +39,8 @@ class TrajectorySampler:
         self.velocity = Velocity(transformer, loaded.family, loaded.conditioning)
         embeds = self.velocity.embeds("g")
         self.guidance, two_pass = guidance_in_force(loaded, config.guidance, False if embeds else None)
-        self.empty = encode_texts(loaded, [""]) if two_pass and self.guidance > 1 else None
+        self.negative_prompt = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
+        self.empty = encode_texts(loaded, [self.negative_prompt]) if two_pass and self.guidance > 1 else None
         self.g = self.guidance if embeds or self.empty else None
         if config.cache and self.empty:
             raise UserError(
@@ -106,5 +107,7 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
         "cache": config.cache,
         "seed": config.seed,
     }
+    if sampler.empty and sampler.negative_prompt:
+        settings["negative_prompt"] = sampler.negative_prompt
     settings |= sampled | sampler.size | {"text": text_settings(loaded)} | source.fingerprint
     return Job(loaded, config, len(source), compute, dict(loaded.hashes), settings)

@@ -31,7 +31,10 @@ class CollectConfig:
     shift: float | None = None
     """Of trajectories: shift of the step grid."""
     guidance: float | None = None
-    """Of trajectories: classifier-free guidance scale g."""
+    """Classifier-free guidance scale g: trajectories are sampled with it, and students trained on encoded clips are
+    called with it unless told."""
+    negative_prompt: str | None = None
+    """What two-pass guidance leads away from, for trajectories and for whoever is trained on encoded clips."""
     cache: bool = False
     """Of trajectories: the tokens that leave the trunk at each step are stored too, instead of being computed again by
     who needs them. They are large: 0.39 GB a step for HunyuanVideo."""

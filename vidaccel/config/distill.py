@@ -55,8 +55,9 @@ class DistillConfig:
     fps: float | None = None
     """Frames a second that such clips are brought to; null is the model's own."""
     seed: int = 0
-    guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
-    """Scales g that the student learns, drawn uniformly."""
+    guidance_range: list[float] | None = None
+    """[low, high] of the scales g that the student learns, drawn uniformly; null is what a teacher with its guidance
+    distilled learnt, else 1 to 8, or to the scale that the student is called with where that is larger."""
     times: str = "logit_normal"
     """Distribution of t before it is moved towards noise: `uniform` or `logit_normal`."""
     train_shift: float | None = None
@@ -64,7 +65,9 @@ class DistillConfig:
     sample_steps: int = 50
     """Sampler steps that the student is made for: what it is saved, sampled and shown with."""
     guidance: float | None = None
-    """Scale it is sampled with unless told; null is the teacher's."""
+    """Scale it is sampled with unless told; null is that of the features, else the teacher's."""
+    negative_prompt: str | None = None
+    """What the teacher's guidance in two passes leads away from; null is that of the features, else the teacher's."""
     shift: float | None = None
     """Shift of its step grid; null is the teacher's."""
     embedding_rate: float = 1.0
@@ -96,8 +99,10 @@ class DistillConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
         low_high = self.guidance_range
-        fits = len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf
-        require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high")
+        fits = low_high is None or (len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf)
+        require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high, or null")
+        g = self.guidance
+        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
         for key in ("shift", "train_shift"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")

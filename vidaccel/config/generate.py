@@ -23,6 +23,8 @@ class GenerateConfig(RuntimeConfig):
     """Classifier-free guidance scale g."""
     two_pass: bool | None = None
     """true: two forward passes a step; false: one, with g embedded; null: two unless the model embeds g."""
+    negative_prompt: str | None = None
+    """What guidance in two passes leads away from; a student has its own inside."""
     instantaneous: bool = False
     """true: a student of mean velocities is sampled as the model of instantaneous ones that it contains (r = t)."""
     predictor: str | None = None

@@ -5,29 +5,34 @@ makes one pass a step, since both passes of two-pass guidance would then end in 
 """
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import SamplingDefaults
 from vidaccel.families.walk import denoisers_of, patch_of
-from vidaccel.models.loading import LoadedPipeline
 
-OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {"two_pass"}
+if TYPE_CHECKING:  # which imports this
+    from vidaccel.models.loading import LoadedPipeline
+
+log = logging.getLogger(__name__)
+OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {"two_pass", "negative_prompt"}
 
 
 def call_arguments(
-    loaded: LoadedPipeline,
+    loaded: "LoadedPipeline",
     *,
     steps: int | None = None,
     guidance: float | None = None,
     two_pass: bool | None = None,
+    negative_prompt: str | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -40,14 +45,15 @@ def call_arguments(
         guidance: classifier-free guidance (CFG) scale, at least 1, which is none.
         two_pass: True runs the transformer with and without the prompt at each step, False once with the scale
             embedded; None takes two passes unless the model embeds its guidance.
+        negative_prompt: what two passes lead away from.
         num_frames: frames, 4k + 1 for the usual autoencoders.
         height: pixels.
         width: pixels.
 
     Raises:
         UserError: a value out of range (the message names the nearest valid sizes), guidance that one pass cannot
-            follow, two passes of a student that embeds its guidance, or a setting in the model's run.json that its
-            pipeline does not take.
+            follow, two passes of a student that embeds its guidance, a negative prompt without two passes, or a setting
+            in the model's run.json that its pipeline does not take.
     """
     pipe, rule = loaded.pipe, loaded.family.guidance
     steps = _given(steps, loaded, "steps")
@@ -57,6 +63,11 @@ def call_arguments(
     sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
     check_sizes(loaded, **sizes)
     guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    if negative_prompt and not two_pass:
+        raise UserError(
+            f"negative_prompt={negative_prompt!r} needs two passes a step, and this {loaded.family.title} makes one",
+            "leave it out; a student has the one inside that it was distilled with",
+        )
 
     arguments = {"num_inference_steps": steps, **sizes}
     if rule.cfg_argument:
@@ -64,11 +75,12 @@ def call_arguments(
     if rule.embedded_argument:
         arguments[rule.embedded_argument] = 1.0 if two_pass else guidance
     if two_pass:
-        arguments["negative_prompt"] = ""  # HunyuanVideo's pipeline takes an absent one for "no guidance"
+        # HunyuanVideo's pipeline takes an absent one for "no guidance".
+        arguments["negative_prompt"] = unwanted(loaded) if negative_prompt is None else negative_prompt
     return arguments | _extra_arguments(pipe, loaded)
 
 
-def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None) -> None:
+def set_guidance(loaded: "LoadedPipeline", *, guidance: float | None = None, two_pass: bool | None = None) -> None:
     """Set the scale where it is no call argument: in a pipeline's guider, in the hook of a student that embeds it.
 
     Arguments and errors are those of `call_arguments`.
@@ -83,7 +95,11 @@ def set_guidance(loaded: LoadedPipeline, *, guidance: float | None = None, two_p
 
 @contextmanager
 def sampled_as(
-    loaded: LoadedPipeline, *, guidance: float | None = None, two_pass: bool | None = None, instantaneous: bool = False
+    loaded: "LoadedPipeline",
+    *,
+    guidance: float | None = None,
+    two_pass: bool | None = None,
+    instantaneous: bool = False,
 ) -> Iterator[None]:
     """The pipeline set to be called, for the time of a `with` block: its guider and hook are then as they were.
 
@@ -101,7 +117,7 @@ def sampled_as(
         yield
 
 
-def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
+def guidance_in_force(loaded: "LoadedPipeline", guidance: float | None, two_pass: bool | None) -> tuple[float, bool]:
     """The scale that the arguments of `call_arguments` lead to, and whether it is reached by two passes a step."""
     transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     distilled = loaded.conditioning is not None and "g" in loaded.conditioning.config.embeds
@@ -125,14 +141,27 @@ def guidance_in_force(loaded: LoadedPipeline, guidance: float | None, two_pass: 
     return float(guidance), two_pass
 
 
-def size_steps(loaded: LoadedPipeline) -> tuple[int, int]:
+def unwanted(loaded: "LoadedPipeline") -> str:
+    """The negative prompt that the model is called with unless told: what two-pass guidance leads away from."""
+    return loaded.call.get("negative_prompt") or ""
+
+
+def warn_of_guidance(loaded: "LoadedPipeline", guidance: float | None) -> None:
+    """Say so where a student was trained on other scales than this; None is its own."""
+    trained = loaded.conditioning.config.guidance_range if loaded.conditioning else None
+    scale = loaded.default("guidance") if guidance is None else guidance
+    if trained and not trained[0] <= scale <= trained[1]:
+        log.warning("guidance=%g: the student was trained on scales from %g to %g", scale, *trained)
+
+
+def size_steps(loaded: "LoadedPipeline") -> tuple[int, int]:
     """(f, s): this pipeline makes f k + 1 frames of a height and width that are multiples of s pixels, k = 0, 1, ..."""
     pipe, family = loaded.pipe, loaded.family
     *_, width = patch_of(denoisers_of(pipe, family)[0])
     return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, width * pipe.vae_scale_factor_spatial)
 
 
-def video_size(loaded: LoadedPipeline, latent: Sequence[int]) -> dict[str, int]:
+def video_size(loaded: "LoadedPipeline", latent: Sequence[int]) -> dict[str, int]:
     """num_frames, height and width of the video that a latent of this shape [..., T, H, W] decodes to."""
     (frames, height, width), spatial = latent[-3:], loaded.pipe.vae_scale_factor_spatial
     frames = (frames - 1) * loaded.pipe.vae_scale_factor_temporal + 1
@@ -145,7 +174,7 @@ def neighbours(value: int, step: int, first: int) -> list[int]:
     return sorted({max(below, first), max(below if below == value else below + step, first)})
 
 
-def check_sizes(loaded: LoadedPipeline, *, num_frames: int, height: int, width: int) -> None:
+def check_sizes(loaded: "LoadedPipeline", *, num_frames: int, height: int, width: int) -> None:
     """`UserError` naming the nearest valid values unless the pipeline can make a video of this size."""
     refuse_misfits(loaded.family.title, size_steps(loaded), num_frames=num_frames, height=height, width=width)
 
@@ -176,11 +205,11 @@ def unknown_words(pipe: DiffusionPipeline, prompt: str) -> list[str]:
     return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
 
 
-def _given(value: Any, loaded: LoadedPipeline, name: str) -> Any:
+def _given(value: Any, loaded: "LoadedPipeline", name: str) -> Any:
     return loaded.default(name) if value is None else value
 
 
-def _extra_arguments(pipe: DiffusionPipeline, loaded: LoadedPipeline) -> dict[str, Any]:
+def _extra_arguments(pipe: DiffusionPipeline, loaded: "LoadedPipeline") -> dict[str, Any]:
     """The model's own settings that are not ours but the pipeline's, such as prompt_template."""
     extra = {name: value for name, value in loaded.call.items() if name not in OWN_SETTINGS}
     known = inspect.signature(type(pipe).__call__).parameters.keys() - {"self"}

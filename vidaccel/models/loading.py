@@ -21,9 +21,11 @@ from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
+from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
 from vidaccel.models.grid import GridScheduler
+from vidaccel.models.own_call import called_as_made, remember
 from vidaccel.models.step_hook import StepHook
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
 from vidaccel.worlds import WORLDS, shipped_models
@@ -32,12 +34,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedPipeline:
     """A pipeline in memory, and what is known about where it came from."""
 
     pipe: DiffusionPipeline
-    """The stock diffusers pipeline, on its device."""
+    """The diffusers pipeline, on its device; called with its prompt alone it takes the model's own settings."""
     family: DiTFamily
     """The record that describes it."""
     source: str
@@ -54,6 +56,23 @@ class LoadedPipeline:
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
         return self.call.get(name, getattr(self.family.defaults, name))
+
+    @property
+    def guidance(self) -> float:
+        """The scale that the pipeline is called with unless told; 1 is none.
+
+        Set it for the calls to come, of a student too, whose scale is no argument of its pipeline; `UserError` for what
+        is no scale, or one that the model cannot follow.
+        """
+        return guidance_in_force(self, None, None)[0]
+
+    @guidance.setter
+    def guidance(self, scale: float) -> None:
+        guidance_in_force(self, scale, None)
+        warn_of_guidance(self, scale)
+        self.call = self.call | {"guidance": float(scale)}
+        set_guidance(self)
+        called_as_made(self)
 
 
 def load_pipeline(
@@ -264,7 +283,14 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
     hook = None
     if conditioning is not None or (family.r_config and transformer.config[family.r_config]):
         hook = StepHook(pipe, family, conditioning, loaded.default("guidance"))
-    return replace(loaded, conditioning=conditioning, hook=hook)
+    made = replace(loaded, conditioning=conditioning, hook=hook)
+    if "guidance" in made.call and family.guidance.guider:
+        set_guidance(made)
+    if made.call or hook:
+        called_as_made(made)
+    else:
+        remember(made)  # and call it as diffusers does
+    return made
 
 
 def _grid_scheduler(scheduler: Any, conditioning: Path) -> GridScheduler:

@@ -77,7 +77,8 @@ class StepHook(ModelHook):
         if self._last is not None and self._last[0] is timesteps and self._last[1] == index:
             raise UserError(
                 "the pipeline makes two passes a step, and this student embeds its guidance in one",
-                "switch the pipeline's own guidance off (guidance_scale=1.0) and set the scale on the student's hook",
+                "leave the pipeline's own guidance out, or off (guidance_scale=1.0), and set the scale of what "
+                "vidaccel.load_pipeline gave: loaded.guidance = 4",
             )
         self._last = timesteps, index
 

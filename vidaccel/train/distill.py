@@ -32,7 +32,7 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of
-from vidaccel.models.calling import video_size
+from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, local_path, read_model, resolve_device
@@ -45,6 +45,7 @@ from vidaccel.train.gates import HeldOut
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
 from vidaccel.train.objective import drawing_device, generator_for
+from vidaccel.train.own_call import called_as_told, own_scale, warn_of_scale, with_scales
 from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
 from vidaccel.train.trainer import train
 
@@ -99,8 +100,13 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     seen = None
     if clips is None:
         seen, provenance = open_data(loaded, config)
+        loaded = called_as_told(loaded, config, seen)
         clips = _in_memory(loaded, config, Clips(seen, provenance), target)
     data, provenance, held_out = clips
+    config = with_scales(config, loaded)
+    warn_of_scale(config, loaded)
+    if unwanted(loaded):
+        provenance = provenance | {"negative_prompt": unwanted(loaded)}
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     start = _started(config, loaded)
     copy = student_of(loaded, config, start)
@@ -117,9 +123,10 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     shard(student, [*blocks, *parts], target)
     shard(teacher, _blocks(teacher.transformer, loaded.family), target)
     loaded.pipe.to(target)  # what is not sharded: text encoders and autoencoder, which both pipelines share
-    empty, shift = encode_texts(loaded, [""]), config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
+    empty = encode_texts(loaded, [unwanted(loaded)])
     if isinstance(data, Bank):
         empty = data.cut(empty)
+    shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     task = Distillation(config, teacher, student, data, empty, shift)
     method.preflight(task)
     loss = method.loss(task)
@@ -150,14 +157,9 @@ def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
     elsewhere = {"train", "start", "features", "on_damage", "data", "clips", *CLIP_SIZE, "seed"}
-    elsewhere |= {
-        "prompts",
-        "guidance",
-        "merge_lora",
-        "bank",
-        "gate_samples",
-        "gate_runs",
-    }  # of what is made of the weights
+    elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
+    elsewhere |= {"bank", "gate_samples", "gate_runs"}  # what was learnt from says what that means
+    elsewhere |= {"negative_prompt"}  # which may be the features' or the teacher's: see `made_of`
     return _of_one_method({key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere})
 
 
@@ -240,11 +242,10 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipel
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift)
     if "g" in embeds:
-        trained["guidance_range"] = tuple(config.guidance_range)
+        trained["guidance_range"] = tuple(with_scales(config, loaded).guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
-    guidance = loaded.default("guidance") if config.guidance is None else config.guidance
-    own = {"steps": config.sample_steps, "guidance": guidance, "two_pass": False}
-    return as_student(replace(copy, call=copy.call | own), conditioning, GridScheduler(shift=shift))
+    own = {"steps": config.sample_steps, "guidance": own_scale(config, loaded), "two_pass": False}
+    return as_student(replace(copy, call=loaded.call | own), conditioning, GridScheduler(shift=shift))
 
 
 def _started(config: DistillConfig, teacher: LoadedPipeline) -> LoadedPipeline | None:
@@ -311,8 +312,8 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) 
     """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side. Every
     process makes them, one writes."""
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
-    like = replace(GenerateConfig(), **video_size(copy, data[0][0][LATENT].shape))
-    videos = [generate(copy, [prompt], like, [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)]
+    own = GenerateConfig()
+    videos = [generate(copy, [prompt], own, [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)]
     if rank() == 0:
         contact_sheet(videos, file, labels=list(prompts))
 

@@ -1,0 +1,52 @@
+"""How a student will be called, settled before it is trained: size, rate, guidance and negative prompt, each said once.
+
+The settings of the training say it, else its features, which repeat what was said when they were collected, else the
+teacher's own run.json, else its family.
+"""
+
+import logging
+from dataclasses import replace
+
+from vidaccel.collect.features import called_like
+from vidaccel.config.checks import CLIP_SIZE
+from vidaccel.config.distill import DistillConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.train.methods.base import Data
+
+log = logging.getLogger(__name__)
+HIGHEST = 8.0
+"""Scale up to which students learn at least; models are called with 5 to 7."""
+
+
+def called_as_told(teacher: LoadedPipeline, config: DistillConfig, data: Data) -> LoadedPipeline:
+    """The teacher, called as its student is to be."""
+    if isinstance(data, ShardFolder):
+        teacher = called_like(data, teacher)
+    own = {name: getattr(config, name) for name in (*CLIP_SIZE, "negative_prompt")}
+    return replace(teacher, call=teacher.call | {name: value for name, value in own.items() if value is not None})
+
+
+def own_scale(config: DistillConfig, teacher: LoadedPipeline) -> float:
+    """Scale that the student is called with unless told."""
+    return teacher.default("guidance") if config.guidance is None else config.guidance
+
+
+def with_scales(config: DistillConfig, teacher: LoadedPipeline) -> DistillConfig:
+    """`config` with the range of scales that is trained on, where it leaves that open."""
+    learnt = teacher.conditioning.config.guidance_range if teacher.conditioning else None
+    chosen = config.guidance_range or learnt or (1.0, max(HIGHEST, own_scale(config, teacher)))
+    return replace(config, guidance_range=list(chosen))
+
+
+def warn_of_scale(config: DistillConfig, teacher: LoadedPipeline) -> None:
+    """Say so where the student does not learn the scale that it is called with."""
+    scale = own_scale(config, teacher)
+    low, high = config.guidance_range or (scale, scale)
+    if not low <= scale <= high:
+        log.warning(
+            "the student is called with guidance %g and learns scales from %g to %g: set guidance=, or guidance_range=",
+            scale,
+            low,
+            high,
+        )
