@@ -49,6 +49,15 @@ def student(folder: Path, family: str, embeds: tuple[str, ...] = ("r", "g"), **o
     return save(folder / "student", loaded, trained(loaded, embeds) if embeds else None)
 
 
+def for_diffusers(folder: Path) -> Path:
+    """A student's folder as vidaccel wrote them once, which diffusers loads without its conditioning."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"][0] = "diffusers"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    vouch(folder)
+    return folder
+
+
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by its name relative to the folder."""
     return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}

@@ -14,6 +14,7 @@ PACKAGE = Path(vidaccel.__file__).parent
 LAYERS = (
     "vidaccel",  # __init__.py: the version and the public names, imported when they are asked for
     "vidaccel.errors",
+    "vidaccel.students",  # imported by diffusers
     "vidaccel.file_hashes",
     "vidaccel.artefacts",
     "vidaccel.locks",

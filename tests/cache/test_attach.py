@@ -12,7 +12,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, UniPCMultistepScheduler
 
 import vidaccel
-from tests.students import student
+from tests.students import for_diffusers, student
 from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, write_schedules
@@ -424,7 +424,7 @@ def test_a_pipeline_that_diffusers_loaded_is_known_by_its_files(trained, tmp_pat
 
 
 def test_a_student_that_diffusers_loaded_needs_its_conditioning(tmp_path):
-    folder = student(tmp_path, "wan", ("r",))
+    folder = for_diffusers(student(tmp_path, "wan", ("r",)))
     loaded = load_pipeline(folder)
     predictor = predictor_for(loaded.pipe, student=student_hash(loaded))
     pipe = DiffusionPipeline.from_pretrained(folder)

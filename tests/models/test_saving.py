@@ -4,15 +4,17 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 
-from tests.students import STARTED, contents, refused, save, save_teacher, trained, vouch
+import vidaccel.students
+from tests.students import STARTED, contents, for_diffusers, refused, save, save_teacher, trained, vouch
 from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, write_run
 from vidaccel.errors import UserError
@@ -34,11 +36,13 @@ def students(teachers, tmp_path_factory) -> dict[str, Path]:
 def test_a_student_is_a_diffusers_folder_with_the_teachers_other_parts(family, teachers, students):
     teacher, folder = teachers[family], students[family]
     mine, theirs = contents(folder), contents(Path(teacher.source))
-    own = ("transformer/", "scheduler/", "conditioning/", RUN_FILE, "model_index.json")
+    own = ("transformer/", "scheduler/", "conditioning/", RUN_FILE, "model_index.json", "README.md")
     assert {name for name, digest in mine.items() if theirs.get(name) != digest} <= {
         n for n in mine if n.startswith(own)
     }
-    assert {name.split("/")[0] for name in theirs} | {"conditioning"} == {name.split("/")[0] for name in mine}
+    assert {name.split("/")[0] for name in theirs} | {"conditioning", "README.md"} == {
+        name.split("/")[0] for name in mine
+    }
     index = json.loads((folder / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # Wan's own is UniPC
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["shift"] == 2.0
@@ -68,9 +72,38 @@ def test_weights_are_stored_in_half_precision_where_the_class_allows(family, tea
     assert loaded.conditioning(**numbers).abs().max() > 0
 
 
-def test_plain_diffusers_loads_a_student_as_well(students):
-    pipe = WanPipeline.from_pretrained(students["wan"])
+@pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
+def test_diffusers_alone_refuses_a_student(family, students):
+    for cls in (DiffusionPipeline, type(load_pipeline(students[family]).pipe).__mro__[1]):
+        with pytest.raises(UserError, match="which diffusers would load without its conditioning") as caught:
+            cls.from_pretrained(students[family])
+        assert "vidaccel.load_pipeline" in caught.value.hint
+    index = json.loads((students[family] / "model_index.json").read_text())
+    assert index["transformer"][0] == "vidaccel.students"
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchModel'"):
+        vidaccel.students.NoSuchModel  # noqa: B018
+
+
+def test_a_student_of_an_earlier_version_loads(students, tmp_path):
+    """Whose index names diffusers' own class, by which diffusers loads it too."""
+    old = for_diffusers(Path(shutil.copytree(students["wan"], tmp_path / "old")))
+    pipe = WanPipeline.from_pretrained(old)
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and pipe.scheduler.shift == 2.0
+    same = load_pipeline(students["wan"])
+    weights = load_pipeline(old).pipe.transformer.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in same.pipe.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
+def test_the_card_says_how_to_call_it(family, students):
+    card = (students[family] / "README.md").read_text()
+    assert "distilled to 4 steps of one pass each" in card and "5 frames of 32 x 32 in 4 steps" in card
+    assert "a scale of 4." in card and "diffusers alone does not load this folder" in card
+    (python,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    made: dict = {}
+    exec(python.replace("path/to/this/folder", str(students[family])).replace("cuda", "cpu"), made)
+    assert len(made["video"]) == 5
+    assert "README.md" in json.loads((students[family] / "run.json").read_text())["files"]
 
 
 def test_the_users_own_call_is_one_pass_a_step(tmp_path):
@@ -121,12 +154,12 @@ def test_a_run_folder_keeps_its_checkpoints_and_loses_the_old_student(teachers, 
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "state.json").write_text("{}")
     (folder / ".draft.0123").mkdir()  # a killed run's
-    save(folder, teacher, trained(teacher), documents={"README.md": "a card"})
-    assert "README.md" in read_run(folder, "model/1")["files"]
+    save(folder, teacher, trained(teacher), documents={"NOTES.md": "a note"})
+    assert {"NOTES.md", "README.md"} <= read_run(folder, "model/1")["files"].keys()
     assert not list(folder.glob("*draft*")) and not list(folder.glob(".*"))
     save(folder, teacher, None)
     assert (folder / "checkpoints" / "state.json").exists()
-    assert not (folder / "conditioning").exists() and not (folder / "README.md").exists()
+    assert not (folder / "conditioning").exists() and not (folder / "NOTES.md").exists()
     assert read_model(folder).contents.conditioning is None
 
 

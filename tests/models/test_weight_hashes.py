@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vidaccel
-from tests.students import student
+from tests.students import for_diffusers, student
 from vidaccel import file_hashes
 from vidaccel.errors import UserError
 from vidaccel.forecasters.learned import Predictor, new_predictor
@@ -68,7 +68,7 @@ def test_a_pipeline_that_diffusers_loaded_of_the_hub_is_known_by_its_snapshot(sa
 
 
 def test_weights_are_read_once_by_loading_attaching_and_distilling(tmp_path, monkeypatch):
-    folder = student(tmp_path, "wan")
+    folder = for_diffusers(student(tmp_path, "wan"))
     loaded = load_pipeline(folder)
     predictor_of(loaded, student=student_hash(loaded)).save_pretrained(tmp_path / "predictor")
     settled = [path for path in tmp_path.rglob("*") if path.is_file()]

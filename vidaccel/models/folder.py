@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
-from vidaccel import artefacts
+from vidaccel import artefacts, students
 from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -206,8 +206,10 @@ def with_student_parts(contents: ModelFolder, path: Path) -> ModelFolder:
 
 
 def _component(folder: Path, name: str, entry: list) -> Component:
-    """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own."""
+    """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own, under
+    another name for a student's transformer."""
     library, class_name = entry if len(entry) == 2 else (None, None)
+    library = "diffusers" if library == students.MODULE else library
     cls = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
     if not isinstance(cls, type):
         raise UserError(

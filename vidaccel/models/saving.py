@@ -1,9 +1,10 @@
 """A distilled student on disk: a model folder that `load_pipeline` and `vidaccel generate` take as any other.
 
-    model_index.json, vae/, ...   the teacher's, byte for byte
+    model_index.json, vae/, ...   the teacher's, byte for byte; the index has a transformer that diffusers alone refuses
     transformer/                  the student's weights
     conditioning/                 embeddings of r and g
     scheduler/                    flow-match Euler with the student's shift
+    README.md                     its card: what it is, how to call it
     run.json                      how to call it ("call"), and from whom it comes ("parents")
 
 An adapter is saved in lora/ in place of the first two lines, and run.json names the "pipeline" it belongs to. A student
@@ -20,6 +21,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from vidaccel import students
 from vidaccel.artefacts import (
     RUN_FILE,
     atomic_folder,
@@ -32,6 +34,7 @@ from vidaccel.artefacts import (
 )
 from vidaccel.compat.diffusers import float32_modules
 from vidaccel.errors import UserError
+from vidaccel.models.cards import README, student_card
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import read_json
 from vidaccel.models.loading import LoadedPipeline, read_model
@@ -70,7 +73,7 @@ def save_student(
         guidance: CFG scale it is sampled with unless told.
         shift: of its step grid.
         command: with `config`, `seed`, `started` and `parents` (the teacher is added) for run.json, see `write_run`.
-        documents: further text files, name -> text.
+        documents: further text files, name -> text; README.md takes the place of the card.
         dtype: of the stored weights, save those that the class keeps in float32.
 
     Raises:
@@ -88,7 +91,17 @@ def save_student(
         if conditioning is not None:
             conditioning.save_pretrained(draft / "conditioning")
         SCHEDULER(shift=shift).save_pretrained(draft / "scheduler")
-        for name, text in (documents or {}).items():
+        call = teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False}
+        card = student_card(
+            teacher.family,
+            str(config.get("teacher", teacher.source)),
+            conditioning,
+            command=command,
+            config=config,
+            call=call,
+            adapter=adapter,
+        )
+        for name, text in ({README: card} | dict(documents or {})).items():
             (draft / name).write_text(text, encoding="utf-8")
         write_run(
             draft,
@@ -98,7 +111,7 @@ def save_student(
             seed=seed,
             started=started,
             parents=_parents(teacher, adapter) | dict(parents or {}),
-            call=teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False},
+            call=call,
             **extra,
         )
     if _same(folder, folder / "draft"):
@@ -114,7 +127,8 @@ def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module
         if name not in (own, "scheduler"):
             shutil.copytree(component.folder, draft / name)
     index = {key: value for key, value in read_json(contents.path / INDEX_FILE).items() if key != "_name_or_path"}
-    write_json(draft / INDEX_FILE, index | {"scheduler": ["diffusers", SCHEDULER.__name__]})
+    parts = {"scheduler": ["diffusers", SCHEDULER.__name__], own: [students.MODULE, teacher.family.transformer]}
+    write_json(draft / INDEX_FILE, index | parts)
     _save_transformer(transformer, draft / own, dtype)
 
 

@@ -103,7 +103,7 @@ def test_the_folder_is_a_predictor_for_its_student_with_schedules_for_every_budg
     folder, student = trained(family), load_pipeline(world(family) / "student")
     run = read_run(folder, "predictor/1")
     verify_files(folder, run)
-    assert set(run["files"]) == {"config.json", "model.safetensors", "schedule.json"}
+    assert set(run["files"]) == {"README.md", "config.json", "model.safetensors", "schedule.json"}
     parents = {role: sha256_file(world(family) / role / "run.json") for role in ("student", "features")}
     assert run["parents"] == parents
     assert run["searched_on"] == [{"steps": 4, "shift": 2.0, "guidance": 4.0, "prompts": 3}]
@@ -251,7 +251,7 @@ def test_runs_have_the_size_of_the_clips_they_are_of(world, tmp_path):
     train_predictor(settings(world, features=str(features), pairs="trajectory", clips=2), folder)
     assert ShardFolder(folder / "trajectories")[0][0]["x"].shape[-3:] == (1, 4, 2)
     run = read_run(folder, "predictor/1")
-    assert set(run["files"]) == {"config.json", "model.safetensors", "schedule.json"}
+    assert set(run["files"]) == {"README.md", "config.json", "model.safetensors", "schedule.json"}
     listed = {f"trajectories/{name}": digest for name, digest in contents(folder / "trajectories").items()}
     (folder / "run.json").write_text(json.dumps(run | {"files": run["files"] | listed}))
     rmtree(folder / "trajectories")

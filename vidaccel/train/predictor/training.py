@@ -27,6 +27,7 @@ from vidaccel.forecasters.base import Cached, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
+from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.objective import generator_for
@@ -226,6 +227,11 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
     kept = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if others else []
     (output / RUN_FILE).unlink(missing_ok=True)
     write_schedules(output / SCHEDULE_FILE, [*kept, *schedules])
+    budgets: dict[int, list[int]] = {}
+    for schedule in sorted([*schedules, *kept], key=lambda s: (s.steps != steps, s.steps, s.budget)):
+        budgets.setdefault(schedule.steps, []).append(schedule.budget)
+    card = predictor_card(student=task.config.student, command=COMMAND, config=run["config"], budgets=budgets)
+    (output / README).write_text(card, encoding="utf-8")
     write_run(
         output,
         format=FORMAT,

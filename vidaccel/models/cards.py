@@ -1,0 +1,108 @@
+"""README.md of a folder that a training leaves: what it is, how it is called, how it was made, what to pass on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from vidaccel.families.base import DiTFamily
+from vidaccel.models.conditioning import Conditioning
+
+README = "README.md"
+
+
+def student_card(
+    family: DiTFamily,
+    teacher: str,
+    conditioning: Conditioning | None,
+    *,
+    command: str,
+    config: Mapping[str, Any],
+    call: Mapping[str, Any],
+    adapter: bool,
+) -> str:
+    """Of a model folder; `call` is the one in its run.json, and `config` the settings of `command`."""
+    size = [call.get(name, getattr(family.defaults, name)) for name in ("num_frames", "width", "height")]
+    scales = conditioning.config.guidance_range if conditioning else None
+    learnt = f" (it learnt {scales[0]:g} to {scales[1]:g})" if scales else ""
+    negative = f", away from `{call['negative_prompt']}`" if call.get("negative_prompt") else ""
+    kind = "An adapter" if adapter else "A copy"
+    return f"""# A student of {teacher}
+
+{kind} of that {family.title}, distilled to {call["steps"]} steps of one pass each by `{command}`.
+
+## Call it
+
+    vidaccel generate "a cat on a surfboard" model=path/to/this/folder
+
+```python
+import vidaccel
+
+loaded = vidaccel.load_pipeline("path/to/this/folder", device="cuda")
+video = loaded.pipe("a cat on a surfboard").frames[0]
+```
+
+Called so it makes {size[0]} frames of {size[1]} x {size[2]} in {call["steps"]} steps, guided with a scale of \
+{call["guidance"]:g}{learnt}{negative}.
+`steps=`, `num_frames=`, `height=`, `width=` and `guidance=` change that on the command line, the pipeline's own
+arguments and `loaded.guidance = 4` in Python.
+
+diffusers alone does not load this folder, and is not to be made to: its classes have no place for what tells this
+transformer how far a step goes, and the videos would be wrong.
+
+## How it was made
+
+By `{command}` with these settings; run.json has versions, seed and hashes beside them.
+
+```yaml
+{_yaml(config)}```
+
+## Pass it on
+
+All of the folder without `checkpoints/` and `samples/`. Whether that is allowed is decided by the licence of the model
+it was distilled from.
+"""
+
+
+def predictor_card(*, student: str, command: str, config: Mapping[str, Any], budgets: Mapping[int, list[int]]) -> str:
+    """Of a predictor's folder; `budgets` are numbers of full steps by the steps of their grid."""
+    steps, few = next(iter((steps, numbers[len(numbers) // 3]) for steps, numbers in budgets.items()))
+    known = "; ".join(f"{_listed(numbers)} of {steps} steps" for steps, numbers in budgets.items())
+    return f"""# A predictor for {student}
+
+Stands in for the transformer of that student, and of no other, on the steps that are not run in full.
+
+## Call it
+
+    vidaccel generate "a cat on a surfboard" model={student} predictor=path/to/this/folder budget={few} steps={steps}
+
+```python
+import vidaccel
+
+loaded = vidaccel.load_pipeline("{student}", device="cuda")
+with vidaccel.attach(loaded.pipe, predictor="path/to/this/folder", steps={steps}, budget={few}):
+    video = loaded.pipe("a cat on a surfboard", num_inference_steps={steps}).frames[0]
+```
+
+`budget` is how many steps are full. schedule.json says which, for {known}.
+
+## How it was made
+
+By `{command}` with these settings; run.json has versions, seed and hashes beside them.
+
+```yaml
+{_yaml(config)}```
+
+## Pass it on
+
+All of the folder without `checkpoints/` and `trajectories/`, together with the student.
+"""
+
+
+def _listed(numbers: list[int]) -> str:
+    ends = f"{numbers[0]} to {numbers[-1]}"
+    return ends if numbers == list(range(numbers[0], numbers[-1] + 1)) else ", ".join(map(str, numbers))
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
