@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
+from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
 
 
 @reported
@@ -15,7 +15,9 @@ def collect_features(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for the features.", show_default=False)
     ] = None,
-    conf: Conf = "sprites",
+    conf: Annotated[
+        str | None, typer.Option("--conf", help=default_said("collect-features"), show_default=False)
+    ] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many and how large, and stop.")] = False,
     print_conf: PrintConf = False,

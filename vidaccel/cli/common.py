@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from vidaccel.artefacts import told
+from vidaccel.config.defaults import CONFS, default_conf
 from vidaccel.errors import TrainingFailed, UserError
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
@@ -21,6 +22,7 @@ PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print all setting
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; --print-conf shows them all.")
 ]
+
 
 LONGEST = 500
 """Characters that are shown of an error that was not meant for a user."""
@@ -66,6 +68,12 @@ def _ending(error: BaseException) -> tuple[int, str]:
     return 1, f"error: {type(error).__name__}{': ' if said else ''}{said}\nhint: {hint}"
 
 
+def default_said(command: str) -> str:
+    """What --help says of --conf, for a command whose default goes by the model."""
+    _, shipped, own = CONFS[command]
+    return f"A shipped configuration, or the path of a YAML file. Default: {shipped}; for a model of your own {own}."
+
+
 def print_any_character() -> None:
     """Characters that the console or its locale cannot show are printed as escapes, rather than ending the command."""
     for stream in (sys.stdout, sys.stderr):
@@ -76,11 +84,12 @@ def print_any_character() -> None:
 Schema = TypeVar("Schema")
 
 
-def settings(command: str, conf: str, overrides: list[str], print_conf: bool) -> Schema:
-    """The command's settings; printed, and the program ended, if that is all the user wants."""
+def settings(command: str, conf: str | None, overrides: list[str], print_conf: bool) -> Schema:
+    """The command's settings, without a `conf` those of its model; printed, and the program ended, if that is all the
+    user wants."""
     from vidaccel.config import loader as config
 
-    loaded = config.load(command, config.SCHEMAS[command], conf, overrides)
+    loaded = config.load(command, config.SCHEMAS[command], conf or default_conf(command, overrides), overrides)
     if print_conf:
         typer.echo(config.to_yaml(loaded), nl=False)
         raise typer.Exit

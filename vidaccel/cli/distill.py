@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
+from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
 
 
 @reported
@@ -15,7 +15,7 @@ def distill(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the student, its checkpoints and metrics.")
     ] = Path("runs/student"),
-    conf: Conf = "sprites/cfg",
+    conf: Annotated[str | None, typer.Option("--conf", help=default_said("distill"), show_default=False)] = None,
     device: Device = "auto",
     print_conf: PrintConf = False,
     debug: Debug = False,

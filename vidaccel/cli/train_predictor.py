@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Conf, Debug, Device, PrintConf, Settings, quiet_libraries, reported, settings
+from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
 
 
 @reported
@@ -15,7 +15,9 @@ def train_predictor(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the predictor, its schedules and checkpoints.")
     ] = Path("runs/predictor"),
-    conf: Conf = "sprites",
+    conf: Annotated[
+        str | None, typer.Option("--conf", help=default_said("train-predictor"), show_default=False)
+    ] = None,
     features: Annotated[
         Path | None, typer.Option(help="A folder from collect-features to learn from.", show_default=False)
     ] = None,
