@@ -72,6 +72,23 @@ def test_defaults_of_training_are_the_papers():
     assert (predictor.discriminator.learning_rate, predictor.discriminator.weight) == (1e-2, 1.0)
 
 
+@pytest.mark.parametrize("world", ["sprites", "hunyuan_video"])
+def test_the_published_yamls_are_the_papers(world):
+    cfg, mean_velocity = (load("distill", DistillConfig, f"{world}/published_{m}") for m in ("cfg", "mean_velocity"))
+    assert (cfg.method, mean_velocity.method) == ("cfg", "mean_velocity")
+    assert cfg.guidance_range == mean_velocity.guidance_range == [1.0, 8.0]
+    own = mean_velocity.mean_velocity
+    assert (own.target, own.restrict, own.restrict_end, own.velocity) == ("derivative", 0.2, None, "teacher")
+    assert (mean_velocity.times, mean_velocity.train_shift, own.r_equals_t_share) == ("uniform", None, 0.0)
+    predictor = load("train-predictor", PredictorConfig, f"{world}/published")
+    assert (predictor.architecture, predictor.blocks, predictor.history) == ("published", 2, 1)
+    assert (predictor.pairs, predictor.intervals, predictor.lag) == ("data", "restricted", 0.2)
+    assert (predictor.relative, predictor.discriminator.weight, predictor.discriminator.in_turn) == (False, 1.0, True)
+    stages = predictor.mse, predictor.adversarial  # a step of each part is two
+    assert [(stage.steps, stage.learning_rate) for stage in stages] == [(500, 1e-4), (2 * 1000, 1e-4)]
+    assert predictor.discriminator.learning_rate == 1e-2
+
+
 def test_an_empty_yaml_is_the_defaults(tmp_path):
     assert from_yaml(tmp_path, "") == GenerateConfig()
 

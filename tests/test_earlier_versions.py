@@ -104,6 +104,7 @@ def test_a_predictor_and_its_schedules(earlier, tmp_path):
     config = json.loads(json.dumps(vars(predictor.config)))
     assert "times" not in json.loads((earlier / "predictor" / "config.json").read_text())
     assert config.pop("times") == list(Grid.shifted(4, 2.0).times)
+    assert config.pop("architecture") == "correction"  # the only one then
     assert config == expected["config"]
     schedules = read_schedules("predictor/schedule.json")
     assert [schedule.grid for schedule in schedules] == [Grid.shifted(s.steps, s.shift) for s in schedules]

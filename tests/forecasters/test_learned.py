@@ -12,6 +12,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.fused import FusedBlock
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.forecasters.base import Cached
+from vidaccel.forecasters.checkpoint import ARCHITECTURES
 from vidaccel.forecasters.learned import LAG, SMALLEST, Fusion, Predictor, Statistics, new_predictor
 from vidaccel.models.grid import step_grid
 from vidaccel.models.velocity import Velocity
@@ -217,6 +218,57 @@ def test_it_is_the_formula_of_the_method(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_published_one_is_the_papers_formula(name):
+    """Tokens and cache side by side through two layers, then copies of the trunk's last blocks, whatever the time."""
+    transformer, family, predictor = made(name, architecture="published")
+    joint, fresh = family.block_lists[-1].joint, [layer.outer.weight for layer in predictor.fusions.values()]
+    assert len(fresh) == (1 if joint else len(predictor.config.cached)) and all(weight.any() for weight in fresh)
+    assert not predictor.statistics
+    trunk = getattr(transformer, family.block_lists[-1].name)
+    for block, original in zip(predictor.blocks, trunk[-2:], strict=True):
+        assert all(torch.equal(w, original.state_dict()[key]) for key, w in block.state_dict().items())
+    tokens, seen = cached(transformer, family), []
+    predicted(transformer, family, lambda arguments, *_: seen.append(arguments) or tokens, *inputs(transformer, family))
+    values = dict(seen[0])
+    for key in tokens:
+        fusion = predictor.fusions["tokens" if joint else key]
+        both = torch.cat([seen[0][key], tokens[key]], dim=-1)
+        values[key] = fusion.outer(torch.nn.functional.silu(fusion.inner(both)))
+    for block in predictor.blocks:
+        left = block(*values.values())
+        values |= zip(tokens, left if isinstance(left, tuple) else (left,), strict=True)
+    for times in ((torch.tensor(0.9), torch.tensor(0.2)), (None, None)):
+        out = predictor(seen[0], (Cached(tokens, times[0]),), times[1])
+        for key in tokens:
+            torch.testing.assert_close(out[key], values[key], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "runs"), [("published", 2), ("correction", 1)])
+def test_the_published_one_has_the_text_refined_on_its_steps_too(architecture, runs):
+    transformer, family, predictor = made("hunyuan_video", architecture=architecture)
+    times = []
+    transformer.context_embedder.time_text_embed.register_forward_pre_hook(lambda module, given: times.append(given[0]))
+    x, t, text = inputs(transformer, family)
+    velocity = Velocity(transformer, family)
+    with Trunk(transformer, family) as trunk:
+        with trunk.full(t + LAG):
+            velocity(x, t + LAG, text)
+        with trunk.predicted(predictor, t):
+            velocity(x, t, text)
+    assert [float(time[0]) for time in times] == pytest.approx([600.0, 500.0][:runs])
+
+
+def test_kinds_of_networks_that_do_not_exist_are_refused():
+    _, _, predictor = made("wan")
+    with pytest.raises(UserError, match="of the kind 'other'\nhint: this vidaccel knows correction and published"):
+        replace(predictor.config, architecture="other")
+    with pytest.raises(UserError, match="looks back on one full step, not 2"):
+        replace(predictor.config, architecture="published", history=2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("shift", [None, 5.0])
 def test_what_it_adds_grows_with_the_steps_since_the_full_one(shift):
     """Exactly: with one state and cache, twice the steps are twice the addition, and none is none."""
@@ -282,9 +334,11 @@ def test_more_blocks_than_the_trunk_has_are_refused():
             new_predictor(transformer, family, tokens, tokens, blocks=blocks)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_loaded_it_gives_the_same(name, tmp_path):
-    transformer, family, predictor = made(name, steps=20, shift=5.0, student="ab" * 32)
+def test_saved_and_loaded_it_gives_the_same(name, architecture, tmp_path):
+    made_for = {"steps": 20, "shift": 5.0, "student": "ab" * 32, "architecture": architecture}
+    transformer, family, predictor = made(name, **made_for)
     predictor.save_pretrained(tmp_path)
     loaded = Predictor.from_pretrained(tmp_path)
     assert loaded.config == predictor.config and not loaded.training
@@ -337,9 +391,10 @@ def test_another_family_width_or_student_is_refused():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_runs_as_the_trunk_is_run(name):
-    transformer, family, predictor = made(name)
+def test_it_runs_as_the_trunk_is_run(name, architecture):
+    transformer, family, predictor = made(name, architecture=architecture)
     for parameter in predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     x, t, text = inputs(transformer, family)

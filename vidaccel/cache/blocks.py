@@ -59,7 +59,8 @@ class OpenContext(StateManager):
 
 
 class StaticEmbedder:
-    """Calls an embedder, unless the pass is predicted and what it gave in the last full one is remembered.
+    """Calls an embedder, unless the pass is predicted and what it gave in the last full one is remembered. A forecaster
+    that `recomputes` has it called all the same.
 
     It takes the place that PyTorch has for a compiled module's call, and what is there if it is: a hook on `forward`
     would be within the graph of HunyuanVideo's text refiner, which `compile_repeated_blocks` compiles.
@@ -74,6 +75,7 @@ class StaticEmbedder:
         if (
             current_pass is not None
             and current_pass.forecaster is not None
+            and not getattr(current_pass.forecaster, "recomputes", False)
             and self._path in current_pass.memory[0].held
         ):
             return current_pass.memory[0].held[self._path]

@@ -21,6 +21,11 @@ class DiscriminatorConfig:
     """Its peak; the schedule is the predictor's."""
     weight: float = 1.0
     """Of the adversarial loss beside the squared error."""
+    balanced: bool = False
+    """With `relative`: divide the adversarial loss by the batch's mean error of reuse too. As it is, it weighs as much
+    less beside the shares as those are larger than the errors, some hundred times."""
+    in_turn: bool = False
+    """Train the discriminator by one optimiser step and the predictor by the next, instead of both by each."""
 
     def __post_init__(self) -> None:
         rising = self.depths == sorted(set(self.depths)) and bool(self.depths)
@@ -75,6 +80,9 @@ class PredictorConfig:
     on_damage: str = "stop"
     """What to do about damaged shards of `features`: `stop`, or `skip` to train without them."""
     seed: int = 0
+    architecture: str = "correction"
+    """`correction` (of the cached tokens, growing with the time since) or `published` (the paper's network, which gives
+    the tokens anew; embedders of text run on its steps too)."""
     blocks: int = 2
     """Transformer blocks of the predictor."""
     history: int = 1
@@ -117,6 +125,7 @@ class PredictorConfig:
         require(bool(self.student.strip()), "student", self.student, "must name a model")
         for key, names in {
             "forecaster": ("learned", "multistep", "reuse", "taylor", "linear"),
+            "architecture": ("correction", "published"),
             "stage": ("all", "search"),
             "on_damage": ("stop", "skip"),
             "pairs": ("data", "trajectory"),
@@ -141,6 +150,9 @@ class PredictorConfig:
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs == "trajectory"
         require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")
+        published = self.architecture == "published"
+        require(not published or self.history == 1, "history", self.history, "is 1 for architecture=published")
+        require(not self.discriminator.balanced or self.relative, "discriminator.balanced", True, "needs relative=true")
         require(self.steps is None or self.steps >= 2, "steps", self.steps, "must be at least 2, or null")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")

@@ -40,6 +40,7 @@ class Forecaster(Protocol):
     """Anything that can be called like this; a `torch.nn.Module` if it has weights.
 
     One that has a method `follow(grid)` is told the `Grid` of each sampling before its first pass, and may refuse it.
+    Where one says that it `recomputes`, embedders whose output is otherwise held run on its passes as well.
     """
 
     history: int

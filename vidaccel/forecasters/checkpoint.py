@@ -25,6 +25,8 @@ from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.grid import Grid
 
 FORMAT = "predictor/1"
+CORRECTION, PUBLISHED = ARCHITECTURES = ("correction", "published")
+"""What a network may be: learned.py says how they differ."""
 CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
 
 
@@ -63,6 +65,8 @@ class NetworkConfig:
     """Its times [steps + 1]; where only steps and shift are said, those that follow."""
     student: str | None = None
     """`student_hash` of the model it was trained for."""
+    architecture: str = CORRECTION
+    """Of ARCHITECTURES; files that do not say it are older than the other one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached", tuple(self.cached))
@@ -71,6 +75,15 @@ class NetworkConfig:
         object.__setattr__(self, "transformer", json.loads(json.dumps(self.transformer)))  # tuples become lists
         if self.family not in FAMILIES:
             raise UserError(f"the predictor is for the family {self.family!r}", f"known are {', '.join(FAMILIES)}")
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"the predictor is a network of the kind {self.architecture!r}",
+                f"this vidaccel knows {' and '.join(ARCHITECTURES)}",
+            )
+        if self.architecture == PUBLISHED and self.history != 1:
+            raise UserError(
+                f"the published predictor looks back on one full step, not {self.history}", "set history to 1"
+            )
 
     @property
     def grid(self) -> Grid | None:

@@ -29,6 +29,14 @@ their own statistics, those of one pass. Channels of one trunk differ a thousand
 steps are as large for a weight on the one as on the other: without it a rate at which the small channels learn throws
 the large ones about.
 
+The architecture `published` is the paper's, with none of that:
+
+    leaves = blocks(Linear(D, D)(SiLU(Linear(2D, D)([tokens; cache]))), and whatever else)
+
+of one full step, whatever the time since; the family's embedders run on its steps too, where the corrected cache is
+served with what they gave on the full step. It starts from random fusions and copies of the trunk's last blocks: the
+paper says of neither how it starts.
+
 B batch, N tokens, D width
 """
 
@@ -43,7 +51,7 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, call_block, named_outputs
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
-from vidaccel.forecasters.checkpoint import Checkpointed, NetworkConfig
+from vidaccel.forecasters.checkpoint import CORRECTION, Checkpointed, NetworkConfig
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like
@@ -85,13 +93,30 @@ class Fusion(nn.Module):
     def forward(self, tokens: Tensor, cache: Tensor, statistics: Statistics) -> Tensor:
         weight = self.inner.weight / statistics.deviation.flatten()
         bias = self.inner.bias - (weight * statistics.mean.flatten()).sum(1)
-        device, dtype = tokens.device.type, tokens.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        for_tokens, for_cache = weight.to(dtype).chunk(2, dim=1)
-        hidden = F.linear(tokens.to(dtype), for_tokens, bias.to(dtype))
-        hidden = torch.addmm(hidden.flatten(0, 1), cache.to(dtype).flatten(0, 1), for_cache.mT).view_as(hidden)
+        hidden = _side_by_side(tokens, cache, weight, bias)
         return cache + (statistics.deviation[1] * self.outer(F.silu(hidden))).to(cache.dtype)
+
+
+class PublishedFusion(nn.Module):
+    """Tokens and cache [B, N, D] -> [B, N, D], by the layers alone."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2 * width, width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, cache: Tensor) -> Tensor:
+        hidden = _side_by_side(tokens, cache, self.inner.weight, self.inner.bias)
+        return self.outer(F.silu(hidden)).to(cache.dtype)
+
+
+def _side_by_side(tokens: Tensor, cache: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer [D, 2 D] of [tokens; cache], both [B, N, D], which are not put side by side for it."""
+    device, dtype = tokens.device.type, tokens.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    for_tokens, for_cache = weight.to(dtype).chunk(2, dim=1)
+    hidden = F.linear(tokens.to(dtype), for_tokens, bias.to(dtype))
+    return torch.addmm(hidden.flatten(0, 1), cache.to(dtype).flatten(0, 1), for_cache.mT).view_as(hidden)
 
 
 class Predictor(Checkpointed, nn.Module):
@@ -104,9 +129,16 @@ class Predictor(Checkpointed, nn.Module):
         lists = FAMILIES[config.family].block_lists
         self._arguments, self._kind, self._joint = lists[0].arguments, lists[-1], lists[-1].joint
         fusions = ("tokens",) if self._joint else config.cached
-        self.fusions = nn.ModuleDict({name: Fusion(config.width) for name in fusions})
-        self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in config.cached})
+        self._corrects = config.architecture == CORRECTION
+        fusion, measured = (Fusion, config.cached) if self._corrects else (PublishedFusion, ())
+        self.fusions = nn.ModuleDict({name: fusion(config.width) for name in fusions})
+        self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in measured})
         self.blocks = _blocks(config).to_empty(device="cpu")
+
+    @property
+    def recomputes(self) -> bool:
+        """As in `Forecaster`."""
+        return not self._corrects
 
     @classmethod
     def make(cls, making: Making) -> "Predictor":
@@ -125,18 +157,26 @@ class Predictor(Checkpointed, nn.Module):
         )
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
-        """As `Forecaster.__call__`. Raises `ValueError` without the times of both passes."""
+        """As `Forecaster.__call__`. Raises `ValueError` without the times of both passes, unless as published."""
+        if not self._corrects:
+            return self._through_blocks(arguments, memory[0].tokens)
         lag = even_time(memory[0].t, self._grid) - even_time(t, self._grid)
-        kept, cached, fused = self._carried_on(memory, t), self.config.cached, {}
-        for name in cached:
-            fused[name] = self.fusion(name)(arguments[name], kept[name], self.statistics[name])
+        kept = self._carried_on(memory, t)
+        left = self._through_blocks(arguments, kept)
+        scale = (lag / LAG).reshape(-1, 1, 1)
+        return {name: torch.lerp(kept[name], left[name], scale.to(left[name])) for name in kept}
+
+    def _through_blocks(self, arguments: dict[str, Tensor], kept: Tokens) -> Tokens:
+        """What leaves the blocks, which are given the tokens fused with what is kept of a full step."""
+        fused = {}
+        for name in self.config.cached:
+            measured = (self.statistics[name],) if self._corrects else ()
+            fused[name] = self.fusion(name)(arguments[name], kept[name], *measured)
         # Lists name the same arguments differently, but agree on their order.
         values = dict(zip(self._kind.arguments, ((arguments | fused)[name] for name in self._arguments), strict=True))
         for block in self.blocks:
-            left = named_outputs(self._kind, call_block(self._kind, block, values))
-            values |= left
-        scale = (lag / LAG).reshape(-1, 1, 1)
-        return {name: torch.lerp(kept[name], left[name], scale.to(left[name])) for name in cached}
+            values |= named_outputs(self._kind, call_block(self._kind, block, values))
+        return {name: values[name] for name in self.config.cached}
 
     def _carried_on(self, memory: tuple[Cached, ...], t: Tensor) -> Tokens:
         """What is corrected: `cache` of the formula."""
@@ -147,7 +187,7 @@ class Predictor(Checkpointed, nn.Module):
         weight = ((k_0 - now) / (k_1 - k_0 + (k_0 - now) / 2)).reshape(-1, 1, 1)
         return {name: h + weight.to(h) * (h - memory[1].tokens[name]) for name, h in latest.items()}
 
-    def fusion(self, name: str) -> Fusion:
+    def fusion(self, name: str) -> nn.Module:
         """The fusion that tokens of this name go through."""
         return self.fusions["tokens" if self._joint else name]
 
@@ -198,7 +238,7 @@ def new_predictor(
     predictor = Predictor(NetworkConfig(family.name, width, blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(original.state_dict())
-        for name in kind.residual_layers:
+        for name in kind.residual_layers if predictor.config.architecture == CORRECTION else ():
             for parameter in block.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
     for name, statistics in predictor.statistics.items():

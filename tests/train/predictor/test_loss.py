@@ -142,6 +142,46 @@ def test_the_second_stage_gives_each_part_the_gradients_of_its_own_loss_only(pre
     assert all(p.grad is None for p in second.student.parameters())
 
 
+@pytest.mark.parametrize("turn", ["discriminator", "predictor"])
+def test_in_turn_each_part_is_trained_by_its_own_loss_and_the_other_by_none(predictor_loss, turn):
+    second = predictor_loss(adversarial=True)
+    loss, measured = second(predictor_loss.pair, turn)
+    loss.backward()
+    error, told, fooled = by_hand(second, predictor_loss.pair)
+    parts = {
+        "discriminator": (second.discriminator, told),
+        "predictor": (second.predictor, error + CONFIG.weight * fooled),
+    }
+    trained, own = parts.pop(turn)
+    assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+    for p, expected in zip(trained.parameters(), gradients(own, trained), strict=True):
+        torch.testing.assert_close(p.grad, expected, atol=1e-6, rtol=1e-3)
+    ((other, _),) = parts.values()
+    assert all(p.grad is None for p in [*other.parameters(), *second.student.parameters()])
+    both = second(predictor_loss.pair)[1]
+    assert measured == pytest.approx(both)
+
+
+def test_balanced_the_adversarial_loss_weighs_as_it_does_beside_the_plain_error(predictor_loss):
+    """Of one sample, so that there is one error of reuse: the gradient is the plain one's over that error."""
+    pair = predictor_loss.pair
+    alone = pair._replace(
+        x=pair.x[:1],
+        times=Times(*(time[:1] for time in pair.times)),
+        text={name: tensor[:1] for name, tensor in pair.text.items()},
+        target=pair.target[:1],
+        memory=tuple(Cached({n: x[:1] for n, x in m.tokens.items()}, m.t[:1]) for m in pair.memory),
+    )
+    plain, balanced = predictor_loss(adversarial=True), predictor_loss(adversarial=True)
+    balanced.relative, balanced.config = True, replace(CONFIG, balanced=True)
+    (loss, measured), (other, _) = plain(alone, "predictor"), balanced(alone, "predictor")
+    least = measured["reuse"] + SHARE * float(alone.target.square().mean())
+    assert other.item() == pytest.approx(loss.item() / least, rel=1e-5)
+    of_plain, of_balanced = gradients(loss, plain.predictor), gradients(other, balanced.predictor)
+    for one, another in zip(of_plain, of_balanced, strict=True):
+        torch.testing.assert_close(another, one / least, rtol=1e-3, atol=1e-6 / least)
+
+
 def test_a_perfect_predictor_cannot_be_told_apart(predictor_loss):
     """Reusing the tokens of the very state is exact, so both of the discriminator's inputs are one."""
 

@@ -143,11 +143,11 @@ def test_a_killed_training_ends_as_one_that_was_not(world, trained, stage, tmp_p
     straight = trained("wan")
     plain, calls = module.PredictorLoss.forward, []
 
-    def interrupted(predictor_loss, pair):
+    def interrupted(predictor_loss, pair, turn):
         calls.append((stage == "adversarial") == (predictor_loss.discriminator is not None))
         if sum(calls) == 2:
             raise KeyboardInterrupt
-        return plain(predictor_loss, pair)
+        return plain(predictor_loss, pair, turn)
 
     monkeypatch.setattr(module.PredictorLoss, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -169,12 +169,14 @@ def test_bfloat16_with_activations_computed_again(world, tmp_path):
     assert all(p.dtype == torch.float32 for p in Predictor.from_pretrained(tmp_path).parameters())
 
 
-def test_two_processes_train_what_one_does(world, tmp_path):
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_two_processes_train_what_one_does(world, tmp_path, in_turn):
     """Student, predictor and discriminator sharded, half of each batch in each process: the same to rounding."""
+    judge = replace(SMALL, in_turn=in_turn)
     own = replace(STAGE, steps=2, learning_rate=1e-5)
     split = replace(own, accumulate=2)
-    train_predictor(settings(world, mse=split, adversarial=split), tmp_path / "one")
-    (tmp_path / "two.yaml").write_text(to_yaml(settings(world, mse=own, adversarial=own)))
+    train_predictor(settings(world, mse=split, adversarial=split, discriminator=judge), tmp_path / "one")
+    (tmp_path / "two.yaml").write_text(to_yaml(settings(world, mse=own, adversarial=own, discriminator=judge)))
     done = under_torchrun("train-predictor", "--conf", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "two"))
     assert done.stdout.count("the predictor and these schedules") == 1
     for stage in module.STAGES:

@@ -1,9 +1,11 @@
 """A predictor's loss: the squared error of a predicted step, and how well a discriminator tells it from a full one.
 
-The predictor and, in the second stage, the discriminator are trained by one loss with one backward pass. The
-discriminator learns from detached features, the predictor from a frozen discriminator, so that neither gets the other's
-gradients. The student between them is frozen and lets gradients through.
+The predictor and, in the second stage, the discriminator are trained by one loss with one backward pass, or in turn.
+The discriminator learns from detached features, the predictor from a frozen discriminator, so that neither gets the
+other's gradients. The student between them is frozen and lets gradients through.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from vidaccel.train.predictor.discriminator import (
 )
 from vidaccel.train.predictor.pairs import Pair
 
+Turn = Literal["discriminator", "predictor"]
+"""Which of the two a pass trains, where it does not train both."""
 SHARE = 1e-4
 """Of the target's square: added to the error of reuse that an error is compared with, which is near zero where the full
 step is near."""
@@ -50,9 +54,13 @@ class PredictorLoss(nn.Module):
         self.student.eval()
         return self
 
-    def forward(self, pair: Pair) -> tuple[Tensor, dict[str, float]]:
-        """The loss, and metrics: the squared error, that of reusing the cached tokens, and their mean ratio."""
-        u = self._predicted(pair, self.predictor)
+    def forward(self, pair: Pair, turn: Turn | None = None) -> tuple[Tensor, dict[str, float]]:
+        """The loss, and metrics: the squared error, that of reusing the cached tokens, and their mean ratio.
+
+        A `turn` leaves out of the loss what trains the other one.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and turn != "discriminator"):
+            u = self._predicted(pair, self.predictor)
         errors = _squares(u.float() - pair.target.float())
         with torch.no_grad():
             reused = _squares(self._predicted(pair, Reuse()).float() - pair.target.float())
@@ -62,26 +70,31 @@ class PredictorLoss(nn.Module):
         loss = (shares if self.relative else errors).mean()
         if self.discriminator is None:
             return loss, measured
-        adversarial, also_measured = self._adversarial(pair, u)
-        return loss + adversarial, measured | also_measured
+        of_discriminator, of_predictor = self._adversarial(pair, u, turn)
+        measured |= {"discriminator": of_discriminator.item(), "adversarial": of_predictor.item()}
+        if self.config.balanced:
+            of_predictor = of_predictor / least.mean()
+        if turn == "discriminator":
+            return of_discriminator, measured
+        adversarial = self.config.weight * of_predictor
+        return loss + (adversarial if turn else of_discriminator + adversarial), measured
 
     def _predicted(self, pair: Pair, forecaster: Forecaster) -> Tensor:
         with self.trunk.predicted(forecaster, pair.times.t, pair.memory):
             return self.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
 
-    def _adversarial(self, pair: Pair, u: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """L_D plus the weighted adversarial part of L_P, of the latents where a step with u ends and where one with the
-        student's own velocity does; and both as metrics."""
+    def _adversarial(self, pair: Pair, u: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
+        """L_D and the adversarial part of L_P, of the latents where a step with u ends and where one with the student's
+        own velocity does; the one that a turn does not train without gradients."""
         grid = token_grid(self.student.transformer, pair.x)
         ours = self._features(pair, u)
         with torch.no_grad():
             theirs = self._features(pair, pair.target)
-        of_discriminator = discriminator_hinge(
-            self.discriminator(theirs, grid), self.discriminator([tokens.detach() for tokens in ours], grid)
-        )
-        of_predictor = predictor_hinge(self.discriminator(ours, grid, frozen=True))
-        loss = of_discriminator + self.config.weight * of_predictor
-        return loss, {"discriminator": of_discriminator.item(), "adversarial": of_predictor.item()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and turn != "predictor"):
+            of_discriminator = discriminator_hinge(
+                self.discriminator(theirs, grid), self.discriminator([tokens.detach() for tokens in ours], grid)
+            )
+        return of_discriminator, predictor_hinge(self.discriminator(ours, grid, frozen=True))
 
     def _features(self, pair: Pair, u: Tensor) -> list[Tensor]:
         return trunk_features(self.student, self.config.depths, pair.stepped(u), pair.times.r, pair.text, pair.g)

@@ -33,7 +33,7 @@ from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.objective import generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
-from vidaccel.train.predictor.loss import PredictorLoss
+from vidaccel.train.predictor.loss import PredictorLoss, Turn
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import measured_costs, searched
 from vidaccel.train.predictor.task import PredictorTask, task_of
@@ -56,6 +56,8 @@ NOT_SHAPING = {
     *STAGES,
 }
 """Settings that shape no stage, or that `train` is told otherwise."""
+TURNS: tuple[Turn, ...] = ("discriminator", "predictor")
+"""Of optimiser steps, where the two are trained in turn."""
 
 
 def train_predictor(config: PredictorConfig, output: Path, device: str = "auto") -> list[Schedule]:
@@ -127,6 +129,7 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
         entering,
         first.memory[0].tokens,
         config.blocks,
+        architecture=config.architecture,
         history=config.history,
         steps=sampling.grid.steps,
         shift=sampling.grid.shift,
@@ -153,9 +156,12 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
 def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: PredictorLoss, output: Path) -> None:
     config: TrainConfig = getattr(task.config, name)
     passes, shaping = config.accumulate * world(), _shaping(task, name)
+    in_turn = name == "adversarial" and task.config.discriminator.in_turn
 
     def loss(predictor_loss: nn.Module, index: int, generator: torch.Generator):
-        return predictor_loss(pairs.draw(index, config.batch_size, index // passes, generator))
+        step = index // passes
+        turn = TURNS[step % len(TURNS)] if in_turn else None
+        return predictor_loss(pairs.draw(index, config.batch_size, step, generator), turn)
 
     train(
         predictor_loss,
