@@ -100,9 +100,9 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     seen = None
     if clips is None:
         seen, provenance = open_data(loaded, config)
-        loaded = called_as_told(loaded, config, seen)
         clips = _in_memory(loaded, config, Clips(seen, provenance), target)
     data, provenance, held_out = clips
+    loaded = called_as_told(loaded, config, seen or data)
     config = with_scales(config, loaded)
     warn_of_scale(config, loaded)
     if unwanted(loaded):
