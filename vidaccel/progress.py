@@ -33,8 +33,8 @@ class Progress:
     def __exit__(self, *exc) -> None:
         self._bar.stop()
 
-    def advance(self, **values: float) -> None:
+    def advance(self, by: int = 1, **values: float) -> None:
         task = self._bar.tasks[self._task]
         rate = f"{task.speed:.2f}/s" if task.speed else ""
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._bar.update(self._task, advance=1, rate=rate, values=shown, refresh=not self._live)
+        self._bar.update(self._task, advance=by, rate=rate, values=shown, refresh=not self._live)

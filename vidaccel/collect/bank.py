@@ -57,7 +57,7 @@ class Bank:
 
         On the bank's device; nothing waits for it.
         """
-        index = _sent(indices, self.latents.device)
+        index = sent(indices, self.latents.device)
         row = self.which.flatten().index_select(0, index)
         clips = self.latents.index_select(0, index // self.captions).to(dtype)
         return {LATENT: clips} | {name: text.index_select(0, row).to(dtype) for name, text in self.texts.items()}
@@ -132,7 +132,7 @@ def cut_texts(texts: Mapping[str, Tensor], family: DiTFamily) -> dict[str, Tenso
     return cut
 
 
-def _sent(indices: Sequence[int], device: torch.device) -> Tensor:
+def sent(indices: Sequence[int], device: torch.device) -> Tensor:
     """[B] int64 on the device: through pinned memory, since a copy from other memory waits for all work before it."""
     index = torch.tensor(indices, dtype=torch.int64, device="cpu")
     return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)

@@ -129,6 +129,33 @@ def test_it_trains_on_a_folder_of_clips(tmp_path):
     assert "alignment" not in (tmp_path / "made" / "teacher" / "deep" / "metrics.jsonl").read_text()
 
 
+def test_the_teacher_trains_from_memory(made, tmp_path):
+    """From scenes rendered anew, no folder of them; a second run trains nothing."""
+    more = [*MICRO, *LEFT, f"start={made / 'model'}", "captions=3", "teacher.train.steps=2", "tf32=true"]
+    run("make", "-o", tmp_path, *more)
+    assert not (tmp_path / "features").exists()
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["parents"] == {}
+    metrics = (tmp_path / "teacher" / "deep" / "metrics.jsonl").read_text()
+    last = json.loads(metrics.splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["flow_matching"] + 0.5 * last["alignment"], rel=1e-5)
+    run("make", "-o", tmp_path, *more)
+    assert (tmp_path / "teacher" / "deep" / "metrics.jsonl").read_text() == metrics
+    assert not torch.backends.cuda.matmul.allow_tf32
+    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path), *more, "captions=2"])
+    assert result.exit_code == 2
+    assert "captions" in result.output
+
+
+def test_clips_of_a_folder_have_one_caption(made, tmp_path):
+    run("render", "-o", tmp_path / "clips", "--clips", 4)
+    more = [*MICRO, *LEFT, f"start={made / 'model'}", f"data={tmp_path / 'clips'}"]
+    run("make", "-o", tmp_path / "made", *more, "captions=1")
+    assert len(ShardFolder(tmp_path / "made" / "features", kind="encoded")) == 4
+    result = CliRunner().invoke(app, ["make", "-o", str(tmp_path / "other"), *more, "captions=2"])
+    assert result.exit_code == 2
+    assert "captions must be 0 or 1: a clip of a folder has one" in result.output
+
+
 def test_score_prints_a_line_a_dimension(made, tmp_path):
     output = run("score", made / "model", "--prompts", 2, "-o", tmp_path / "score")
     assert output.splitlines()[-1].startswith("total ")

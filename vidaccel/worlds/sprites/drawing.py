@@ -52,8 +52,7 @@ class Scenes:
         with ThreadPoolExecutor(processes) as pool, Progress("drawing scenes", total=count) as bar:
             for part in pool.map(lambda part: self._elsewhere(captions, part), parts):
                 drawn += part
-                for _ in part:
-                    bar.advance()
+                bar.advance(len(part))
         return drawn
 
     def _part(self, captions: int, indices: Iterable[int]) -> list[tuple[Scene, list[str]]]:

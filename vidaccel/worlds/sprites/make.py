@@ -6,6 +6,8 @@ text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model fold
 import hashlib
 import random
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,7 +28,8 @@ from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
-from vidaccel.train.flow_matching import flow_matching_loss
+from vidaccel.models.velocity import Velocity
+from vidaccel.train.objective import Batch, Objective
 from vidaccel.train.trainer import train
 from vidaccel.worlds.sprites import align, text
 from vidaccel.worlds.sprites.autoencoder_loss import autoencoder_loss
@@ -45,6 +48,15 @@ from vidaccel.worlds.sprites.render import render
 from vidaccel.worlds.sprites.score_model import score_model
 from vidaccel.worlds.sprites.settings import SpritesConfig
 from vidaccel.worlds.sprites.source import RenderedScenes
+from vidaccel.worlds.sprites.teacher import (
+    TeacherData,
+    draw_batch,
+    from_features,
+    from_folder,
+    from_scenes,
+    python_rng,
+    teacher_loss,
+)
 from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
 
 ENCODE_BATCH = 8
@@ -54,6 +66,11 @@ SCALE_CLIPS = 64
 
 def make_model(config: SpritesConfig, output: Path) -> None:
     """All stages, from the newest checkpoint of each; the model ends in `output`/model."""
+    with _tf32(config.tf32):
+        _make_model(config, output)
+
+
+def _make_model(config: SpritesConfig, output: Path) -> None:
     device = resolve_device(config.device)
     clips = open_clips(config)
     start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
@@ -61,9 +78,18 @@ def make_model(config: SpritesConfig, output: Path) -> None:
     scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds)
     source = scenes if clips is None else FolderClips(clips)
     autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
-    features = encode_clips(config, output / "features", autoencoder, reader, source, start)
-    transformer = train_teacher(config, output / "teacher", device, features, source, reader, start)
-    publish(config, output, reader, autoencoder, transformer, start)
+    loaded = assembled(config, autoencoder, reader, source, start)
+    hashes = {"autoencoder": _digest(autoencoder), "text": _digest(reader)}
+    parents = {}
+    if config.captions and clips is None:
+        data = from_scenes(config, loaded, scenes, hashes["autoencoder"])
+    else:
+        features = encode_clips(config, output / "features", loaded, source, hashes)
+        parents = {"features": sha256_file(features.folder / RUN_FILE)}
+        in_memory = config.captions > 0
+        data = from_folder(config, loaded, features) if in_memory else from_features(config, loaded, features, source)
+    transformer = train_teacher(config, output / "teacher", device, data, hashes["text"], start)
+    publish(config, output, reader, autoencoder, transformer, parents, start)
 
 
 def open_clips(config: SpritesConfig) -> ClipFolder | None:
@@ -80,7 +106,7 @@ def train_text(
     torch.manual_seed(config.seed)
 
     def loss(model: nn.Module, index: int, generator: torch.Generator):
-        rng = _python_rng(generator)
+        rng = python_rng(generator)
         scenes = [random_scene(rng) for _ in range(config.text.train.batch_size)]
         said = [told(scene, rng) for scene in scenes]
         return text.caption_loss(model, [caption(scene, rng) for scene in said], text.labels(said))
@@ -113,11 +139,11 @@ def train_autoencoder(
         which = getattr(settings, name)
 
         def loss(model: nn.Module, index: int, generator: torch.Generator):
-            rng = _python_rng(generator)
+            rng = python_rng(generator)
             count, frames, pixels = excerpt(excerpts, which.batch_size * settings.image_pixels**2, index)
             first = rng.randint(0, NUM_FRAMES - frames)
             if clips is None:
-                video = render([random_scene(rng, odds=config.odds) for _ in range(count)], frames, first)
+                video = render([random_scene(rng, odds=config.odds) for _ in range(count)], frames, first, device)
             else:
                 drawn = [clips[rng.randrange(len(clips))][0] for _ in range(count)]
                 video = torch.stack([clip[:, first : first + frames] for clip in drawn])
@@ -160,19 +186,18 @@ def busiest_crop(clip: torch.Tensor, pixels: int, rng: random.Random) -> torch.T
     return max((clip[..., y : y + pixels, x : x + pixels] for y, x in corners), key=lambda crop: float(crop.var()))
 
 
-def encode_clips(
+def assembled(
     config: SpritesConfig,
-    folder: Path,
     autoencoder: nn.Module,
     reader: text.CaptionReader,
     source: ClipSource,
     start: LoadedPipeline | None,
-) -> ShardFolder:
-    """Clips and captions as latents and text tensors; sets the autoencoder's scaling factor to 1 / std on the way.
+) -> LoadedPipeline:
+    """A pipeline that encodes clips and captions, before there is a transformer; sets the autoencoder's scaling factor
+    to 1 / std on the way.
 
     Where the encoder is still that of the model to start from, so is its factor: the transformer knows latents in it.
     """
-    started = datetime.now(UTC)
     if start and not (config.autoencoder.images.is_on or config.autoencoder.clips.is_on):
         factor = start.pipe.vae.config.scaling_factor
     else:
@@ -182,12 +207,19 @@ def encode_clips(
     pipe = assemble(
         reader.llama, reader.clip, autoencoder, untrained.to(autoencoder.device), config.sample_shift, torch.float32
     )
-    loaded = LoadedPipeline(pipe, HUNYUAN_VIDEO, str(folder), CALL, {})
+    return LoadedPipeline(pipe, HUNYUAN_VIDEO, "the model that is being made", CALL, {})
+
+
+def encode_clips(
+    config: SpritesConfig, folder: Path, loaded: LoadedPipeline, source: ClipSource, made_with: Mapping[str, str]
+) -> ShardFolder:
+    """Clips and captions as latents and text tensors; hashes of what they are made with."""
+    started = datetime.now(UTC)
 
     def encode(indices: list[int]):
         return encode_samples(loaded, *zip(*(source[i] for i in indices), strict=True), "float16")
 
-    settings = {"autoencoder": _digest(autoencoder), "text": _digest(reader)} | source.fingerprint
+    settings = dict(made_with) | source.fingerprint
     write_shards(  # which refuses a folder of other settings, finished or not
         folder,
         encode,
@@ -213,9 +245,8 @@ def train_teacher(
     config: SpritesConfig,
     folder: Path,
     device: torch.device,
-    features: ShardFolder,
-    source: ClipSource,
-    reader: text.CaptionReader,
+    data: TeacherData,
+    text_hash: str,
     start: LoadedPipeline | None,
 ) -> nn.Module:
     """The diffusion transformer, by flow matching on the encoded clips, with captions dropped at random, and by naming
@@ -224,48 +255,23 @@ def train_teacher(
     A shallow one comes first and is deepened: what a caption means is learnt there, at a fraction of the price.
     """
     settings = config.teacher
-    channels, width = features[0][0]["latent"].shape[0], features[0][0]["pooled"].shape[0]
-    latents = torch.stack([features[i][0]["latent"] for i in range(len(features))])
-    labels = None
-    if settings.alignment and isinstance(source, RenderedScenes):
-        labels = torch.cat([align.shown([source.scene(i)]) for i in range(len(source))])
-
-    def say(index: int, rng: random.Random) -> str:
-        if rng.random() < settings.caption_dropout:
-            return ""
-        if isinstance(source, RenderedScenes):
-            return source.another_caption(index, rng)
-        return source.record(index)["caption"]
-
-    def loss(size: int, model: nn.Module, index: int, generator: torch.Generator):
-        rng = _python_rng(generator)
-        indices = [features.at(index * size + i, config.seed) for i in range(size)]
-        x_0 = latents[indices].to(device, torch.float32)
-        with torch.no_grad():
-            captions = [say(i, rng) for i in indices]
-            embeds, tokens, pooled = text.encode_captions(reader.tokenizer, reader.llama, reader.clip, captions)
-        longest = int(tokens.attention_mask.sum(1).max())
-        embeds, mask = embeds[:, :longest], tokens.attention_mask[:, :longest].float()
-        scores = []
-
-        def velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            v, score = model(x_t, 1000 * t, embeds, mask, pooled)
-            scores.append(score)
-            return v
-
-        flow_matching = flow_matching_loss(velocity, x_0, settings.train_shift, generator)
-        if labels is None:
-            return flow_matching, {}
-        alignment = align.alignment_loss(scores[0], labels[indices].to(device))
-        measured = {"flow_matching": flow_matching.item(), "alignment": alignment.item()}
-        return flow_matching + settings.alignment * alignment, measured
+    channels, width = config.autoencoder.latent_channels, config.text.width
 
     def stage(model: nn.Module, which: TrainConfig, name: str, **more) -> nn.Module:
-        of_batch = partial(loss, which.batch_size)
-        shaping = _shaping(settings, features=sha256_file(features.folder / RUN_FILE), text=_digest(reader), **more)
+        if which.is_on:
+            data.open()
+
+        def draw(index: int, generator: torch.Generator) -> Batch:
+            return Batch(draw_batch(data.open(), settings, which.batch_size, index, generator))
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return teacher_loss(model, batch.tensors, settings.alignment)
+
+        shaping = _shaping(settings, **data.made_of, text=text_hash, **more)
         title = f"{name} teacher"
         aligned = align.Aligned(model).to(device)
-        train(aligned, of_batch, which, folder / name, seed=config.seed, title=title, settings=shaping)
+        objective = Objective(draw, loss, (Velocity(model, HUNYUAN_VIDEO),))
+        train(aligned, objective, which, folder / name, seed=config.seed, title=title, settings=shaping)
         return model
 
     torch.manual_seed(config.seed)
@@ -285,6 +291,7 @@ def publish(
     reader: text.CaptionReader,
     autoencoder: nn.Module,
     transformer: nn.Module,
+    parents: Mapping[str, str],
     start: LoadedPipeline | None,
 ) -> None:
     """Save the pipeline in half precision, score it as saved, and finish its folder with scores, card and run.json."""
@@ -301,7 +308,7 @@ def publish(
             config=configuration.to_dict(config),
             seed=config.seed,
             started=started,
-            parents={"features": sha256_file(output / "features" / RUN_FILE)},
+            parents=parents,
             call=call,
         )
         finish(folder)
@@ -316,6 +323,17 @@ def publish(
         (folder / "README.md").write_text(model_card(config, stages, summary), encoding="utf-8")
         finish(folder)
     shutil.rmtree(draft)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products on a GPU by TensorFloat-32, for the time of the block; convolutions are so anyway."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = before or allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _go_on(part: nn.Module, trained: nn.Module, source: str) -> None:
@@ -333,10 +351,6 @@ def _shaping(group: object, **more: Any) -> dict:
     """The settings of a group that train() does not see itself, and whatever else shapes that training."""
     own = {key: value for key, value in configuration.to_dict(group).items() if not is_dataclass(getattr(group, key))}
     return own | more
-
-
-def _python_rng(generator: torch.Generator) -> random.Random:
-    return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
 def _digest(module: nn.Module) -> str:

@@ -63,8 +63,7 @@ def in_batches(compute: Callable[[Sequence], Tensor], items: Sequence, at_once: 
         for first in range(0, len(items), at_once):
             part = items[first : first + at_once]
             parts.append(compute(part))
-            for _ in part:
-                bar.advance()
+            bar.advance(len(part))
     return torch.cat(parts)
 
 
@@ -75,7 +74,6 @@ def _encoded_texts(loaded: LoadedPipeline, captions: list[str]) -> dict[str, Ten
         for first in range(0, len(captions), CAPTIONS_AT_ONCE):
             part = captions[first : first + CAPTIONS_AT_ONCE]
             parts.append(encode_texts(loaded, part))
-            for _ in part:
-                bar.advance()
+            bar.advance(len(part))
     dtypes = {text.stored: torch.bool if is_mask(text) else torch.float16 for text in loaded.family.text_tensors}
     return {name: torch.cat([part[name].to(dtype) for part in parts]) for name, dtype in dtypes.items()}

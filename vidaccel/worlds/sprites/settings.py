@@ -1,5 +1,6 @@
 """Settings of `python -m vidaccel.sprites`."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,6 +107,12 @@ class SpritesConfig:
     stays as it is there."""
     clips: int = 10000
     """Clips that are encoded once and then trained on (all of the folder's, if `data` is set)."""
+    captions: int = 0
+    """Captions of a clip that are encoded beforehand for the teacher, clips and captions then lying in the device's
+    memory, as a GPU wants it; 1 is the most where `data` is set. 0 encodes clips into a folder, and other captions in
+    every step."""
+    tf32: bool = False
+    """Whether float32 products on a GPU may be rounded to TensorFloat-32."""
     pair_share: float = 0.5
     """Share of rendered scenes with two sprites."""
     odds: dict[str, int] = field(default_factory=dict)
@@ -123,5 +130,8 @@ class SpritesConfig:
     def __post_init__(self) -> None:
         for key in ("clips", "score_prompts", "steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        most = 1 if self.data else math.inf
+        rule = "must be 0 or 1: a clip of a folder has one" if self.data else "must be at least 0"
+        require(0 <= self.captions <= most, "captions", self.captions, rule)
         require(0 <= self.pair_share <= 1, "pair_share", self.pair_share, "must be in [0, 1]")
         require(all(times >= 1 for times in self.odds.values()), "odds", self.odds, "must each be at least 1")
