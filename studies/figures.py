@@ -3,7 +3,8 @@
     make figures
 
 Between a line `<!-- figures: NAME -->` and the next `<!-- end of figures -->` stands what studies/results/NAME.json
-says, a results.json of `vidaccel benchmark`; `headline` is a few rows of sprites.json. A test compares the two.
+says, a results.json of `vidaccel benchmark`; `headline` is a few rows of sprites.json, and NAME.pairs which of its rows
+are better than which. A test compares the two. Orders between methods stand in such blocks alone.
 """
 
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import atomic_path
-from vidaccel.bench.reports.plots import above_ours, write_pareto
+from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
+from vidaccel.bench.reports.plots import write_pareto
 from vidaccel.bench.reports.tables import COLUMNS as MEASURED
 from vidaccel.bench.reports.tables import failures
 
@@ -30,6 +32,7 @@ HEADLINE = (
     "predictor-4-of-8-searched",
 )
 """Rows of sprites.json: the baseline, the best training-free ones of either model, a student, two predictors."""
+NO_PAIRS = "This file was measured before rows were compared in pairs: it orders nothing."
 MISSING = """\
 **Nothing has been measured yet**: there is no `studies/results/{name}.json`, and so there is no figure here.
 """
@@ -72,7 +75,7 @@ def figures(name: str, results: Path, place: str) -> str:
         results: folder of the files.
         place: the same folder, as links of the page name it.
     """
-    source = "sprites" if name == "headline" else name
+    source, _, part = ("sprites", "", name) if name == "headline" else name.partition(".")
     file = results / f"{source}.json"
     if not file.exists():
         return MISSING.format(name=source)
@@ -82,21 +85,36 @@ def figures(name: str, results: Path, place: str) -> str:
         f"`{found['command']}` on {_machine(found['environment'])} ([all of it]({place}/{source}.json)). "
         f"Speedups are relative to {found['baseline']}."
     )
+    if part == "pairs":
+        return "\n\n".join(_pairs(found, ran)) + "\n"
     parts = [about, *(_headline(ran) if name == "headline" else _all(found, ran, f"{place}/{source}.png"))]
     return "\n\n".join(parts) + "\n"
 
 
 def _headline(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     by_name = {run["method"]: run for run in runs}
-    columns = {name: cell for name, cell in COLUMNS.items() if name not in ("by FLOPs", "cache")}
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in ("by FLOPs", "cache", *ADDED)}
     yield _table([by_name[name] for name in HEADLINE], columns)
 
 
 def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> Iterator[str]:
-    yield _table(ran, COLUMNS)
-    yield from _standing(found["baseline"], ran)
+    unknown = {name for name in ADDED if not any(COLUMNS[name](run) for run in ran)}
+    yield _table(ran, {name: cell for name, cell in COLUMNS.items() if name not in unknown})
+    if said := list(orders(found, ran)):
+        yield "\n".join(f"- {each}" for each in said)
     yield f"![Speed against quality]({picture})"
     yield from _errors(found["runs"])
+
+
+def _pairs(found: dict[str, Any], ran: Sequence[dict[str, Any]]) -> Iterator[str]:
+    tables = list(tables_of(found, ran))
+    if not tables:
+        yield NO_PAIRS
+        return
+    yield ABOUT
+    for title, headings, lines in tables:
+        yield f"{title}:"
+        yield _lines([headings, ["---", "---", *["--:"] * (len(headings) - 2)], *lines])
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -108,7 +126,11 @@ def _machine(environment: dict[str, Any]) -> str:
 def _table(runs: Iterable[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str | None]]) -> str:
     lines = [["method", *columns], ["---", *["--:"] * len(columns)]]
     lines += [[run["method"], *(cell(run) or "" for cell in columns.values())] for run in runs]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _lines(lines)
+
+
+def _lines(cells: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _total(run: dict[str, Any]) -> str | None:
@@ -123,23 +145,15 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "seconds": MEASURED["seconds"],
     "speedup": MEASURED["speed"],
     "by FLOPs": MEASURED["ideal"],
+    "full passes": MEASURED["full passes"],
     "cache": MEASURED["cache"],
     "total": _total,
     "latent error": MEASURED["latent"],
+    "to its own full run": MEASURED["own latent"],
 }
 """Of a table, each a cell of a run."""
-
-
-def _standing(baseline: str, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Where ours are not the best from 3x to 20x, if speedups are over the two-pass sampler."""
-    over_another = any(run["method"] == baseline and not run["settings"]["two_pass"] for run in runs)
-    if over_another or not any(run["total"] is not None for run in runs):
-        return []
-    others = [f"{run['method']} ({run['speedup']['measured']:.2f}x, {run['total']:.1f})" for run in above_ours(runs)]
-    if not others:
-        return ["From 3x to 20x no row has a higher total than a row with a predictor that is as fast."]
-    said = "From 3x to 20x these have a higher total than every row with a predictor that is as fast: "
-    return [said + ", ".join(others)]
+ADDED = ("full passes", "to its own full run")
+"""Those that older results files know nothing of."""
 
 
 def _errors(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vidaccel.numbers import bootstrap, quartiles, si
+from vidaccel.numbers import bootstrap, cluster_draws, holm, quartiles, si
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,25 @@ def test_bootstrap_of_several_columns_resamples_rows():
 
     low, high = bootstrap(values, means, resamples=200)
     assert low.tolist() == [0.0, 0.0] and high.tolist() == [1.0, 1.0]
+
+
+def test_whole_clusters_are_drawn_as_many_as_there_are():
+    drawn = cluster_draws(["a", "b", "a", "c"], 500)
+    assert drawn.shape == (500, 4) and np.array_equal(drawn[:, 0], drawn[:, 2])
+    assert (drawn[:, [0, 1, 3]].sum(1) == 3).all()
+    assert np.array_equal(drawn, cluster_draws(["a", "b", "a", "c"], 500))
+    assert not np.array_equal(drawn, cluster_draws(["a", "b", "a", "c"], 500, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([], []),
+        ([0.04], [0.04]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 0.04 is no less than 0.06 of the one before
+        ([0.5, 0.6, 0.02], [1.0, 1.0, 0.06]),
+        ([0.02, 0.02], [0.04, 0.04]),
+    ],
+)
+def test_holm(p_values, corrected):
+    assert holm(p_values) == pytest.approx(corrected)

@@ -37,6 +37,8 @@ prompts: [a red circle, a green circle on black, blue]
 rounds: 2
 timed_seconds: 0
 scored_prompts: 3
+scored_seed: 50
+equal_compute: true
 batch_size: 2
 baseline: cfg
 methods:
@@ -78,6 +80,7 @@ PASSES = {  # full, predicted, skipped; of two-pass rows both
     "magcache": (1, 0, 3),
     "delta-dit": (2, 0, 2),
     "seacache": (2, 0, 2),
+    "student-3": (3, 0, 0),  # as much as the row `searched` costs
 }
 
 
@@ -117,6 +120,7 @@ def bench(models, conf) -> Path:
     result = run("--speedup", "--quality", "--conf", conf, "-o", folder)
     assert result.exit_code == 0, result.output
     (models / "stdout").write_text(result.stdout)
+    (models / "stderr").write_text(result.stderr)
     return folder
 
 
@@ -321,7 +325,7 @@ def test_calibrations_are_in_the_settings(bench):
 def test_quality(bench, models):
     runs = by_method(bench)
     for name in PASSES:
-        assert runs[name]["prompts"] == 3 and runs[name]["seeds"] == [0, 1, 2]
+        assert runs[name]["prompts"] == 3 and runs[name]["seeds"] == [50, 51, 52]
         assert runs[name]["total"] is None  # nothing scores this world
     assert runs["cfg"]["fidelity"] is None
     threshold = runs["first-block threshold=0"]["fidelity"], runs["distilled"]["fidelity"]
@@ -330,12 +334,41 @@ def test_quality(bench, models):
     for name, steps, two_pass in (("teacher", 6, True), ("student", 4, False)):
         loaded = load_pipeline(models / name)
         row = runner.MethodConfig(weights=name, steps=steps, two_pass=two_pass)
-        latents.append(timed_generation(loaded, row, (5, 32, 32), ["a green circle on black"], [1]).latents)
+        latents.append(timed_generation(loaded, row, (5, 32, 32), ["a green circle on black"], [51]).latents)
     expected = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
     row = json.loads(next((bench / "rows").glob("student_*")).read_text())
     assert row["videos"][1]["likeness"]["latent_relative_l2"] == pytest.approx(expected, rel=1e-4)
+    per_prompt = runs["student"]["per_prompt"]["fidelity"]["latent_relative_l2"]
+    assert len(per_prompt) == 3 and per_prompt[1] == pytest.approx(expected, rel=1e-4)
     low, high = runs["student"]["intervals"]["fidelity.latent_relative_l2"]
     assert low <= runs["student"]["fidelity"]["latent_relative_l2"] <= high
+
+
+def test_rows_are_compared_in_pairs_at_equal_compute(bench):
+    runs = by_method(bench)
+    for name in PASSES:
+        found = runs[name]["full_pass_equivalents"]["flops"]
+        assert found == (pytest.approx(sum(PASSES[name])) if PASSES[name][1:] == (0, 0) else pytest.approx(found))
+    cost = runs["searched"]["full_pass_equivalents"]
+    assert 1 < cost["flops"] < 3 and cost["timed"] > 0
+    assert cost["flops"] == pytest.approx(runs["searched"]["flops"] / (runs["student"]["flops"] / 4))
+    asked = {each["question"]: each for each in runs["searched"]["contrasts"]}
+    assert asked["equal compute"]["with"] == "student-3" and asked["baseline"]["with"] == "cfg"
+    assert runs[asked["best training-free"]["with"]]["flops"] <= 1.05 * runs["searched"]["flops"]
+    name, error = "own_fidelity.latent_relative_l2", "latent_relative_l2"
+    ours, theirs = (runs[each]["per_prompt"]["own_fidelity"]["student"][error] for each in ("searched", "student-3"))
+    delta = asked["equal compute"]["deltas"][name]
+    assert delta["delta"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3, abs=1e-4)
+    assert delta["low"] <= delta["delta"] <= delta["high"] and delta["verdict"] == "not told apart"  # of three prompts
+    assert runs["searched"]["own_fidelity"][error] == pytest.approx(sum(ours) / 3, abs=1e-4)
+    assert runs["student"]["own_fidelity"] is None and runs["cfg"]["contrasts"] == []
+    results = json.loads((bench / "results.json").read_text())
+    assert results["prompts"] == results["meanings"] == ["a red circle", "a green circle on black", "blue"]
+
+
+def test_it_says_beforehand_how_long_it_takes_and_what_it_can_see(bench, models):
+    said = (models / "stderr").read_text()
+    assert re.search(r"scoring 17 rows on 3 prompts of 3 meanings: \d+ min .* 1.6 standard deviations is seen", said)
 
 
 def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import vidaccel.bench
-from studies.figures import HEADLINE, RESULTS, blocks, figures, filled, pages
+from studies.figures import HEADLINE, NO_PAIRS, RESULTS, blocks, figures, filled, pages
+from tests.bench.reports.test_contrasts import contrasted
 from tests.bench.test_results import RUN, results
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in pages()}
@@ -21,7 +22,7 @@ def test_a_page_is_what_make_figures_writes(page):
 
 def test_every_table_is_shown():
     names = [name for text in PAGES.values() for name in blocks(text)]
-    assert {"sprites", "caching"} <= set(names) <= {"sprites", "caching", "headline"}
+    assert {"sprites", "caching"} <= set(names) <= {"sprites", "caching", "headline", "sprites.pairs", "caching.pairs"}
 
 
 def test_the_headline_is_rows_of_the_full_table():
@@ -71,15 +72,16 @@ def test_figures(folder):
     assert "`vidaccel benchmark --speedup` on " in text and "Speedups are relative to cfg-50" in text
     assert "| predictor-8-of-20 | 8 + 12 | 24.6 | 11.80x | 11.90x | 57.3 kB | 78.8 [77.9, 79.6] | 0.120 |" in text
     assert "| tea | 9 + 1 | 24.6 | 4.00x | 5.00x |  | 90.0 [89.0, 91.0] |  |" in text
-    assert "as fast: tea (4.00x, 90.0)" in text
+    assert "better" not in text and " than " not in text  # nothing was compared in pairs
     assert "- sea, lake: it cannot" in text
 
 
-def test_speedups_over_something_faster_are_not_held_against_the_aim(folder):
-    found = json.loads((folder / "mine.json").read_text())
-    found["runs"].append(RUN | {"method": "cfg-50", "settings": {"cache": None, "two_pass": False}})
-    (folder / "mine.json").write_text(json.dumps(found))
-    assert "From 3x to 20x" not in figures("mine", folder, "results")
+def test_orders_are_those_of_the_verdicts(folder):
+    assert figures("mine.pairs", folder, "results") == NO_PAIRS + "\n"
+    (folder / "mine.json").write_text(json.dumps(contrasted()))
+    order = "Against the same model in as many full passes, by FLOPs, total: better: six than student-7; not told apart"
+    assert f"- {order}" in figures("mine", folder, "results")
+    assert "| six | student-7 | +0.861 [+0.361, +1.36] better |" in figures("mine.pairs", folder, "results")
 
 
 def test_without_results_it_says_so(tmp_path):

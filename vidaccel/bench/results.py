@@ -1,43 +1,193 @@
 """Rows as results.json has them (results.schema.json says what each field is)."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vidaccel.bench.measures.quality import scorer_of, summary
+from vidaccel.artefacts import atomic_path
+from vidaccel.bench import counterparts
+from vidaccel.bench.measures.pairs import Totals, differences, verdicts
+from vidaccel.bench.measures.quality import columns, scorer_of, summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.numbers import quartiles
 
+DIGITS = 5
+"""Of a score of one prompt."""
+BASELINE, EQUAL, EQUAL_TIME, TRAINING_FREE = "baseline", "equal compute", "equal time", "best training-free"
+"""What a row is compared with: the baseline; as many full passes of the same model, by FLOPs and as timed; the best row
+without a trained network that is at least as cheap."""
+
 
 def results_of(
-    config: BenchmarkConfig, rows: Rows, environment: dict[str, Any], seeds: Sequence[int]
+    config: BenchmarkConfig,
+    rows: Rows,
+    environment: dict[str, Any],
+    seeds: Sequence[int],
+    prompts: Sequence[str] = (),
+    compared: bool = False,
 ) -> dict[str, Any]:
-    """The whole of results.json, from what the rows know by now."""
-    runs = [_run(row, _baseline(row, rows, config), config, seeds) for row in rows.rows]
-    return {"schema": SCHEMA, "environment": environment, "baseline": config.baseline, "runs": runs}
+    """The whole of results.json, from what the rows know by now.
+
+    Args:
+        prompts: those that are scored.
+        compared: whether rows are compared in pairs, which takes all of their videos.
+    """
+    scorer = scorer_of(config)
+    meanings = [scorer.meaning(prompt) if scorer else prompt for prompt in prompts]
+    totals = scorer.totals if scorer else None
+    owns = {id(row): counterparts.own_row(row, rows.rows) for row in rows.rows}
+    runs = {id(row): _run(row, owns[id(row)], rows, config, seeds, meanings, totals) for row in rows.rows}
+    for row in rows.rows:
+        own = owns[id(row)]
+        runs[id(row)]["full_pass_equivalents"] = {
+            "flops": counterparts.by_flops(row, own),
+            "timed": counterparts.as_timed(runs[id(row)], runs[id(own)] if own else None),
+        }
+    if compared:
+        _compare(config, rows.rows, runs, meanings, totals)
+    about = {"prompts": list(prompts), "meanings": meanings, "endpoints": config.endpoints} if prompts else {}
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "baseline": config.baseline,
+        **about,
+        "runs": list(runs.values()),
+    }
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """As indented JSON in which a list or object of mere numbers and strings is one line."""
+    with atomic_path(path) as temporary:
+        # A name that is no Unicode has half characters, which JSON writes as backslash escapes.
+        temporary.write_text(dumped(results) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def dumped(data: Any, indent: str = "") -> str:
+    """See `write_results`."""
+    values = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else []
+    if not any(isinstance(value, dict | list) for value in values):
+        return json.dumps(data, ensure_ascii=False)
+    inner = indent + "  "
+    if isinstance(data, dict):
+        lines = [f"{json.dumps(key, ensure_ascii=False)}: {dumped(value, inner)}" for key, value in data.items()]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + dumped(value, inner) for value in data) + f"\n{indent}]"
 
 
 def _baseline(row: Row, rows: Rows, config: BenchmarkConfig) -> Row:
     return next(other for other in rows.rows if (other.name, other.size) == (config.baseline, row.size))
 
 
-def _run(row: Row, baseline: Row, config: BenchmarkConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    run = blank_run(row, config.family) | {"error": row.error}
+def _run(
+    row: Row,
+    own: Row | None,
+    rows: Rows,
+    config: BenchmarkConfig,
+    seeds: Sequence[int],
+    meanings: Sequence[str],
+    totals: Totals | None,
+) -> dict[str, Any]:
+    run: dict[str, Any] = blank_run(row, config.family) | {"error": row.error}
     run["settings"]["settings"] = row.settings or run["settings"]["settings"]
     run["settings"]["runtime"] = {key.name: getattr(config, key.name) for key in fields(RuntimeConfig)}
     if row.counts is None:
         return run
-    run |= row.counts | {"speedup": _speedup(row, baseline), "prompts": config.timed_prompts}
+    run |= row.counts | {"speedup": _speedup(row, _baseline(row, rows, config)), "prompts": config.timed_prompts}
     if len(row.rounds) > 1:
         run["denoise_seconds"] = quartiles([each["denoise"] for each in row.rounds])
         run["end_to_end_seconds"] = quartiles([each["end_to_end"] for each in row.rounds])
     if row.videos and row.error is None:
-        run |= summary(row.videos, scorer_of(config)) | {"prompts": len(row.videos)}
+        run |= summary(row.videos, meanings[: len(row.videos)], totals, own.name if own else None)
+        run |= {"prompts": len(row.videos), "per_prompt": _per_prompt(row)}
     return run | {"seeds": list(seeds[: run["prompts"]])}
+
+
+def _per_prompt(row: Row) -> dict[str, Any]:
+    """Every score of every prompt: columns by what they are of."""
+    owns = {name: columns(row.videos, name) for name in _references(row)}
+    found = {"scores": {}, "fidelity": {}, "own_fidelity": {}}
+    for name, values in columns(row.videos).items():
+        group, _, key = name.rpartition(".")
+        found[group or "scores"][key] = _listed(values)
+    for reference, own in owns.items():
+        found["own_fidelity"][reference] = {
+            name.rpartition(".")[2]: _listed(values) for name, values in own.items() if name.startswith("own_fidelity.")
+        }
+    return found
+
+
+def _references(row: Row) -> list[str]:
+    return list(dict.fromkeys(name for video in row.videos for name in video.get("own", {})))
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(f"{value:.{DIGITS}g}") for value in values]
+
+
+def _compare(
+    config: BenchmarkConfig,
+    rows: Sequence[Row],
+    runs: Mapping[int, dict[str, Any]],
+    meanings: Sequence[str],
+    totals: Totals | None,
+) -> None:
+    """Give every run its contrasts. Each question has a correction of its own."""
+    scored = [row for row in rows if row.videos and row.error is None]
+    found: dict[str, list] = {}
+    for row in scored:
+        for question, other in _others(row, scored, runs, config):
+            own = counterparts.own_row(row, rows)
+            ours, theirs = (columns(each.videos, own.name if own else None) for each in (row, other))
+            count = min(len(row.videos), len(other.videos))
+            ours, theirs = ({name: values[:count] for name, values in side.items()} for side in (ours, theirs))
+            found.setdefault(question, []).append((row, other, differences(ours, theirs, meanings[:count], totals)))
+    for run in runs.values():
+        run["contrasts"] = []
+    for question, asked in found.items():
+        told = verdicts([difference for _, _, difference in asked], config.endpoints)
+        for (row, other, _), deltas in zip(asked, told, strict=True):
+            runs[id(row)]["contrasts"].append({"question": question, "with": other.name, "deltas": deltas})
+
+
+def _others(
+    row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]], config: BenchmarkConfig
+) -> Iterator[tuple[str, Row]]:
+    """What the row is compared with, and the question which that answers."""
+    costs = runs[id(row)]["full_pass_equivalents"]
+    equal = {question: counterparts.equal_row(row, costs[key], scored) for question, key in _EQUAL.items()}
+    baseline = next((other for other in scored if (other.name, other.size) == (config.baseline, row.size)), None)
+    asked = {BASELINE: baseline, **equal, TRAINING_FREE: _best_training_free(row, scored, runs)}
+    return ((question, other) for question, other in asked.items() if other is not None and other is not row)
+
+
+_EQUAL = {EQUAL: "flops", EQUAL_TIME: "timed"}
+
+
+def _best_training_free(row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]]) -> Row | None:
+    """Of the rows of that size which cost no more than a twentieth of a pass beyond a row with a trained network."""
+    if not row.method.predicts:
+        return None
+    run = runs[id(row)]
+    passes = run["full_pass_equivalents"]["flops"] or row.method.steps
+    limit = run["flops"] * (1 + counterparts.SLACK / passes)
+    fitting = [
+        other
+        for other in scored
+        if counterparts.training_free(other.method) and other.size == row.size and runs[id(other)]["flops"] <= limit
+    ]
+    return max(fitting, key=lambda other: _goodness(runs[id(other)]), default=None)
+
+
+def _goodness(run: Mapping[str, Any]) -> float:
+    if run["total"] is not None:
+        return run["total"]
+    return -run["fidelity"]["latent_relative_l2"] if run["fidelity"] else -np.inf
 
 
 def _speedup(row: Row, baseline: Row) -> dict[str, float | None]:

@@ -2,7 +2,8 @@
 
     rows/<name>.json      counts, seconds of each round, scores of each prompt ("marks"), or the error
     frames/<name>.safetensors    some frames of the first prompt, for the sheet
-    reference/<i>.safetensors    the baseline's video i, until the end
+    reference/<i>.safetensors    the baseline's video i, and <name>-<i> of other rows that some are compared with, until
+                          the end
     videos/<name>/<prompt>-<n>.mp4    with keep_videos: what is scored, by the names that VBench expects
 
 A round counts when all rows that have no error were timed in it: a ratio is between neighbours in time.
@@ -44,7 +45,11 @@ FIELDS = (
     "total",
     "dimensions",
     "fidelity",
+    "own_fidelity",
     "intervals",
+    "per_prompt",
+    "full_pass_equivalents",
+    "contrasts",
     "error",
 )
 """Of a run: null until something is known."""
@@ -64,7 +69,8 @@ class Row:
     rounds: list[dict[str, float]] = field(default_factory=list)
     """{"denoise", "end_to_end"} seconds of each round, the mean of its videos."""
     videos: list[dict[str, Any]] = field(default_factory=list)
-    """{"marks", "likeness"} of each scored prompt."""
+    """{"marks", "likeness", "own"} of each scored prompt: scores, and likeness to the videos of the baseline and, by
+    their names, of rows in which the same model runs in full."""
     error: str | None = None
     attempts: int = 0
     """How often the work that is under way was begun without ending; 0 between two pieces of work."""
@@ -96,12 +102,21 @@ class Rows:
     """The rows of one output folder."""
 
     def __init__(self, folder: Path, rows: Iterable[Row]):
-        self.folder, self.rows = folder, list(rows)
-        for row in self.rows:
+        self.folder, self.rows = folder, []
+        self.add(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """More rows, behind those that are there, with what is on disk about them."""
+        added = list(rows)
+        self.rows += added
+        for row in added:
             if self._file(row).exists():
                 known = read_json(self._file(row), "remove this file to time the row anew")
                 for name in ("settings", "counts", "rounds", "videos", "error", "attempts"):
                     setattr(row, name, known[name])
+
+    def keep_whole_rounds(self) -> None:
+        """Forget those in which not all rows were timed."""
         whole = min((len(row.rounds) for row in self.without_error), default=0)
         for row in self.without_error:
             del row.rounds[whole:]
@@ -127,21 +142,25 @@ class Rows:
         name = re.sub(r"[/\\\0]", " ", prompt).encode()[:LONGEST_NAME].decode(errors="ignore")
         write_video(frames, self.folder / "videos" / row.file_name / f"{name}-{number}.mp4", fps)
 
-    def save_reference(self, size: Size, index: int, made: TimedGeneration) -> None:
-        _save(self._reference(size, index), frames=torch.from_numpy(made.frames), latents=made.latents)
+    def save_reference(self, size: Size, index: int, made: TimedGeneration, own: Row | None = None) -> None:
+        """Video `index` of the baseline, or of the row that others of the same model are compared with."""
+        _save(self.reference_file(size, index, own), frames=torch.from_numpy(made.frames), latents=made.latents)
 
-    def reference(self, size: Size, index: int) -> TimedGeneration | None:
-        """The baseline's video of prompt `index`; None if there is none."""
-        if not self._reference(size, index).exists():
-            return None
-        tensors = load_file(self._reference(size, index))
-        return TimedGeneration(tensors["frames"].numpy(), tensors["latents"], 0.0, 0.0)
-
-    def _reference(self, size: Size, index: int) -> Path:
-        return self.folder / "reference" / f"{'x'.join(map(str, size))}-{index}.safetensors"
+    def reference_file(self, size: Size, index: int, own: Row | None = None) -> Path:
+        """Where `save_reference` puts it."""
+        name = "x".join(map(str, size)) if own is None else own.file_name
+        return self.folder / "reference" / f"{name}-{index}.safetensors"
 
     def _file(self, row: Row) -> Path:
         return self.folder / "rows" / f"{row.file_name}.json"
+
+
+def read_reference(file: Path) -> TimedGeneration | None:
+    """The one video in it; None if there is no such file."""
+    if not file.exists():
+        return None
+    tensors = load_file(file)
+    return TimedGeneration(tensors["frames"].numpy(), tensors["latents"], 0.0, 0.0)
 
 
 def _save(path: Path, **tensors: torch.Tensor) -> None:

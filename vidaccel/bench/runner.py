@@ -5,14 +5,17 @@ Three stages, each of which goes on where it was stopped:
 1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory up to
    the latents, beyond which all rows are the same. In the process that times it, a row has then warmed up.
 2. Rounds: every row once, one after the other, so that the ratio of a row to the baseline is one of neighbours in time.
-3. With --quality, videos of many prompts, each compared with the baseline's from the same noise.
+3. With --quality, videos of many prompts, each compared with the baseline's from the same noise and with those of the
+   same model's own full run, which are therefore made first. Judging them is left to other processes where there are.
 
 Whatever a row raises is its result. results.json is written again after each step.
 """
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,17 +23,20 @@ from shutil import rmtree
 from statistics import mean
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, check_writable, write_json, write_run
+from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_run
+from vidaccel.bench import counterparts
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
 from vidaccel.bench.environment import environment
 from vidaccel.bench.generation import Size, TimedGeneration, timed_generation
+from vidaccel.bench.judges import Judged, judged, judges
 from vidaccel.bench.measures.counting import Observer
+from vidaccel.bench.measures.pairs import smallest_difference
 from vidaccel.bench.measures.peak_memory import PeakMemory
-from vidaccel.bench.measures.quality import likeness, perceptual_network, prompts_of, scores_of
+from vidaccel.bench.measures.quality import perceptual_network, prompts_of, scorer_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
-from vidaccel.bench.results import results_of
+from vidaccel.bench.results import results_of, write_results
 from vidaccel.bench.rows import Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
@@ -67,7 +73,10 @@ class Benchmark:
     """One output folder, begun or finished."""
 
     def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
-        self.methods = methods = config.wanted(swept=quality and config.sweeps)
+        methods = config.wanted(swept=quality and config.sweeps)
+        if quality and config.equal_compute:
+            methods |= _named_as_configured(counterparts.own_runs(methods), config)
+        self.methods = methods
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
@@ -77,7 +86,7 @@ class Benchmark:
         self.models = Models(config, device)
         self._check_baseline(methods[config.baseline])
         self.timed_prompts = prompts_of(config, config.timed_prompts)
-        self.scored_prompts = prompts_of(config, config.scored_prompts) if quality else []
+        self.scored_prompts = prompts_of(config, config.scored_prompts, config.stream) if quality else []
         if quality:
             perceptual_network()  # now, and not after an hour of timing
         self.environment = environment(self.models.device)
@@ -89,16 +98,22 @@ class Benchmark:
         open_output_folder(folder, config, quality, self.environment, self.parents)
         sizes = [tuple(size) for size in config.sizes]
         self.rows = Rows(folder, [Row(name, method, size) for size in sizes for name, method in methods.items()])
+        self.rows.keep_whole_rounds()
 
     def run(self) -> dict[str, Any]:
-        if not (self.folder / RUN_FILE).exists():
+        if (self.folder / RUN_FILE).exists():
+            return read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on")
+        self._count()
+        if self.quality and self.config.equal_compute:
+            self.rows.add(counterparts.few_step_rows(self.rows.without_error, self.config.methods))
+            self.rows.keep_whole_rounds()
             self._count()
-            self._time()
-            if self.quality:
-                self._score()
-            rmtree(self.folder / "reference", ignore_errors=True)
-            self._finish()
-        return self._results()
+        self._time()
+        if self.quality:
+            self._announce()
+            self._score()
+        rmtree(self.folder / "reference", ignore_errors=True)
+        return self._finish()
 
     def _check_baseline(self, method: MethodConfig) -> None:
         """Without a baseline there is nothing to compare with: `UserError` if it cannot make the videos."""
@@ -179,39 +194,90 @@ class Benchmark:
         loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
         timed_generation(loaded, one_step, size, self.timed_prompts[:1], [self.config.seed], self.config.guidance)
 
+    def _announce(self) -> None:
+        """Say how long scoring may take, and what difference it will be able to see."""
+        rows, scorer = self.rows.without_error, scorer_of(self.config)
+        seconds = sum(
+            (len(self.scored_prompts) - len(row.videos)) * mean(each["end_to_end"] for each in row.rounds)
+            for row in rows
+        )
+        count = len({scorer.meaning(prompt) if scorer else prompt for prompt in self.scored_prompts})
+        spreads = scorer.spreads if scorer else {}
+        seen = [f"{smallest_difference(spread, count):.2g} points of {name}" for name, spread in spreads.items()]
+        log.info(
+            "scoring %d rows on %d prompts of %d meanings: %d min to make the videos one by one; in pairs, a "
+            "difference of %s is seen four times in five",
+            len(rows),
+            len(self.scored_prompts),
+            count,
+            math.ceil(seconds / 60),
+            " or ".join(seen) or f"{smallest_difference(1, count):.2g} standard deviations",
+        )
+
     def _score(self) -> None:
         total = sum(len(self.scored_prompts) - len(row.videos) for row in self.rows.without_error)
-        with Progress("scoring", total=total) as bar:
-            for row in list(self.rows.without_error):
+        with judges(self.config, self.models.device) as others, Progress("scoring", total=total) as bar:
+            for row in self._in_scoring_order():
+                waiting: list[list[Future[Judged]]] = []
                 step = self._batch_size(row)
                 for first in range(len(row.videos), len(self.scored_prompts), step):
+                    indices = range(first, min(first + step, len(self.scored_prompts)))
                     if row.error is None:
-                        indices = range(first, min(first + step, len(self.scored_prompts)))
-                        self._attempt(row, partial(self._score_batch, row, indices, bar.advance))
+                        work = partial(self._score_batch, row, indices, others, waiting, bar.advance)
+                        self._attempt(row, work, written=False)
+                self._attempt(row, partial(self._take, row, waiting, 0, bar.advance))
 
-    def _score_batch(self, row: Row, indices: range, advance: Callable[[], None]) -> None:
-        prompts, seeds = [self.scored_prompts[i] for i in indices], [self.config.seed + i for i in indices]
+    def _in_scoring_order(self) -> list[Row]:
+        """Those first whose videos others are compared with."""
+        rows = self.rows.without_error
+        first = [row for row in rows if row.name == self.config.baseline]
+        first += [row for row in counterparts.references(rows) if row not in first]
+        return [*first, *(row for row in rows if row not in first)]
+
+    def _score_batch(
+        self,
+        row: Row,
+        indices: range,
+        others: Executor | None,
+        waiting: list[list[Future[Judged]]],
+        advance: Callable[[], None],
+    ) -> None:
+        """Make the videos and hand them on; take the marks of the batch before, or of this one where none but this
+        process judges."""
+        prompts, seeds = [self.scored_prompts[i] for i in indices], [self._scored_seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
             made = self._generate(row, prompts, seeds, loaded)
-        baseline, videos = row.name == self.config.baseline, []
+        references = counterparts.references(self.rows.without_error)
+        compared = [each for each in references if counterparts.compared_with(row, each)]
+        baseline, batch = row.name == self.config.baseline, []
         for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+            only = slice(place, place + 1)
+            video = TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
             if baseline:
-                only = slice(place, place + 1)
-                self.rows.save_reference(
-                    row.size, index, TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
-                )
-            reference = None if baseline else self.rows.reference(row.size, index)
-            videos.append(
-                {
-                    "marks": scores_of(self.config, prompt, made.frames[place]),
-                    "likeness": likeness(made, reference, place) if reference else None,
-                }
-            )
+                self.rows.save_reference(row.size, index, video)
+            if row in references:
+                self.rows.save_reference(row.size, index, video, row)
+            files = {each.name: self.rows.reference_file(row.size, index, each) for each in compared}
+            base = None if baseline else self.rows.reference_file(row.size, index)
+            batch.append(_handed(others, self.config.scorer, prompt, video, base, files))
             if self.config.keep_videos:
                 number = self.scored_prompts[:index].count(prompt)
                 self.rows.save_video(row, prompt, number, made.frames[place], loaded.default("fps"))
-            advance()
-        row.videos += videos
+        waiting.append(batch)
+        self._take(row, waiting, 0 if others is None else 1, advance)
+
+    @staticmethod
+    def _take(row: Row, waiting: list[list[Future[Judged]]], left: int, advance: Callable[[], None]) -> None:
+        """The marks of all batches but the last `left`."""
+        while len(waiting) > left:
+            videos = [future.result() for future in waiting.pop(0)]
+            row.videos += videos
+            for _ in videos:
+                advance()
+
+    @property
+    def _scored_seed(self) -> int:
+        return self.config.seed if self.config.scored_seed is None else self.config.scored_seed
 
     def _batch_size(self, row: Row) -> int:
         together = not one_at_a_time(row.method.cache) and self.models.pipeline(row.method).family.batched_autoencoder
@@ -222,8 +288,9 @@ class Benchmark:
     ) -> TimedGeneration:
         return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
 
-    def _attempt(self, row: Row, work: Callable[[], None]) -> None:
-        """Do a piece of a row's work, unless it has ended the process before; then all that is known is written.
+    def _attempt(self, row: Row, work: Callable[[], None], written: bool = True) -> None:
+        """Do a piece of a row's work, unless it has ended the process before; then all that is known is written, into
+        results.json only if `written`.
 
         Whatever it raises becomes the row's error.
         """
@@ -244,18 +311,23 @@ class Benchmark:
             log.warning("%s: %s", row.name, row.error)
             log.debug("%s", row.name, exc_info=error)
         self.rows.save(row)
-        write_json(self.folder / RESULTS_FILE, self._results())
+        if written:
+            write_results(self.folder / RESULTS_FILE, self._results())
 
-    def _results(self) -> dict[str, Any]:
-        count = len(self.scored_prompts) if self.quality else len(self.timed_prompts)
-        seeds = [self.config.seed + i for i in range(count)]
-        return {"command": self.command} | results_of(self.config, self.rows, self.environment, seeds)
+    def _results(self, compared: bool = False) -> dict[str, Any]:
+        scored = self.quality and any(row.videos for row in self.rows.rows)
+        count, first = (
+            (len(self.scored_prompts), self._scored_seed) if scored else (len(self.timed_prompts), self.config.seed)
+        )
+        seeds = [first + i for i in range(count)]
+        found = results_of(self.config, self.rows, self.environment, seeds, self.scored_prompts, compared)
+        return {"command": self.command} | found
 
-    def _finish(self) -> None:
+    def _finish(self) -> dict[str, Any]:
         from vidaccel.bench.reports.html import write_report
 
-        results = self._results()
-        write_json(self.folder / RESULTS_FILE, results)
+        results = self._results(compared=self.quality)
+        write_results(self.folder / RESULTS_FILE, results)
         write_report(self.folder, results, self.rows)
         write_run(
             self.folder,
@@ -266,6 +338,22 @@ class Benchmark:
             started=self.started,
             parents=self.parents,
         )
+        return results
+
+
+def _named_as_configured(rows: dict[str, MethodConfig], config: BenchmarkConfig) -> dict[str, MethodConfig]:
+    """A row that the configuration has, but not among those that are wanted, by its name there."""
+    names = {id(row): name for row in rows.values() for name, other in config.methods.items() if other == row}
+    return {names.get(id(row), name): row for name, row in rows.items()}
+
+
+def _handed(others: Executor | None, *clip: Any) -> Future[Judged]:
+    """The judgement of a clip, at once where there is nobody else to leave it to."""
+    if others is not None:
+        return others.submit(judged, *clip)
+    done: Future[Judged] = Future()
+    done.set_result(judged(*clip))
+    return done
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,9 @@ LEFT_OUT = ("branches", "attention")
 FROM_FOLDERS = "predictor or multistep"
 """Forecasters that a folder holds, with a schedule of their own."""
 
+DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips")
+"""Measures of likeness of which it is known which way is better: less or more motion is neither."""
+
 CACHES = {
     "pab": "diffusers:PyramidAttentionBroadcastConfig",
     "fastercache": "diffusers:FasterCacheConfig",
@@ -199,6 +202,24 @@ class BenchmarkConfig(RuntimeConfig):
     """Least that a row denoises in a round: its videos are made again until then, and the mean is what counts."""
     scored_prompts: int = 64
     """Prompts that quality is measured on."""
+    scored_seed: int | None = None
+    """Of the noise of the first of them, in place of `seed`: apart from the seeds that anything was trained or searched
+    with."""
+    stream: str = "report"
+    """Which prompts of the scorer's world: `report`, held out of everything; `choose`, for choosing thresholds, grids,
+    guidance and schedules, so that what is reported was chosen on other prompts."""
+    endpoints: list[str] = field(
+        default_factory=lambda: ["semantic", "pair", "total", "own_fidelity.latent_relative_l2"]
+    )
+    """Measures that rows are told apart by, named before anything is measured: scores, `fidelity.NAME` against the
+    baseline's videos, `own_fidelity.NAME` against the same model's own full run. Each gets a verdict, corrected for
+    there being so many; all else gets an interval alone."""
+    equal_compute: bool = False
+    """Whether, where quality is measured, each row with predicted steps gets the rows to be held against: its model's
+    own full run, and few steps of it that cost as much."""
+    scoring_processes: int | None = None
+    """Processes that score while the next videos are made; 0: none but this one; null: one for each core but one where
+    models run on a GPU, else none."""
     sweeps: bool = True
     """Whether caches whose threshold sets their speed are scored at others too, as their rows say."""
     keep_videos: bool = False
@@ -224,7 +245,16 @@ class BenchmarkConfig(RuntimeConfig):
         dtypes = ("float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
         require(self.scorer in (None, *WORLDS), "scorer", self.scorer, f"is one of {', '.join(WORLDS)}, or null")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        for key in ("seed", "scored_seed"):
+            seed = getattr(self, key) or 0
+            require(0 <= seed < 2**63, key, seed, "must be in 0 .. 2^63 - 1")
+        require(self.stream in ("report", "choose"), "stream", self.stream, "is report or choose")
+        for name in self.endpoints:
+            group, _, measure = name.rpartition(".")
+            known = not group or (group in ("fidelity", "own_fidelity") and measure in DIRECTED)
+            require(known, "endpoints", name, f"is a score or (own_)fidelity.NAME, NAME one of {', '.join(DIRECTED)}")
+        processes = self.scoring_processes
+        require(processes is None or processes >= 0, "scoring_processes", processes, "must be at least 0, or null")
         g = self.guidance
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
 

@@ -5,9 +5,9 @@ imported when it is first asked for, so that a world of one's own is its folder 
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from vidaccel.errors import UserError, nearest
 
@@ -26,6 +26,10 @@ Scores = Mapping[str, float]
 class Scorer(Protocol):
     """What tells how good a video is, from its frames and its prompt alone."""
 
+    spreads: ClassVar[Mapping[str, float]]
+    """Score -> about the standard deviation, in points of a hundred, by which two samplings of one model differ from
+    prompt to prompt: what tells beforehand how small a difference so many prompts can show. May be empty."""
+
     def held_out_prompts(self, count: int) -> list[str]:
         """The first `count` prompts of things that the world's models were never trained on."""
         ...
@@ -34,13 +38,21 @@ class Scorer(Protocol):
         """`count` prompts like those that they were trained on, for what is fitted before it is scored."""
         ...
 
+    def choosing_prompts(self, count: int) -> list[str]:
+        """`count` prompts for choosing settings on: of nothing that is held out, and not those of a training."""
+        ...
+
     def score(self, frames: "np.ndarray", prompt: str) -> Scores:
         """Scores of one video, uint8 [T, H, W, 3]; `UserError` for a prompt that the world cannot judge."""
         ...
 
-    def summarise(self, scores: Sequence[Scores], resamples: int = 1000) -> dict[str, dict[str, float]]:
-        """{"mean", "low", "high"} in percent of every dimension and of `semantic`, `quality` and `total`, over videos;
-        low and high bound the 95 % bootstrap interval."""
+    def meaning(self, prompt: str) -> str:
+        """What the prompt says, in one form: prompts that mean the same are one observation, not two."""
+        ...
+
+    def totals(self, means: Mapping[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
+        """`semantic`, `quality` and `total` from the dimensions' averages over videos, arrays of any one shape, in the
+        unit that they are in; NaN, where no video that was drawn has a dimension, counts for nothing."""
         ...
 
 

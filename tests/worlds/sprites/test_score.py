@@ -11,7 +11,8 @@ from vidaccel.bench.measures.quality import fidelity
 from vidaccel.worlds.sprites.captions import caption
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning, parse
 from vidaccel.worlds.sprites.render import render, to_uint8
-from vidaccel.worlds.sprites.score import QUALITY, SEMANTIC, score_clip, summarise
+from vidaccel.worlds.sprites.score import QUALITY, SEMANTIC, score_clip, summarise, totals
+from vidaccel.worlds.sprites.scoring import SpritesScorer
 from vidaccel.worlds.sprites.world import BACKGROUNDS, COLOURS, NUM_FRAMES, SHAPES, Scene, Sprite, random_scene
 
 MIDDLE = NUM_FRAMES // 2
@@ -247,6 +248,23 @@ def test_intervals_are_those_of_a_proportion_and_follow_the_seed():
     assert summary["shape"]["high"] == pytest.approx(90 + 2.94, abs=0.6)
     assert summary["total"]["low"] == pytest.approx(100 - 10 / 25 - 2.94 / 25, abs=0.05)
     assert summarise(clips) == summary != summarise(clips, seed=1)
+
+
+def test_totals_of_arrays_are_those_of_a_summary():
+    clips = [even_scores(shape=0.25), even_scores(pair=0.5, motion_smoothness=0.4)]
+    means = {name: entry["mean"] for name, entry in summarise(clips, resamples=2).items()}
+    dimensions = {name: np.array([mean, np.nan if name == "pair" else mean]) for name, mean in means.items()}
+    found = totals({name: dimensions[name] for name in SEMANTIC + QUALITY})
+    assert {name: found[name][0] for name in found} == pytest.approx({name: means[name] for name in found})
+    assert found["semantic"][1] == pytest.approx((62.5 + 3 * 100) / 4)
+
+
+def test_what_prompts_mean_and_which_are_for_choosing():
+    scorer = SpritesScorer()
+    one, other = "A red circle moving left on black", "on a black background, a red circle that moves to the left"
+    assert scorer.meaning(one) == scorer.meaning(other) == "black; circle red left"
+    held_out, choosing = (set(map(scorer.meaning, p(200))) for p in (scorer.held_out_prompts, scorer.choosing_prompts))
+    assert not held_out & choosing
 
 
 def test_fidelity_of_known_errors():

@@ -1,6 +1,7 @@
 """How good videos are: their likeness to the baseline's at equal seeds, and scores where a world has a scorer.
 
-Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise.
+Likeness is to the videos that the baseline, 50 steps of the teacher under two-pass guidance, makes from the same noise,
+and to those of the same model's own full run, in which nothing was predicted or skipped.
 The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
 that slows down after distillation shows here. LPIPS is measured where its package is installed.
 VBench is not, since its package wants other versions of transformers and torch; `keep_videos` keeps them for it.
@@ -19,13 +20,12 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from vidaccel.bench.generation import TimedGeneration
+from vidaccel.bench.measures.pairs import Totals, averages, draws, interval
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError
-from vidaccel.numbers import bootstrap
-from vidaccel.worlds import Scorer, Scores, world
+from vidaccel.worlds import Scorer, world
 
 FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
-RESAMPLES = 1000
 FITTING_PROMPTS = 8
 
 
@@ -34,15 +34,15 @@ def scorer_of(config: BenchmarkConfig) -> Scorer | None:
     return world(config.scorer).scorer() if config.scorer else None
 
 
-def prompts_of(config: BenchmarkConfig, count: int) -> list[str]:
-    """The first `count` prompts of the configuration or, where it has none, of the scorer's world.
+def prompts_of(config: BenchmarkConfig, count: int, stream: str = "report") -> list[str]:
+    """The first `count` prompts of the configuration or, where it has none, of that stream of the scorer's world.
 
     Raises:
         UserError: there are fewer.
     """
     scorer = scorer_of(config)
     if scorer is not None and not config.prompts:
-        return scorer.held_out_prompts(count)
+        return scorer.held_out_prompts(count) if stream == "report" else scorer.choosing_prompts(count)
     if len(config.prompts) < count:
         raise UserError(
             f"there are {len(config.prompts)} prompts, and {count} are asked for",
@@ -57,12 +57,6 @@ def fitting_prompts(config: BenchmarkConfig) -> list[str]:
     if scorer is not None and not config.prompts:
         return scorer.training_prompts(FITTING_PROMPTS)
     return config.prompts[:FITTING_PROMPTS]
-
-
-def scores_of(config: BenchmarkConfig, prompt: str, frames: np.ndarray) -> Scores | None:
-    """Scores of one video uint8 [T, H, W, 3] in each dimension, 0 to 1; None without a scorer."""
-    scorer = scorer_of(config)
-    return None if scorer is None else scorer.score(frames, prompt)
 
 
 def likeness(made: TimedGeneration, reference: TimedGeneration, index: int) -> dict[str, float | None]:
@@ -136,22 +130,37 @@ def mean_change(frames: np.ndarray) -> float:
     return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 0.0
 
 
-def summary(videos: Sequence[Mapping[str, Any]], scorer: Scorer | None) -> dict[str, Any]:
-    """Fields of a run in results.json, from {"marks", "likeness"} of each prompt's video: averages, and 95 % bootstrap
-    intervals over prompts. Scores become percentages."""
-    fields: dict[str, Any] = dict.fromkeys(("semantic", "quality", "total", "dimensions", "fidelity"))
-    intervals: dict[str, list[float]] = {}
-    if scorer is not None and all(video["marks"] is not None for video in videos):
-        scores = scorer.summarise([video["marks"] for video in videos], RESAMPLES)
-        intervals |= {name: [score["low"], score["high"]] for name, score in scores.items()}
-        means = {name: score["mean"] for name, score in scores.items()}
-        fields |= {name: means.pop(name) for name in ("semantic", "quality", "total")} | {"dimensions": means}
-    if all(video["likeness"] is not None for video in videos):
-        fields["fidelity"] = dict.fromkeys(FIDELITY)
-        for name in FIDELITY:
-            values = [video["likeness"][name] for video in videos if video["likeness"][name] is not None]
-            if values:
-                fields["fidelity"][name] = float(np.mean(values))
-                # The baseline's scores have a dynamic degree of their own.
-                intervals[f"fidelity.{name}"] = bootstrap(values, resamples=RESAMPLES).tolist()
-    return fields | {"intervals": intervals}
+def columns(videos: Sequence[Mapping[str, Any]], own: str | None = None) -> dict[str, np.ndarray]:
+    """Arrays [P] of all that was measured of a row's videos, NaN where it was not: dimensions in percent by their
+    names, likeness to the baseline's videos as fidelity.<name>, to those of the row `own` as own_fidelity.<name>."""
+    found: dict[str, np.ndarray] = {}
+    measured = (
+        ("", 100.0, [video["marks"] for video in videos]),
+        ("fidelity.", 1.0, [video["likeness"] for video in videos]),
+        ("own_fidelity.", 1.0, [video.get("own", {}).get(own) for video in videos]),
+    )
+    for prefix, unit, values in measured:
+        known = [each or {} for each in values]
+        for name in dict.fromkeys(name for each in known for name in each):
+            numbers = [each.get(name) for each in known]
+            found[prefix + name] = np.array([np.nan if n is None else unit * n for n in numbers], dtype=np.float64)
+    return {name: values for name, values in found.items() if not np.isnan(values).all()}
+
+
+def summary(
+    videos: Sequence[Mapping[str, Any]], meanings: Sequence[str], totals: Totals | None, own: str | None = None
+) -> dict[str, Any]:
+    """Fields of a run in results.json, from {"marks", "likeness", "own"} of each prompt's video: averages, and 95 %
+    bootstrap intervals over meanings. Scores become percentages."""
+    measured = columns(videos, own)
+    if any(video["marks"] is None for video in videos):
+        totals = None
+    point = {name: float(mean[0]) for name, mean in averages(measured, np.ones((1, len(videos))), totals).items()}
+    resampled = averages(measured, draws(tuple(meanings)), totals)
+    scores = {name: value for name, value in point.items() if "." not in name}
+    fields: dict[str, Any] = {name: scores.pop(name, None) for name in ("semantic", "quality", "total")}
+    fields["dimensions"] = scores or None
+    for group in ("fidelity", "own_fidelity"):
+        known = any(name.startswith(f"{group}.") for name in point)
+        fields[group] = {name: point.get(f"{group}.{name}") for name in FIDELITY} if known else None
+    return fields | {"intervals": {name: list(interval(resampled[name])) for name in point}}

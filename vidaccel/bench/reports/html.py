@@ -2,15 +2,16 @@
 
 import base64
 import html
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import atomic_path
-from vidaccel.bench.reports.plots import above_ours, write_pareto
+from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
+from vidaccel.bench.reports.plots import write_pareto
 from vidaccel.bench.reports.tables import COLUMNS, failures, title
+from vidaccel.bench.results import dumped
 from vidaccel.bench.rows import Rows
 from vidaccel.data.video import contact_sheet
 
@@ -41,31 +42,29 @@ def report(results: dict[str, Any], folder: Path) -> str:
         f"<p><code>{html.escape(results['command'])}</code></p><p>{_environment(results['environment'])}</p>",
         f"<p>Speedups are relative to {html.escape(results['baseline'])}, within each round. Ideal is by FLOPs, and "
         "passes are counted as they happened: full ones, and those in which a predictor or a cache took part.</p>",
-        *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(list(of_size))),
+        *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(results, list(of_size))),
         _picture(folder / PARETO_FILE),
         "<h2>The same prompt and seed, a row a method</h2>",
         _picture(folder / SHEET_FILE),
-        f"<details><summary>results.json</summary><pre>{html.escape(json.dumps(results, indent=1))}</pre></details>",
+        f"<details><summary>results.json</summary><pre>{html.escape(dumped(results))}</pre></details>",
     ]
     head = f"<meta charset='utf-8'><title>vidaccel benchmark</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
-def _size(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _size(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What was found of videos of one size."""
     yield f"<h2>{html.escape(title(runs[0]))}</h2>"
-    yield _table(["method", *COLUMNS], [[run["method"], *_cells(run)] for run in runs if run["passes"]])
-    yield from (_errors(runs), _standing(runs), _scores(runs))
+    columns = {name: cell for name, cell in COLUMNS.items() if any(run["passes"] and cell(run) for run in runs)}
+    lines = [[run["method"], *(cell(run) or "" for cell in columns.values())] for run in runs if run["passes"]]
+    yield _table(["method", *columns], lines)
+    yield from (_errors(runs), *_contrasts(results, runs), _scores(runs))
 
 
 def _environment(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     facts = [environment["device"], environment["cpu"], f"{environment['threads']} threads", environment["platform"]]
     return html.escape("; ".join([*facts, versions, f"commit {environment['commit']}"]))
-
-
-def _cells(run: dict[str, Any]) -> list[str]:
-    return [cell(run) or "" for cell in COLUMNS.values()]
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -80,18 +79,14 @@ def _errors(runs: Sequence[dict[str, Any]]) -> str:
     return "<h3>What could not run</h3>" + _table(["methods", "why"], lines) if lines else ""
 
 
-def _standing(runs: Sequence[dict[str, Any]]) -> str:
-    """Whether the rows with a predictor are above all others, from 3x to 20x; which they are not, if not."""
-    if not any(run["total"] is not None for run in runs):
-        return ""
-    others = above_ours(runs)
-    if not others:
-        return "<p>From 3x to 20x no row has a higher total than a row with a predictor that is as fast.</p>"
-    lines = [[run["method"], f"{run['speedup']['measured']:.2f}x", f"{run['total']:.1f}"] for run in others]
-    return (
-        "<h3>Rows above ours</h3><p>Between 3x and 20x these have a higher total than every row with a predictor that "
-        "is as fast:</p>" + _table(["method", "speedup", "total"], lines)
-    )
+def _contrasts(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the rows were held against, and which were better or worse."""
+    found = list(tables_of(results, runs))
+    if found:
+        yield f"<h3>Which is better</h3><p>{html.escape(ABOUT)}</p>"
+        yield "<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in orders(results, runs)) + "</ul>"
+        for heading, headings, lines in found:
+            yield f"<h4>{html.escape(heading)}</h4>" + _table(headings, lines)
 
 
 def _scores(runs: Sequence[dict[str, Any]]) -> str:
@@ -101,14 +96,14 @@ def _scores(runs: Sequence[dict[str, Any]]) -> str:
         return ""
     names = list(dict.fromkeys(name for run in scored for name in run["intervals"]))
     lines = [[run["method"], *(_with_interval(run, name) for name in names)] for run in scored]
-    return "<h3>Scores, with 95 % intervals over prompts</h3>" + _table(["method", *names], lines)
+    return "<h3>Scores, with 95 % intervals over meanings</h3>" + _table(["method", *names], lines)
 
 
 def _with_interval(run: dict[str, Any], name: str) -> str:
     if name not in run["intervals"]:
         return ""
     group, _, key = name.rpartition(".")
-    where = run["fidelity"] if group else run if name in ("semantic", "quality", "total") else run["dimensions"]
+    where = run[group] if group else run if name in ("semantic", "quality", "total") else run["dimensions"]
     low, high = run["intervals"][name]
     return f"{where[key]:.3g} [{low:.3g}, {high:.3g}]"
 

@@ -42,19 +42,6 @@ def best_total(runs: Sequence[dict[str, Any]], speedup: float) -> float | None:
     return max((run["total"] for run in runs if run["speedup"]["measured"] >= speedup), default=None)
 
 
-def above_ours(runs: Sequence[dict[str, Any]], slowest: float = 3.0, fastest: float = 20.0) -> list[dict[str, Any]]:
-    """Rows between those speedups with a higher total than any row with a predictor that is as fast."""
-    scored = [run for run in runs if run["total"] is not None and run["speedup"]["measured"] is not None]
-    ours = [run for run in scored if kind_of(run) == "with a predictor"]
-    found = []
-    for run in scored:
-        speed = run["speedup"]["measured"]
-        best = best_total(ours, speed)
-        if run not in ours and slowest <= speed <= fastest and (best is None or run["total"] > best):
-            found.append(run)
-    return found
-
-
 def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     """A PNG: total against measured speedup; likeness to the baseline where nothing was scored; else measured against
     ideal speedup."""

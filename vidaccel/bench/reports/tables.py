@@ -1,12 +1,13 @@
 """Results as tables for people: one a size. A plan has what a pass costs above it, a run its errors below."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from vidaccel.bench.reports.contrasts import tables_of
 from vidaccel.numbers import si
 
 
@@ -27,6 +28,9 @@ def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
         runs = list(runs)
         yield title(runs[0])
         yield _speed_table([run for run in runs if run["passes"]])
+        for heading, headings, lines in tables_of(results, runs):
+            yield heading
+            yield _contrast_table(headings, lines)
         yield from (f"{', '.join(methods)}: {why}" for why, methods in failures(runs).items())
 
 
@@ -61,6 +65,19 @@ def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def _contrast_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """A line for each measure, which is what a terminal of 80 columns has room for."""
+    table = _empty_table()
+    for heading in (*headings[:2], "measure"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("difference", no_wrap=True)
+    for method, against, *cells in lines:
+        for measure, cell in zip(headings[2:], cells, strict=True):
+            if cell:
+                table.add_row(method, against, measure, cell)
+    return table
+
+
 def passes_text(run: dict[str, Any]) -> str:
     """Full passes and others, as in 8 + 12."""
     count = run["passes"]
@@ -73,7 +90,7 @@ def _number(form: str, *path: str) -> Callable[[dict[str, Any]], str | None]:
 
     def cell(run: dict[str, Any]) -> str | None:
         for key in path:
-            run = run[key] if run is not None else None
+            run = run.get(key) if run is not None else None
         return None if run is None else form.format(run)
 
     return cell
@@ -93,15 +110,18 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "seconds": _number("{:.3g}", "denoise_seconds", "median"),
     "speed": _number("{:.2f}x", "speedup", "measured"),
     "ideal": _number("{:.2f}x", "speedup", "ideal"),
+    "full passes": _number("{:.1f}", "full_pass_equivalents", "flops"),
+    "as timed": _number("{:.1f}", "full_pass_equivalents", "timed"),
     "of it": _number("{:.0%}", "speedup", "measured_over_ideal"),
     "cache": _bytes("cache_bytes"),
     "memory": _bytes("peak_memory_bytes"),
     "cache share": _cache_share,
     "latent": _number("{:.3f}", "fidelity", "latent_relative_l2"),
+    "own latent": _number("{:.3f}", "own_fidelity", "latent_relative_l2"),
     "total": _number("{:.1f}", "total"),
 }
 """Of a measured run, each where a row has something to say in it."""
-NARROW = COLUMNS.keys() - {"of it", "cache share"}
+NARROW = COLUMNS.keys() - {"of it", "cache share", "full passes", "as timed", "own latent"}
 """Those that a terminal of 80 columns has room for."""
 
 

@@ -218,6 +218,12 @@ def _averages(scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
     applies = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):
         means = np.where(applies, scores, 0).sum(0) / applies.sum(0)
-    is_semantic = np.isin(names, SEMANTIC)
-    semantic, quality = np.nanmean(means[is_semantic]), np.mean(means[~is_semantic])
-    return np.array([*means, semantic, quality, (4 * quality + semantic) / 5])
+    return np.array([*means, *totals(dict(zip(names, means, strict=True))).values()])
+
+
+def totals(means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`semantic`, `quality` and `total` from averages of dimensions, arrays of one shape; NaN counts for nothing."""
+    semantic, quality = (
+        np.nanmean(np.stack([means[name] for name in group if name in means]), axis=0) for group in (SEMANTIC, QUALITY)
+    )
+    return {"semantic": semantic, "quality": quality, "total": (4 * quality + semantic) / 5}

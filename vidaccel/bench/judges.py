@@ -1,0 +1,55 @@
+"""Videos judged, in processes of their own while the next ones are made, or in this one.
+
+What a judge needs is small (a clip, its prompt, files to compare with) and what it gives smaller, so that sixteen cores
+keep up with a GPU. Each has one thread.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidaccel.bench.generation import TimedGeneration
+from vidaccel.bench.measures.quality import likeness
+from vidaccel.bench.rows import read_reference
+from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.worlds import world
+
+Judged = dict[str, Any]
+"""{"marks", "likeness", "own"} of a video, as a row keeps them."""
+
+
+@contextmanager
+def judges(config: BenchmarkConfig, device: torch.device) -> Iterator[Executor | None]:
+    """The processes that the configuration asks for; None where this process is to judge."""
+    count = config.scoring_processes
+    if count is None:
+        count = 0 if device.type == "cpu" else len(os.sched_getaffinity(0)) - 1
+    if count == 0:
+        yield None
+        return
+    # Forked, as torch's own loaders are: another way of starting would run the caller's script again.
+    way = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, way, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        executor.submit(os.getpid).result()  # forks all of them, before a bar has a thread
+        yield executor
+
+
+def judged(
+    scorer: str | None, prompt: str, made: TimedGeneration, baseline: Path | None, own: Mapping[str, Path]
+) -> Judged:
+    """The one video in `made`: its scores, its likeness to the baseline's, and that to videos of the same model's own
+    full runs by their names. A file that is not there is left out."""
+    assert made.frames is not None
+    reference = read_reference(baseline) if baseline else None
+    owns = {name: read_reference(file) for name, file in own.items()}
+    return {
+        "marks": dict(world(scorer).scorer().score(made.frames[0], prompt)) if scorer else None,
+        "likeness": likeness(made, reference, 0) if reference else None,
+        "own": {name: likeness(made, other, 0) for name, other in owns.items() if other},
+    }

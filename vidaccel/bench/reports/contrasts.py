@@ -1,0 +1,74 @@
+"""Which row is better than which, in words: by the verdicts of paired differences, and by nothing else."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+QUESTIONS = {
+    "equal compute": "Against the same model in as many full passes, by FLOPs",
+    "equal time": "Against the same model in as many full passes, as timed",
+    "best training-free": "Against the best row without a trained network that costs no more",
+    "baseline": "Against the baseline",
+}
+"""Of a contrast in results.json, the most telling first, and what a reader is told of it."""
+ABOUT = (
+    "Differences in pairs of prompt and noise, with 95 % bootstrap intervals over meanings. A verdict is of a measure "
+    "that was named beforehand, corrected (Holm) for all rows and measures of its table: one false claim in twenty "
+    "tables."
+)
+NAMES = {
+    "latent_relative_l2": "latent error",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "dynamic_degree": "motion",
+}
+
+
+def tables_of(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list]]]:
+    """Title, headings and lines of each question that these runs of results.json answer; none in files of before."""
+    for question, title in QUESTIONS.items():
+        asked = list(_contrasts(runs, question))
+        names = [name for name in results.get("endpoints", ()) if any(name in each["deltas"] for _, each in asked)]
+        if names:
+            lines = [
+                [run["method"], each["with"], *(_cell(each["deltas"].get(n)) for n in names)] for run, each in asked
+            ]
+            yield title, ["method", "against", *map(measure, names)], lines
+
+
+def orders(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A sentence for each question and measure with a verdict: which rows are better or worse than what they were held
+    against, and how many are not told apart from it."""
+    for question, title in QUESTIONS.items():
+        asked = list(_contrasts(runs, question))
+        for name in results.get("endpoints", ()):
+            told: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+            for run, each in asked:
+                if name in each["deltas"]:
+                    told[each["deltas"][name]["verdict"]].append(f"{run['method']} than {each['with']}")
+            if any(told.values()):
+                found = [f"{verdict}: {', '.join(told[verdict])}" for verdict in ("better", "worse") if told[verdict]]
+                if count := len(told["not told apart"]):
+                    found.append(f"not told apart: {count} {'row' if count == 1 else 'rows'}")
+                yield f"{title}, {measure(name)}: {'; '.join(found)}."
+
+
+def measure(name: str) -> str:
+    """An endpoint for people: fidelity is to the baseline's videos, own_fidelity to the model's own full run."""
+    group, _, key = name.rpartition(".")
+    whose = {"": "", "fidelity": " to the baseline", "own_fidelity": " to its own full run"}[group]
+    return NAMES.get(key, key) + whose
+
+
+def _contrasts(runs: Sequence[dict[str, Any]], question: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for run in runs:
+        for each in run.get("contrasts") or ():
+            if each["question"] == question:
+                yield run, each
+
+
+def _cell(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    delta, low, high = (f"{difference[key]:+.3g}" for key in ("delta", "low", "high"))
+    return f"{delta} [{low}, {high}] {difference['verdict']}"
