@@ -48,6 +48,8 @@ class ChainConfig:
     """Videos that are made at once."""
     score_steps: list[int] = field(default_factory=lambda: [20, 8, 4, 3, 2])
     """Steps of the student that are scored."""
+    grids: list[int] = field(default_factory=lambda: [8, 6, 20, 10])
+    """Steps of the grids that forecasters are made for, the first ones first."""
     reserve: float = 12.0
     """Seconds of each training stage for loading before it and for gates and files after it."""
     cfg: list[str] = field(default_factory=list)

@@ -10,6 +10,7 @@ A round that was stopped is gone on with; one that is finished is followed by an
 last one made.
 """
 
+import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -20,14 +21,18 @@ import torch
 
 from studies.chain import pieces, scoring
 from studies.chain.settings import STAGES, ChainConfig
-from vidaccel.artefacts import RUN_FILE, read_json, write_json
+from vidaccel.artefacts import RUN_FILE, read_json, read_run, write_json
 from vidaccel.collect.bank import Bank, world_bank
 from vidaccel.config import loader as configuration
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.distill import GATES_FILE, Clips, distill
+from vidaccel.train.metrics import FILE as METRICS
+from vidaccel.train.predictor.multistep import train_multistep
 from vidaccel.worlds import world
 
 log = logging.getLogger(__name__)
@@ -73,18 +78,15 @@ class Chain:
     def export(self) -> list[Path]:
         """The pieces of what there is, each from the newest round that made it."""
         folders = {name: self.newest(name) for names in MADE_BY.values() for name in names}
-        found = {name: folder for name, folder in folders.items() if folder is not None} | {"chain": self.round}
-        found["chain"] = self._notes()
+        found = {name: folder for name, folder in folders.items() if folder is not None} | {"notes": self._notes()}
         size = self.config.piece_mib * 2**20
         return pieces.pack(found, world(self.config.world).SHIPPED / "teacher", Path(self.config.output), size)
 
     def newest(self, name: str) -> Path | None:
         """The newest finished folder of that name."""
-        marks = {"scores": "scores.json"}
-        for folder in (*reversed([*self.earlier, self.round]),):
-            if (folder / name / marks.get(name, RUN_FILE)).exists():
-                return folder / name
-        return None
+        last = {"scores": "scores.json"}.get(name, RUN_FILE)
+        rounds = reversed([*self.earlier, self.round])
+        return next((each / name for each in rounds if (each / name / last).exists()), None)
 
     def _notes(self) -> Path:
         """What each round says of itself, in one folder."""
@@ -135,14 +137,32 @@ class Chain:
         made_of = {"world": self.config.world, "scenes": self.config.scenes, "captions": self.config.captions}
         distill(config, self.round / name, self.config.device, Clips(self._clips, made_of, self._held_out))
 
+    def _forecasters(self) -> str:
+        student, made = self._student(), []
+        for steps in self.config.grids:
+            before = self._passed()
+            config = configuration.load(
+                "train-predictor",
+                PredictorConfig,
+                self.config.world,
+                ["forecaster=multistep", f"student={student}", f"steps={steps}", *self.config.multistep],
+            )
+            found = train_multistep(config, self.round / "scalars", self.config.device)
+            made += [
+                f"{s.budget} of {s.steps}: {s.expected_error:.3f} at {' '.join(map(str, s.full_steps))}" for s in found
+            ]
+            if self._passed() + (took := self._passed() - before) > self.ends["forecasters"]:
+                self._say(f"a grid took {took:.0f} s: no time is left for another")
+                break
+        return "\n".join(made)
+
     def _score(self) -> str:
-        student = self.newest("student") or self._shipped("student")
+        student = self._student()
         folder = self.round / "scores"
         config, shared = self.config, self.work / "scores"
         shared.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list] = {}
-        kind = "bfloat16" if self.device.type == "cuda" else "float32"
         with scoring.workers(max(1, min(14, (torch.get_num_threads() if self.device.type == "cpu" else 14)))) as pool:
 
             def row(name: str, loaded: LoadedPipeline, given: GenerateConfig, file: Path) -> None:
@@ -153,9 +173,9 @@ class Chain:
                 scoring.write_summary(folder, report, config.prompts)
                 self._say(f"{name}: {report[name]['total']['mean']:.2f} {report[name].get('paired', '')}")
 
-            teacher = load_pipeline(self._shipped("teacher"), device=config.device, dtype=kind)
+            teacher = load_pipeline(self._shipped("teacher"), device=config.device, dtype="float32")
             row("teacher-50", teacher, GenerateConfig(model=str(teacher.source)), shared / "teacher-50.jsonl")
-            loaded = load_pipeline(student, device=config.device, dtype=kind)
+            loaded = load_pipeline(student, device=config.device, dtype="float32")
             for steps in config.score_steps:
                 if self._passed() > self.ends["score"] - 2:
                     self._say(f"no time is left to score {steps} steps")
@@ -186,12 +206,25 @@ class Chain:
         """Every round sees clips of its own."""
         return self.config.seed + len(self.earlier)
 
+    def _student(self) -> str:
+        return str(self.newest("student") or self._shipped("student"))
+
     def _shipped(self, name: str) -> str:
         return f"{self.config.world}/{name}"
 
     def _gates(self, name: str) -> str:
         found = read_json(self.round / name / GATES_FILE, "run the stage again")
-        return "; ".join(f"{gate['value']:.3f} {gate['name']} (gate {gate['at_least']:g})" for gate in found["gates"])
+        gates = [f"{gate['value']:.3f} {gate['name']} (gate {gate['at_least']:g})" for gate in found["gates"]]
+        return "\n".join([self._speed(name), *gates])
+
+    def _speed(self, name: str) -> str:
+        """Steps that were made, and samples a second of the second half of them."""
+        lines = [json.loads(line) for line in (self.round / name / METRICS).read_text().splitlines()]
+        last, middle = lines[-1], lines[len(lines) // 2]
+        took, steps = last["seconds"] - middle["seconds"], last["step"] - middle["step"]
+        size = read_run(self.round / name, MODEL)["config"]["train"]["batch_size"]
+        rate = f"{size * steps / took:,.0f}" if took else "unknown"
+        return f"{last['step']} steps of {size} samples in {last['seconds']:.0f} s, {rate} samples/s at the end"
 
     def _passed(self) -> float:
         return time.monotonic() - self.started

@@ -18,7 +18,7 @@ from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
-from vidaccel.train.trainer import generator_for
+from vidaccel.train.objective import generator_for
 
 GUIDANCE_INDEX = 10**9 + 1
 """Of the generator that scales are drawn by: further than any training goes."""
