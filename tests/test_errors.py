@@ -21,4 +21,5 @@ def test_a_user_error_is_one_line_and_one_hint():
 )
 def test_nearest(word, hint):
     assert nearest(word, ["steps", "seed", "guidance"]) == hint
+    assert nearest(word, []) == "leave it out: there are none to choose from"
     assert nearest(word, {"steps": 1, "seed": 2, "guidance": 3}) == hint

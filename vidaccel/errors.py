@@ -28,4 +28,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The part of a hint that names what was probably meant: `did you mean "steps"? ` or the whole list."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"choose from: {', '.join(known)}"
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"choose from: {', '.join(known)}" if known else "leave it out: there are none to choose from"

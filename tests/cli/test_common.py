@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import typer
@@ -40,6 +41,34 @@ def test_status_and_words(error, status, said):
     assert result.exit_code == status
     assert result.stderr == f"warning: careful\n{said}"
     assert end(error, "--debug").exception is error or status == 130
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "interrupted"),
+        (["shard-00000.tar"], "interrupted; the same command goes on from what is collected"),
+        (
+            ["checkpoints/step-00000400/state.json", "checkpoints/step-00000420/state.json"],
+            "interrupted; the same command goes on from step 420",
+        ),
+        (["checkpoints/mse/step-00000010/state.json"], "interrupted; the same command goes on from step 10 of mse"),
+    ],
+)
+def test_where_what_was_interrupted_goes_on_from(files, said, tmp_path):
+    app = typer.Typer()
+    for age, name in enumerate(reversed(files)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+
+    @app.command()
+    @reported
+    def command(output: Path = tmp_path, debug: Debug = False) -> None:
+        raise KeyboardInterrupt
+
+    result = CliRunner().invoke(app, ["--output", str(tmp_path)])
+    assert (result.exit_code, result.stderr) == (130, f"{said}\n")
 
 
 def test_a_bug_is_a_line_too_and_has_its_traceback_with_debug():

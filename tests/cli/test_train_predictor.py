@@ -37,8 +37,10 @@ def run(world: Path, *words: str):
 def test_trains_searches_and_says_the_schedules(world):
     result = run(world, "--features", str(world / "features"), "-o", "predictor")
     assert result.exit_code == 0, result.output
-    *lines, last = result.stdout.splitlines()
+    *lines, last, shared = result.stdout.splitlines()
     assert last == "predictor: the predictor and these schedules"
+    assert shared == "to share: predictor without checkpoints/ and trajectories/"
+    assert "info: step 2: loss " in result.stderr  # there is no terminal to show a bar
     schedules = read_schedules("predictor/schedule.json")
     assert [line.partition(" of 4 steps full, expected error ")[0] for line in lines] == ["1", "2", "3", "4"]
     assert lines[3] == "4 of 4 steps full, expected error 0.000: 0 1 2 3"
@@ -47,6 +49,14 @@ def test_trains_searches_and_says_the_schedules(world):
 
     again = run(world, f"features={world / 'features'}", "-o", "predictor", "stage=search")
     assert again.exit_code == 0 and again.stdout == result.stdout
+    # Without --conf it is the training's settings that are gone by: its student, its features.
+    words = ["train-predictor", "-o", "predictor", "stage=search", "steps=3"]
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.startswith("1 of 3 steps full")
+    assert {schedule.steps for schedule in read_schedules("predictor/schedule.json")} == {3, 4}
+    said = CliRunner().invoke(app, [*words, "blokcs=2"])
+    assert said.exit_code == 2 and 'did you mean "blocks"?' in said.stderr
 
 
 MISTAKES = {

@@ -13,6 +13,7 @@ from vidaccel.cli.common import (
     Conf,
     Debug,
     Device,
+    Explain,
     PrintConf,
     Settings,
     quiet_libraries,
@@ -47,6 +48,7 @@ def benchmark(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
     print_conf: PrintConf = False,
+    explain: Explain = None,
     debug: Debug = False,
 ) -> None:
     """Compare samplers, caches and the learned predictor on one model.
@@ -58,7 +60,7 @@ def benchmark(
     free, overrides = split_settings(words or [])
     if free:
         raise UserError(f'"{free[0]}" is neither a flag nor a key=value setting', "write settings as key=value")
-    config = settings("benchmark", conf, overrides, print_conf)
+    config = settings("benchmark", conf, overrides, print_conf, explain)
     if quality and not speedup:
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
     way = _way(plan=plan, speedup=speedup, random_weights=random_weights)

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
+from vidaccel.cli.common import (
+    Debug,
+    Device,
+    Explain,
+    PrintConf,
+    Settings,
+    default_said,
+    quiet_libraries,
+    reported,
+    settings,
+)
 
 
 @reported
@@ -21,13 +31,22 @@ def collect_features(
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many and how large, and stop.")] = False,
     print_conf: PrintConf = False,
+    explain: Explain = None,
     debug: Debug = False,
 ) -> None:
     """Encode clips and captions into a folder that `distill` and `train-predictor` read.
 
+    vidaccel collect-features model=path/to/model data=clips num_frames=49 guidance=5 -o runs/features
+
+    data= is a folder of videos with a file captions.jsonl in it, one line a video:
+
+    {"file": "a.mp4", "caption": "a cat on a surfboard"}
+
+    Size, frames, rate, guidance and negative prompt that are said here hold for all that is made of the features.
+
     The same command continues a run that was stopped.
     """
-    config = settings("collect-features", conf, overrides or [], print_conf)
+    config = settings("collect-features", conf, overrides or [], print_conf, explain)
     quiet_libraries()
     planned = api.collect_features(config, output, device=device, dry_run=dry_run)
     typer.echo(str(planned) if dry_run else f"{output}: {planned}")

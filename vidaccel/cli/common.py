@@ -7,23 +7,30 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from vidaccel.artefacts import told
+from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, read_run, told
 from vidaccel.config.defaults import CONFS, default_conf
 from vidaccel.errors import TrainingFailed, UserError
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print all settings and stop.")]
+PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print all settings, what each means, and stop.")]
+Explain = Annotated[
+    str | None,
+    typer.Option("--explain", metavar="KEY", help="Say what one setting means and stop.", show_default=False),
+]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; --print-conf shows them all.")
 ]
 
 
+PREDICTOR = "predictor/1"
+"""Format of the folders that schedules are searched for (forecasters/checkpoint.py, which imports torch)."""
 LONGEST = 500
 """Characters that are shown of an error that was not meant for a user."""
 _SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
@@ -47,17 +54,17 @@ def reported(command: Callable) -> Callable:
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise
-            status, said = _ending(error)
+            status, said = _ending(error, kwargs.get("output"))
             typer.echo(said, err=True)
             raise typer.Exit(status) from None
 
     return run
 
 
-def _ending(error: BaseException) -> tuple[int, str]:
-    """Exit status and last words."""
+def _ending(error: BaseException, output: Path | None) -> tuple[int, str]:
+    """Exit status and last words of a command that writes to `output`."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return 130, _interrupted(output)
     if isinstance(error, TrainingFailed):
         return 1, f"error: {error}"
     user_error = told(error) if isinstance(error, OSError) else error
@@ -74,6 +81,17 @@ def default_said(command: str) -> str:
     return f"A shipped configuration, or the path of a YAML file. Default: {shipped}; for a model of your own {own}."
 
 
+def _interrupted(output: Path | None) -> str:
+    """Where the same command goes on from: of a training its last checkpoint."""
+    saved = [] if output is None else list((output / CHECKPOINTS).glob("**/step-*/state.json"))
+    if not saved:
+        collected = output is not None and any(output.glob("shard-*.tar"))
+        return f"interrupted{'; the same command goes on from what is collected' if collected else ''}"
+    last = max(saved, key=lambda file: file.stat().st_mtime).parent
+    stage = "" if last.parent.name == CHECKPOINTS else f" of {last.parent.name}"
+    return f"interrupted; the same command goes on from step {int(last.name.removeprefix('step-'))}{stage}"
+
+
 def print_any_character() -> None:
     """Characters that the console or its locale cannot show are printed as escapes, rather than ending the command."""
     for stream in (sys.stdout, sys.stderr):
@@ -84,14 +102,33 @@ def print_any_character() -> None:
 Schema = TypeVar("Schema")
 
 
-def settings(command: str, conf: str | None, overrides: list[str], print_conf: bool) -> Schema:
-    """The command's settings, without a `conf` those of its model; printed, and the program ended, if that is all the
-    user wants."""
+def settings(
+    command: str,
+    conf: str | None,
+    overrides: list[str],
+    print_conf: bool,
+    explain: str | None = None,
+    searched: Path | None = None,
+) -> Schema:
+    """The command's settings, without a `conf` those of its model; printed, or the one called `explain` explained, and
+    the program ended, if that is all the user wants.
+
+    A search of schedules without a `conf` takes those that the folder `searched` was trained with.
+    """
+    from vidaccel.config import explained
     from vidaccel.config import loader as config
 
-    loaded = config.load(command, config.SCHEMAS[command], conf or default_conf(command, overrides), overrides)
+    schema = config.SCHEMAS[command]
+    if explain:
+        typer.echo(explained.explain(schema, explain))
+        raise typer.Exit
+    if searched and conf is None and "stage=search" in overrides and (searched / RUN_FILE).is_file():
+        run = read_run(searched, PREDICTOR)
+        loaded = config.again(schema, run["config"], overrides, str(searched / RUN_FILE))
+    else:
+        loaded = config.load(command, schema, conf or default_conf(command, overrides), overrides)
     if print_conf:
-        typer.echo(config.to_yaml(loaded), nl=False)
+        typer.echo(explained.commented(loaded), nl=False)
         raise typer.Exit
     return loaded
 

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
+from vidaccel.cli.common import (
+    Debug,
+    Device,
+    Explain,
+    PrintConf,
+    Settings,
+    default_said,
+    quiet_libraries,
+    reported,
+    settings,
+)
 
 
 @reported
@@ -18,17 +28,19 @@ def distill(
     conf: Annotated[str | None, typer.Option("--conf", help=default_said("distill"), show_default=False)] = None,
     device: Device = "auto",
     print_conf: PrintConf = False,
+    explain: Explain = None,
     debug: Debug = False,
 ) -> None:
     """Distil a model, going on where an earlier run of the same command was stopped.
 
-    vidaccel distill --conf sprites/cfg -o runs/cfg
+    vidaccel distill teacher=path/to/model features=runs/features -o runs/cfg
 
-    vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg
+    vidaccel distill --conf few_steps teacher=runs/cfg features=runs/features -o runs/student
 
     On many processes: torchrun --nproc-per-node=8 -m vidaccel distill ...
     """
-    config = settings("distill", conf, overrides or [], print_conf)
+    config = settings("distill", conf, overrides or [], print_conf, explain)
     quiet_libraries()
     if api.distill(config, output, device=device):
         typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
+        typer.echo(f"to share: {output} without checkpoints/ and samples/")

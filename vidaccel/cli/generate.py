@@ -13,6 +13,7 @@ import typer
 from vidaccel.cli.common import (
     Debug,
     Device,
+    Explain,
     PrintConf,
     is_setting,
     quiet_libraries,
@@ -59,6 +60,7 @@ def generate(
     sheet: Annotated[Path | None, typer.Option(help="Also write a PNG of frames side by side.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
     print_conf: PrintConf = False,
+    explain: Explain = None,
     debug: Debug = False,
 ) -> None:
     """Generate a video from PROMPT, or one for each line of --prompts.
@@ -73,7 +75,7 @@ def generate(
     given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
     given = {key: None if value == "null" else value for key, value in given.items()}
     overrides += [f"{key}=null" for key in withdrawn(given)]
-    config = settings("generate", conf or default_conf(given), overrides, print_conf)
+    config = settings("generate", conf or default_conf(given), overrides, print_conf, explain)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
 

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from vidaccel import api
-from vidaccel.cli.common import Debug, Device, PrintConf, Settings, default_said, quiet_libraries, reported, settings
+from vidaccel.cli.common import (
+    Debug,
+    Device,
+    Explain,
+    PrintConf,
+    Settings,
+    default_said,
+    quiet_libraries,
+    reported,
+    settings,
+)
 
 
 @reported
@@ -23,20 +33,23 @@ def train_predictor(
     ] = None,
     device: Device = "auto",
     print_conf: PrintConf = False,
+    explain: Explain = None,
     debug: Debug = False,
 ) -> None:
     """Train a predictor for a student and search its schedules, going on where an earlier run was stopped.
 
-    vidaccel train-predictor --conf sprites --features runs/features -o runs/predictor
+    vidaccel train-predictor student=runs/student features=runs/features -o runs/predictor
 
     The student's own runs, where the settings want them and the features are encoded clips, are collected first.
 
     vidaccel train-predictor -o runs/predictor stage=search steps=8
 
+    A search without --conf goes by the settings of the predictor's training, which name its student.
+
     On many processes: torchrun --nproc-per-node=8 -m vidaccel train-predictor ...
     """
     given = [] if features is None else [f"features={features}"]
-    config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf)
+    config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf, explain, output)
     quiet_libraries()
     schedules = api.train_predictor(config, output, device=device)
     for schedule in schedules:
@@ -45,3 +58,4 @@ def train_predictor(
     if schedules:
         made = "the scalars" if config.forecaster == "multistep" else "the predictor"
         typer.echo(f"{output}: {made} and these schedules")
+        typer.echo(f"to share: {output} without checkpoints/ and trajectories/")

@@ -4,7 +4,8 @@
 A key that does not exist names its nearest neighbour; a value of the wrong type or out of range says what it may be."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -52,6 +53,17 @@ def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequen
     return _checked(_composed(command, path, words), schema, path.name)
 
 
+def again(schema: type[Schema], recorded: Mapping[str, Any], overrides: Sequence[str], where: str) -> Schema:
+    """The settings that an earlier run recorded in the file `where`, with overrides; errors as `load`."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    words = [_override(word, schema) for word in overrides]
+    with _explained(where), initialize_config_dir(str(conf_root()), version_base=None):
+        changes = cast("dict[str, Any]", OmegaConf.to_container(compose(None, words)))
+    return _checked(_merged(with_current_names(recorded, schema, where), changes), schema, where)
+
+
 def settings_of(command: str, config: Schema | str, changes: Mapping[str, Any]) -> Schema:
     """Settings as Python gives them: the dataclass itself, or what `load` takes for `conf`, with `changes` made to it.
 
@@ -90,21 +102,29 @@ def _merged(settings: Any, change: Any) -> Any:
 def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the YAML file says with the overrides, in Hydra's grammar; nothing is checked yet."""
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     shipped = quoted(f"file://{_folder(command)}")
     try:
-        with initialize_config_dir(str(path.parent), version_base=None):
+        with _explained(path.name), initialize_config_dir(str(path.parent), version_base=None):
             chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words])
             return cast("dict[str, Any]", OmegaConf.to_container(chosen))
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """What Hydra refuses of the settings in the file `where`, as a `UserError`."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         reason = next(iter(str(error).splitlines()), "a key that is no name")  # OmegaConf says nothing of a null key
-        raise UserError(f"{path.name}: {reason}", "see `--print-conf` for what can be set") from error
+        raise UserError(f"{where}: {reason}", "see `--print-conf` for what can be set") from error
 
 
 def _checked(settings: Mapping[str, Any], schema: type[Schema], where: str) -> Schema:

@@ -118,7 +118,8 @@ class ClipFolder:
         first = "; ".join(self.skipped[:_REASONS_SHOWN])
         raise UserError(
             f"{len(self.skipped)} of {total} clips in {self.folder} cannot be used{': ' if first else ''}{first}",
-            f"mend or remove them: at least one clip must be left, and at most {max_bad_share:.0%} may be bad",
+            f"mend or remove them: at least one clip must be left, and at most {max_bad_share:.0%} may be bad; "
+            f"of shorter clips less can be asked: num_frames= (now {self.num_frames}) and fps= (now {self.fps:g})",
         )
 
 

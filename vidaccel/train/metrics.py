@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,11 @@ class Metrics:
             self._trackers[-1].store_init_configuration(plain)
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Raises `UserError` if the file cannot be written."""
+        """Says it where no terminal shows a bar. Raises `UserError` if the file cannot be written."""
         append(self._path, line)
+        if not sys.stderr.isatty():
+            numbers = " ".join(f"{key} {line[key]:.4g}" for key in ("loss", "lr", "seconds") if key in line)
+            log.info("step %d: %s", line["step"], numbers)
         values = {key: value for key, value in line.items() if key != "step"}
         for tracker in self._trackers:
             told = partial(tracker.log, values, step=line["step"])

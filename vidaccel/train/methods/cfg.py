@@ -42,7 +42,7 @@ def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
     if teacher.embeds("g"):
         raise UserError(
             f"{loaded.source} has its guidance distilled into one pass already",
-            "train a few-step student of it: --conf sprites/restricted_meanflow, or method=mean_velocity",
+            "train a few-step student of it: --conf few_steps, or method=mean_velocity",
         )
 
 

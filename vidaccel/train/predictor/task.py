@@ -90,7 +90,7 @@ def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity
     if two_pass and guidance > 1:
         raise UserError(
             f"{loaded.source} makes two passes a step, and a predictor is trained for one",
-            "distil its guidance first (vidaccel distill --conf sprites/cfg), or set guidance=1",
+            "distil its guidance first (vidaccel distill --conf cfg), or set guidance=1",
         )
     if config.guidance_range and not student.embeds("g"):
         raise UserError(

@@ -28,7 +28,7 @@ from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.cards import README, predictor_card
-from vidaccel.models.loading import load_pipeline
+from vidaccel.models.loading import load_pipeline, resolve_device
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.objective import generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
@@ -81,7 +81,8 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     started = datetime.now(UTC)
     run = read_run(output, FORMAT) if config.stage == "search" else None
     made = Predictor.from_pretrained(output).config if run else None
-    halves = config.mse.precision == config.adversarial.precision == "bfloat16"
+    on_cpu = resolve_device(device).type == "cpu"  # whose kernels want a norm's input and weights of one type
+    halves = config.mse.precision == config.adversarial.precision == "bfloat16" and not on_cpu
     loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
     with task.trunk:

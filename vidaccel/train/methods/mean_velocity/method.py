@@ -95,7 +95,7 @@ def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
     if not teacher.embeds("g"):
         log.warning(
             "%s is not CFG-distilled: the student learns its velocities without guidance, and follows prompts as "
-            "loosely as they do; distil it with --conf sprites/cfg first",
+            "loosely as they do; distil it with --conf cfg first",
             loaded.source,
         )
 
