@@ -5,6 +5,7 @@ The discriminator learns from detached features, the predictor from a frozen dis
 other's gradients. The student between them is frozen and lets gradients through.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -68,9 +69,9 @@ class PredictorLoss(nn.Module):
         shares = errors / least
         measured = {"mse": errors.mean().item(), "reuse": reused.mean().item(), "share": shares.mean().item()}
         loss = (shares if self.relative else errors).mean()
-        if self.discriminator is None:
+        if self.discriminator is None or self.config is None:
             return loss, measured
-        of_discriminator, of_predictor = self._adversarial(pair, u, turn)
+        of_discriminator, of_predictor = self._adversarial(self.discriminator, self.config.depths, pair, u, turn)
         measured |= {"discriminator": of_discriminator.item(), "adversarial": of_predictor.item()}
         if self.config.balanced:
             of_predictor = of_predictor / least.mean()
@@ -83,21 +84,23 @@ class PredictorLoss(nn.Module):
         with self.trunk.predicted(forecaster, pair.times.t, pair.memory):
             return self.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
 
-    def _adversarial(self, pair: Pair, u: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
+    def _adversarial(
+        self, discriminator: Discriminator, depths: Sequence[float], pair: Pair, u: Tensor, turn: Turn | None
+    ) -> tuple[Tensor, Tensor]:
         """L_D and the adversarial part of L_P, of the latents where a step with u ends and where one with the student's
         own velocity does; the one that a turn does not train without gradients."""
         grid = token_grid(self.student.transformer, pair.x)
-        ours = self._features(pair, u)
+        ours = self._features(depths, pair, u)
         with torch.no_grad():
-            theirs = self._features(pair, pair.target)
+            theirs = self._features(depths, pair, pair.target)
         with torch.set_grad_enabled(torch.is_grad_enabled() and turn != "predictor"):
             of_discriminator = discriminator_hinge(
-                self.discriminator(theirs, grid), self.discriminator([tokens.detach() for tokens in ours], grid)
+                discriminator(theirs, grid), discriminator([tokens.detach() for tokens in ours], grid)
             )
-        return of_discriminator, predictor_hinge(self.discriminator(ours, grid, frozen=True))
+        return of_discriminator, predictor_hinge(discriminator(ours, grid, frozen=True))
 
-    def _features(self, pair: Pair, u: Tensor) -> list[Tensor]:
-        return trunk_features(self.student, self.config.depths, pair.stepped(u), pair.times.r, pair.text, pair.g)
+    def _features(self, depths: Sequence[float], pair: Pair, u: Tensor) -> list[Tensor]:
+        return trunk_features(self.student, depths, pair.stepped(u), pair.times.r, pair.text, pair.g)
 
 
 def _squares(x: Tensor) -> Tensor:
