@@ -146,6 +146,17 @@ def test_the_teacher_trains_from_memory(made, tmp_path):
     assert "captions" in result.output
 
 
+def test_the_conf_for_a_gpu_goes_on_from_a_model_for_minutes(made, tmp_path):
+    sizes = [word for word in MICRO if ".steps=" not in word]
+    minutes = ["autoencoder.decoder.minutes=0.001", "teacher.train.minutes=0.001"]
+    run("make", "--conf", "gpu", "-o", tmp_path, *sizes, *minutes, "device=cpu", f"start={made / 'model'}")
+    stages = json.loads((tmp_path / "model" / "stages.json").read_text())[-2:]
+    assert [(stage["stage"], stage["step"] >= 1) for stage in stages] == [
+        ("decoder", True),
+        ("transformer, full depth", True),
+    ]
+
+
 def test_clips_of_a_folder_have_one_caption(made, tmp_path):
     run("render", "-o", tmp_path / "clips", "--clips", 4)
     more = [*MICRO, *LEFT, f"start={made / 'model'}", f"data={tmp_path / 'clips'}"]

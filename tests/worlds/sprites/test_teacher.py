@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vidaccel.config import loader as configuration
+from vidaccel.config.training import TrainConfig
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.worlds.sprites import align
 from vidaccel.worlds.sprites.pipeline import build_transformer
@@ -73,8 +74,8 @@ def test_clips_are_drawn_evenly_and_labels_only_where_they_are_wanted(loaded):
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_loss_asks_for_no_value(labelled, loaded):
     """Nothing can be asked of a tensor on the meta device."""
-    settings = TeacherTraining(double_blocks=1, single_blocks=1, heads=2, head_dim=16)
-    batch = draw_batch(opened(loaded), settings, 2, 0, generator())
+    settings = TeacherTraining(alignment_warmup=10, double_blocks=1, single_blocks=1, heads=2, head_dim=16)
+    batch = draw_batch(opened(loaded), settings, TrainConfig(batch_size=2), 0, generator())
     if not labelled:
         del batch["shown"]
     width = batch["pooled"].shape[1]
@@ -83,3 +84,15 @@ def test_the_loss_asks_for_no_value(labelled, loaded):
     loss, measured = teacher_loss(aligned, batch, alignment=0.5)
     loss.backward()
     assert loss.is_meta and set(measured) == ({"flow_matching", "alignment"} if labelled else set())
+
+
+def test_the_weight_of_naming_rises(loaded):
+    draw, settings = opened(loaded), TeacherTraining(alignment=0.4, alignment_warmup=10)
+    twice = TrainConfig(batch_size=1, accumulate=2)
+    weights = [draw_batch(draw, settings, twice, index, generator())["alignment"].item() for index in (0, 1, 8, 40)]
+    assert weights == pytest.approx([0.02, 0.02, 0.18, 0.4])
+    assert "alignment" not in draw_batch(draw, TeacherTraining(), twice, 0, generator())
+    head = lambda *args: (torch.zeros(1), torch.zeros(1, 80, 5 + 7 + 8))  # noqa: E731
+    batch = draw_batch(draw, settings, twice, 8, generator()) | {"v": torch.zeros(1)}
+    loss, measured = teacher_loss(head, batch, alignment=0.4)
+    assert loss.item() == pytest.approx(0.18 * measured["alignment"].item())

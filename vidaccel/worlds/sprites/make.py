@@ -262,7 +262,7 @@ def train_teacher(
             data.open()
 
         def draw(index: int, generator: torch.Generator) -> Batch:
-            return Batch(draw_batch(data.open(), settings, which.batch_size, index, generator))
+            return Batch(draw_batch(data.open(), settings, which, index, generator))
 
         def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return teacher_loss(model, batch.tensors, settings.alignment)

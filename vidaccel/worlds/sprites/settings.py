@@ -77,6 +77,9 @@ class TeacherTraining:
     """Share of samples trained with the empty caption, for classifier-free guidance."""
     alignment: float = 0.5
     """Weight of the loss for naming what each token shows; used where scenes are rendered, and so known."""
+    alignment_warmup: int | None = None
+    """Steps over which that weight rises from a twentieth, for a trained transformer whose head is new; null begins
+    with all of it."""
     growth: int = 4
     """Blocks at full depth for each one of the shallow stage."""
     shallow: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
@@ -87,6 +90,8 @@ class TeacherTraining:
     def __post_init__(self) -> None:
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "must be in [0, 1)")
         require(self.alignment >= 0, "alignment", self.alignment, "must be at least 0")
+        rising = self.alignment_warmup
+        require(rising is None or rising >= 1, "alignment_warmup", rising, "must be at least 1, or null")
         require(self.growth >= 1, "growth", self.growth, "must be at least 1")
         if self.shallow.is_on:
             for key in ("double_blocks", "single_blocks"):

@@ -17,6 +17,7 @@ from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.collect.bank import Bank, sent
 from vidaccel.collect.encode import LATENT, encode_texts
 from vidaccel.collect.source import ClipSource
+from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.train.flow_matching import noised, sample_times
@@ -31,6 +32,8 @@ Drawn = dict[str, Tensor]
 float32; where it is known also `shown` [B, N, 3], what each token shows. On the model's device."""
 Draw = Callable[[Sequence[int], torch.Generator], Drawn]
 """The samples at these positions, counted over all epochs, captions dropped at random."""
+LEAST_SHARE = 0.05
+"""Of the weight of the loss for naming what tokens show, with which it begins where it rises."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +133,26 @@ def _from_bank(config: SpritesConfig, loaded: LoadedPipeline, bank: Bank, shown:
     return draw
 
 
-def draw_batch(draw: Draw, settings: TeacherTraining, size: int, index: int, generator: torch.Generator) -> Drawn:
-    """What the loss of forward pass `index` reads, besides the text: `x`, `t` and `v` in place of the latent."""
+def draw_batch(
+    draw: Draw, settings: TeacherTraining, which: TrainConfig, index: int, generator: torch.Generator
+) -> Drawn:
+    """What the loss of forward pass `index` of a stage reads: `x`, `t` and `v` in place of the latent, besides what
+    else is drawn, and `alignment`, its weight, while that rises."""
+    size = which.batch_size
     batch = draw(range(index * size, (index + 1) * size), generator)
     x_0 = batch.pop(LATENT)
     t = sample_times(size, settings.train_shift, generator).to(x_0)
     eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
-    return batch | {"x": noised(x_0, eps, t), "t": t, "v": eps - x_0}
+    batch |= {"x": noised(x_0, eps, t), "t": t, "v": eps - x_0}
+    if settings.alignment_warmup and "shown" in batch:
+        share = min(1.0, LEAST_SHARE + index // which.accumulate / settings.alignment_warmup)
+        batch["alignment"] = torch.full((), settings.alignment * share, device=x_0.device)
+    return batch
 
 
 def teacher_loss(aligned: nn.Module, batch: Drawn, alignment: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow matching, and `alignment` times the loss for naming what each token shows, where that is known; both are
-    the metrics then. Waits for nothing."""
+    """Flow matching, and `alignment` times, unless the batch says how often, the loss for naming what each token shows,
+    where that is known; both are the metrics then. Waits for nothing."""
     text = (batch[name] for name in ("prompt_embeds", "prompt_mask", "pooled"))
     v, scores = aligned(batch["x"], 1000 * batch["t"], *text)
     flow_matching = F.mse_loss(v.float(), batch["v"])
@@ -149,7 +160,7 @@ def teacher_loss(aligned: nn.Module, batch: Drawn, alignment: float) -> tuple[Te
         return flow_matching, {}
     named = align.alignment_loss(scores, batch["shown"])
     measured = {"flow_matching": flow_matching.detach(), "alignment": named.detach()}
-    return flow_matching + alignment * named, measured
+    return flow_matching + batch.get("alignment", alignment) * named, measured
 
 
 def python_rng(generator: torch.Generator) -> random.Random:
