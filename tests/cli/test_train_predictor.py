@@ -86,3 +86,34 @@ def test_print_conf_can_be_read_back(world):
     Path("mine.yaml").write_text(printed.stdout)
     back = CliRunner().invoke(app, ["train-predictor", "--conf", "mine.yaml", "--print-conf"])
     assert back.stdout == printed.stdout
+
+
+@pytest.mark.parametrize("name", ["reuse", "taylor", "linear"])
+def test_schedules_of_forecasters_without_training(world, name):
+    result = run(world, "--features", str(world / "features"), f"forecaster={name}", "budgets=[1,2]", "-o", "found")
+    assert result.exit_code == 0, result.output
+    *lines, last = result.stdout.splitlines()
+    assert last == "found: these schedules"
+    assert [line.partition(" of 4 steps full, expected error ")[0] for line in lines] == ["1", "2"]
+    assert [schedule.budget for schedule in read_schedules("found/schedule.json")] == [1, 2]
+    assert {path.name for path in Path("found").iterdir() if not path.name.startswith(".")} == {
+        "schedule.json",
+        "run.json",
+    }
+    other = run(world, "--features", str(world / "features"), f"forecaster={name}", "budgets=[9]", "-o", "found")
+    assert other.exit_code == 2 and "there are 4 steps" in other.stderr
+    if name != "linear":
+        words = ["a red circle", f"model={world / 'student'}", f"predictor={name}", "schedule=found/schedule.json"]
+        made = CliRunner().invoke(app, ["generate", *words, "budget=2", "-o", "out.mp4"])
+        assert made.exit_code == 0, made.output
+
+
+def test_schedules_of_other_grids_stay_unless_they_are_of_another_forecaster(world):
+    def found(*words):
+        result = run(world, "--features", str(world / "features"), "budgets=[1]", "-o", "found", *words)
+        assert result.exit_code == 0, result.output
+        return [schedule.steps for schedule in read_schedules("found/schedule.json")]
+
+    assert found("forecaster=reuse") == [4]
+    assert found("forecaster=reuse", "steps=5") == [4, 5]
+    assert found("forecaster=taylor", "steps=6") == [6]

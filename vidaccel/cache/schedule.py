@@ -72,52 +72,28 @@ def every(steps: int, n: int) -> Schedule:
     return Schedule(steps, tuple(range(0, steps, n)), "every")
 
 
-def search(costs: Sequence[Sequence[float]], *, grid: Grid | None = None) -> dict[int, Schedule]:
-    """The cheapest schedule of every budget 1 to S, exactly, in O(S^3).
+Costs = Sequence[Sequence[float]]
+"""[S][S + 1]: costs[i][j] is the error made by a stretch that is full at step i and predicted up to the next full step
+j, or to the end where j = S. Infinite where a stretch is not to be used; entries with j <= i are not read. Errors of
+stretches add."""
+
+
+def candidates(costs: Costs | Sequence[Costs], count: int = 1) -> dict[int, list[tuple[float, tuple[int, ...]]]]:
+    """The cheapest lists of full steps of every budget 1 to S, cheapest first, each with its cost, exactly.
 
     Args:
-        costs: [S][S + 1]; costs[i][j] is the error made by a stretch that is full at step i and predicted up to the
-            next full step j, or to the end where j = S. Infinite where a stretch is not to be used; entries with
-            j <= i are not read. Errors of stretches add, so that what is minimised is their sum.
-        grid: what the costs were measured on.
-
-    A budget that only stretches of infinite cost could keep to is left out.
+        costs: those of stretches, in O(S^3); or [S] of such, one for each full step h before the stretch's own, in
+            O(S^4). That of the first stretch, which has none before, is then read at h = 0.
+        count: how many of each budget; fewer where there are not that many of finite cost, and a budget that has none
+            is left out.
     """
-    steps = len(costs)
-    _check_costs(costs)
-    # best[i]: least cost from full step i to the end with the full steps left, and the steps it takes.
-    best: list[tuple[float, tuple[int, ...]]] = [(costs[i][steps], (i,)) for i in range(steps)]
-    found = {}
-    shift, times = (grid.shift, grid.times) if grid else (None, None)
-    for budget in range(1, steps + 1):
-        error, full_steps = best[0]
-        if math.isfinite(error):
-            found[budget] = Schedule(steps, full_steps, "search", shift, error, times)
-        best = [
-            min(
-                ((costs[i][j] + best[j][0], (i, *best[j][1])) for j in range(i + 1, steps)),
-                default=(math.inf, (i,)),
-            )
-            for i in range(steps)
-        ]
-    return found
-
-
-def candidates(
-    costs: Sequence[Sequence[Sequence[float]]], count: int
-) -> dict[int, list[tuple[float, tuple[int, ...]]]]:
-    """The `count` cheapest lists of full steps of every budget 1 to S, cheapest first, each with its cost; exactly,
-    where the cost of a stretch knows the full step before it as well.
-
-    Args:
-        costs: [S][S][S + 1]; costs[h][i][j] is the error made by a stretch that is full at step i and predicted up to
-            the next full step j, or to the end where j = S, after the full step h before; h = i where there is none,
-            which is read of i = 0 alone. Infinite where a stretch is not to be used. Errors add.
-        count: how many of each budget; fewer where there are not that many of finite cost.
-    """
-    steps = len(costs)
-    # best[h, i]: the cheapest ways from full step i, after h, to the end, with the full steps that are left.
-    best = {(h, i): [(costs[h][i][steps], (i,))] for i in range(steps) for h in (range(i) if i else [0])}
+    known = not isinstance(costs[0][0], float | int)
+    steps, after = len(costs), list(costs) if known else [costs]
+    for each in after:
+        _check_costs(each, steps)
+    # best[h, i]: the cheapest ways from full step i, after h, to the end with the full steps left, and the steps taken.
+    befores = {(h, i): after[h] for i in range(steps) for h in (range(i) if i and known else [0])}
+    best = {(h, i): [(of[i][steps], (i,))] for (h, i), of in befores.items()}
     found = {}
     for budget in range(1, steps + 1):
         if lists := [each for each in best[0, 0] if math.isfinite(each[0])]:
@@ -126,13 +102,12 @@ def candidates(
             (h, i): nsmallest(
                 count,
                 (
-                    (costs[h][i][j] + cost, (i, *rest))
+                    (of[i][j] + cost, (i, *rest))
                     for j in range(i + 1, steps)
-                    for cost, rest in best[i, j]
-                    if math.isfinite(costs[h][i][j])
+                    for cost, rest in best[i if known else 0, j]
                 ),
             )
-            for h, i in best
+            for (h, i), of in befores.items()
         }
     return found
 
@@ -190,9 +165,8 @@ def _schedule(budget: int, **fields) -> Schedule:
     return schedule
 
 
-def _check_costs(costs: Sequence[Sequence[float]]) -> None:
-    steps = len(costs)
-    if any(len(row) != steps + 1 for row in costs):
+def _check_costs(costs: Costs, steps: int) -> None:
+    if len(costs) != steps or any(len(row) != steps + 1 for row in costs):
         raise ValueError(f"costs are [{steps}][{steps + 1}] for {steps} steps")
     used = [costs[i][j] for i in range(steps) for j in range(i + 1, steps + 1)]
     if any(math.isnan(cost) or cost < 0 for cost in used):

@@ -56,6 +56,6 @@ def train_predictor(
         full, of = " ".join(map(str, schedule.full_steps)), f"{schedule.budget} of {schedule.steps}"
         typer.echo(f"{of} steps full, expected error {schedule.expected_error:.3f}: {full}")
     if schedules:
-        made = "the scalars" if config.forecaster == "multistep" else "the predictor"
-        typer.echo(f"{output}: {made} and these schedules")
+        made = {"learned": "the predictor and ", "multistep": "the scalars and "}.get(config.forecaster, "")
+        typer.echo(f"{output}: {made}these schedules")
         typer.echo(f"to share: {output} without checkpoints/ and trajectories/")

@@ -51,7 +51,7 @@ class PredictorConfig:
     there is nothing to train: their schedules are searched."""
     runs: int = 64
     """Of `multistep`: the model's own runs that scalars are fitted to."""
-    checked_prompts: int = 32
+    checked_prompts: int = 16
     """Prompts of their own on which lists of full steps are run as they serve. With `multistep` at least 1; else 0
     takes the estimated best without running it."""
     tried: int = 3

@@ -7,13 +7,13 @@ import torch
 
 from tests.cache.toy import Plus
 from tests.train.predictor.test_discriminator import student
-from vidaccel.cache.schedule import search
+from vidaccel.cache.schedule import candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.grid import Grid, step_grid
 from vidaccel.sampling import sample
-from vidaccel.train.predictor.search import PROBE, searched, stretch_costs
+from vidaccel.train.predictor.search import list_errors, stretch_costs
 
 REUSE = Reuse()
 
@@ -86,18 +86,6 @@ def test_costs_are_averaged_over_prompts():
     torch.testing.assert_close(alone[0], 4 * alone[1])
 
 
-def test_schedules_are_the_cheapest_and_expect_a_relative_error():
-    """Only stretches that begin at step 1 are free: 0 1 is the best of two, whose error is that of nothing."""
-    costs = torch.full((4, 5), 0.04, dtype=torch.float64)
-    costs[range(4), range(1, 5)] = 0
-    costs[1] = 0
-    found = searched(costs, Grid.shifted(4, 3.0))
-    assert {budget: schedule.full_steps for budget, schedule in found.items() if budget < 3} == {1: (0,), 2: (0, 1)}
-    assert found[1].expected_error == pytest.approx(0.2)
-    assert found[2].expected_error == found[4].expected_error == 0
-    assert (found[1].how, found[1].shift, found[1].steps) == ("search", 3.0, 4)
-
-
 @torch.no_grad()
 def test_the_cost_of_a_last_stretch_is_the_error_of_the_run_that_has_only_it():
     velocity, noise, text = student("wan")
@@ -114,23 +102,49 @@ def test_the_cost_of_a_last_stretch_is_the_error_of_the_run_that_has_only_it():
             wrong = (x - full).square().mean(dim=(1, 2, 3, 4)) / full.square().mean(dim=(1, 2, 3, 4))
             assert float(costs[first, 5]) == pytest.approx(float(wrong.mean()), rel=1e-3)
         assert (costs[0, 2:] > 0).all()
-        assert search(costs.tolist())[5].full_steps == (0, 1, 2, 3, 4)
+        assert candidates(costs.tolist())[5][0][1] == (0, 1, 2, 3, 4)
 
 
 @torch.no_grad()
-def test_a_forecaster_that_looks_back_further_has_the_full_step_of_a_probe_before():
+def test_the_costs_of_a_forecaster_that_looks_back_know_the_full_step_before():
     velocity, noise, text = student("wan")
-    grid, forecaster, first = step_grid(6, 3.0), Taylor(grid=Grid.shifted(6, 3.0)), 4
+    grid, forecaster = step_grid(6, 3.0), Taylor(grid=Grid.shifted(6, 3.0))
     with Trunk(velocity.transformer, velocity.family, history=2) as trunk:
         costs = stretch_costs(velocity, trunk, forecaster, noise, text, grid)
+        assert costs.shape == (6, 6, 7)
         states = [noise]
         for step in range(6):
             states.append(sample(velocity, states[-1], text, grid[step : step + 2]))
-        trunk.reset()
-        for step in (first - PROBE, first):
-            with trunk.full(grid[step]):
-                x = sample(velocity, states[step], text, grid[step : step + 2])
-        with trunk.predicted(forecaster, grid[first + 1]):
-            x = sample(velocity, x, text, grid[first + 1 :])
-    wrong = (x - states[-1]).square().mean(dim=(1, 2, 3, 4)) / states[-1].square().mean(dim=(1, 2, 3, 4))
-    assert float(costs[first, 6]) == pytest.approx(float(wrong.mean()), rel=1e-3)
+        for before, first in ((1, 4), (3, 4), (0, 2), (0, 0)):
+            trunk.reset()
+            for step in sorted({before, first}):
+                with trunk.full(grid[step]):
+                    x = sample(velocity, states[step], text, grid[step : step + 2])
+            for step in range(first + 1, 6):
+                with trunk.predicted(forecaster, grid[step]):
+                    x = sample(velocity, x, text, grid[step : step + 2])
+            wrong = (x - states[-1]).square().mean(dim=(1, 2, 3, 4)) / states[-1].square().mean(dim=(1, 2, 3, 4))
+            assert float(costs[before, first, 6]) == pytest.approx(float(wrong.mean()), rel=1e-3)
+        assert costs[1, 4, 6] != costs[3, 4, 6]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("history", [1, 2])
+def test_lists_run_together_as_they_serve_alone(history):
+    velocity, noise, text = student("wan")
+    grid = Grid.shifted(5, 3.0)
+    forecaster = Taylor(grid=grid) if history == 2 else Reuse()
+    lists = [(0,), (0, 2), (0, 1, 3), (0, 1, 4), (0, 1, 2, 3, 4)]
+    with Trunk(velocity.transformer, velocity.family, history=history) as trunk:
+        found = dict(list_errors(velocity, trunk, forecaster, noise, text, grid, None, lists))
+        own = sample(velocity, noise, text, grid.tensor)
+        for full in lists:
+            trunk.reset()
+            x = noise
+            for step in range(5):
+                t = grid.tensor[step]
+                with trunk.full(t) if step in full else trunk.predicted(forecaster, t):
+                    x = sample(velocity, x, text, grid.tensor[step : step + 2])
+            wrong = (x - own).square().mean(dim=(1, 2, 3, 4)) / own.square().mean(dim=(1, 2, 3, 4))
+            torch.testing.assert_close(found[full].float(), wrong, rtol=1e-3, atol=1e-8)
+    assert found[0, 1, 2, 3, 4].max() == 0

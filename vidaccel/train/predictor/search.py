@@ -8,27 +8,31 @@ error in the final latent. So
 
 where growth(j) is measured once for each j, by full steps from what a stretch of `PROBE` steps left: S^2 / 2 full
 passes in all, in place of S^3 / 6. Squares are added because the errors of a schedule's stretches point in unrelated
-directions.
+directions. Of a forecaster that looks back on two full steps, cost(h, i, j) knows the one before as well (DPCache,
+2602.22654); what full steps leave is then kept, one set of tokens a step, so that only predicted steps are S^3 / 6.
+
+The sum is an estimate. The cheapest lists of each budget are run as they serve on other prompts, and the best is kept.
 
 B prompts, S steps, C channels, T frames, H and W latent pixels
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vidaccel.cache.schedule import Schedule, search
+from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.encode import LATENT, batch
-from vidaccel.forecasters.base import Forecaster
+from vidaccel.errors import UserError
+from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
 from vidaccel.train.objective import generator_for
+from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.task import PredictorTask
 
 NOISE_INDEX = 10**9
@@ -37,24 +41,95 @@ PROBE = 3
 """Steps of the stretch whose error shows how errors grow: a full one and two predicted ones, as in good schedules."""
 
 
+def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedule]:
+    """The best schedule of every budget that is wanted: of the cheapest lists by `measured_costs` the one whose final
+    latents are nearest to those of full steps, run as it serves on prompts of their own, where there are any."""
+    config, grid = task.config, task.sampling.grid
+    found = candidates(measured_costs(task, forecaster).tolist(), config.tried)
+    if config.budgets and config.budgets[-1] > grid.steps:
+        raise UserError(f"budgets={config.budgets}, and there are {grid.steps} steps", f"take {grid.steps} or fewer")
+    kept = {budget: found[budget] for budget in config.budgets or found if budget in found}
+    lists = [full for ways in kept.values() for _, full in ways]
+    errors = served_errors(task, forecaster, lists)
+    schedules = []
+    for ways in kept.values():
+        known = {full: errors.get(full, math.sqrt(cost)) for cost, full in ways}
+        best = min(known, key=known.__getitem__)
+        schedules.append(Schedule(grid.steps, best, "search", grid.shift, known[best], grid.times))
+    return schedules
+
+
 def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
     """`stretch_costs` of the first prompts of the task's data, from noise of its seed, a training batch at a time."""
+    count = min(task.config.search_prompts, len(task.data))
+    total: Tensor | int = 0
+    for noise, text, g in _noised(task, 0, count, NOISE_INDEX):
+        costs = stretch_costs(task.student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
+        total = total + len(noise) / count * costs
+    return total
+
+
+def served_errors(
+    task: PredictorTask, forecaster: Forecaster, lists: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, ...], float]:
+    """Error of the final latents of each list of full steps as it serves, root of the mean squared share of those of
+    full steps, on the prompts that follow those of `measured_costs`; {} if there are none."""
+    first = min(task.config.search_prompts, len(task.data))
+    count = min(task.config.checked_prompts, len(task.data) - first)
+    squares = dict.fromkeys(lists, 0.0)
+    for noise, text, g in _noised(task, first, count, NOISE_INDEX + 1):
+        for full, wrong in list_errors(task.student, task.trunk, forecaster, noise, text, task.sampling.grid, g, lists):
+            squares[full] += float(wrong.sum()) / count
+    return {full: math.sqrt(square) for full, square in squares.items()} if count else {}
+
+
+@torch.no_grad()
+def list_errors(
+    student: Velocity,
+    trunk: Trunk,
+    forecaster: Forecaster,
+    noise: Tensor,
+    text: Text,
+    grid: Grid,
+    g: Tensor | None,
+    lists: Sequence[tuple[int, ...]],
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """(full steps, squared error [B] of the final latents as a share of those of full steps) of each list."""
+    own = sample(student, noise, text, grid.tensor, g)
+    trajectory = _Trajectory(student, trunk, text, grid.tensor.to(noise.device), g)
+    nodes = {each[: k + 1] for each in lists for k in range(len(each))}
+    with Progress("lists as served", total=len(nodes)) as progress:
+
+        def full(state: tuple[Tensor, tuple[Cached, ...]], step: int) -> tuple[Tensor, tuple[Cached, ...]]:
+            x, memory = state
+            with trunk.full(trajectory.grid[step]):
+                x = trajectory.step(step, x)
+            progress.advance()
+            return x, (trunk.memory()[0], *memory)[: forecaster.history]
+
+        def predicted(state: tuple[Tensor, tuple[Cached, ...]], step: int) -> tuple[Tensor, tuple[Cached, ...]]:
+            x, memory = state
+            with trunk.predicted(forecaster, trajectory.grid[step], memory):
+                return trajectory.step(step, x), memory
+
+        start: tuple[Tensor, tuple[Cached, ...]] = noise, ()
+        for each, (x, _) in run_lists(lists, grid.steps, start, full, predicted):
+            yield each, _mean_square(x - own) / _mean_square(own)
+
+
+def _noised(task: PredictorTask, first: int, count: int, index: int) -> Iterator[tuple[Tensor, Text, Tensor | None]]:
+    """Noise, text and scales of `count` prompts of the task's data from the first on, a training batch at a time."""
     config, student = task.config, task.student
-    count = min(config.search_prompts, len(task.data))
-    samples = [task.data[i][0] for i in range(count)]
-    generator = generator_for(config.seed, NOISE_INDEX)
-    total = 0
-    for first in range(0, count, config.mse.batch_size):
-        chosen = samples[first : first + config.mse.batch_size]
+    samples = [task.data[first + i][0] for i in range(count)]
+    generator = generator_for(config.seed, index)
+    for start in range(0, count, config.mse.batch_size):
+        chosen = samples[start : start + config.mse.batch_size]
         text = [{tensor.stored: sample[tensor.stored] for tensor in student.family.text_tensors} for sample in chosen]
-        text = batch(text, task.device, student.transformer.dtype)
         shape = chosen[0]["x"].shape[1:] if "x" in chosen[0] else chosen[0][LATENT].shape
         noise = torch.randn((len(chosen), *shape), generator=generator).to(task.device, student.transformer.dtype)
         scale = task.sampling.guidance if student.embeds("g") else None
         g = None if scale is None else torch.full((len(chosen),), scale, device=task.device)
-        costs = stretch_costs(student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
-        total = total + len(chosen) / count * costs
-    return total
+        yield noise, batch(text, task.device, student.transformer.dtype), g
 
 
 @torch.no_grad()
@@ -68,39 +143,40 @@ def stretch_costs(
     g: Tensor | None = None,
 ) -> Tensor:
     """cost(i, j) for 0 <= i < j <= S as [S, S + 1], on the CPU in float64: a relative squared error, averaged over
-    prompts, and 0 where j = i + 1.
+    prompts, and 0 where j = i + 1. Of a forecaster that looks back on two full steps cost(h, i, j) as [S, S, S + 1],
+    after the full step h; at h = 0 where there is none before.
 
     Args:
         noise: latents [B, C, T, H, W] that the sampling begins with.
         grid: its times [S + 1].
     """
-    steps = len(grid) - 1
+    steps, looks_back = len(grid) - 1, forecaster.history > 1
     trajectory = _Trajectory(student, trunk, text, grid.to(noise.device), g)
-    with Progress("measuring stretches", total=2 * steps - 1) as progress:
-        states = [noise]
+    befores = [(h, i) for i in range(steps) for h in (range(i) if i and looks_back else [i])]
+    with Progress("measuring stretches", total=len(befores) + steps - 1) as progress:
+        states, kept = [noise], []
         for step in range(steps):
-            states.append(trajectory.step(step, states[-1]))
-        left = torch.zeros(steps, steps + 1, len(noise), dtype=torch.float64)
+            if looks_back:
+                states.append(trajectory.remembered(step, states[-1], kept))
+            else:
+                states.append(trajectory.step(step, states[-1]))
+        left = torch.zeros(steps, steps, steps + 1, len(noise), dtype=torch.float64)
         drifted = {}
-        for first in range(steps):
-            for end, x in trajectory.stretches(forecaster, first, states):
-                left[first, end] = _mean_square(x - states[end])
-                if first == max(0, end - PROBE):
-                    drifted[end] = x
+        for before, first in befores:
+            memory = [kept[i] for i in dict.fromkeys((first, before))] if looks_back else None
+            for end, x in trajectory.stretches(forecaster, first, states, memory):
+                left[before, first, end] = _mean_square(x - states[end])
+                if first == max(0, end - PROBE) and before == (max(0, first - PROBE) if looks_back else first):
+                    drifted[end] = before, x
             progress.advance()
         growth = torch.ones(steps + 1, len(noise), dtype=torch.float64)
-        for end, x in drifted.items():
-            begun = left[max(0, end - PROBE), end]
+        for end, (before, x) in drifted.items():
+            begun = left[before, max(0, end - PROBE), end]
             final = _mean_square(sample(student, x, text, grid[end:], g) - states[-1])
             growth[end] = torch.where(begun > 0, final / begun, 1.0)
             progress.advance()
-    return (left * growth / _mean_square(states[-1])).mean(-1)
-
-
-def searched(costs: Tensor, grid: Grid) -> dict[int, Schedule]:
-    """The cheapest schedule of every budget; what it is expected to cost is a relative error, not its square."""
-    found = search(costs.tolist(), grid=grid)
-    return {budget: replace(s, expected_error=math.sqrt(s.expected_error)) for budget, s in found.items()}
+    costs = (left * growth / _mean_square(states[-1])).mean(-1)
+    return costs if looks_back else costs.diagonal().mT
 
 
 class _Trajectory:
@@ -113,17 +189,28 @@ class _Trajectory:
         """The state after a step from x, full or predicted as the trunk is set."""
         return sample(self.student, x, self.text, self.grid[index : index + 2], self.g)
 
-    def stretches(self, forecaster: Forecaster, first: int, states: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def remembered(self, index: int, x: Tensor, kept: list[Cached]) -> Tensor:
+        """A full step, of which `kept` gets what it leaves."""
+        with self.trunk.full(self.grid[index]):
+            x = self.step(index, x)
+        kept.append(self.trunk.memory()[0])
+        return x
+
+    def stretches(
+        self, forecaster: Forecaster, first: int, states: Sequence[Tensor], memory: Sequence[Cached] | None
+    ) -> Iterator[tuple[int, Tensor]]:
         """(j, state at j) of the stretches that begin with a full step `first`, shortest first; not (i, i + 1).
 
-        A forecaster that looks back further has the full steps PROBE, 2 PROBE ... before, which schedules may not."""
-        self.trunk.reset()
-        for full in range(first - PROBE * (forecaster.history - 1), first + 1, PROBE):
-            if full >= 0:
-                with self.trunk.full(self.grid[full]):
-                    x = self.step(full, states[full])
+        `memory` is what that and the one before left; None runs it, for a forecaster that looks back on one."""
+        if memory is None:
+            self.trunk.reset()
+            with self.trunk.full(self.grid[first]):
+                x = self.step(first, states[first])
+            given = {}
+        else:
+            x, given = states[first + 1], {"memory": tuple(memory)}
         for index in range(first + 1, len(self.grid) - 1):
-            with self.trunk.predicted(forecaster, self.grid[index]):
+            with self.trunk.predicted(forecaster, self.grid[index], **given):
                 x = self.step(index, x)
             yield index + 1, x
 

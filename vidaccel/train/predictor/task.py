@@ -80,7 +80,8 @@ def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig
     sampling = _sampling(grid, guidance, config, data)
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
-    history = made.history if made else config.history
+    looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
+    history = made.history if made else looks_back.get(config.forecaster, config.history)
     trunk = Trunk(transformer, loaded.family, history)
     return PredictorTask(config, loaded, student, trunk, data, provenance, sampling)
 

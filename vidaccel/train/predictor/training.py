@@ -7,6 +7,7 @@ folder/trajectories                     of the student, where it learns from the
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,28 +21,34 @@ from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sh
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.families.walk import blocks_of
-from vidaccel.forecasters.base import Cached, Tokens
+from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
+from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import load_pipeline, resolve_device
 from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.sampling import run_pipeline
 from vidaccel.train.objective import generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
 from vidaccel.train.predictor.pairs import Pair, Pairs
-from vidaccel.train.predictor.search import measured_costs, searched
+from vidaccel.train.predictor.search import NOISE_INDEX, PROBE, search_schedules
 from vidaccel.train.predictor.task import PredictorTask, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.trainer import train
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor"
+SCHEDULES = "schedules/1"
+"""Format of a folder of a forecaster's schedules alone."""
 STAGES = ("mse", "adversarial")
 NOT_SHAPING = {
     "student",
@@ -69,12 +76,54 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         UserError: student, data and settings do not go together, or cannot be read or written.
         TrainingFailed: the training did not stay finite.
     """
+    if config.forecaster != "learned":
+        return _search_only(config, output, device)
     check_output(output, FORMAT)
     if config.stage == "search":
         read_run(output, FORMAT)  # now, because a lock makes the folder that is missing
     with processes(), locked_by_first(output):
         schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
+
+
+def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
+    """Schedules of a forecaster that has nothing to train, into a folder that holds nothing else."""
+    check_output(output, SCHEDULES)
+    with locked(output):
+        started = datetime.now(UTC)
+        loaded = load_pipeline(config.student, device=device)
+        task = task_of(loaded, config, None)
+        with task.trunk:
+            schedules = search_schedules(task, _made_by_name(task))
+        made_for = {"forecaster": config.forecaster, "student": student_hash(loaded)}
+        before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
+        same = all(before.get(key) == value for key, value in made_for.items())
+        others = (
+            [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != task.sampling.grid.steps] if same else []
+        )
+        (output / RUN_FILE).unlink(missing_ok=True)
+        write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
+        run = _described(task, config, started) | {"started": started}
+        write_run(output, format=SCHEDULES, command=COMMAND, **run | made_for)
+        return schedules
+
+
+def _made_by_name(task: PredictorTask) -> Forecaster:
+    """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
+    pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
+    captions = [task.data[i][1]["caption"] for i in range(min(config.search_prompts, len(task.data)))]
+    sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, guidance=task.sampling.guidance)
+    seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
+
+    def generate() -> None:
+        run_pipeline(task.loaded, captions, seeds, sampling, nullcontext(), "latent")
+
+    making = Making(pipe, family, full_steps=range(0, grid.steps, PROBE), generate=generate)
+    forecaster = forecaster_class(config.forecaster).make(making)
+    follow = getattr(forecaster, "follow", None)
+    if follow is not None:
+        follow(grid)
+    return forecaster
 
 
 def _train_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
@@ -213,8 +262,7 @@ def _search(task: PredictorTask, output: Path) -> list[Schedule]:
     transformer = task.student.transformer
     predictor = Predictor.from_pretrained(output).to(task.device)
     predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded))
-    costs = measured_costs(task, predictor.run_like(transformer))
-    return list(searched(costs, task.sampling.grid).values())
+    return search_schedules(task, predictor.run_like(transformer))
 
 
 def _described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
