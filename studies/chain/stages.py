@@ -28,11 +28,13 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.distill import GATES_FILE, Clips, distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor.multistep import train_multistep
+from vidaccel.train.predictor.served import train_served
 from vidaccel.worlds import world
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class Chain:
 
     def newest(self, name: str) -> Path | None:
         """The newest finished folder of that name."""
-        last = {"scores": "scores.json"}.get(name, RUN_FILE)
+        last = {"scores": "scores.json", "predictor": SCHEDULE_FILE}.get(name, RUN_FILE)
         rounds = reversed([*self.earlier, self.round])
         return next((each / name for each in rounds if (each / name / last).exists()), None)
 
@@ -138,7 +140,25 @@ class Chain:
         distill(config, self.round / name, self.config.device, Clips(self._clips, made_of, self._held_out))
 
     def _forecasters(self) -> str:
-        student, made = self._student(), []
+        return "\n".join([*self._scalars(), *self._network()])
+
+    def _network(self) -> list[str]:
+        """Trained in what is left of the stage's time."""
+        left = self.ends["forecasters"] - self._passed() - self.config.reserve
+        if left < SHORTEST:
+            return ["no time was left for a network"]
+        words = ["pairs=served", "mse.steps=null", "adversarial.steps=0", f"student={self._student()}"]
+        config = configuration.load(
+            "train-predictor", PredictorConfig, self.config.world, [*words, *self.config.learned, "mse.minutes=1"]
+        )
+        seed = self.config.seed + 1000 * len(self.earlier)
+        config = replace(config, seed=seed, mse=replace(config.mse, minutes=left / 60, save_every=1000))
+        loaded = load_pipeline(self._student(), device=self.config.device, dtype="float32")
+        found = train_served(loaded, self._clips, config, self.round / "predictor")
+        return [f"network at {each}" for each in found]
+
+    def _scalars(self) -> list[str]:
+        student, made, _ = self._student(), [], self._ends_of_scalars
         for steps in self.config.grids:
             before = self._passed()
             config = configuration.load(
@@ -151,10 +171,11 @@ class Chain:
             made += [
                 f"{s.budget} of {s.steps}: {s.expected_error:.3f} at {' '.join(map(str, s.full_steps))}" for s in found
             ]
-            if self._passed() + (took := self._passed() - before) > self.ends["forecasters"]:
+            took = self._passed() - before
+            if self._passed() + took > self._ends_of_scalars:
                 self._say(f"a grid took {took:.0f} s: no time is left for another")
                 break
-        return "\n".join(made)
+        return made
 
     def _score(self) -> str:
         student = self._student()
@@ -185,6 +206,11 @@ class Chain:
         return scoring.table(scoring.summary(config.world, rows))
 
     # What they share
+
+    @cached_property
+    def _ends_of_scalars(self) -> float:
+        """Half of what there is for forecasters."""
+        return self._passed() + (self.ends["forecasters"] - self._passed()) / 2
 
     @cached_property
     def _teacher(self) -> LoadedPipeline:
