@@ -58,7 +58,7 @@ def test_status_and_words(error, status, said):
 def test_where_what_was_interrupted_goes_on_from(files, said, tmp_path):
     app = typer.Typer()
     for age, name in enumerate(reversed(files)):
-        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
 

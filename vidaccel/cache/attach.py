@@ -74,8 +74,10 @@ def attach(
     Raises:
         UserError: the pipeline is attached already, the predictor is not for it, or the full steps make no sense.
     """
-    loaded = pipe if isinstance(pipe, LoadedPipeline) else loaded_of(pipe)
-    pipe = loaded.pipe if loaded else pipe
+    if isinstance(pipe, LoadedPipeline):
+        loaded, pipe = pipe, pipe.pipe
+    else:
+        loaded = loaded_of(pipe)
     family = family_of_pipeline(type(pipe).__name__)
     for transformer in denoisers_of(pipe, family):
         require_free(transformer, family)

@@ -40,7 +40,9 @@ def commented(config: Any, indent: str = "") -> str:
     text = ""
     for field in fields(config):
         value = getattr(config, field.name)
-        meaning = meanings(type(config)).get(field.name) or (is_dataclass(value) and inspect.getdoc(type(value)))
+        meaning = meanings(type(config)).get(field.name)
+        if meaning is None and is_dataclass(value):
+            meaning = inspect.getdoc(type(value))
         if meaning:
             text += textwrap.fill(meaning, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") + "\n"
         if is_dataclass(value):

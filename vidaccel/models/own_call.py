@@ -7,7 +7,7 @@ name; its class in diffusers, and other pipelines of it, stay as they are.
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusers import DiffusionPipeline
 
@@ -32,7 +32,7 @@ def called_as_made(loaded: "LoadedPipeline") -> None:
         return stock.__call__(self, *args, **kwargs, **_left_out(loaded, given))
 
     made = {"__call__": call, "__module__": stock.__module__, "__doc__": stock.__doc__, LOADED: True}
-    pipe.__class__ = type(stock.__name__, (stock,), made)
+    cast(Any, pipe).__class__ = type(stock.__name__, (stock,), made)
     remember(loaded)
 
 
