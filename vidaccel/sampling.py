@@ -22,7 +22,7 @@ from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, sampled_as, unknown_words
 from vidaccel.models.grid import shifted
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import Text, Velocity
+from vidaccel.models.velocity import Text
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def eight_bits(frames: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def sample(
-    velocity: Velocity,
+    velocity: Callable[..., Tensor],
     x_1: Tensor,
     text: Text,
     grid: Tensor,
@@ -170,7 +170,8 @@ def sample(
     """Latents x_0 from noise x_1, both [B, C, T, H, W], by one step of Euler's method between neighbours of the grid.
 
     Args:
-        velocity: called with x, t, text, r, the time it goes down to, and g; a model without r ignores it.
+        velocity: a `Velocity`, or what is called like one: with x, t, text, r, the time it goes down to, and g; a model
+            without r ignores it.
         x_1: noise, in the model's dtype.
         text: embeddings of the prompts.
         grid: [steps + 1] times from 1 down to 0, float32, as `step_grid` gives them.

@@ -79,8 +79,7 @@ def attach(
     else:
         loaded = loaded_of(pipe)
     family = family_of_pipeline(type(pipe).__name__)
-    for transformer in denoisers_of(pipe, family):
-        require_free(transformer, family)
+    require_free(pipe, family)
     if isinstance(predictor, str | Path) and predictor not in attachable():
         predictor = local_path(predictor)
         if not predictor.is_dir():

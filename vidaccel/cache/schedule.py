@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from heapq import nsmallest
 from pathlib import Path
+from typing import cast
 
 from vidaccel.artefacts import write_json
 from vidaccel.cache.policy import check_full_steps
@@ -88,7 +89,8 @@ def candidates(costs: Costs | Sequence[Costs], count: int = 1) -> dict[int, list
             is left out.
     """
     known = not isinstance(costs[0][0], float | int)
-    steps, after = len(costs), list(costs) if known else [costs]
+    steps = len(costs)
+    after = cast("Sequence[Costs]", costs if known else [costs])
     for each in after:
         _check_costs(each, steps)
     # best[h, i]: the cheapest ways from full step i, after h, to the end with the full steps left, and the steps taken.

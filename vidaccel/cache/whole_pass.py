@@ -79,10 +79,8 @@ class WholePass:
         self._check_grid, self._check_guidance = check_grid, check_guidance
         self._timesteps: Tensor | None = None
         self._index, self._place = 0, 0
-        transformers = denoisers_of(pipe, family)
-        for transformer in transformers:
-            require_free(transformer, family)
-        self._calls = [_Call(self, transformer) for transformer in transformers]
+        require_free(pipe, family)
+        self._calls = [_Call(self, transformer) for transformer in denoisers_of(pipe, family)]
 
     def detach(self) -> None:
         """Leave the pipeline as it was; a second call does nothing."""
@@ -167,9 +165,11 @@ class WholePass:
         if len(self.remembered) == 1:
             if hook is not None and hook.embeds_guidance:
                 return hook.guidance
-            if not (self._family.g_config and transformer.config[self._family.g_config]):
+            key, argument = self._family.g_config, self._family.g_argument
+            config: Any = transformer.config
+            if key is None or argument is None or not config[key]:
                 return 1.0
-            return float(kwargs[self._family.g_argument].flatten()[0]) / 1000
+            return float(kwargs[argument].flatten()[0]) / 1000
         # No pipeline tells its scale in the same way: it is read off the step that was taken from two known passes.
         (first,), (second,) = (kept[:1] for kept in self.remembered[:2])
         times = self._pipe.scheduler.sigmas[:2].tolist()
@@ -187,15 +187,16 @@ def scalars_on(transformer: nn.Module) -> WholePass | None:
     return call.owner if isinstance(call, _Call) else None
 
 
-def require_free(transformer: nn.Module, family: DiTFamily) -> None:
+def require_free(pipe: DiffusionPipeline, family: DiTFamily) -> None:
     """`UserError` where a predictor or scalars are attached already, or a cache of diffusers is enabled."""
-    name = type(transformer).__name__
-    registries = [hook_registry(block) for _, block in blocks_of(transformer, family)]
-    attached = any(HOOK in registry.hooks for registry in registries if registry is not None)
-    if attached or isinstance(compiled_call(transformer), _Call):
-        raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
-    if getattr(transformer, "is_cache_enabled", False):
-        raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
+    for transformer in denoisers_of(pipe, family):
+        name = type(transformer).__name__
+        registries = [hook_registry(block) for _, block in blocks_of(transformer, family)]
+        attached = any(HOOK in registry.hooks for registry in registries if registry is not None)
+        if attached or scalars_on(transformer) is not None:
+            raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
+        if getattr(transformer, "is_cache_enabled", False):
+            raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
 
 
 class _Call:

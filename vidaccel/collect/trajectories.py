@@ -36,6 +36,7 @@ class TrajectorySampler:
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
         transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         self.loaded, self.config, self.transformer = loaded, config, transformer
+        self.device = next(transformer.parameters()).device
         self.velocity = Velocity(transformer, loaded.family, loaded.conditioning)
         embeds = self.velocity.embeds("g")
         self.guidance, two_pass = guidance_in_force(loaded, config.guidance, False if embeds else None)

@@ -54,7 +54,7 @@ class PredictorConfig:
     checked_prompts: int = 16
     """Prompts of their own on which lists of full steps are run as they serve. With `multistep` at least 1; else 0
     takes the estimated best without running it."""
-    tried: int = 3
+    tried: int = 5
     """How many lists of each budget are run so, those of the lowest estimated cost; the best is kept."""
     budgets: list[int] | None = None
     """Numbers of full steps that schedules are wanted for; null is all, of `multistep` up to half of the steps."""

@@ -140,7 +140,9 @@ class FittedList:
     @property
     def grid(self) -> Grid:
         """The grid that it was fitted on."""
-        return Grid(self.times, self.shift)
+        grid = Grid.recorded(self.steps, self.shift, self.times)
+        assert grid is not None  # or it would not have been made
+        return grid
 
     def velocity(self, step: int, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor) -> Tensor:
         """`multistep_velocity` of a predicted step, by its position."""

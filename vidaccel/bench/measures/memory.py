@@ -9,7 +9,7 @@ of what it holds. A GPU's allocator adds its rounding.
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,8 @@ def cache_bytes(
         each=sum(rows[stream] for stream in costs.fusions) * width(model) * dtype.itemsize,
         newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders),
     )
-    latent = rows["video"] * math.prod(patch_of(model)) * model.config.out_channels * dtype.itemsize
+    config: Any = model.config
+    latent = rows["video"] * math.prod(patch_of(model)) * config.out_channels * dtype.itemsize
     forecasters = {
         name: CacheBytes(2 * latent, 0) if forecaster_class(name).costs(planned).answers_pass else trunk
         for name in FORECASTERS

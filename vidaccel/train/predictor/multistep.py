@@ -111,10 +111,11 @@ def fit_lists(
     return made
 
 
-def relative_error(x: Tensor, own: Tensor) -> float:
-    """Root of the mean, over runs, of the squared error of latents [N, ...] as a share of that of the own ones."""
-    apart, whole = ((latent.double().flatten(1)).square().sum(1) for latent in (x.double() - own.double(), own))
-    return math.sqrt(float((apart / whole).mean()))
+def relative_error(x: Tensor, own: Tensor, whole: Tensor | None = None) -> float:
+    """Root of the mean, over runs, of the squared error of latents [N, ...] as a share of the square of the own ones,
+    or of `whole`."""
+    apart = (x.double() - own.double()).flatten(1).square().sum(1)
+    return math.sqrt(float((apart / (own if whole is None else whole).double().flatten(1).square().sum(1)).mean()))
 
 
 def estimated_costs(runs: Runs, growth: Sequence[float]) -> list[list[list[float]]]:
@@ -157,23 +158,27 @@ def _gram(runs: Runs) -> Tensor:
     return total / len(runs)
 
 
-def measured_growth(runs: Runs, count: int) -> list[float]:
+def measured_growth(runs: Runs, count: int, ridge: float = RIDGE) -> list[float]:
     """[S + 1]: what a squared error in the state at j grows to in the final latents, on the first `count` runs.
 
-    It is the error of a velocity that was kept for a step too long, followed by full steps. S^2 / 2 passes a run.
+    The error is that of one predicted step, of scalars over the two full steps before it, followed by full steps: S^2 /
+    2 passes a run. Sums over runs are compared, because a run with next to no error would count most in a mean of
+    ratios.
     """
     steps = len(runs.velocities)
     part = runs.first(count)
     growth = [1.0] * (steps + 1)
-    with Progress("how errors grow", total=steps - 2) as progress:
+    with Progress("how errors grow", total=max(0, steps - 2)) as progress:
         for j in range(2, steps):
-            own = part.states[j]
-            begun = x = part.after(j - 1, part.states[j - 1], part.velocities[j - 2])
+            before = range(j - 2, max(-1, j - 4), -1)
+            us, xs = ([each[i] for i in before] for each in (runs.velocities, runs.states))
+            numbers = fit_coefficients(us, xs, runs.states[j - 1], runs.velocities[j - 1], ridge)
+            u = multistep_velocity(numbers, [u[:count] for u in us], [x[:count] for x in xs], part.states[j - 1])
+            begun = x = part.after(j - 1, part.states[j - 1], u)
             for step in range(j, steps):
                 x = part.after(step, x, part.velocity(step, x))
-            before = (begun.double() - own.double()).square().flatten(1).sum(1)
-            final = (x.double() - part.states[-1].double()).square().flatten(1).sum(1)
-            growth[j] = float(torch.where(before > 0, final / before, 1.0).mean())
+            at_j = relative_error(begun, part.states[j], part.states[-1])
+            growth[j] = (relative_error(x, part.states[-1]) / at_j) ** 2 if at_j else 1.0
             progress.advance()
     return growth
 
@@ -204,7 +209,7 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     if config.full_steps is not None:
         lists = [tuple(config.full_steps)]
     else:
-        growth = measured_growth(runs, min(config.search_prompts, config.runs))
+        growth = measured_growth(runs.first(config.runs), config.search_prompts, config.ridge)
         found = candidates(estimated_costs(runs.first(config.runs), growth), config.tried)
         budgets = config.budgets or range(1, steps // 2 + 1)
         lists = [full for budget in budgets for _, full in found[budget]]
@@ -212,7 +217,7 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     best: dict[int, FittedList] = {}
     for each in made:
         budget = len(each.full_steps)
-        if budget not in best or each.error < best[budget].error:
+        if budget not in best or (each.error or 0.0) < (best[budget].error or 0.0):
             best[budget] = each
     fitted = MultistepConfig(
         loaded.family.name,

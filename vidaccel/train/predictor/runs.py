@@ -63,7 +63,7 @@ class Runs:
         """What the model gives at a step that begins with x [N, C, T, H, W] in place of `states[step]`."""
         if x is self.states[step]:
             return self.velocities[step]
-        device, times = self.sampler.transformer.device, self.times
+        device, times = self.sampler.device, self.times
         parts = []
         for first in range(0, len(x), self.batch_size):
             rows = slice(first, first + self.batch_size)

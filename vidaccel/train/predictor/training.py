@@ -103,8 +103,17 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
         )
         (output / RUN_FILE).unlink(missing_ok=True)
         write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
-        run = _described(task, config, started) | {"started": started}
-        write_run(output, format=SCHEDULES, command=COMMAND, **run | made_for)
+        run = _described(task, config, started)
+        write_run(
+            output,
+            format=SCHEDULES,
+            command=COMMAND,
+            config=run["config"],
+            seed=config.seed,
+            started=started,
+            parents=run["parents"],
+            **made_for,
+        )
         return schedules
 
 
