@@ -28,6 +28,7 @@ from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.data.shards import ShardFolder
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -100,7 +101,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     seen = None
     if clips is None:
         seen, provenance = open_data(loaded, config)
-        clips = _in_memory(loaded, config, Clips(seen, provenance), target)
+        clips = _in_memory(loaded, config, seen, provenance, target)
     data, provenance, held_out = clips
     loaded = called_as_told(loaded, config, seen or data)
     config = with_scales(config, loaded)
@@ -176,7 +177,7 @@ def _recorded(teacher: LoadedPipeline, now: Mapping[str, Any], settings: Mapping
     return _of_one_method(configuration.as_recorded_now(settings, now, DistillConfig))
 
 
-def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict]:
+def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[ShardFolder | EncodedSource, dict[str, Any]]:
     """The encoded clips to train on, and what tells them from others."""
     if config.features is not None:
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
@@ -188,25 +189,32 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[Data, dict
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
-def _in_memory(loaded: LoadedPipeline, config: DistillConfig, clips: Clips, target: torch.device) -> Clips:
-    """`clips` in the device's memory where settings say so, and some kept out of them for the gates."""
+def _in_memory(
+    loaded: LoadedPipeline,
+    config: DistillConfig,
+    data: ShardFolder | EncodedSource,
+    made_of: dict,
+    target: torch.device,
+) -> Clips:
+    """`data` in the device's memory where settings say so, and clips that are kept out of it for the gates."""
     cuda = target.type == "cuda" and world() == 1
     count = (GATE_SAMPLES if cuda else 0) if config.gate_samples is None else config.gate_samples
     if world() > 1 and (config.bank == "on" or count):
         raise UserError("several processes keep no bank of clips, and compute no gates", "set bank=auto gate_samples=0")
-    data, rendered = clips.data, world_bank(loaded, count, 1, config.seed, "held_out") if count else None
+    rendered = world_bank(loaded, count, 1, config.seed, "held_out") if count else None
     from_folder = count and rendered is None
     size = sum(tensor.nbytes for tensor in data[0][0].values()) * len(data)
     fits = cuda and size < torch.cuda.mem_get_info(target)[0] / 4
-    if config.bank == "on" or from_folder or (config.bank == "auto" and fits):
-        data = Bank.of(data, target, loaded.family)
-        log.info("%d clips are in the device's memory: %.1f GiB", len(data), size / 2**30)
+    if not (config.bank == "on" or from_folder or (config.bank == "auto" and fits)):
+        return Clips(data, made_of, rendered)
+    bank = Bank.of(data, target, loaded.family)
+    log.info("%d clips are in the device's memory: %.1f GiB", len(bank), size / 2**30)
     if not from_folder:
-        return Clips(data, clips.made_of, rendered)
-    kept_out = min(count, max(1, round(GATE_SHARE * len(data))))
-    data, held_out = data.split(kept_out)
-    log.info("the last %d of %d clips are kept out of the training, for its gates", kept_out, kept_out + len(data))
-    return Clips(data, clips.made_of | {"kept_out": kept_out}, held_out)
+        return Clips(bank, made_of, rendered)
+    kept_out = min(count, max(1, round(GATE_SHARE * len(bank))))
+    bank, held_out = bank.split(kept_out)
+    log.info("the last %d of %d clips are kept out of the training, for its gates", kept_out, kept_out + len(bank))
+    return Clips(bank, made_of | {"kept_out": kept_out}, held_out)
 
 
 def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> None:
@@ -308,7 +316,7 @@ def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
     return sum(float(loss(model, i, generator_for(~seed, i, device))[0]) for i in indices) / EVALUATION_PASSES
 
 
-def _sheet(copy: LoadedPipeline, config: DistillConfig, data: Data, file: Path) -> None:
+def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | EncodedSource, file: Path) -> None:
     """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side. Every
     process makes them, one writes."""
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]

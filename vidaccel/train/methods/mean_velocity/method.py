@@ -116,7 +116,8 @@ def _gates(task: Distillation, held_out: HeldOut) -> Measured:
     if not runs:
         return Measured()
     text = {name: tensor[:runs] for name, tensor in held_out.text.items()}
-    g = min(max(RUN_GUIDANCE, task.config.guidance_range[0]), task.config.guidance_range[1])
+    low, high = task.config.guidance_range or (RUN_GUIDANCE, RUN_GUIDANCE)
+    g = min(max(RUN_GUIDANCE, low), high)
     closed = mean_velocity_gap_closed(
         task.student, task.teacher, noise, text, task.shift, g, batch_size=held_out.batch_size
     )
