@@ -87,10 +87,14 @@ class PredictorConfig:
     """Transformer blocks of the predictor."""
     history: int = 1
     """Full steps that it looks back on, 1 or 2; each takes the memory of one set of tokens. With 2 it corrects the line
-    through both, and needs `pairs=trajectory`."""
+    through both, and needs `pairs=trajectory` or `served`."""
     pairs: str = "data"
-    """What it learns from: `data` (noised clips) or `trajectory` (the student's own sampling, predicted steps
-    included)."""
+    """What it learns from: `data` (noised clips), `trajectory` (the student's own sampling, predicted steps included)
+    or `served` (whole runs from new noise under `lists` of full steps, to the student's own latents, with gradients
+    through all predicted steps; captions are all that is taken of the data, and there is no second stage)."""
+    lists: list[list[int]] | None = None
+    """Of `served`: lists of full steps that take turns; null is some of a quarter to half of the steps,
+    closer together where there is more noise."""
     intervals: str = "restricted"
     """Of noised clips: `restricted` (t uniform, t - r uniform up to `restrict`, the predicted step up to `lag` later)
     or `grid` (full and predicted step are two of the step grid, at most `lag` and at least one step apart)."""
@@ -114,7 +118,7 @@ class PredictorConfig:
     search_prompts: int = 8
     """Prompts whose trajectories schedules are searched on."""
     mse: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, learning_rate=1e-4, schedule="constant"))
-    """The first stage, on the squared error."""
+    """The first stage, on the squared error; of `pairs=served` the only one, on the error of runs."""
     adversarial: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=1000, learning_rate=1e-4, schedule="constant")
     )
@@ -128,7 +132,7 @@ class PredictorConfig:
             "architecture": ("correction", "published"),
             "stage": ("all", "search"),
             "on_damage": ("stop", "skip"),
-            "pairs": ("data", "trajectory"),
+            "pairs": ("data", "trajectory", "served"),
             "intervals": ("restricted", "grid"),
         }.items():
             require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
@@ -148,8 +152,18 @@ class PredictorConfig:
             alone = self.forecaster == "multistep" and budgets is None
             require(alone, "full_steps", self.full_steps, rule)
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
-        both = self.history == 1 or self.pairs == "trajectory"
-        require(both, "history", self.history, "needs pairs=trajectory: noised clips have one full step")
+        both = self.history == 1 or self.pairs != "data"
+        require(both, "history", self.history, "needs pairs=trajectory or served: noised clips have one full step")
+        require(
+            self.lists is None or bool(self.lists), "lists", self.lists, "is one list of full steps or more, or null"
+        )
+        served = self.pairs == "served"
+        require(self.lists is None or served, "lists", self.lists, "is for pairs=served")
+        second = self.adversarial.steps
+        alone = self.stage == "search" or not self.adversarial.is_on
+        require(
+            not served or alone, "adversarial.steps", second, "must be 0 with pairs=served, which has no such stage"
+        )
         published = self.architecture == "published"
         require(not published or self.history == 1, "history", self.history, "is 1 for architecture=published")
         require(not self.discriminator.balanced or self.relative, "discriminator.balanced", True, "needs relative=true")
@@ -164,5 +178,5 @@ class PredictorConfig:
         if scales is not None:
             fits = len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
             require(fits, "guidance_range", scales, "is [low, high] with 1 <= low <= high, or null")
-            own = self.pairs == "data" or self.forecaster == "multistep"
+            own = self.pairs != "trajectory" or self.forecaster == "multistep"
             require(own, "guidance_range", scales, "is null for trajectories, which have their own")

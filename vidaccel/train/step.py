@@ -128,6 +128,7 @@ class GraphStep:
         self.optimizers, self.capture = optimizers, capture
         self._device = next(model.parameters()).device
         self._captured: dict[Hashable, Captured] = {}
+        self._pool: Any = None
         self._newest: Captured | None = None
         self._rehearsing = torch.zeros((), device=self._device)
         self._bad = torch.zeros((), device=self._device)
@@ -210,8 +211,10 @@ class GraphStep:
         torch.cuda.synchronize()
         self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             work()
+        # Graphs of all variants work in the same memory: what one of them leaves to be read lies outside.
+        self._pool = graph.pool()
         return Captured(graph.replay, tensors, results[0], tuple(names))
 
     def _rehearse(self, work: Any, times: int) -> None:

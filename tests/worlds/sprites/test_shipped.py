@@ -137,11 +137,12 @@ def test_it_heeds_the_prompt(loaded):
 
 
 def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp_path, monkeypatch):
-    """Of its own runs, which it collects; here two of them, for one step."""
+    """Through runs of it that start from captions of rendered scenes; here from two, for one step."""
     monkeypatch.chdir(tmp_path)
-    small = ["clips=2", "search_prompts=1", "mse.steps=1", "mse.batch_size=2", "adversarial.steps=0"]
+    small = ["clips=2", "search_prompts=1", "mse.steps=1", "mse.batch_size=2"]
     result = CliRunner().invoke(app, ["train-predictor", *small])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "runs/predictor: the predictor and these schedules"
     made = Predictor.from_pretrained("runs/predictor")
     assert made.config.student == student_hash(load_pipeline("sprites/student")) and made.history == 1
+    assert "as served at" in result.stderr and not Path("runs/predictor/trajectories").exists()

@@ -12,6 +12,7 @@ import torch
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.bank import Bank
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config.checks import CLIP_SIZE
@@ -48,7 +49,7 @@ class PredictorTask:
     loaded: LoadedPipeline
     student: Velocity
     trunk: Trunk
-    data: Data
+    data: Data | Bank
     provenance: Mapping[str, Any]
     """What tells the data from others."""
     sampling: Sampling
@@ -58,8 +59,15 @@ class PredictorTask:
         return next(self.student.transformer.parameters()).device
 
 
-def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig | None) -> PredictorTask:
+def task_of(
+    loaded: LoadedPipeline,
+    config: PredictorConfig,
+    made: NetworkConfig | None,
+    opened: tuple[Bank, dict[str, Any]] | None = None,
+) -> PredictorTask:
     """The student of `config`, frozen; `made` is the predictor, if there is one already, whose grid is then taken.
+
+    `opened` are data, and what tells them from others, in place of those of `config`.
 
     Raises:
         UserError: no predictor can be trained for this student, or on these data, or not as asked.
@@ -72,7 +80,7 @@ def task_of(loaded: LoadedPipeline, config: PredictorConfig, made: NetworkConfig
     transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
-    data, provenance = _open_data(loaded, config)
+    data, provenance = opened or _open_data(loaded, config)
     grid = made.grid if made else None
     if grid is None:
         shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
@@ -103,8 +111,8 @@ def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity
 
 def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, dict[str, Any]]:
     if config.features is not None:
-        # Only the texts are wanted for a search, and both kinds have them.
-        kind = None if config.stage == "search" else {"data": "encoded", "trajectory": "trajectory"}[config.pairs]
+        # Only the texts are wanted for a search and for served runs, and both kinds have them.
+        kind = None if config.stage == "search" else {"data": "encoded", "trajectory": "trajectory"}.get(config.pairs)
         features = open_features(config.features, kind, loaded.hashes, config.on_damage)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
@@ -114,11 +122,11 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
-def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data) -> Sampling:
+def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data | Bank) -> Sampling:
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
     own = {"steps": grid.steps, "shift": grid.shift, "guidance": guidance}
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    run = data[0][1] if config.pairs == "trajectory" else {}
+    run = data[0][1] if config.pairs == "trajectory" and not isinstance(data, Bank) else {}
     fixed = []
     if "guidance" in run:  # a search may have encoded clips, and is of any grid, whatever was learnt from
         fixed = list(own) if config.stage == "all" else ["guidance"]

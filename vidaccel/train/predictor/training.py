@@ -2,7 +2,7 @@
 
 folder/config.json, model.safetensors   the predictor
 folder/schedule.json                    the best full steps for each budget, on each grid that was searched
-folder/checkpoints/mse, adversarial     resume state and metrics of the two stages
+folder/checkpoints/mse, adversarial     resume state and metrics of the two stages; of served runs (served.py) the first
 folder/trajectories                     of the student, where it learns from them and was given none (trajectories.py)
 """
 
@@ -33,14 +33,25 @@ from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import load_pipeline, resolve_device
-from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.models.velocity import Velocity
+from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import run_pipeline
-from vidaccel.train.objective import generator_for
+from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import NOISE_INDEX, PROBE, search_schedules
+from vidaccel.train.predictor.served import (
+    Compared,
+    Starts,
+    compare,
+    default_lists,
+    lists_of,
+    objective_of,
+    serving_predictor,
+    start_predictor,
+)
 from vidaccel.train.predictor.task import PredictorTask, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.trainer import train
@@ -146,11 +157,14 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     with task.trunk:
         if run is None:
             before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
-            _train(task, output)
+            torch.manual_seed(config.seed)
+            (_train_served if config.pairs == "served" else _train)(task, output)
             run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"] = before["searched_on"]
         schedules = _search(task, output)
+        if config.stage != "search":
+            run["compared"] = [each.record() for each in _compare(task, output, schedules)]
     on_first(lambda: _finish(task, output, run, schedules))
     return schedules
 
@@ -158,11 +172,9 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
 def _train(task: PredictorTask, output: Path) -> None:
     """Both stages; leaves the predictor in `output`."""
     config, student = task.config, task.student
-    torch.manual_seed(config.seed)
     predictor, pairs = _start(task)
     discriminator = Discriminator(predictor.config.width, config.discriminator).to(task.device)
-    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
-    log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
+    _say_size(predictor, student)
     _shard(task, predictor, discriminator)
     predictor_loss = PredictorLoss(student, task.trunk, predictor, relative=config.relative)
     _stage("mse", task, pairs, predictor_loss, output)
@@ -170,6 +182,22 @@ def _train(task: PredictorTask, output: Path) -> None:
         judged = PredictorLoss(student, task.trunk, predictor, discriminator, config.discriminator, config.relative)
         _stage("adversarial", task, pairs, judged, output)
     _save(predictor, output)
+
+
+def _train_served(task: PredictorTask, output: Path) -> None:
+    """The one stage of `pairs=served`."""
+    config, passes = task.config, task.config.mse.accumulate * world()
+    _, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
+    predictor = start_predictor(task, learnt)
+    _say_size(predictor, task.student)
+    _shard(task, predictor)
+    _trained("mse", task, predictor, objective_of(task, learnt, passes), output)
+    _save(predictor, output)
+
+
+def _say_size(predictor: Predictor, student: Velocity) -> None:
+    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
+    log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
 
 
 def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
@@ -214,7 +242,7 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
 
 def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: PredictorLoss, output: Path) -> None:
     config: TrainConfig = getattr(task.config, name)
-    passes, shaping = config.accumulate * world(), _shaping(task, name)
+    passes = config.accumulate * world()
     in_turn = name == "adversarial" and task.config.discriminator.in_turn
 
     def loss(predictor_loss: nn.Module, index: int, generator: torch.Generator):
@@ -222,8 +250,13 @@ def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: Predict
         turn = TURNS[step % len(TURNS)] if in_turn else None
         return predictor_loss(pairs.draw(index, config.batch_size, step, generator), turn)
 
+    _trained(name, task, predictor_loss, loss, output)
+
+
+def _trained(name: str, task: PredictorTask, model: nn.Module, loss: Loss, output: Path) -> None:
+    config, shaping = getattr(task.config, name), _shaping(task, name)
     train(
-        predictor_loss,
+        model,
         loss,
         config,
         output / CHECKPOINTS / name,
@@ -244,7 +277,7 @@ def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     return shared | earlier | provenance
 
 
-def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator) -> None:
+def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator | None = None) -> None:
     """Each part on its own, because each is called on its own."""
     student = task.student
     shard(student.transformer, [block for _, block in blocks_of(student.transformer, student.family)])
@@ -268,10 +301,20 @@ def _save(predictor: Predictor, output: Path) -> None:
 
 def _search(task: PredictorTask, output: Path) -> list[Schedule]:
     """The schedules of the predictor in `output`, run as it is when it serves."""
-    transformer = task.student.transformer
-    predictor = Predictor.from_pretrained(output).to(task.device)
-    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded))
-    return search_schedules(task, predictor.run_like(transformer))
+    return search_schedules(task, serving_predictor(task, output))
+
+
+def _compare(task: PredictorTask, output: Path, schedules: list[Schedule]) -> list[Compared]:
+    """The predictor in `output` beside reuse: under the schedules of a quarter, three eighths and half of the steps,
+    and under the lists that it was trained with."""
+    config, steps = task.config, task.sampling.grid.steps
+    budgets = {len(each) for each in default_lists(steps)}
+    lists = {tuple(each.full_steps) for each in schedules if each.budget in budgets and each.budget < steps}
+    served = config.pairs == "served"
+    lists |= set(lists_of(task)) if served else set()
+    starts = Starts.of(task, config.clips if served else config.search_prompts)
+    tried, _ = starts.apart(config.search_prompts)
+    return compare(task, serving_predictor(task, output), tried, sorted(lists, key=lambda each: (-len(each), each)))
 
 
 def _described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
@@ -305,6 +348,7 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         started=datetime.fromisoformat(run["started"]),
         parents=run["parents"],
         searched_on=[*others, task.sampling.record() | {"prompts": task.config.search_prompts}],
+        compared=run.get("compared", []),
     )
 
 

@@ -1,0 +1,445 @@
+"""A predictor trained as it is served: through whole runs of the student from new noise, to the student's own latents.
+
+A run's full steps are the student's, from wherever the predicted steps before have led; its error grows and shrinks as
+it does when a video is made, and the gradients of all of it reach the predictor. Lists of full steps take turns. Of the
+data only texts are wanted.
+
+    loss = 2 e_S + 1/2 (e of the other states that a predicted step came before),    e = |x' - x*| / |x*|, a sample's
+
+with x* the student's own run of full steps alone, from the same noise.
+
+B runs, S steps, M texts, C channels, T frames, H and W latent pixels
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vidaccel.artefacts import CHECKPOINTS
+from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.cache.trunk import Trunk
+from vidaccel.collect.bank import Bank, cut_texts
+from vidaccel.collect.encode import LATENT, batch, encode_texts
+from vidaccel.collect.source import EncodedSource
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError
+from vidaccel.forecasters.base import Cached, Forecaster, Tokens
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.models.grid import Grid
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Text, Velocity
+from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.train.flow_matching import sample_guidance
+from vidaccel.train.objective import Batch, Objective, generator_for
+from vidaccel.train.predictor.search import list_errors
+from vidaccel.train.predictor.task import PredictorTask, task_of
+from vidaccel.train.trainer import train
+
+log = logging.getLogger(__name__)
+
+FullSteps = tuple[int, ...]
+"""Positions of the full steps of a run, rising from 0."""
+OF_THE_END, OF_OTHERS = 2.0, 0.5
+"""Weights of the errors of final latents and of the states before."""
+TINY = 1e-6
+"""Added to squares under a root, whose slope is infinite at 0."""
+TRIED_INDEX = 10**9 + 2
+"""Of the generator that runs are drawn by on which a predictor is compared: further than any training goes."""
+AT_ONCE = 64
+"""Captions that are encoded together."""
+STAGE = "mse"
+"""The stage of the settings that such a training is."""
+TEXT = "text."
+"""What the names of text tensors begin with in a `Batch`."""
+
+
+# runs
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A student, and how it is sampled. Nothing here waits for the device."""
+
+    student: Velocity
+    trunk: Trunk
+    grid: Tensor
+    """Times [S + 1], on the student's device."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.grid) - 1
+
+    def step(self, index: int, x: Tensor, text: Text, g: Tensor | None) -> Tensor:
+        """Where a step from x leads, [B, C, T, H, W], full or predicted as the trunk is set."""
+        t, r = self.grid[index], self.grid[index + 1]
+        u = self.student(x, t.expand(len(x)), text, r=r.expand(len(x)), g=g)
+        return (x.float() - (t - r) * u.float()).to(x.dtype)
+
+    def full_step(self, index: int, x: Tensor, text: Text, g: Tensor | None) -> tuple[Tensor, Cached]:
+        """Where it leads, and what it leaves for predicted steps."""
+        with self.trunk.full(self.grid[index]):
+            x = self.step(index, x, text, g)
+        (left, *_) = self.trunk.memory()
+        self.trunk.reset()
+        return x, left
+
+    @torch.no_grad()
+    def own(self, noise: Tensor, text: Text, g: Tensor | None, kept: int = 0) -> tuple[list[Tensor], list[Cached]]:
+        """S + 1 states of a run of full steps, and what the first `kept` of these left."""
+        states, left = [noise], []
+        for index in range(self.steps):
+            if index < kept:
+                x, cached = self.full_step(index, states[-1], text, g)
+                left.append(cached)
+            else:
+                x = self.step(index, states[-1], text, g)
+            states.append(x)
+        return states, left
+
+    def served(
+        self,
+        forecaster: Forecaster,
+        full_steps: FullSteps,
+        own: tuple[list[Tensor], list[Cached]],
+        text: Text,
+        g: Tensor | None,
+    ) -> list[Tensor]:
+        """The states of a run with these full steps, from the one that its first predicted step leads to on.
+
+        Args:
+            own: of the same run in full, with what all steps before that one have left.
+        """
+        first = leading(full_steps)
+        x, states, history = own[0][first], [], forecaster.history
+        memory = tuple(reversed(own[1][:first]))[:history]
+        for index in range(first, self.steps):
+            if index in full_steps:
+                x, left = self.full_step(index, x, text, g)
+                memory = (left, *memory)[:history]
+            else:
+                with self.trunk.predicted(forecaster, self.grid[index], memory):
+                    x = self.step(index, x, text, g)
+            states.append(x)
+        return states
+
+
+def leading(full_steps: FullSteps) -> int:
+    """How many steps are full before the first one that is not."""
+    return next((index for index, step in enumerate(full_steps) if index != step), len(full_steps))
+
+
+def relative_squares(x: Tensor, own: Tensor) -> Tensor:
+    """[B]: |x' - x*|^2 / |x*|^2."""
+    apart, whole = (each.float().flatten(1).square().mean(1) for each in (x.float() - own.float(), own))
+    return apart / whole
+
+
+def served_loss(
+    serving: Serving,
+    forecaster: Forecaster,
+    full_steps: FullSteps,
+    noise: Tensor,
+    text: Text,
+    g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of runs from noise [B, C, T, H, W], and the mean error of their final latents, both []."""
+    own = serving.own(noise, text, g, kept=leading(full_steps))
+    states = serving.served(forecaster, full_steps, own, text, g)
+    pairs = zip(states, own[0][-len(states) :], strict=True)
+    *before, last = ((relative_squares(x, of_own) + TINY).sqrt().mean() for x, of_own in pairs)
+    return OF_THE_END * last + OF_OTHERS * sum(before), last.detach()
+
+
+def default_lists(steps: int) -> list[FullSteps]:
+    """Lists of a quarter, three eighths and a half of the steps, which come closer together where there is more noise:
+    i-th of k full steps at S (i/k)^2 or S (i/k)^1.5."""
+    found = []
+    for share in (0.25, 0.375, 0.5):
+        count = max(1, round(share * steps))
+        for power in (2.0, 1.5):
+            places = [int(steps * (i / count) ** power) for i in range(count)]
+            for i in range(1, count):
+                places[i] = max(places[i], places[i - 1] + 1)
+            found.append(tuple(places))
+    return sorted(set(found), key=lambda each: (len(each), each))
+
+
+def check_lists(lists: Sequence[Sequence[int]], steps: int) -> list[FullSteps]:
+    """As tuples; `UserError` for one that is no list of full steps of so many, or leaves nothing to predict."""
+    for each in lists:
+        rising = list(each) == sorted(set(each)) and bool(each)
+        if not rising or each[0] != 0 or each[-1] >= steps or len(each) >= steps:
+            raise UserError(
+                f"lists: {list(each)} are no full steps of {steps}",
+                f"a list rises from 0, stays below {steps}, and leaves a step to predict",
+            )
+    return [tuple(each) for each in lists]
+
+
+# data
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What runs begin with: texts [M, ...] by stored name, and the shape [C, T, H, W] of noise."""
+
+    texts: Text
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.texts.values())))
+
+    @classmethod
+    def of(cls, task: PredictorTask, most: int) -> "Starts":
+        """Those of a task's data, at most so many; of a bank all."""
+        data = task.data
+        if isinstance(data, Bank):
+            return cls(dict(data.texts), tuple(data.latents.shape[1:]))
+        count = min(most, len(data))
+        first = data[0][0]
+        shape = first["x"].shape[1:] if "x" in first else first[LATENT].shape
+        if isinstance(data, EncodedSource):  # which would encode clips as well
+            captions = [data.source.record(i)["caption"] for i in range(count)]
+            parts = [encode_texts(task.loaded, captions[i : i + AT_ONCE]) for i in range(0, count, AT_ONCE)]
+            texts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            names = [tensor.stored for tensor in task.loaded.family.text_tensors]
+            texts = batch(
+                [{name: data[i][0][name] for name in names} for i in range(count)], task.device, torch.float32
+            )
+        return cls(cut_texts(texts, task.loaded.family), tuple(shape))
+
+    def apart(self, count: int) -> tuple["Starts", "Starts"]:
+        """The last `count` texts, and the others; all twice where that leaves none."""
+        if count >= len(self):
+            return self, self
+        parts = (
+            {name: text[part] for name, text in self.texts.items()} for part in (slice(-count, None), slice(-count))
+        )
+        last, others = (Starts(texts, self.shape) for texts in parts)
+        return last, others
+
+    def draw(
+        self, count: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Noise, and texts drawn with replacement, of so many runs, by their names in a `Batch`."""
+        row = torch.randint(len(self), (count,), generator=generator, device=generator.device)
+        noise = torch.randn(count, *self.shape, generator=generator, device=generator.device)
+        texts = {TEXT + name: text.index_select(0, row.to(text.device)) for name, text in self.texts.items()}
+        return {name: tensor.to(device, dtype) for name, tensor in ({"noise": noise} | texts).items()}
+
+
+def text_of(tensors: Mapping[str, Tensor]) -> Text:
+    """The text tensors of a `Batch`."""
+    return {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+
+
+def served_objective(
+    serving: Serving,
+    starts: Starts,
+    lists: Sequence[FullSteps],
+    count: int,
+    scales: tuple[float, float] | None,
+    passes: int = 1,
+) -> Objective:
+    """Of a predictor, by batches of `count` runs. Their variant is the list of full steps, which is the same in all
+    `passes` of an optimiser step: sharded weights are waited for in each.
+
+    Args:
+        scales: guidance, lowest and highest; None for a student that embeds none.
+    """
+
+    def draw(index: int, generator: torch.Generator) -> Batch:
+        device = serving.grid.device
+        tensors = starts.draw(count, generator, device)
+        if scales is not None:
+            tensors["g"] = sample_guidance(count, *scales, generator).to(device)
+        return Batch(tensors, lists[index // passes % len(lists)])
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors = batch.tensors
+        value, error = served_loss(serving, model, batch.variant, tensors["noise"], text_of(tensors), tensors.get("g"))
+        return value, {"error": error}
+
+    return Objective(draw, loss, (serving.student,))
+
+
+# how good one is
+
+
+class Compared(NamedTuple):
+    """Errors of the final latents under a list of full steps, beside the student's own: root mean squares over runs."""
+
+    full_steps: FullSteps
+    error: float
+    reuse: float
+    """Of giving the cached tokens again."""
+
+    @property
+    def share(self) -> float:
+        """1 for a forecaster that is no better than reuse, 0 for one that is exact."""
+        return self.error / self.reuse if self.reuse else 1.0
+
+    def record(self) -> dict[str, object]:
+        """As run.json has it."""
+        return {"full_steps": list(self.full_steps), "error": self.error, "of_reuse": self.share}
+
+    def __str__(self) -> str:
+        return f"{' '.join(map(str, self.full_steps))}: {self.error:.3f}, {self.share:.2f} of reuse"
+
+
+def compared(
+    serving: Serving,
+    grid: Grid,
+    forecaster: Forecaster,
+    lists: Sequence[FullSteps],
+    runs: Sequence[Mapping[str, Tensor]],
+) -> list[Compared]:
+    """A forecaster beside reuse under each list on its grid, on these runs (`Batch.tensors`), some at a time."""
+    squares = {each: [0.0, 0.0] for each in lists}
+    for tensors in runs:
+        noise, text, g = tensors["noise"], text_of(tensors), tensors.get("g")
+        for which, made in enumerate((forecaster, Reuse())):
+            for each, wrong in list_errors(serving.student, serving.trunk, made, noise, text, grid, g, list(squares)):
+                squares[each][which] += float(wrong.sum())
+    count = sum(len(tensors["noise"]) for tensors in runs)
+    return [Compared(each, *((square / count) ** 0.5 for square in sums)) for each, sums in squares.items()]
+
+
+def compare(task: PredictorTask, forecaster: Forecaster, starts: Starts, lists: Sequence[FullSteps]) -> list[Compared]:
+    """`compared` on as many runs as the settings have prompts to search on, said in the log; warns of a forecaster that
+    is worse than reuse."""
+    config = task.config
+    generator = generator_for(config.seed, TRIED_INDEX)
+    batches, left = [], config.search_prompts
+    while left:
+        size = min(left, config.mse.batch_size)
+        batches.append(_drawn_as_sampled(task, starts, size, generator))
+        left -= size
+    found = compared(serving_of(task), task.sampling.grid, forecaster, lists, batches)
+    log.info(
+        "error of the final latents on %d runs, as served at %s", config.search_prompts, "; ".join(map(str, found))
+    )
+    if worse := [each for each in found if each.share > 1]:
+        log.warning(
+            "the predictor is worse than giving the cached tokens again (predictor=reuse) at %s",
+            "; ".join(" ".join(map(str, each.full_steps)) for each in worse),
+        )
+    return found
+
+
+def _drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """So many runs (`Batch.tensors`) as the student is sampled: of its dtype, under its own guidance."""
+    tensors = starts.draw(count, generator, task.device, task.student.transformer.dtype)
+    if task.student.embeds("g"):
+        tensors["g"] = torch.full((count,), task.sampling.guidance, device=task.device)
+    return tensors
+
+
+def serving_predictor(task: PredictorTask, folder: Path) -> Predictor:
+    """The one that was saved there, run as the student's blocks are."""
+    transformer = task.student.transformer
+    predictor = Predictor.from_pretrained(folder).to(task.device)
+    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded))
+    return predictor.run_like(transformer)
+
+
+# training
+
+
+def serving_of(task: PredictorTask) -> Serving:
+    return Serving(task.student, task.trunk, task.sampling.grid.tensor.to(task.device))
+
+
+def lists_of(task: PredictorTask) -> list[FullSteps]:
+    """Those that take turns in its training."""
+    steps, asked = task.sampling.grid.steps, task.config.lists
+    return default_lists(steps) if asked is None else check_lists(asked, steps)
+
+
+def start_predictor(task: PredictorTask, starts: Starts) -> Predictor:
+    """A new one, which has the statistics of all predicted steps of a few runs under reuse."""
+    config, grid, student = task.config, task.sampling.grid, task.student
+    serving = serving_of(task)
+    tensors = _drawn_as_sampled(task, starts, config.mse.batch_size, generator_for(config.seed, 0))
+    text, g = text_of(tensors), tensors.get("g")
+    entering: dict[str, list[Tensor]] = {}
+    cached: dict[str, list[Tensor]] = {}
+
+    class Look(Reuse):
+        def __call__(self, arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+            for name, tokens in memory[0].tokens.items():
+                entering.setdefault(name, []).append(arguments[name].float().cpu())
+                cached.setdefault(name, []).append(tokens.float().cpu())
+            return super().__call__(arguments, memory, t)
+
+    full_steps = max(lists_of(task), key=len)
+    with torch.no_grad():
+        own = serving.own(tensors["noise"], text, g, kept=leading(full_steps))
+        serving.served(Look(), full_steps, own, text, g)
+    return new_predictor(
+        student.transformer,
+        student.family,
+        {name: torch.cat(parts) for name, parts in entering.items()},
+        {name: torch.cat(parts) for name, parts in cached.items()},
+        config.blocks,
+        architecture=config.architecture,
+        history=config.history,
+        steps=grid.steps,
+        shift=grid.shift,
+        times=grid.times,
+        student=student_hash(task.loaded),
+    )
+
+
+def objective_of(task: PredictorTask, starts: Starts, passes: int = 1) -> Objective:
+    """`served_objective` as a task's settings say."""
+    low, high = task.config.guidance_range or (task.sampling.guidance,) * 2
+    scales = (low, high) if task.student.embeds("g") else None
+    return served_objective(serving_of(task), starts, lists_of(task), task.config.mse.batch_size, scales, passes)
+
+
+def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, output: Path) -> list[Compared]:
+    """Train a predictor of a student, on its device, on the captions of a bank but for the last `search_prompts`, on
+    which it is compared with reuse under each list that it was trained with.
+
+    Leaves config.json, model.safetensors and schedule.json (the best of those lists for each number of full steps) in
+    the folder `output`, and goes on where an earlier call was stopped.
+
+    Raises:
+        UserError: no predictor can be trained for this student, or not as asked.
+        TrainingFailed: the training did not stay finite.
+    """
+    torch.manual_seed(config.seed)
+    provenance = {"clips": len(bank), "captions": bank.captions}
+    task = task_of(loaded, config, None, (bank, provenance))
+    tried, learnt = Starts.of(task, 0).apart(config.search_prompts)
+    settings = {"lists": [list(each) for each in lists_of(task)], "student": student_hash(loaded)} | provenance
+    settings |= {name: getattr(config, name) for name in ("architecture", "blocks", "history", "guidance_range")}
+    with task.trunk:
+        predictor = start_predictor(task, learnt)
+        train(
+            predictor,
+            objective_of(task, learnt),
+            config.mse,
+            output / CHECKPOINTS / STAGE,
+            seed=config.seed,
+            title=f"predictor, {STAGE}",
+            settings=settings | task.sampling.record(),
+        )
+        predictor.save_pretrained(output)
+        found = compare(task, serving_predictor(task, output), tried, lists_of(task))
+    best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
+    grid = task.sampling.grid
+    write_schedules(
+        output / SCHEDULE_FILE,
+        [Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times) for each in best.values()],
+    )
+    return found
