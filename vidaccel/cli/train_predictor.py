@@ -58,4 +58,5 @@ def train_predictor(
     if schedules:
         made = {"learned": "the predictor and ", "multistep": "the scalars and "}.get(config.forecaster, "")
         typer.echo(f"{output}: {made}these schedules")
-        typer.echo(f"to share: {output} without checkpoints/ and trajectories/")
+        if config.forecaster == "learned":
+            typer.echo(f"to share: {output} without checkpoints/ and trajectories/")
