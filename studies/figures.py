@@ -16,7 +16,7 @@ from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
-from vidaccel.bench.reports.plots import write_pareto
+from vidaccel.bench.reports.plots import write_frontier, write_pareto
 from vidaccel.bench.reports.tables import COLUMNS as MEASURED
 from vidaccel.bench.reports.tables import failures
 
@@ -45,7 +45,9 @@ def main() -> None:
         for name in blocks(text):
             file = RESULTS / f"{name}.json"
             if file.exists():
-                write_pareto(file.with_suffix(".png"), json.loads(file.read_text(encoding="utf-8"))["runs"])
+                runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+                write_pareto(file.with_suffix(".png"), runs)
+                write_frontier(file.with_name(f"{name}-frontier.png"), runs)
         with atomic_path(page) as temporary:
             temporary.write_text(filled(text, RESULTS, page.parent), encoding="utf-8")
 
@@ -103,6 +105,8 @@ def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> 
     if said := list(orders(found, ran)):
         yield "\n".join(f"- {each}" for each in said)
     yield f"![Speed against quality]({picture})"
+    if any(run.get("full_pass_equivalents") for run in ran):
+        yield f"![Quality against full passes]({picture.removesuffix('.png')}-frontier.png)"
     yield from _errors(found["runs"])
 
 

@@ -37,13 +37,19 @@ def test_other_processes_judge_as_this_one_does(videos, tmp_path):
     assert found[1]["own"].keys() == {row.name} and found[1]["own"][row.name]["psnr_db"] is None
     assert [each["likeness"]["latent_relative_l2"] for each in found] == [0, 1, 2]
     here = judged("sprites", PROMPTS[2], videos[2], *files)
+    assert [len(each["features"]) for each in found] == [len(scene.sprites) for scene in SCENES]
     assert found[2]["marks"] == pytest.approx(here["marks"]) and found[2]["own"] == {
         row.name: pytest.approx(here["own"][row.name], nan_ok=True)
     }
 
 
 def test_without_a_scorer_or_a_reference(videos):
-    assert judged(None, "a", videos[0], None, {}) == {"marks": None, "likeness": None, "own": {}}
+    assert judged(None, "a", videos[0], None, {}) == {
+        "marks": None,
+        "features": [],
+        "likeness": None,
+        "own": {},
+    }
 
 
 @pytest.mark.parametrize(("count", "device", "expected"), [(None, "cpu", False), (0, "cuda", False), (1, "cpu", True)])

@@ -389,11 +389,11 @@ def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):
 
 def test_report_is_one_file(bench):
     page = (bench / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
     assert FAIL["pab-cfg"] in page and "first-block threshold=0" in page
     assert "<h2>hunyuan_video, 5 frames of 32 x 32</h2>" in page and "<th>cache share</th>" in page
-    for name in ("pareto.png", "sheet.png"):
+    for name in ("pareto.png", "frontier.png", "sheet.png"):
         assert (bench / name).read_bytes().startswith(b"\x89PNG")
     assert not (bench / "reference").exists()
 

@@ -72,6 +72,16 @@ def timed_generation(
     return TimedGeneration(made, latents, clock.last - clock.first, ended - started)
 
 
+@torch.no_grad()
+def reconstructed(loaded: LoadedPipeline, frames: np.ndarray) -> np.ndarray:
+    """A video uint8 [T, H, W, 3] once through the model's autoencoder, which no sampler of it can do better than."""
+    vae = loaded.pipe.vae
+    weight = next(vae.parameters())
+    video = torch.from_numpy(frames).movedim(-1, 0)[None].to(weight.device, weight.dtype) / 127.5 - 1
+    decoded = vae(video).sample[0].movedim(0, -1).float().cpu().numpy()
+    return eight_bits(((decoded + 1) / 2).clip(0, 1))
+
+
 class Clock:
     """When denoising began and ended, and what came out, in a `with` block around one generation."""
 

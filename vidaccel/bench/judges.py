@@ -21,7 +21,7 @@ from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.worlds import world
 
 Judged = dict[str, Any]
-"""{"marks", "likeness", "own"} of a video, as a row keeps them."""
+"""{"marks", "features", "likeness", "own"} of a video, as a row keeps them."""
 
 
 @contextmanager
@@ -46,10 +46,12 @@ def judged(
     """The one video in `made`: its scores, its likeness to the baseline's, and that to videos of the same model's own
     full runs by their names. A file that is not there is left out."""
     assert made.frames is not None
+    frames, judge = made.frames[0], world(scorer).scorer() if scorer else None
     reference = read_reference(baseline) if baseline else None
     owns = {name: read_reference(file) for name, file in own.items()}
     return {
-        "marks": dict(world(scorer).scorer().score(made.frames[0], prompt)) if scorer else None,
+        "marks": dict(judge.score(frames, prompt)) if judge else None,
+        "features": judge.features(frames, prompt) if judge else [],
         "likeness": likeness(made, reference, 0) if reference else None,
         "own": {name: likeness(made, other, 0) for name, other in owns.items() if other},
     }

@@ -11,12 +11,14 @@ import numpy as np
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench import counterparts
 from vidaccel.bench.measures.pairs import Totals, differences, verdicts
-from vidaccel.bench.measures.quality import columns, scorer_of, summary
+from vidaccel.bench.measures.quality import columns, distribution, scorer_of, summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.numbers import quartiles
 
+EXAMPLES, RECONSTRUCTED = "examples", "through the autoencoder"
+"""Videos as the prompts ask for, made by the world itself, and the same once through the teacher's autoencoder."""
 DIGITS = 5
 """Of a score of one prompt."""
 BASELINE, EQUAL, EQUAL_TIME, TRAINING_FREE = "baseline", "equal compute", "equal time", "best training-free"
@@ -31,12 +33,14 @@ def results_of(
     seeds: Sequence[int],
     prompts: Sequence[str] = (),
     compared: bool = False,
+    ceilings: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """The whole of results.json, from what the rows know by now.
 
     Args:
         prompts: those that are scored.
-        compared: whether rows are compared in pairs, which takes all of their videos.
+        compared: whether rows are compared, which takes all of their videos.
+        ceilings: what no model can do better than, scored as a row's videos are.
     """
     scorer = scorer_of(config)
     meanings = [scorer.meaning(prompt) if scorer else prompt for prompt in prompts]
@@ -51,7 +55,20 @@ def results_of(
         }
     if compared:
         _compare(config, rows.rows, runs, meanings, totals)
-    about = {"prompts": list(prompts), "meanings": meanings, "endpoints": config.endpoints} if prompts else {}
+        examples = (ceilings or {}).get(EXAMPLES, ())
+        for row in rows.rows:
+            if row.videos and row.error is None:
+                run = runs[id(row)]
+                run["distribution"] = distribution(row.videos, examples, meanings[: len(row.videos)])
+    about: dict[str, Any] = {}
+    if prompts:
+        about = {"prompts": list(prompts), "meanings": meanings, "stream": config.stream, "endpoints": config.endpoints}
+    if ceilings:
+        about["ceilings"] = {
+            name: {key: value for key, value in summary(videos, meanings, totals).items() if "fidelity" not in key}
+            | {"distribution": distribution(videos, ceilings[EXAMPLES], meanings)}
+            for name, videos in ceilings.items()
+        }
     return {
         "schema": SCHEMA,
         "environment": environment,

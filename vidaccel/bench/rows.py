@@ -46,6 +46,7 @@ FIELDS = (
     "dimensions",
     "fidelity",
     "own_fidelity",
+    "distribution",
     "intervals",
     "per_prompt",
     "full_pass_equivalents",
@@ -69,8 +70,8 @@ class Row:
     rounds: list[dict[str, float]] = field(default_factory=list)
     """{"denoise", "end_to_end"} seconds of each round, the mean of its videos."""
     videos: list[dict[str, Any]] = field(default_factory=list)
-    """{"marks", "likeness", "own"} of each scored prompt: scores, and likeness to the videos of the baseline and, by
-    their names, of rows in which the same model runs in full."""
+    """{"marks", "features", "likeness", "own"} of each scored prompt: scores, points to compare sets of videos by, and
+    likeness to the videos of the baseline and, by their names, of rows in which the same model runs in full."""
     error: str | None = None
     attempts: int = 0
     """How often the work that is under way was begun without ending; 0 between two pieces of work."""

@@ -23,12 +23,14 @@ from shutil import rmtree
 from statistics import mean
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_run
+import torch
+
+from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_json, write_run
 from vidaccel.bench import counterparts
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
 from vidaccel.bench.environment import environment
-from vidaccel.bench.generation import Size, TimedGeneration, timed_generation
+from vidaccel.bench.generation import Size, TimedGeneration, reconstructed, timed_generation
 from vidaccel.bench.judges import Judged, judged, judges
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.bench.measures.pairs import smallest_difference
@@ -36,7 +38,7 @@ from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.bench.measures.quality import perceptual_network, prompts_of, scorer_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
-from vidaccel.bench.results import results_of, write_results
+from vidaccel.bench.results import EXAMPLES, RECONSTRUCTED, results_of, write_results
 from vidaccel.bench.rows import Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
@@ -48,7 +50,7 @@ from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, CEILINGS_FILE = "results.json", "ceilings.json"
 ATTEMPTS = 2
 """Times that a row may take the process with it."""
 
@@ -99,6 +101,8 @@ class Benchmark:
         sizes = [tuple(size) for size in config.sizes]
         self.rows = Rows(folder, [Row(name, method, size) for size in sizes for name, method in methods.items()])
         self.rows.keep_whole_rounds()
+        file = folder / CEILINGS_FILE
+        self.ceilings: dict[str, Any] = read_json(file, "remove it") if file.exists() else {}
 
     def run(self) -> dict[str, Any]:
         if (self.folder / RUN_FILE).exists():
@@ -226,6 +230,30 @@ class Benchmark:
                         work = partial(self._score_batch, row, indices, others, waiting, bar.advance)
                         self._attempt(row, work, written=False)
                 self._attempt(row, partial(self._take, row, waiting, 0, bar.advance))
+            self._score_ceilings(others)
+
+    def _score_ceilings(self, others: Executor | None) -> None:
+        """Of videos as the prompts ask for, where the world can make them, and of the same through the baseline's
+        autoencoder."""
+        scorer = scorer_of(self.config)
+        if self.ceilings or scorer is None:
+            return
+        drawn = (scorer.example(prompt, i) for i, prompt in enumerate(self.scored_prompts))
+        examples = [frames for frames in drawn if frames is not None]
+        if len(examples) < len(self.scored_prompts):
+            return
+        method = self.methods[self.config.baseline]
+        self.models.place(method)
+        loaded = self.models.pipeline(method)
+        latents = torch.zeros(1)
+        for name, through in ((EXAMPLES, None), (RECONSTRUCTED, loaded)):
+            futures = []
+            for frames, prompt in zip(examples, self.scored_prompts, strict=True):
+                frames = frames if through is None else reconstructed(through, frames)
+                video = TimedGeneration(frames[None], latents, 0.0, 0.0)
+                futures.append(_handed(others, self.config.scorer, prompt, video, None, {}))
+            self.ceilings[name] = [future.result() for future in futures]
+        write_json(self.folder / CEILINGS_FILE, self.ceilings)
 
     def _in_scoring_order(self) -> list[Row]:
         """Those first whose videos others are compared with."""
@@ -315,12 +343,13 @@ class Benchmark:
             write_results(self.folder / RESULTS_FILE, self._results())
 
     def _results(self, compared: bool = False) -> dict[str, Any]:
-        scored = self.quality and any(row.videos for row in self.rows.rows)
-        count, first = (
-            (len(self.scored_prompts), self._scored_seed) if scored else (len(self.timed_prompts), self.config.seed)
-        )
+        count, first = len(self.timed_prompts), self.config.seed
+        if any(row.videos for row in self.rows.rows):
+            count, first = len(self.scored_prompts), self._scored_seed
         seeds = [first + i for i in range(count)]
-        found = results_of(self.config, self.rows, self.environment, seeds, self.scored_prompts, compared)
+        found = results_of(
+            self.config, self.rows, self.environment, seeds, self.scored_prompts, compared, self.ceilings
+        )
         return {"command": self.command} | found
 
     def _finish(self) -> dict[str, Any]:

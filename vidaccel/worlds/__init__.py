@@ -46,6 +46,16 @@ class Scorer(Protocol):
         """Scores of one video, uint8 [T, H, W, 3]; `UserError` for a prompt that the world cannot judge."""
         ...
 
+    def features(self, frames: "np.ndarray", prompt: str) -> list[list[float]]:
+        """What is measured of each thing that such a video shows: points of one space, about 1 in size, in which sets
+        of videos are compared as a whole; none where a world has no such measure."""
+        ...
+
+    def example(self, prompt: str, seed: int) -> "np.ndarray | None":
+        """A video uint8 [T, H, W, 3] as the prompt asks for, which no model can do better than; None where the world
+        cannot make one."""
+        ...
+
     def meaning(self, prompt: str) -> str:
         """What the prompt says, in one form: prompts that mean the same are one observation, not two."""
         ...

@@ -7,7 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from vidaccel.bench.reports.plots import _label, write_pareto
+from tests.bench.test_results import RUN
+from vidaccel.bench.reports.plots import _label, write_frontier, write_pareto
 
 
 def test_names_of_close_points_stay_apart_and_inside():
@@ -29,3 +30,11 @@ def test_names_of_close_points_stay_apart_and_inside():
 def test_a_picture_of_nothing_is_one(tmp_path):
     write_pareto(tmp_path / "pareto.png", [])
     assert matplotlib.image.imread(tmp_path / "pareto.png").shape == (770, 990, 4)
+
+
+def test_the_frontier_is_drawn_where_costs_are_known(tmp_path):
+    file, settings = tmp_path / "frontier.png", {"cache": None}
+    old = RUN | {"settings": settings}
+    assert not write_frontier(file, [old, RUN | {"intervals": None}]) and not file.exists()
+    assert write_frontier(file, [old, old | {"full_pass_equivalents": {"flops": 8.9, "timed": None}}])
+    assert matplotlib.image.imread(file).shape == (880, 990, 4)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from vidaccel.bench.measures.quality import fidelity
+from vidaccel.worlds.sprites import scoring
 from vidaccel.worlds.sprites.captions import caption
+from vidaccel.worlds.sprites.detect import detect
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning, parse
 from vidaccel.worlds.sprites.render import render, to_uint8
 from vidaccel.worlds.sprites.score import QUALITY, SEMANTIC, score_clip, summarise, totals
@@ -265,6 +267,41 @@ def test_what_prompts_mean_and_which_are_for_choosing():
     assert scorer.meaning(one) == scorer.meaning(other) == "black; circle red left"
     held_out, choosing = (set(map(scorer.meaning, p(200))) for p in (scorer.held_out_prompts, scorer.choosing_prompts))
     assert not held_out & choosing
+
+
+def test_sharper_scores_of_renders_and_of_what_is_wrong():
+    for scene in (*MOVING, *PAIRS):
+        scored = score_clip(clip(scene), scene)
+        assert scored["all_right"] == scored["frames_right"] == 1 and 0.51 < scored["margin"] < 0.75
+    scene = MOVING[0]
+    wrong = score_clip(redrawn(scene, shape=following(SHAPES)), scene)
+    assert wrong["all_right"] == wrong["frames_right"] == 0 and wrong["margin"] < 0.5
+    half = torch.cat([clip(scene)[:MIDDLE], redrawn(scene, shape=following(SHAPES))[MIDDLE:]])
+    assert score_clip(half, scene)["frames_right"] == pytest.approx(MIDDLE / NUM_FRAMES)
+    nothing = score_clip(empty(scene), scene)
+    assert (nothing["margin"], nothing["frames_right"], nothing["all_right"]) == (0, 0, 0)
+    assert score_clip(clip(PAIRS[0]), replace(PAIRS[0], sprites=PAIRS[0].sprites[:1]))["all_right"] == 0  # one too many
+
+
+def test_a_margin_falls_where_a_shape_becomes_less_clear():
+    scene = MOVING[2]
+    margins = [score_clip(frames, scene)["margin"] for frames in (clip(scene), blurred(scene), blurred(scene, 3.0))]
+    assert margins == sorted(margins, reverse=True) and margins[0] - 0.5 > 1.1 * (margins[2] - 0.5)
+
+
+def test_examples_show_what_the_prompt_says_and_are_measured_once(monkeypatch):
+    scorer, calls = SpritesScorer(), []
+    monkeypatch.setattr(scoring, "detect", lambda frames: calls.append(1) or detect(frames))
+    for i, prompt in enumerate(scorer.held_out_prompts(6)):
+        frames = scorer.example(prompt, i)
+        assert scorer.score(frames, prompt)["all_right"] == 1
+        points = np.array(scorer.features(frames, prompt))
+        assert points.shape == (1 + i % 2, 11) and 0 < np.abs(points).max() < 5
+        assert np.array_equal(frames, scorer.example(prompt, i)) and not np.array_equal(
+            frames, scorer.example(prompt, 9)
+        )
+    assert len(calls) == 6
+    assert scorer.features(empty(MOVING[0]).numpy(), caption(MOVING[0], random.Random(0))) == [[0.0] * 11]
 
 
 def test_fidelity_of_known_errors():

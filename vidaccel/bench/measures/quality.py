@@ -20,6 +20,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from vidaccel.bench.generation import TimedGeneration
+from vidaccel.bench.measures.distribution import frechet, kernel_distance
 from vidaccel.bench.measures.pairs import Totals, averages, draws, interval
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError
@@ -27,6 +28,7 @@ from vidaccel.worlds import Scorer, world
 
 FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
 FITTING_PROMPTS = 8
+DISTRIBUTION_RESAMPLES = 400
 
 
 def scorer_of(config: BenchmarkConfig) -> Scorer | None:
@@ -164,3 +166,28 @@ def summary(
         known = any(name.startswith(f"{group}.") for name in point)
         fields[group] = {name: point.get(f"{group}.{name}") for name in FIDELITY} if known else None
     return fields | {"intervals": {name: list(interval(resampled[name])) for name in point}}
+
+
+def distribution(
+    videos: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], meanings: Sequence[str]
+) -> dict[str, Any] | None:
+    """How far the videos as a whole are from `others`, by their features; None where there are too few for it.
+
+    The interval is 1.96 standard errors each way, of these videos being drawn anew: what is drawn is itself farther off
+    than it should be, so that percentiles would lie too high.
+    """
+    prompt = np.array([place for place, video in enumerate(videos) for _ in video.get("features", ())], dtype=int)
+    ours, theirs = (
+        np.array([point for video in each for point in video.get("features", ())]) for each in (videos, others)
+    )
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    drawn = draws(tuple(meanings))[:DISTRIBUTION_RESAMPLES, prompt]
+    resampled = np.array([frechet(ours, theirs, weights) for weights in drawn if weights.any()])
+    found, error = frechet(ours, theirs), float(resampled.std())
+    return {
+        "clips": len(videos),
+        "frechet": found,
+        "interval": [max(0.0, found - 1.96 * error), found + 1.96 * error],
+        "kernel": kernel_distance(ours, theirs),
+    }

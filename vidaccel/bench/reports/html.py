@@ -1,4 +1,4 @@
-"""What a benchmark leaves for people: report.html (one file that loads nothing), pareto.png and sheet.png."""
+"""What a benchmark leaves for people: report.html (one file that loads nothing) and the pictures in it."""
 
 import base64
 import html
@@ -9,13 +9,14 @@ from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
-from vidaccel.bench.reports.plots import write_pareto
+from vidaccel.bench.reports.plots import write_frontier, write_pareto
 from vidaccel.bench.reports.tables import COLUMNS, failures, title
 from vidaccel.bench.results import dumped
 from vidaccel.bench.rows import Rows
 from vidaccel.data.video import contact_sheet
 
 REPORT_FILE, PARETO_FILE, SHEET_FILE = "report.html", "pareto.png", "sheet.png"
+FRONTIER_FILE = "frontier.png"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .15em .7em; text-align: right }
@@ -25,8 +26,9 @@ tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } code { font-s
 
 
 def write_report(folder: Path, results: dict[str, Any], rows: Rows) -> None:
-    """All three, from results.json's content and the frames that the rows kept."""
+    """All of them, from results.json's content and the frames that the rows kept."""
     write_pareto(folder / PARETO_FILE, results["runs"])
+    write_frontier(folder / FRONTIER_FILE, results["runs"])
     shown = [(row, frames) for row in rows.rows if (frames := rows.frames(row)) is not None]
     if shown:
         contact_sheet([frames for _, frames in shown], folder / SHEET_FILE, labels=[row.name for row, _ in shown])
@@ -44,6 +46,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         "passes are counted as they happened: full ones, and those in which a predictor or a cache took part.</p>",
         *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(results, list(of_size))),
         _picture(folder / PARETO_FILE),
+        _picture(folder / FRONTIER_FILE),
         "<h2>The same prompt and seed, a row a method</h2>",
         _picture(folder / SHEET_FILE),
         f"<details><summary>results.json</summary><pre>{html.escape(dumped(results))}</pre></details>",

@@ -27,6 +27,7 @@ PLACES = 12
 """Directions from a point in which its name is tried."""
 TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30)
 """Speedups that the axis names."""
+PASSES_TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50, 100)
 
 
 def kind_of(run: dict[str, Any]) -> str:
@@ -64,6 +65,39 @@ def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         _label(axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
+
+
+def write_frontier(path: Path, runs: Sequence[dict[str, Any]]) -> bool:
+    """A PNG of two panels against full-pass equivalents: total, and latent error to the model's own full run; whether
+    there was anything to draw."""
+    panels = {"total": "total, %", "own_fidelity.latent_relative_l2": "latent error to its own full run"}
+    costed = [run for run in runs if (run.get("full_pass_equivalents") or {}).get("flops") and run["intervals"]]
+    drawn = {name: [run for run in costed if name in run["intervals"]] for name in panels}
+    if not any(drawn.values()):
+        return False
+    figure = Figure(figsize=(9, 8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, label) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
+        for kind, (marker, colour) in KINDS.items():
+            chosen = [run for run in drawn[name] if kind_of(run) == kind]
+            costs = [run["full_pass_equivalents"]["flops"] for run in chosen]
+            middles = [run["total"] if name == "total" else run["own_fidelity"]["latent_relative_l2"] for run in chosen]
+            axes.scatter(costs, middles, marker=marker, color=colour, label=kind if chosen else None, s=28, zorder=2)
+            for run, cost in zip(chosen, costs, strict=True):
+                axes.vlines(cost, *run["intervals"][name], color=colour, alpha=0.35)
+        axes.set(xscale="log", ylabel=f"{label} (95 % interval)")
+        axes.grid(color="#eeeeee")
+    axes.set_xlabel("full passes of the same model that cost as much, by FLOPs")
+    ticks = [tick for tick in PASSES_TICKS if tick <= max(run["full_pass_equivalents"]["flops"] for run in costed)]
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not handles:
+        handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    return True
 
 
 def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:

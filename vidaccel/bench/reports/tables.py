@@ -117,11 +117,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "memory": _bytes("peak_memory_bytes"),
     "cache share": _cache_share,
     "latent": _number("{:.3f}", "fidelity", "latent_relative_l2"),
+    "Frechet": _number("{:.3f}", "distribution", "frechet"),
     "own latent": _number("{:.3f}", "own_fidelity", "latent_relative_l2"),
     "total": _number("{:.1f}", "total"),
 }
 """Of a measured run, each where a row has something to say in it."""
-NARROW = COLUMNS.keys() - {"of it", "cache share", "full passes", "as timed", "own latent"}
+NARROW = COLUMNS.keys() - {"of it", "cache share", "full passes", "as timed", "own latent", "Frechet"}
 """Those that a terminal of 80 columns has room for."""
 
 

@@ -73,6 +73,8 @@ class FoundSprite:
     """[T] indices into SHAPES: that template."""
     shapes: torch.Tensor
     """[T] the same, but -1 where even that one does not fit."""
+    overlap: torch.Tensor
+    """[4, T], overlap over union with each of SHAPES drawn with the sprite's area at its place."""
     rgb: torch.Tensor
     """[T, 3], the colour of the sprite's inside, in levels."""
     colours: torch.Tensor
@@ -208,6 +210,7 @@ def _measure(
         states=states[templates, torch.arange(len(seen))],
         templates=templates,
         shapes=shapes,
+        overlap=overlap,
         rgb=inside + background,
         colours=colours,
         alpha=alpha,

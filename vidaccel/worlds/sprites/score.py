@@ -17,7 +17,7 @@ import torch
 from vidaccel.numbers import bootstrap
 from vidaccel.worlds.sprites.detect import FULL_MOTION, MOTION_AXES, Detection, FoundSprite, detect, dilate
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning
-from vidaccel.worlds.sprites.world import SIZE, Scene, Sprite
+from vidaccel.worlds.sprites.world import COLOURS, SHAPES, SIZE, SMALL, Scene, Sprite
 
 SEMANTIC = ("shape", "colour", "motion", "background", "pair")
 QUALITY = (
@@ -28,6 +28,10 @@ QUALITY = (
     "imaging_quality",
     "dynamic_degree",
 )
+
+SHARPER = ("margin", "frames_right", "all_right")
+"""Dimensions that count towards no total. Rules with a threshold see nothing of a shape that becomes less clear, and
+these do."""
 
 WORST_LEVELS = 32.0
 """Levels of 255 at which unsteady or noisy colour earns 0: an eighth of the range, seen by anyone."""
@@ -64,11 +68,22 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     - dynamic_degree: how far it moves (or grows) as the caption says, over how far the renderer's sprites do, at most
       1; for one that stands still, 1 - unwanted movement over the same distance.
 
+    Sharper, and part of no total:
+
+    - margin: (1 + overlap over union with the wanted shape - that with the best other) / 2, a mean over the frames, 0
+      in one that does not show the sprite: 0.5 is a draw, and the renderer's clips have 0.57 to 0.65;
+    - frames_right: the share of frames that show the sprite in its shape and its colour;
+    - all_right: 1 if background, shapes, colours and motions are right and no sprite is missing or too many.
+
     Raises:
         ValueError: if `frames` has another type or shape.
     """
+    return score_found(detect(frames), frames, meaning)
+
+
+def score_found(found: Detection, frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> dict[str, float]:
+    """`score_clip` of what `detect` found in the frames."""
     video = torch.as_tensor(frames)
-    found = detect(video)
     matched = _match(meaning.sprites, found.sprites)
     scores = _semantic(meaning, found, matched)
     background = ~_near_sprites(found, len(video))
@@ -86,8 +101,46 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
             sprite and _dynamic_degree(sprite, wanted.motion)
             for wanted, sprite in zip(meaning.sprites, matched, strict=True)
         ],
+        "margin": [
+            sprite and _margin(sprite, wanted.shape) for wanted, sprite in zip(meaning.sprites, matched, strict=True)
+        ],
+        "frames_right": [
+            sprite and _frames_right(sprite, wanted) for wanted, sprite in zip(meaning.sprites, matched, strict=True)
+        ],
     }
+    whole = [scores[name] for name in ("shape", "colour", "motion", "background")]
+    scores["all_right"] = float(min(whole) == 1)
     return scores | steady | {name: sum(score or 0.0 for score in each) / len(each) for name, each in subjects.items()}
+
+
+def features(found: Detection, meaning: Meaning | Scene) -> list[list[float]]:
+    """What was measured of each expected sprite, [11] numbers about 1 in size: place and half extent midway, how they
+    change, colour, margin, width of the edge. All are 0 for one that is missing, which no sprite comes near to."""
+    matched = _match(meaning.sprites, found.sprites)
+    return [
+        _features(sprite, wanted.shape) if sprite else [0.0] * 11
+        for wanted, sprite in zip(meaning.sprites, matched, strict=True)
+    ]
+
+
+def _features(sprite: FoundSprite, shape: str) -> list[float]:
+    place = sprite.path[sprite.seen].mean(0) / torch.tensor([SIZE / 2, SIZE / 2, SMALL])
+    change = sprite.line[0] / FULL_MOTION
+    colour = sprite.rgb[sprite.seen].mean(0) / 128
+    last = torch.tensor([10 * (_margin(sprite, shape) - 0.5), _edge_width(sprite) / SHARP])
+    return torch.cat([place, change, colour, last]).nan_to_num(0.0).tolist()
+
+
+def _margin(sprite: FoundSprite, shape: str) -> float:
+    own = SHAPES.index(shape)
+    others = [index for index in range(len(SHAPES)) if index != own]
+    margin = (1 + sprite.overlap[own] - sprite.overlap[others].amax(0)) / 2
+    return float(torch.where(sprite.seen, margin, 0.0).mean())
+
+
+def _frames_right(sprite: FoundSprite, wanted: SpriteMeaning | Sprite) -> float:
+    right = sprite.shapes == SHAPES.index(wanted.shape)
+    return float((right & (sprite.colours == tuple(COLOURS).index(wanted.colour or ""))).float().mean())
 
 
 def _match(wanted: Sequence[SpriteMeaning | Sprite], found: Sequence[FoundSprite]) -> tuple[FoundSprite | None, ...]:
@@ -174,11 +227,14 @@ def _smoothness(sprite: FoundSprite) -> float:
 
 
 def _sharpness(sprite: FoundSprite) -> float:
-    """From the width of the edge as a linear ramp: over a ramp of width w, a (1 - a) integrates to w / 6."""
+    return min(1.0, max(0.0, (SMEARED - _edge_width(sprite)) / (SMEARED - SHARP)))
+
+
+def _edge_width(sprite: FoundSprite) -> float:
+    """Pixels of the edge as a linear ramp: over a ramp of width w, a (1 - a) integrates to w / 6."""
     ramp = (sprite.alpha * (1 - sprite.alpha)).sum()
     length = (_PERIMETERS[sprite.templates] * sprite.states[:, 2])[sprite.seen].sum()
-    width = float(6 * ramp / length)
-    return min(1.0, max(0.0, (SMEARED - width) / (SMEARED - SHARP)))
+    return float(6 * ramp / length)
 
 
 def _dynamic_degree(sprite: FoundSprite, motion: str) -> float:

@@ -8,9 +8,11 @@ import numpy as np
 
 from vidaccel.worlds import Scores
 from vidaccel.worlds.sprites.captions import caption
+from vidaccel.worlds.sprites.detect import Detection, detect
 from vidaccel.worlds.sprites.parse import parse
-from vidaccel.worlds.sprites.score import score_clip, totals
-from vidaccel.worlds.sprites.world import random_scene
+from vidaccel.worlds.sprites.render import render, to_uint8
+from vidaccel.worlds.sprites.score import features, score_found, totals
+from vidaccel.worlds.sprites.world import Scene, place, random_scene
 
 
 class SpritesScorer:
@@ -31,8 +33,30 @@ class SpritesScorer:
         rng = random.Random("choosing")
         return [caption(random_scene(rng, "train", pair_share=i % 2), rng) for i in range(count)]
 
+    def __init__(self) -> None:
+        self._last: tuple[np.ndarray, Detection] | None = None
+
     def score(self, frames: np.ndarray, prompt: str) -> Scores:
-        return score_clip(frames, parse(prompt))
+        return score_found(self._found(frames), frames, parse(prompt))
+
+    def features(self, frames: np.ndarray, prompt: str) -> list[list[float]]:
+        return features(self._found(frames), parse(prompt))
+
+    def _found(self, frames: np.ndarray) -> Detection:
+        """Of the same frames found once: that is most of the work."""
+        if self._last is None or self._last[0] is not frames:
+            self._last = frames, detect(frames)
+        return self._last[1]
+
+    def example(self, prompt: str, seed: int) -> np.ndarray:
+        background, sprites = parse(prompt)
+        scene = Scene(
+            background,
+            place(
+                random.Random(f"example/{seed}"), [(sprite.shape, sprite.colour, sprite.motion) for sprite in sprites]
+            ),
+        )
+        return to_uint8(render([scene]))[0].numpy()
 
     def meaning(self, prompt: str) -> str:
         background, sprites = parse(prompt)
