@@ -5,7 +5,7 @@ folder/scores.json      means with intervals, and paired differences to the firs
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from vidaccel.artefacts import atomic_path, write_json
+from vidaccel.bench.measures.pairs import averages, differences, draws, interval
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.numbers import bootstrap
 from vidaccel.sampling import generate
 from vidaccel.worlds import Scores, world
 
@@ -55,27 +55,38 @@ def score(of_world: str, frames: np.ndarray, prompt: str) -> Scores:
     return world(of_world).scorer().score(frames, prompt)
 
 
-def summary(of_world: str, rows: Mapping[str, list[Scores]]) -> dict[str, Any]:
-    """By row: means with intervals, and the paired difference of the total to the first row, in points.
+def summary(of_world: str, prompts: Sequence[str], rows: Mapping[str, list[Scores]]) -> dict[str, Any]:
+    """By row, in points of a hundred: means with intervals, and the paired differences to the first row.
 
-    Resampling the prompts, pairs stay together: what is hard for one row is hard for the other.
+    Prompts that mean the same are drawn together.
     """
-    summarise = world(of_world).scorer().summarise
-    report: dict[str, Any] = {}
-    first = next(iter(rows.values()))
-    for name, scores in rows.items():
-        means = summarise(scores)
-        report[name] = {key: means[key] for key in means}
-        if scores is not first:
-            both = np.array([[_total(summarise, a), _total(summarise, b)] for a, b in zip(scores, first, strict=True)])
-            difference = both[:, 0] - both[:, 1]
-            low, high = bootstrap(difference).tolist()
-            report[name]["paired"] = {"mean": float(difference.mean()), "low": low, "high": high}
+    scorer = world(of_world).scorer()
+    meanings = [scorer.meaning(prompt) for prompt in prompts]
+    columns = {row: _columns(scores) for row, scores in rows.items()}
+    first, report = next(iter(columns)), {}
+    ones, drawn = np.ones((1, len(meanings))), draws(tuple(meanings))
+    for row, own in columns.items():
+        means, resampled = (averages(own, each, scorer.totals) for each in (ones, drawn))
+        report[row] = {
+            name: dict(zip(("mean", "low", "high"), _percent(means[name][0], *interval(resampled[name])), strict=True))
+            for name in means
+        }
+        if row != first:
+            found = differences(own, columns[first], meanings, scorer.totals)
+            report[row]["paired"] = {
+                name: dict(zip(("mean", "low", "high"), _percent(*found[name][:3]), strict=True)) for name in found
+            }
     return report
 
 
-def _total(summarise, scores: Scores) -> float:
-    return summarise([scores], resamples=1)["total"]["mean"]
+def _columns(scores: Sequence[Scores]) -> dict[str, np.ndarray]:
+    """Values [P] by dimension, NaN where a video has it not."""
+    names = dict.fromkeys(name for own in scores for name in own)
+    return {name: np.array([own.get(name, np.nan) for own in scores]) for name in names}
+
+
+def _percent(*shares: float) -> list[float]:
+    return [100 * float(share) for share in shares]
 
 
 def write_summary(folder: Path, report: Mapping[str, Any], prompts: int) -> None:
@@ -87,7 +98,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = []
     for name, row in report.items():
         means = "  ".join(f"{key} {row[key]['mean']:6.2f}" for key in SHOWN)
-        paired = row.get("paired")
+        paired = row.get("paired", {}).get("total")
         delta = "" if paired is None else f"  {paired['mean']:+.2f} ({paired['low']:+.2f} to {paired['high']:+.2f})"
         lines.append(f"{name:20} {means}{delta}")
     return "\n".join(lines)

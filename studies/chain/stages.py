@@ -184,15 +184,16 @@ class Chain:
         shared.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list] = {}
+        texts = world(config.world).scorer().held_out_prompts(config.prompts)
         with scoring.workers(max(1, min(14, (torch.get_num_threads() if self.device.type == "cpu" else 14)))) as pool:
 
             def row(name: str, loaded: LoadedPipeline, given: GenerateConfig, file: Path) -> None:
                 rows[name] = scoring.score_row(
                     loaded, given, config.world, config.prompts, config.score_batch, file, pool
                 )
-                report = scoring.summary(config.world, rows)
+                report = scoring.summary(config.world, texts, rows)
                 scoring.write_summary(folder, report, config.prompts)
-                self._say(f"{name}: {report[name]['total']['mean']:.2f} {report[name].get('paired', '')}")
+                self._say(scoring.table({name: report[name]}))
 
             teacher = load_pipeline(self._shipped("teacher"), device=config.device, dtype="float32")
             row("teacher-50", teacher, GenerateConfig(model=str(teacher.source)), shared / "teacher-50.jsonl")
@@ -203,7 +204,7 @@ class Chain:
                     break
                 given = GenerateConfig(model=str(student), steps=steps)
                 row(f"student-{steps}", loaded, given, folder / f"student-{steps}.jsonl")
-        return scoring.table(scoring.summary(config.world, rows))
+        return scoring.table(scoring.summary(config.world, texts, rows))
 
     # What they share
 

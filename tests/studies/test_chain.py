@@ -207,19 +207,22 @@ class Whole:
     def scorer(self):
         return self
 
-    def summarise(self, scores, resamples=1000):
-        values = [s["total"] for s in scores]
-        mean = sum(values) / len(values)
-        return {"total": {"mean": mean, "low": min(values), "high": max(values)}}
+    def meaning(self, prompt):
+        return prompt
+
+    def totals(self, means):
+        return {"total": means["one"]}
 
 
 def test_differences_are_paired(monkeypatch):
     monkeypatch.setattr(scoring, "world", lambda name: Whole())
-    first = [{"total": float(x)} for x in (10, 90, 50, 30)]
-    second = [{"total": s["total"] + 2} for s in first]
-    report = scoring.summary("any", {"a": first, "b": second})
-    assert "paired" not in report["a"]
-    assert report["b"]["paired"] == {"mean": 2.0, "low": 2.0, "high": 2.0}  # however much prompts differ
+    first = [{"one": x} for x in (0.10, 0.90, 0.50, 0.30)]
+    second = [{"one": s["one"] + 0.02} for s in first]
+    report = scoring.summary("any", list("abcd"), {"a": first, "b": second})
+    assert "paired" not in report["a"] and report["a"]["total"]["mean"] == pytest.approx(45.0)
+    assert report["a"]["total"]["high"] - report["a"]["total"]["low"] > 20
+    told = report["b"]["paired"]["total"]
+    assert [told[name] for name in ("mean", "low", "high")] == pytest.approx([2.0] * 3)  # however prompts differ
 
 
 def test_a_config_with_a_share_of_nothing_for_a_stage_that_does_not_run_is_fine():
