@@ -29,10 +29,6 @@ QUALITY = (
     "dynamic_degree",
 )
 
-SHARPER = ("margin", "frames_right", "all_right")
-"""Dimensions that count towards no total. Rules with a threshold see nothing of a shape that becomes less clear, and
-these do."""
-
 WORST_LEVELS = 32.0
 """Levels of 255 at which unsteady or noisy colour earns 0: an eighth of the range, seen by anyone."""
 WORST_STRAY = 2.5
@@ -68,7 +64,7 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     - dynamic_degree: how far it moves (or grows) as the caption says, over how far the renderer's sprites do, at most
       1; for one that stands still, 1 - unwanted movement over the same distance.
 
-    Sharper, and part of no total:
+    Part of no total, since rules with a threshold see nothing of a shape that becomes less clear:
 
     - margin: (1 + overlap over union with the wanted shape - that with the best other) / 2, a mean over the frames, 0
       in one that does not show the sprite: 0.5 is a draw, and the renderer's clips have 0.57 to 0.65;

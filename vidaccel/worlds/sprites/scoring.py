@@ -18,7 +18,8 @@ from vidaccel.worlds.sprites.world import Scene, place, random_scene
 class SpritesScorer:
     """See `vidaccel.worlds.Scorer`."""
 
-    spreads: ClassVar[Mapping[str, float]] = {"total": 5.0}
+    spreads: ClassVar[Mapping[str, float]] = {"total": 7.6}
+    """Of 20 and 4 steps of the shipped student, on 32 prompts."""
 
     def held_out_prompts(self, count: int) -> list[str]:
         """One sprite and two in turn, in combinations held out of training."""
