@@ -159,7 +159,7 @@ def test_the_gap_is_taken_over_times_of_the_grid(samples):
         return guidance_gap(Toy(noting), TEACHER, x_0, eps, text, empty, SHIFT, generator, times=(0.5,))
 
     first = gaps()
-    k = torch.rand(B, generator=torch.Generator().manual_seed(5))
+    k = (torch.arange(B) + torch.rand(B, generator=torch.Generator().manual_seed(5))) / B
     torch.testing.assert_close(seen[0], (2 * k / (1 + k)).to(x_0))
     assert first == gaps()
     assert list(first.closed) == [1.5, 2.0, 3.0, 4.0] and first.off_at_one == pytest.approx(0, abs=1e-5)

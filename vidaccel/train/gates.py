@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vidaccel.models.grid import step_grid
 from vidaccel.models.velocity import Text, Velocity, per_sample
-from vidaccel.train.flow_matching import noised, sample_times
+from vidaccel.train.flow_matching import noised
 from vidaccel.train.methods.mean_velocity.rollout import rollout_target
 
 SCALES = (1.5, 2.0, 3.0, 4.0)
@@ -79,7 +79,7 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class GuidanceGap:
-    """What CFG distillation closes; `closed` has None for scale 1, where there is no gap."""
+    """What CFG distillation closes. At scale 1 there is no gap, and what is off is put against something else."""
 
     closed: dict[float, float]
     """By scale, over times that are uniform along the step grid."""
@@ -144,11 +144,15 @@ def guidance_gap(
     """The whole of it, of samples that were not trained on; arguments as in `guidance_gap_closed`.
 
     Args:
-        shift: of the step grid that the student is sampled on. Times are t = s k / (1 + (s - 1) k), k uniform.
+        shift: of the step grid that the student is sampled on. Times are t = s k / (1 + (s - 1) k), k uniform, one from
+            each of as many equal parts of [0, 1] as there are samples: most of the gap lies near noise, and how many
+            happen to lie there would say more than the student.
         generator: draws them.
         times: at which all samples are taken once more, for `timed_scales` alone; none of them costs nothing.
     """
-    t = sample_times(len(x_0), shift, generator, "uniform").to(x_0)
+    count = len(x_0)
+    k = ((torch.arange(count) + torch.rand(count, generator=generator)) / count).to(x_0)
+    t = shift * k / (1 + (shift - 1) * k)
     at = partial(guidance_gap_closed, student, teacher, x_0, eps, text=text, empty=empty, batch_size=batch_size)
     overall = at(t=t, scales=(1.0, *scales))
     single = {time: at(t=torch.full_like(t, time), scales=timed_scales) for time in times}
