@@ -36,10 +36,9 @@ from vidaccel.train.predictor.served import (
     default_lists,
     served_loss,
     start_predictor,
-    train_served,
 )
 from vidaccel.train.predictor.task import task_of
-from vidaccel.train.predictor.training import train_predictor
+from vidaccel.train.predictor.training import train_predictor, train_served
 from vidaccel.train.step import EagerStep, GraphStep
 
 NO_STAGE = TrainConfig(steps=0)
@@ -331,14 +330,17 @@ def test_a_bank_trains_one_that_serves(world, tmp_path):
     loaded = load_pipeline(config.student, dtype="float32")
     bank = Bank.of(ShardFolder(world("wan") / "features", "encoded"), torch.device("cpu"), loaded.family)
     found = train_served(loaded, bank, config, tmp_path)
-    assert [each.full_steps for each in found] == [(0, 1), (0, 2), (0, 1, 3)]
+    assert {each.full_steps for each in found} == {(0, 1), (0, 2), (0, 1, 3)}
+    run = read_run(tmp_path, "predictor/1")
+    verify_files(tmp_path, run)
+    assert len(run["compared"]) == 3 and (tmp_path / "README.md").exists()
     best = min((each for each in found if len(each.full_steps) == 2), key=lambda each: each.error)
     schedules = {schedule.budget: schedule for schedule in read_schedules(tmp_path / "schedule.json")}
     assert schedules[2].full_steps == best.full_steps and schedules[2].expected_error == pytest.approx(best.error)
     assert schedules[3].full_steps == (0, 1, 3)
     before = contents(tmp_path)
     assert train_served(loaded, bank, config, tmp_path) == found
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) | {"run.json": ""} == before | {"run.json": ""}
     timed = replace(config, mse=replace(config.mse, steps=None, minutes=0.01))
     assert len(train_served(loaded, bank, timed, tmp_path / "timed")) == 3
     with attach(load_pipeline(config.student, dtype="float32"), predictor=str(tmp_path), steps=4, budget=2):

@@ -20,27 +20,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidaccel.artefacts import CHECKPOINTS
-from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.bank import Bank, cut_texts
 from vidaccel.collect.encode import LATENT, batch, encode_texts
 from vidaccel.collect.source import EncodedSource
-from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.grid import Grid
-from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.flow_matching import sample_guidance
 from vidaccel.train.objective import Batch, Objective, generator_for
 from vidaccel.train.predictor.search import list_errors
-from vidaccel.train.predictor.task import PredictorTask, task_of
-from vidaccel.train.trainer import train
+from vidaccel.train.predictor.task import PredictorTask
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +48,6 @@ TRIED_INDEX = 10**9 + 2
 """Of the generator that runs are drawn by on which a predictor is compared: further than any training goes."""
 AT_ONCE = 64
 """Captions that are encoded together."""
-STAGE = "mse"
-"""The stage of the settings that such a training is."""
 TEXT = "text."
 """What the names of text tensors begin with in a `Batch`."""
 
@@ -404,42 +396,3 @@ def objective_of(task: PredictorTask, starts: Starts, passes: int = 1) -> Object
     low, high = task.config.guidance_range or (task.sampling.guidance,) * 2
     scales = (low, high) if task.student.embeds("g") else None
     return served_objective(serving_of(task), starts, lists_of(task), task.config.mse.batch_size, scales, passes)
-
-
-def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, output: Path) -> list[Compared]:
-    """Train a predictor of a student, on its device, on the captions of a bank but for the last `search_prompts`, on
-    which it is compared with reuse under each list that it was trained with.
-
-    Leaves config.json, model.safetensors and schedule.json (the best of those lists for each number of full steps) in
-    the folder `output`, and goes on where an earlier call was stopped.
-
-    Raises:
-        UserError: no predictor can be trained for this student, or not as asked.
-        TrainingFailed: the training did not stay finite.
-    """
-    torch.manual_seed(config.seed)
-    provenance = {"clips": len(bank), "captions": bank.captions}
-    task = task_of(loaded, config, None, (bank, provenance))
-    tried, learnt = Starts.of(task, 0).apart(config.search_prompts)
-    settings = {"lists": [list(each) for each in lists_of(task)], "student": student_hash(loaded)} | provenance
-    settings |= {name: getattr(config, name) for name in ("architecture", "blocks", "history", "guidance_range")}
-    with task.trunk:
-        predictor = start_predictor(task, learnt)
-        train(
-            predictor,
-            objective_of(task, learnt),
-            config.mse,
-            output / CHECKPOINTS / STAGE,
-            seed=config.seed,
-            title=f"predictor, {STAGE}",
-            settings=settings | task.sampling.record(),
-        )
-        predictor.save_pretrained(output)
-        found = compare(task, serving_predictor(task, output), tried, lists_of(task))
-    best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
-    grid = task.sampling.grid
-    write_schedules(
-        output / SCHEDULE_FILE,
-        [Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times) for each in best.values()],
-    )
-    return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sha256_file, write_run
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
+from vidaccel.collect.bank import Bank
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.generate import GenerateConfig
@@ -32,7 +33,7 @@ from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
-from vidaccel.models.loading import load_pipeline, resolve_device
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import run_pipeline
@@ -167,6 +168,36 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
     on_first(lambda: _finish(task, output, run, schedules))
     return schedules
+
+
+def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, output: Path) -> list[Compared]:
+    """Train a predictor by `pairs=served` for a student that is loaded, in float32, where it is: on the captions of a
+    bank but for the last `search_prompts`, on which it is compared with reuse under each list that it was trained with.
+
+    The folder `output` is a predictor's as of the command, with the best of those lists for each number of full steps
+    in place of searched ones. Goes on where an earlier call was stopped.
+
+    Raises:
+        UserError: no predictor can be trained for this student, or not as asked.
+        TrainingFailed: the training did not stay finite.
+    """
+    started = datetime.now(UTC)
+    check_output(output, FORMAT)
+    with locked(output):
+        task = task_of(loaded, config, None, (bank, {"clips": len(bank), "captions": bank.captions}))
+        torch.manual_seed(config.seed)
+        with task.trunk:
+            _train_served(task, output)
+            found = _compare(task, output, [])
+        grid = task.sampling.grid
+        best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
+        schedules = [
+            Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times)
+            for each in best.values()
+        ]
+        run = _described(task, config, started) | {"compared": [each.record() for each in found]}
+        _finish(task, output, run, schedules)
+    return found
 
 
 def _train(task: PredictorTask, output: Path) -> None:
