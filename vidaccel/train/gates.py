@@ -145,8 +145,8 @@ def guidance_gap(
 
     Args:
         shift: of the step grid that the student is sampled on. Times are t = s k / (1 + (s - 1) k), k uniform, one from
-            each of as many equal parts of [0, 1] as there are samples: most of the gap lies near noise, and how many
-            happen to lie there would say more than the student.
+            each of as many equal parts of [0, 1] as there are samples: the gap is not as wide at all
+            times, and where samples happen to lie would say more than the student does.
         generator: draws them.
         times: at which all samples are taken once more, for `timed_scales` alone; none of them costs nothing.
     """
