@@ -28,13 +28,12 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.distill import GATES_FILE, Clips, distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor.multistep import train_multistep
-from vidaccel.train.predictor.served import train_served
+from vidaccel.train.predictor.training import train_served
 from vidaccel.worlds import world
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class Chain:
 
     def newest(self, name: str) -> Path | None:
         """The newest finished folder of that name."""
-        last = {"scores": "scores.json", "predictor": SCHEDULE_FILE}.get(name, RUN_FILE)
+        last = {"scores": "scores.json"}.get(name, RUN_FILE)
         rounds = reversed([*self.earlier, self.round])
         return next((each / name for each in rounds if (each / name / last).exists()), None)
 
@@ -124,6 +123,8 @@ class Chain:
         if (self.round / name / RUN_FILE).exists():
             return
         config = configuration.load("distill", DistillConfig, conf, ["train.steps=null", *overrides, "train.minutes=1"])
+        made_of = {"world": self.config.world, "scenes": self.config.scenes, "captions": self.config.captions}
+        clips = Clips(self._clips, made_of, self._held_out)
         left = self.ends[stage] - self._passed() - self.config.reserve
         train = replace(
             config.train, minutes=max(left, SHORTEST) / 60, sample_every=0, save_every=1000, evaluate_every=10**9
@@ -136,15 +137,14 @@ class Chain:
             gate_runs=self.config.runs,
             train=train,
         )
-        made_of = {"world": self.config.world, "scenes": self.config.scenes, "captions": self.config.captions}
-        distill(config, self.round / name, self.config.device, Clips(self._clips, made_of, self._held_out))
+        distill(config, self.round / name, self.config.device, clips)
 
     def _forecasters(self) -> str:
         return "\n".join([*self._scalars(), *self._network()])
 
     def _network(self) -> list[str]:
         """Trained in what is left of the stage's time."""
-        left = self.ends["forecasters"] - self._passed() - self.config.reserve
+        left = self.ends["forecasters"] - self._passed() - self.config.reserve / 2
         if left < SHORTEST:
             return ["no time was left for a network"]
         words = ["pairs=served", "mse.steps=null", "adversarial.steps=0", f"student={self._student()}"]

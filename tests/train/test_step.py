@@ -132,8 +132,9 @@ def forced(monkeypatch, capture=False):
     monkeypatch.setattr(trainer, "GraphStep", lambda *given: GraphStep(*given, capture=capture))
 
 
-def test_a_training_in_static_memory_logs_saves_and_resumes(tmp_path, monkeypatch):
-    config = replace(CONFIG, accumulate=1, log_every=5)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_in_static_memory_logs_saves_and_resumes(tmp_path, monkeypatch, optimizer):
+    config = replace(CONFIG, accumulate=1, log_every=5, optimizer=optimizer)
     forced(monkeypatch)
 
     def run(folder, **changes):
