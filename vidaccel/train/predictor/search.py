@@ -120,7 +120,7 @@ def list_errors(
 def _noised(task: PredictorTask, first: int, count: int, index: int) -> Iterator[tuple[Tensor, Text, Tensor | None]]:
     """Noise, text and scales of `count` prompts of the task's data from the first on, a training batch at a time."""
     config, student = task.config, task.student
-    samples = [task.data[first + i][0] for i in range(count)]
+    samples = [task.samples[first + i][0] for i in range(count)]
     generator = generator_for(config.seed, index)
     for start in range(0, count, config.mse.batch_size):
         chosen = samples[start : start + config.mse.batch_size]

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +257,8 @@ def served_objective(
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = batch.tensors
-        value, error = served_loss(serving, model, batch.variant, tensors["noise"], text_of(tensors), tensors.get("g"))
+        full_steps = cast(FullSteps, batch.variant)
+        value, error = served_loss(serving, model, full_steps, tensors["noise"], text_of(tensors), tensors.get("g"))
         return value, {"error": error}
 
     return Objective(draw, loss, (serving.student,))

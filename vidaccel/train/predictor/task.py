@@ -55,6 +55,13 @@ class PredictorTask:
     sampling: Sampling
 
     @property
+    def samples(self) -> Data:
+        """The data, where they are no bank."""
+        if isinstance(self.data, Bank):
+            raise ValueError("a bank is for pairs=served alone, without a search")
+        return self.data
+
+    @property
     def device(self) -> torch.device:
         return next(self.student.transformer.parameters()).device
 

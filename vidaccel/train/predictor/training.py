@@ -132,7 +132,7 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
 def _made_by_name(task: PredictorTask) -> Forecaster:
     """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
     pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
-    captions = [task.data[i][1]["caption"] for i in range(min(config.search_prompts, len(task.data)))]
+    captions = [task.samples[i][1]["caption"] for i in range(min(config.search_prompts, len(task.data)))]
     sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, guidance=task.sampling.guidance)
     seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
 
@@ -237,7 +237,7 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     trained_on = student.conditioning.config.restrict if student.conditioning else None
     restrict = config.restrict or trained_on or sampling.grid.widest
     grid = sampling.grid.tensor.to(task.device)
-    pairs = Pairs(student, task.trunk, Reuse(), task.data, config, grid, sampling.guidance, restrict, config.seed)
+    pairs = Pairs(student, task.trunk, Reuse(), task.samples, config, grid, sampling.guidance, restrict, config.seed)
     with _autocast(task, config.mse):
         first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
         entering = _entering(task, first)
