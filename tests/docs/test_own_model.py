@@ -1,6 +1,7 @@
 """README's way of a model of one's own, command by command, from a plain folder and clips, for every family.
 
-At default settings, but for the number of steps of the trainings, the size of the videos and how often times are taken.
+At default settings, but for the number of steps of trainings and of the student, the size of the videos and how often
+times are taken.
 """
 
 import json
@@ -23,13 +24,12 @@ TITLE = "## Your own model, start to finish\n"
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 FEWER = {
     "collect-features": [f"{key}={value}" for key, value in SIZE.items()],
-    "distill": ["train.steps=2", "train.accumulate=1"],
+    "distill": ["train.steps=2", "train.accumulate=1", "sample_steps=4"],
     "train-predictor": ["mse.steps=2", "mse.accumulate=1"],
-    "generate": [],
+    "generate": ["budget=2"],
     "benchmark": ["rounds=2", "prompts=[a red circle]", "sizes=[[5,32,32]]"],
 }
 """What is not the point, on the machine of a test."""
-MADE_OF_THE_MODEL = " ".join(f"{key}={value}" for key, value in SIZE.items())
 
 
 def the_way() -> list[str]:
@@ -53,21 +53,27 @@ def test_every_command_of_it_runs(family, tmp_path, monkeypatch):
     tiny_pipeline(family).save_pretrained("path/to/model")
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 40, 48, 3), dtype=np.uint8)
     write_clips("clips", zip(frames, CAPTIONS, strict=True), fps=16)
+    smaller = "defaults: [methods, _self_]\nmethods:\n  predictor-8-searched: {steps: 4, budget: 2}\n"
+    Path("smaller.yaml").write_text(smaller)
     for line in the_way():
-        words = shlex.split(line.replace("family=wan", f"family={family}"))
+        words = shlex.split(
+            line.replace("family=wan", f"family={family}").replace("--conf methods", "--conf smaller.yaml")
+        )
         if words[0] == "tar":
             subprocess.run(words, check=True)
             continue
         if words[1] == "generate" and "model=path/to/model" in words:  # which is made for larger ones
-            words += MADE_OF_THE_MODEL.split()
-        result = CliRunner().invoke(app, [*words[1:], *FEWER[words[1]]])
+            fewer = ["steps=4", *FEWER["collect-features"]]
+        else:
+            fewer = FEWER[words[1]]
+        result = CliRunner().invoke(app, [*words[1:], *fewer])
         assert result.exit_code == 0, f"{line}\n{result.output}"
         assert "warning: guidance" not in result.stderr and "learns scales" not in result.stderr
         if words[1] == "generate":
             made = re.search(r"5 frames 32x32; (.*), guidance (\d)", result.stdout)
             assert made, result.stdout
     student = load_pipeline("runs/student")
-    assert student.call | SIZE | {"guidance": 5.0, "steps": 20} == student.call
+    assert student.call | SIZE | {"guidance": 5.0, "steps": 4} == student.call
     assert {path.name for path in Path("runs").rglob("README.md")} and Path("runs/predictor/README.md").is_file()
     rows = json.loads(Path("runs/bench/results.json").read_text())
     assert "predictor-8-searched" in json.dumps(rows)
