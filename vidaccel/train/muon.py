@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -25,9 +25,9 @@ class StackedMuon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.found_inf: Tensor | None = None
         """Where it is 1 the step is left out, as the fused AdamW's does."""
-        self._stacks: list[tuple[dict[str, Any], list[nn.Parameter], Tensor]] = []
+        self._stacks: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             for shape, alike in by_shape.items():

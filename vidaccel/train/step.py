@@ -311,7 +311,7 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
 def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     """Scales gradients down to the global norm `largest`; the norm they had, over all processes."""
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, largest, norm)

@@ -258,7 +258,10 @@ def served_objective(
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = batch.tensors
         full_steps = cast(FullSteps, batch.variant)
-        value, error = served_loss(serving, model, full_steps, tensors["noise"], text_of(tensors), tensors.get("g"))
+        forecaster = cast(Forecaster, model)
+        value, error = served_loss(
+            serving, forecaster, full_steps, tensors["noise"], text_of(tensors), tensors.get("g")
+        )
         return value, {"error": error}
 
     return Objective(draw, loss, (serving.student,))
@@ -330,7 +333,7 @@ def compare(task: PredictorTask, forecaster: Forecaster, starts: Starts, lists: 
 
 def _drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """So many runs (`Batch.tensors`) as the student is sampled: of its dtype, under its own guidance."""
-    tensors = starts.draw(count, generator, task.device, task.student.transformer.dtype)
+    tensors = starts.draw(count, generator, task.device, next(task.student.transformer.parameters()).dtype)
     if task.student.embeds("g"):
         tensors["g"] = torch.full((count,), task.sampling.guidance, device=task.device)
     return tensors
