@@ -402,7 +402,7 @@ def test_table(bench, models):
     printed = (models / "stdout").read_text()
     line = next(line for line in printed.splitlines() if line.startswith(" predictor "))
     assert "2 + 2" in line
-    assert "pab-cfg: PyramidAttentionBroadcastConfig keeps" in " ".join(printed.split())
+    assert "could not run: pab-cfg (PyramidAttentionBroadcastConfig keeps" in " ".join(printed.split())
 
 
 def test_a_finished_benchmark_is_not_run_again(bench, conf, monkeypatch):
@@ -519,7 +519,7 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        ([], "nothing was asked for", "give one of --plan, --speedup"),
+        ([], "nothing was asked for", "give one of --plan, --speedup, --speedup --quality, --random-weights"),
         (["--plan", "--speedup"], "--plan and --speedup were asked for together", "give one of"),
         (["--quality"], "--quality was asked for without --speedup", "add --speedup"),
         (["--quality", "--plan"], "--quality was asked for without --speedup", "add --speedup"),
@@ -528,8 +528,8 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
         (["--speedup", "only=[zzz]"], 'there is no method "zzz"', "choose from"),
         (["--speedup", "baseline=cgf"], 'there is no method "cgf"', 'did you mean "cfg"?'),
         (["--speedup", "prompts=[]"], "there are 0 prompts, and 1 are asked for", "list more"),
-        (["--speedup", "model=null"], "no model is named", "set model=FOLDER"),
-        (["--speedup", "family=wan"], "is of the family hunyuan_video", "set family=hunyuan_video"),
+        (["--speedup", "model=null"], "student does not say what it was distilled from", "name it: model=FOLDER"),
+        (["--speedup", "model=null", "student=null"], "no model is named", "set model=FOLDER"),
         (["--speedup", "sizes=[[5, 32, 40]]"], "width=40 does not fit", "nearest valid"),
         (["--speedup", "methods.fora.settings.evry=3"], 'fora: fora has no setting "evry"', 'did you mean "every"?'),
         (["--speedup", "methods.fora.settings.every=0"], "fora: FORA every 0 steps", "mend its settings"),

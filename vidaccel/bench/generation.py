@@ -58,7 +58,7 @@ def timed_generation(
         shift=method.shift,
         guidance=guidance if method.guidance is None else method.guidance,
         two_pass=method.two_pass,
-        instantaneous=method.weights == "teacher",
+        instantaneous=method.weights == "teacher" and not method.as_called,
         num_frames=frames,
         height=height,
         width=width,

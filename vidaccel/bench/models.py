@@ -65,8 +65,11 @@ class Models:
             standing_in = method.weights == "teacher" and path == self.config.student != self.config.model
             why = "a single pass of the teacher needs guidance distilled into it: " if standing_in else ""
             raise UserError(why + loaded.message, loaded.hint)
-        if loaded.family.name != self.config.family:
-            raise UserError(f"{path} is of the family {loaded.family.name}", f"set family={loaded.family.name}")
+        if loaded.family.name != self.config.family and path != self.config.model:
+            raise UserError(
+                f"{path} is of the family {loaded.family.name}, and {self.config.model} of {self.config.family}",
+                "compare models of one family",
+            )
         return loaded
 
     def place(self, method: MethodConfig) -> bool:
@@ -87,9 +90,17 @@ class Models:
             return method.model
         which = self.config.student if method.weights == "student" else self._teacher(method)
         if which is None:
-            key = "model" if method.two_pass else "student" if method.weights == "student" else "distilled"
-            raise UserError(f"no model is named for this row, which runs on the {method.weights}", f"set {key}=FOLDER")
+            raise UserError(f"no {self.missing(method)}= is named", "name a folder")
         return which
+
+    def missing(self, method: MethodConfig) -> str | None:
+        """The setting that has to name what the row runs on, and names nothing."""
+        if method.model is None and method.weights == "student" and self.config.student is None:
+            return "student"
+        if method.model is None and method.weights == "teacher" and self._teacher(method) is None:
+            return "model" if self.config.model is None else "distilled"
+        by_folder = method.predicts or method.budget is not None or method.on_skipped == "multistep"
+        return "predictor" if by_folder and (method.predictor or self.config.predictor) is None else None
 
     def predictor(self, method: MethodConfig, loaded: LoadedPipeline) -> Predictor:
         """The row's predictor, made to run as the blocks of that pipeline do."""
@@ -104,7 +115,7 @@ class Models:
     def predictor_folder(self, method: MethodConfig) -> Path:
         name = method.predictor or self.config.predictor
         if name is None:
-            raise UserError("no predictor is named", "set predictor=FOLDER")
+            raise UserError("no predictor= is named", "name a folder")
         folder = local_path(name)
         if not folder.is_dir():
             raise UserError(f"there is no predictor {name}", "train one: vidaccel train-predictor")
@@ -149,7 +160,11 @@ class Models:
     def _teacher(self, method: MethodConfig) -> str | None:
         """A teacher's single pass needs guidance distilled into it."""
         config = self.config
-        if method.two_pass or (config.model is not None and config.distilled is None and self._embeds_guidance()):
+        if (
+            method.two_pass
+            or method.as_called
+            or (config.model is not None and config.distilled is None and self._embeds_guidance())
+        ):
             return config.model
         return config.distilled or config.student
 
@@ -177,7 +192,7 @@ class Models:
 
     def _calibrate(self, method: MethodConfig, loaded: LoadedPipeline) -> None:
         """Make the row's videos of prompts and noise that are measured nowhere."""
-        prompts, size = fitting_prompts(self.config), tuple(self.config.sizes[0])
+        prompts, size = fitting_prompts(self.config), self.config.videos[0]
         seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
         timed_generation(loaded, method, size, prompts, seeds, self.config.guidance, decode=False)
 

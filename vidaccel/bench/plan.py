@@ -14,6 +14,7 @@ from vidaccel.bench.environment import environment
 from vidaccel.bench.generation import Size
 from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, planned_trunk
 from vidaccel.bench.measures.memory import CacheBytes, activation_bytes, cache_bytes
+from vidaccel.bench.own_model import planned
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -61,12 +62,13 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
     Raises:
         UserError: settings that the family cannot follow, or methods that are not there.
     """
+    config = planned(config)
     methods, family, model = config.wanted(), planned_family(config), meta_transformer(config)
     if not methods[config.baseline].planned:
         raise UserError(f"the baseline {config.baseline} cannot be planned: {UNPLANNED}", "take another baseline")
     weights, runs = parameters(model), []
-    for size in config.sizes:
-        costs = size_costs(config, family, model, tuple(size))
+    for size in config.videos:
+        costs = size_costs(config, family, model, size)
         baseline = method_flops(methods[config.baseline], costs)
         for name, method in methods.items():
             run = blank_run(Row(name, method, costs.size), config.family)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters
+from vidaccel.bench.own_model import planned
 from vidaccel.bench.plan import SizeCosts, method_flops, passes, size_costs, stand_in
 from vidaccel.bench.rows import SCHEMA, Row, blank_run
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
@@ -45,9 +46,9 @@ UNTIMED = "random weights do not tell: only full, predicted and reused passes ar
 
 def time_random_weights(config: BenchmarkConfig, device: str = "auto") -> dict[str, Any]:
     """Every wanted method on every size, as results.json."""
-    where, runs = resolve_device(device), []
-    for size in config.sizes:
-        costs = size_costs(config, planned_family(config), meta_transformer(config), tuple(size))
+    config, where, runs = planned(config), resolve_device(device), []
+    for size in config.videos:
+        costs = size_costs(config, planned_family(config), meta_transformer(config), size)
         whole = _fits(config, costs, where) if config.whole is None else config.whole
         with Progress("timing", total=config.rounds, live=False) as bar, torch.no_grad():
             timed = list(_rounds(config, costs, where, whole, bar))

@@ -27,6 +27,8 @@ from vidaccel.data.video import write_video
 SHEET_FRAMES = 8
 LONGEST_NAME = 230
 """Bytes of a prompt in the name of its video, which with the rest may not pass the 255 of a file system."""
+NOT_RUN = "not run: "
+"""Begins the error of a row that was left out because what it runs on is not named or cannot be loaded."""
 SCHEMA = 1
 """Version of results.json."""
 FIELDS = (

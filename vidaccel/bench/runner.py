@@ -38,8 +38,10 @@ from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.bench.measures.quality import perceptual_network, prompts_of, scorer_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
+from vidaccel.bench.own_model import SIZE, fitted, resolved, with_ancestors
+from vidaccel.bench.reports.tables import not_run
 from vidaccel.bench.results import EXAMPLES, RECONSTRUCTED, results_of, write_results
-from vidaccel.bench.rows import Row, Rows
+from vidaccel.bench.rows import NOT_RUN, Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.errors import UserError
@@ -76,17 +78,19 @@ class Benchmark:
 
     def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
         methods = config.wanted(swept=quality and config.sweeps)
-        if quality and config.equal_compute:
-            methods |= _named_as_configured(counterparts.own_runs(methods), config)
-        self.methods = methods
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
-        if config.model is None:
-            raise UserError("no model is named", "set model=FOLDER, or time random weights: --random-weights")
-        self.config, self.folder, self.quality, self.command = config, folder, quality, command
+        config = with_ancestors(config)
         self.models = Models(config, device)
+        self.config = config = fitted(config, self.models)
+        methods, lacking = resolved(methods, self.models)
+        if quality and config.equal_compute:
+            methods |= _named_as_configured(counterparts.own_runs(methods), config)
+        self.methods, self.folder, self.quality, self.command = methods, folder, quality, command
         self._check_baseline(methods[config.baseline])
+        if lacking:
+            log.info("%s", not_run(lacking))
         self.timed_prompts = prompts_of(config, config.timed_prompts)
         self.scored_prompts = prompts_of(config, config.scored_prompts, config.stream) if quality else []
         if quality:
@@ -98,8 +102,10 @@ class Benchmark:
         check_writable(folder / RESULTS_FILE)
         self.parents = parents(config, methods)
         open_output_folder(folder, config, quality, self.environment, self.parents)
-        sizes = [tuple(size) for size in config.sizes]
-        self.rows = Rows(folder, [Row(name, method, size) for size in sizes for name, method in methods.items()])
+        rows = [Row(name, method, size) for size in config.videos for name, method in methods.items()]
+        for row in rows:
+            row.error = f"{NOT_RUN}{lacking[row.name]}" if row.name in lacking else None
+        self.rows = Rows(folder, rows)
         self.rows.keep_whole_rounds()
         file = folder / CEILINGS_FILE
         self.ceilings: dict[str, Any] = read_json(file, "remove it") if file.exists() else {}
@@ -122,8 +128,8 @@ class Benchmark:
     def _check_baseline(self, method: MethodConfig) -> None:
         """Without a baseline there is nothing to compare with: `UserError` if it cannot make the videos."""
         loaded = self.models.pipeline(method)
-        for size in self.config.sizes:
-            check_sizes(loaded, **dict(zip(("num_frames", "height", "width"), size, strict=True)))
+        for size in self.config.videos:
+            check_sizes(loaded, **dict(zip(SIZE, size, strict=True)))
 
     def _count(self) -> None:
         todo = [row for row in self.rows.without_error if row.counts is None]
@@ -194,7 +200,7 @@ class Benchmark:
 
     def _warm_up(self, method: MethodConfig, size: Size) -> None:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
-        same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance")}
+        same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance", "as_called")}
         loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
         timed_generation(loaded, one_step, size, self.timed_prompts[:1], [self.config.seed], self.config.guidance)
 
@@ -336,7 +342,8 @@ class Benchmark:
             raise
         except Exception as error:  # a method may fail in any way, and that is then what there is to report about it
             row.error = _one_line(error)
-            log.warning("%s: %s", row.name, row.error)
+            if row.error not in (other.error for other in self.rows.rows if other is not row):  # one line for all
+                log.warning("%s: %s", row.name, row.error)
             log.debug("%s", row.name, exc_info=error)
         self.rows.save(row)
         if written:

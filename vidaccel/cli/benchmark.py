@@ -10,20 +10,21 @@ import typer
 
 from vidaccel import api
 from vidaccel.cli.common import (
-    Conf,
     Debug,
     Device,
     Explain,
     PrintConf,
     Settings,
+    default_said,
     quiet_libraries,
     reported,
     settings,
     split_settings,
 )
+from vidaccel.config.defaults import default_conf
 from vidaccel.errors import UserError
 
-WAYS = ("--plan", "--speedup", "--random-weights")
+WAYS = ("--plan", "--speedup", "--speedup --quality", "--random-weights")
 
 
 @reported
@@ -41,7 +42,7 @@ def benchmark(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Time the full-size model with random weights.")
     ] = False,
-    conf: Conf = "sprites",
+    conf: Annotated[str | None, typer.Option(help=default_said("benchmark"), show_default=False)] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A folder for results.json, report.html and pictures.")
     ] = Path("runs/bench"),
@@ -55,6 +56,10 @@ def benchmark(
 
     vidaccel benchmark --speedup
 
+    vidaccel benchmark --speedup --quality model=path/to/model
+
+    vidaccel benchmark --speedup --quality --conf mine student=runs/student predictor=runs/predictor
+
     vidaccel benchmark --plan --conf hunyuan_video
     """
     free, overrides = split_settings(words or [])
@@ -65,7 +70,8 @@ def benchmark(
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
     way = _way(plan=plan, speedup=speedup, random_weights=random_weights)
     quiet_libraries()
-    command = shlex.join(["vidaccel", "benchmark", way, *["--quality"] * quality, "--conf", conf, *overrides])
+    chosen = conf or default_conf("benchmark", overrides)
+    command = shlex.join(["vidaccel", "benchmark", way, *["--quality"] * quality, "--conf", chosen, *overrides])
     results, lines = _work(way, config, output, quality, device, command)
     if as_json:
         typer.echo(json.dumps(results, indent=2))

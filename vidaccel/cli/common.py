@@ -33,7 +33,8 @@ PREDICTOR = "predictor/1"
 """Format of the folders that schedules are searched for (forecasters/checkpoint.py, which imports torch)."""
 LONGEST = 500
 """Characters that are shown of an error that was not meant for a user."""
-_SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
+_SETTING = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[\w.-]*)?=")
+"""Rows of a benchmark have hyphens in their names."""
 
 
 def reported(command: Callable) -> Callable:

@@ -58,6 +58,9 @@ class MethodConfig:
     """Classifier-free guidance scale g of this row alone."""
     two_pass: bool = False
     """true: two forward passes a step, with and without the prompt (classifier-free guidance)."""
+    as_called: bool = False
+    """true: in the steps and passes that the row's model is called with unless told, a teacher being `model` itself;
+    `steps` and `two_pass` then hold only where nothing is loaded, in a plan."""
     full_steps: list[int] | None = None
     """Steps, counted from 0, that run the whole transformer; null: all, or those that `every` gives."""
     every: int | None = None
@@ -155,7 +158,7 @@ class BenchmarkConfig(RuntimeConfig):
     RENAMED = {"marker": "scorer"}
 
     family: str = "hunyuan_video"
-    """Name of the model family."""
+    """Name of the model family, for a plan without a model; `model` has its own."""
     model: str | None = None
     """The teacher: a shipped model (sprites/teacher), a diffusers pipeline folder or, to run it, a hub id. A plan
     reads only its transformer's settings; null: `transformer`."""
@@ -174,8 +177,8 @@ class BenchmarkConfig(RuntimeConfig):
     """Tokens of each text, padding included, as the pipeline hands them to the transformer."""
     dtype: str = "bfloat16"
     """Of weights, activations and caches: `float32`, `bfloat16` or `float16`."""
-    sizes: list[list[int]] = field(default_factory=lambda: [[129, 704, 704]])
-    """Videos: [frames, height, width]."""
+    sizes: list[list[int]] | None = field(default_factory=lambda: [[129, 704, 704]])
+    """Videos: [frames, height, width]; null is the size that the student, else the model, is made for."""
     predictor_blocks: int = 2
     """Transformer blocks of the learned predictor that is planned with."""
     predictor_history: int = 1
@@ -201,7 +204,7 @@ class BenchmarkConfig(RuntimeConfig):
     timed_seconds: float = 0.75
     """Least that a row denoises in a round: its videos are made again until then, and the mean is what counts."""
     scored_prompts: int = 64
-    """Prompts that quality is measured on."""
+    """Prompts that quality is measured on: as many of `prompts` as there are."""
     scored_seed: int | None = None
     """Of the noise of the first of them, in place of `seed`: apart from the seeds that anything was trained or searched
     with."""
@@ -231,8 +234,8 @@ class BenchmarkConfig(RuntimeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.sizes), "sizes", self.sizes, "must hold at least one size")
-        for size in self.sizes:
+        require(self.sizes != [], "sizes", self.sizes, "must hold at least one size")
+        for size in self.sizes or ():
             require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")
         lowest = min(self.compression, default=0)
         require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
@@ -257,6 +260,12 @@ class BenchmarkConfig(RuntimeConfig):
         require(processes is None or processes >= 0, "scoring_processes", processes, "must be at least 0, or null")
         g = self.guidance
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+
+    @property
+    def videos(self) -> list[tuple[int, int, int]]:
+        """`sizes`, where they are known."""
+        assert self.sizes is not None
+        return [(frames, height, width) for frames, height, width in self.sizes]
 
     def wanted(self, swept: bool = False) -> dict[str, MethodConfig]:
         """The wanted methods and, first, the baseline; with the rows of their sweeps behind each of them if asked for.

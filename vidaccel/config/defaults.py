@@ -9,6 +9,7 @@ CONFS = {
     "collect-features": ("model", "sprites", "clips"),
     "distill": ("teacher", "sprites/cfg", "cfg"),
     "train-predictor": ("student", "sprites", "trajectories"),
+    "benchmark": ("model", "sprites", "untrained"),
 }
 """Of each command: the setting that names its model, the configuration for the shipped one, that for another."""
 

@@ -1,6 +1,6 @@
 """Results as tables for people: one a size. A plan has what a pass costs above it, a run its errors below."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from vidaccel.bench.reports.contrasts import tables_of
+from vidaccel.bench.rows import NOT_RUN
 from vidaccel.numbers import si
 
 
@@ -31,7 +32,31 @@ def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
         for heading, headings, lines in tables_of(results, runs):
             yield heading
             yield _contrast_table(headings, lines)
-        yield from (f"{', '.join(methods)}: {why}" for why, methods in failures(runs).items())
+        yield from explained(results["baseline"], runs)
+        lacking = {run["method"]: run["error"] for run in runs if (run["error"] or "").startswith(NOT_RUN)}
+        if lacking:
+            yield not_run({name: why.removeprefix(NOT_RUN) for name, why in lacking.items()})
+        others = [run for run in runs if run["method"] not in lacking]
+        yield from (f"could not run: {', '.join(methods)} ({why})" for why, methods in failures(others).items())
+
+
+def not_run(lacking: Mapping[str, str]) -> str:
+    """One line about rows that were left out, from why each of them was."""
+    by_reason = {why: [name for name, other in lacking.items() if other == why] for why in lacking.values()}
+    return f"{NOT_RUN}{'; '.join(f'{_some(names)} ({why})' for why, names in by_reason.items())}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:SHOWN])} and {more} more"
+
+
+def explained(baseline: str, runs: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What columns of the table mean whose names do not say it."""
+    runs = [run for run in runs if run["passes"]]
+    for name, meaning in MEANINGS.items():
+        if any(COLUMNS[name](run) for run in runs):
+            yield f"{name}: {meaning.format(baseline=baseline)}"
 
 
 def title(run: dict[str, Any]) -> str:
@@ -122,6 +147,15 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "total": _number("{:.1f}", "total"),
 }
 """Of a measured run, each where a row has something to say in it."""
+MEANINGS = {
+    "passes": "of the whole transformer + of what stands in for it",
+    "speed": "how many times as fast as {baseline}, in denoising; ideal: the same by FLOPs",
+    "latent": "latent error, the distance of the final latents to {baseline}'s from the same noise; 0 is identical",
+    "total": "score of the videos in percent",
+}
+"""Of columns, below a table."""
+SHOWN = 3
+"""Names of rows that a line lists."""
 NARROW = COLUMNS.keys() - {"of it", "cache share", "full passes", "as timed", "own latent", "Frechet"}
 """Those that a terminal of 80 columns has room for."""
 
