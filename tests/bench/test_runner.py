@@ -529,7 +529,6 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
         (["--speedup", "baseline=cgf"], 'there is no method "cgf"', 'did you mean "cfg"?'),
         (["--speedup", "prompts=[]"], "there are 0 prompts, and 1 are asked for", "list more"),
         (["--speedup", "model=null"], "student does not say what it was distilled from", "name it: model=FOLDER"),
-        (["--speedup", "model=null", "student=null"], "no model is named", "set model=FOLDER"),
         (["--speedup", "sizes=[[5, 32, 40]]"], "width=40 does not fit", "nearest valid"),
         (["--speedup", "methods.fora.settings.evry=3"], 'fora: fora has no setting "evry"', 'did you mean "every"?'),
         (["--speedup", "methods.fora.settings.every=0"], "fora: FORA every 0 steps", "mend its settings"),

@@ -86,7 +86,9 @@ class Benchmark:
         self.config = config = fitted(config, self.models)
         methods, lacking = resolved(methods, self.models)
         if quality and config.equal_compute:
-            methods |= _named_as_configured(counterparts.own_runs(methods), config)
+            can_run = {name: method for name, method in methods.items() if name not in lacking}
+            added = _named_as_configured(counterparts.own_runs(can_run), config)
+            methods |= {name: method for name, method in added.items() if name not in methods}
         self.methods, self.folder, self.quality, self.command = methods, folder, quality, command
         self._check_baseline(methods[config.baseline])
         if lacking:

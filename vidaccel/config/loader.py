@@ -110,7 +110,9 @@ def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str
         with _explained(path.name), initialize_config_dir(str(path.parent), version_base=None):
             chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words])
             return cast("dict[str, Any]", OmegaConf.to_container(chosen))
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{path} builds on itself", "give it another name than what its defaults list") from None
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
 
 
