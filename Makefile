@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint wheel bench sprites distilled chain bench-distill gpu wheelhouse figures
+.PHONY: setup demo test lint wheel bench sprites chain bench-distill gpu wheelhouse figures
 
 # An environment in .venv with the tested versions; again only when those change.
 setup: $(INSTALLED)
@@ -45,15 +45,6 @@ bench: setup
 # The shipped model made from nothing; hours on a CPU, goes on where it was stopped.
 sprites: setup
 	$(BIN)/python -m vidaccel.sprites make -o runs/sprites
-
-# A student and a predictor made from the shipped teacher, in the form that such ship in: about an hour on two CPU cores.
-distilled: setup
-	$(BIN)/vidaccel collect-features --conf sprites -o runs/features
-	$(BIN)/vidaccel distill --conf sprites/cfg -o runs/cfg features=runs/features
-	$(BIN)/vidaccel distill --conf sprites/restricted_meanflow -o runs/student teacher=runs/cfg features=runs/features
-	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features
-	$(BIN)/vidaccel train-predictor --conf sprites -o runs/predictor student=runs/student features=runs/features stage=search steps=8
-	$(BIN)/python -m vidaccel.sprites ship --distilled runs/cfg -o runs/shipped
 
 # The shipped student and what forecasts its steps, trained further within MINUTES on one GPU, with the Python that has
 # torch there; again in the same folder goes on. studies/chain/README.md has what comes next. ARGS=--conf toy shows that
