@@ -34,6 +34,7 @@ LAYERS = (
     "vidaccel.cache",
     "vidaccel.sampling",
     "vidaccel.session",
+    "vidaccel.comparison",
     "vidaccel.collect",
     "vidaccel.train",
     "vidaccel.bench",

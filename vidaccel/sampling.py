@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 REFERENCE_PASSES = 100
 """Of the reference sampler: 50 steps, with and without the prompt."""
+
+SMALL_PASS = 0.05
+"""Seconds of a full pass below which what surrounds the passes weighs as much as they do."""
 
 SCHEDULED_BY = ("full_steps", "every", "budget", "schedule")
 """Settings, and arguments of `attach`, that say which steps are full."""
@@ -51,18 +55,31 @@ class Generated:
     """CFG scale that was in force; 1 is none."""
     seconds: dict[str, float]
     """Wall-clock seconds of the stages `text`, `denoise` and `decode`."""
+    latents: Tensor
+    """Final ones, float32 [B, C, T, H, W], on the CPU."""
 
     def summary(self) -> str:
         frames, height, width = self.frames.shape[1:4]
-        passes = f"{self.passes} passes"
         seconds = f"denoising {self.seconds['denoise']:.1f} s"
         if self.predicted:
+            reference = REFERENCE_PASSES * self.pass_seconds
+            about = f"50 steps of two full passes take about {reference:.1f} s"
+            seconds += f" ({about if self.seconds['denoise'] < reference else too_small(self.pass_seconds)})"
+        return f"{frames} frames {width}x{height}; {self.how()}; {seconds}, decoding {self.seconds['decode']:.1f} s"
+
+    def how(self) -> str:
+        """Steps, passes and guidance."""
+        passes = f"{self.passes} passes"
+        if self.predicted:
             passes = f"{self.passes - self.predicted} full + {self.predicted} predicted passes"
-            seconds += f" (50 steps of two full passes take about {REFERENCE_PASSES * self.pass_seconds:.1f} s)"
-        return (
-            f"{frames} frames {width}x{height}; {self.steps} steps, {passes}, guidance {self.guidance:g}; "
-            f"{seconds}, decoding {self.seconds['decode']:.1f} s"
-        )
+        return f"{self.steps} steps, {passes}, guidance {self.guidance:g}"
+
+
+def too_small(pass_seconds: float) -> str:
+    """Why predicted passes gain nothing."""
+    if pass_seconds < SMALL_PASS:
+        return f"too small to gain: the passes take {1000 * pass_seconds:.2g} ms"
+    return f"no gain here: full passes take {pass_seconds:.2g} s, and the others as long"
 
 
 @contextmanager
@@ -109,7 +126,8 @@ def generate(
         raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
-    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds)
+    latents = passes.latents.float().cpu()
+    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents)
 
 
 def run_pipeline(
@@ -198,10 +216,10 @@ def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:
 
 
 class _Passes:
-    """Counts and times the denoisers' forward passes with hooks, and shows a bar."""
+    """Counts and times the denoisers' forward passes with hooks, keeps the last step's latents, and shows a bar."""
 
     def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | WholePass | None):
-        self._denoisers = denoisers_of(loaded.pipe, loaded.family)
+        self._pipe, self._denoisers = loaded.pipe, denoisers_of(loaded.pipe, loaded.family)
         self._bar = Progress("denoising", total=total)
         self._attachment = attachment
         self.full: list[float] = []
@@ -213,11 +231,21 @@ class _Passes:
     def __enter__(self) -> "_Passes":
         self._hooks = [m.register_forward_pre_hook(self._begin) for m in self._denoisers]
         self._hooks += [m.register_forward_hook(self._end) for m in self._denoisers]
+        self._scheduler = self._pipe.scheduler
+        step = self._scheduler.step
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self.latents = result[0]
+            return result
+
+        self._scheduler.step = kept
         self._bar.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
         self._bar.__exit__(*exc)
+        del self._scheduler.step
         for hook in self._hooks:
             hook.remove()
 

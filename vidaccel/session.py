@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vidaccel.cache.attach import Attachment
@@ -42,8 +42,11 @@ class Session:
 
 
 @contextmanager
-def session(config: GenerateConfig, device: str) -> Iterator[Session]:
+def session(config: GenerateConfig, device: str, warm_up: str | None = None) -> Iterator[Session]:
     """The model that `config` names, for the time of a `with` block.
+
+    With a prompt to `warm_up` on, a step of it is made beforehand, or a whole video where blocks are compiled, so that
+    the seconds of the videos that follow are those of a machine at work.
 
     Raises:
         UserError: model, predictor, machine and settings do not go together.
@@ -54,5 +57,9 @@ def session(config: GenerateConfig, device: str) -> Iterator[Session]:
     ran = runtime.prepare(loaded, config)
     seconds = time.perf_counter() - started
     warn_of_guidance(loaded, config.guidance)
+    if warm_up is not None:
+        generate(loaded, [warm_up], replace(config, steps=1), [config.seed])
     with predicted_steps(loaded, config) as attachment:
+        if warm_up is not None and config.compile:
+            generate(loaded, [warm_up], config, [config.seed], attachment)
         yield Session(config, loaded, ran, attachment, seconds)

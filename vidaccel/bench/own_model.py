@@ -53,6 +53,7 @@ def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
     """With the family of the model, the size that it or the student is made for where none is said, and as many scored
     prompts as there are; without the shipped student, predictor and scorer where the model is not of their world."""
     assert config.model is not None
+    planned_family(config)  # whose name is one, whatever the model's is
     loaded = models.pipeline(MethodConfig(model=config.model))
     if loaded.family.name != config.family:
         log.info("family=%s, which %s is of", loaded.family.name, config.model)
@@ -131,6 +132,7 @@ def planned(config: BenchmarkConfig) -> BenchmarkConfig:
     """
     if config.model is None and config.student is not None:
         config = with_ancestors(config)
+    planned_family(config)  # whose name is one, whatever the model's is
     arguments = {} if config.model is None else read_json(local_path(config.model) / "transformer" / "config.json")
     if arguments:
         config = replace(config, family=_family_of(str(arguments.get("_class_name")), config).name)

@@ -1,12 +1,13 @@
 """`vidaccel generate`: prompts in, videos out."""
 
+import gc
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,10 @@ from vidaccel.cli.common import (
 from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
 from vidaccel.prompts import check_prompts, prompts_in
+
+if TYPE_CHECKING:  # which import torch
+    from vidaccel.sampling import Generated
+    from vidaccel.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,14 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the first video; the next ones count up.")] = None,
     device: Device = "auto",
     sheet: Annotated[Path | None, typer.Option(help="Also write a PNG of frames side by side.")] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Make the video the model's own full way too, from the same noise, and write both side by side: how "
+            "much faster, and what it costs.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
     print_conf: PrintConf = False,
     explain: Explain = None,
@@ -66,6 +79,8 @@ def generate(
     """Generate a video from PROMPT, or one for each line of --prompts.
 
     vidaccel generate "a red circle moving right on black" -o out.mp4
+
+    vidaccel generate "a cat on a surfboard" model=path/to/model predictor=taylor every=3 --compare
 
     A word is a setting if it begins with the name of one and "=". "E=mc2" is a prompt.
     """
@@ -79,8 +94,11 @@ def generate(
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
 
+    if config.compare_to is not None and not compare:
+        raise UserError(f"compare_to={config.compare_to} came without --compare", "add --compare, or leave it out")
     _check_outputs(files, sheet)
-    report = _make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
+    make = _compare if compare else _make
+    report = make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
 
@@ -100,22 +118,79 @@ def _make(
     """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
     from vidaccel.data.video import contact_sheet, write_video
-    from vidaccel.models.grid import shift_of
     from vidaccel.session import session
 
     videos = []
     with session(config, device) as ready:
-        loaded, attachment, seconds = ready.loaded, ready.attachment, Counter(load=ready.seconds)
+        seconds = Counter(load=ready.seconds)
         for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
             started = time.perf_counter()
-            write_video(made.frames[0], file, loaded.default("fps"))
+            write_video(made.frames[0], file, ready.loaded.default("fps"))
             seconds.update(made.seconds | {"write": time.perf_counter() - started})
             say(f"{file}: {made.summary()}")
+        report = _report(ready, texts, files, sheet, made, seconds)
     if sheet:
         contact_sheet(videos, sheet, labels=texts)
         say(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
+    return report
+
+
+def _compare(
+    config: GenerateConfig, texts: list[str], files: list[Path], sheet: Path | None, device: str, say: Callable
+) -> dict[str, Any]:
+    """Each video in both ways in one file; what `--json` prints."""
+    quiet_libraries()
+    from vidaccel.comparison import Compared, as_fast, full_way
+    from vidaccel.data.video import contact_sheet, write_video
+    from vidaccel.session import session
+
+    full = full_way(config)
+    with session(config, device, warm_up=texts[0]) as ready:
+        quick = list(ready.videos(texts))
+        seconds = sum((Counter(made.seconds) for made in quick), Counter(load=ready.seconds))
+        report = _report(ready, texts, files, sheet, quick[0], seconds)
+        full, fps = as_fast(full, config, ready.loaded, quick[0]), ready.loaded.default("fps")
+    del ready
+    gc.collect()  # a loaded pipeline knows itself, and the device may have no room for two
+    with session(full, device, warm_up=texts[0]) as ready:
+        both = [Compared(*pair) for pair in zip(quick, ready.videos(texts), strict=True)]
+    for each, file in zip(both, files, strict=True):
+        write_video(each.frames(), file, fps)
+        say(f"{file}: left {config.model}, {each.fast.how()}; right {full.model}, {each.full.how()}")
+        say(f"{file}: {each.summary()}")
+    if sheet:
+        names = (config.model, full.model)
+        labels = [f"{name}: {text}" for text in texts for name in names]
+        contact_sheet([way.frames[0] for each in both for way in (each.fast, each.full)], sheet, labels=labels)
+        say(f"{sheet}: both ways, a row each")
+    whole = sum((Counter(each.full.seconds) for each in both), Counter(load=ready.seconds))
+    return report | {
+        "compared": {
+            "model": full.model,
+            "steps": both[0].full.steps,
+            "passes": both[0].full.passes,
+            "guidance": both[0].full.guidance,
+            "seconds": {stage: round(value, 3) for stage, value in whole.items()},
+            "speedup": [each.speedup for each in both],
+            "latent_error": [each.latent_error for each in both],
+        }
+    }
+
+
+def _report(
+    ready: "Session",
+    texts: list[str],
+    files: list[Path],
+    sheet: Path | None,
+    made: "Generated",
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What `--json` prints, of one of the videos that were made."""
+    from vidaccel.models.grid import shift_of
+
+    config, loaded, attachment = ready.config, ready.loaded, ready.attachment
     return {
         "files": [str(file) for file in files],
         "sheet": str(sheet) if sheet else None,

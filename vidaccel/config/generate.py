@@ -38,6 +38,9 @@ class GenerateConfig(RuntimeConfig):
     """Number of full steps, in place of either: the predictor's schedule says which."""
     schedule: str | None = None
     """A schedule.json to take them from; null is the predictor's own."""
+    compare_to: str | None = None
+    """With `--compare`: the model whose own full way the video is held against; null is that which a student was
+    distilled from, else the model itself."""
     force: bool = False
     """true takes a predictor that was trained for another student."""
     num_frames: int | None = None

@@ -102,6 +102,20 @@ def contact_sheet(
         sheet.save(temporary)
 
 
+def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
+    """Videos [T, H, W, 3] uint8 of one size as one, [T, H + a line for labels, ..., 3], from left to right."""
+    drawn = []
+    for video, text in zip(videos, labels, strict=True):
+        _require_frames(video)
+        strip = Image.new("RGB", (video.shape[2], _LABEL_HEIGHT), "white")
+        label, font = drawable(text)
+        ImageDraw.Draw(strip).text((_SEPARATOR, _SEPARATOR), label, fill="black", font=font)
+        line = np.broadcast_to(np.asarray(strip), (len(video), *np.asarray(strip).shape))
+        drawn.append(np.concatenate([line, video], axis=1))
+    gap = np.full((*drawn[0].shape[:2], _SEPARATOR, 3), 255, dtype=np.uint8)
+    return np.concatenate([part for each in drawn for part in (gap, each)][1:], axis=2)
+
+
 def read_video(
     path: str | os.PathLike, *, fps: float, num_frames: int, height: int, width: int, start: float = 0.0
 ) -> np.ndarray:
