@@ -23,6 +23,7 @@ from vidaccel.models.calling import call_arguments
 from vidaccel.models.grid import Grid
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.predictor.multistep import (
+    compared,
     estimated_costs,
     fit_lists,
     measured_growth,
@@ -112,7 +113,22 @@ def test_scalars_come_nearer_than_reuse():
         for i in range(STEPS):
             u = runs.velocity(i, x) if i in full else u
             x = runs.after(i, x, u)
-        assert made.error < relative_error(x[32:], runs.states[-1][32:])
+        reuse = relative_error(x[32:], runs.states[-1][32:])
+        (said,) = compared(runs.part(slice(32, None)), [made])
+        assert said == {
+            "steps": STEPS,
+            "full_steps": list(full),
+            "error": made.error,
+            "of_reuse": pytest.approx(made.error / reuse),
+        }
+        assert said["of_reuse"] < 1
+
+
+def test_the_share_of_reuse_is_0_for_exact_scalars_and_none_where_reuse_errs_in_nothing():
+    runs = runs_of(two_modes)
+    made = [each for each, _ in fit_lists(runs, [(0, 2), (0, 1, 2, 3, 4)], fitted=9, ridge=1e-10)]
+    shares = {tuple(said["full_steps"]): said["of_reuse"] for said in compared(runs.part(slice(9, None)), made)}
+    assert shares == {(0, 2): pytest.approx(0, abs=1e-3), (0, 1, 2, 3, 4): None}
 
 
 def test_estimates_are_exact_where_only_the_last_stretch_is_predicted():
@@ -177,7 +193,10 @@ def test_the_command_writes_scalars_that_serve(world):
     made = Multistep.from_pretrained(world / "scalars").config
     assert made.guidance_range == (4.0, 4.0) and not made.two_pass
     assert [each.error for each in made.lists] == [schedule.expected_error for schedule in schedules]
-    assert json.loads((world / "scalars" / "run.json").read_text())["searched_on"][0]["runs"] == 8
+    record = json.loads((world / "scalars" / "run.json").read_text())
+    assert record["searched_on"][0]["runs"] == 8
+    said = [(each["steps"], tuple(each["full_steps"]), each["error"]) for each in record["compared"]]
+    assert said == [(4, each.full_steps, each.error) for each in made.lists]
     words = ["a red circle", f"model={world / 'student'}", f"predictor={world / 'scalars'}", "budget=2", "--json"]
     result = CliRunner().invoke(app, ["generate", *words, "-o", str(world / "out.mp4")])
     assert result.exit_code == 0, result.output
@@ -222,6 +241,8 @@ def test_other_grids_stay_and_the_same_is_replaced(world, tmp_path):
     assert result.exit_code == 0, result.output
     assert [(s.budget, s.steps) for s in read_schedules(folder / "schedule.json")] == [(1, 4), (2, 4), (2, 5)]
     assert {each.steps for each in Multistep.from_pretrained(folder).config.lists} == {4, 5}
+    record = json.loads((folder / "run.json").read_text())
+    assert [(each["steps"], len(each["full_steps"])) for each in record["compared"]] == [(4, 1), (4, 2), (5, 2)]
     result = run(world, "-o", str(folder), "full_steps=[0,3]")
     assert result.exit_code == 0, result.output
     assert [(s.budget, s.steps) for s in read_schedules(folder / "schedule.json")] == [(2, 4), (2, 5)]

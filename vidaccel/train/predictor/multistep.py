@@ -118,6 +118,31 @@ def relative_error(x: Tensor, own: Tensor, whole: Tensor | None = None) -> float
     return math.sqrt(float((apart / (own if whole is None else whole).double().flatten(1).square().sum(1)).mean()))
 
 
+def compared(runs: Runs, lists: Sequence[FittedList]) -> list[dict[str, Any]]:
+    """What run.json says of lists that were tried on these runs: the error as served, and its share of that of reuse,
+    which gives the last full step's velocity again."""
+
+    def full(state: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
+        u = runs.velocity(step, state[0])
+        return runs.after(step, state[0], u), u
+
+    def predicted(state: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
+        return runs.after(step, *state), state[1]
+
+    begin = runs.states[0], runs.velocities[0]
+    served = run_lists([each.full_steps for each in lists], len(runs.velocities), begin, full, predicted)
+    reuse = {full_steps: relative_error(x, runs.states[-1]) for full_steps, (x, _) in served}
+    return [
+        {
+            "steps": each.steps,
+            "full_steps": list(each.full_steps),
+            "error": each.error,
+            "of_reuse": (each.error or 0.0) / reuse[each.full_steps] if reuse[each.full_steps] else None,
+        }
+        for each in lists
+    ]
+
+
 def estimated_costs(runs: Runs, growth: Sequence[float]) -> list[list[list[float]]]:
     """costs[h][i][j] [S][S][S + 1] as `candidates` takes them, from inner products on the own runs alone.
 
@@ -166,7 +191,7 @@ def measured_growth(runs: Runs, count: int, ridge: float = RIDGE) -> list[float]
     ratios.
     """
     steps = len(runs.velocities)
-    part = runs.first(count)
+    part = runs.part(slice(count))
     growth = [1.0] * (steps + 1)
     with Progress("how errors grow", total=max(0, steps - 2)) as progress:
         for j in range(2, steps):
@@ -209,8 +234,9 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     if config.full_steps is not None:
         lists = [tuple(config.full_steps)]
     else:
-        growth = measured_growth(runs.first(config.runs), config.search_prompts, config.ridge)
-        found = candidates(estimated_costs(runs.first(config.runs), growth), config.tried)
+        own = runs.part(slice(config.runs))
+        growth = measured_growth(own, config.search_prompts, config.ridge)
+        found = candidates(estimated_costs(own, growth), config.tried)
         budgets = config.budgets or range(1, steps // 2 + 1)
         lists = [full for budget in budgets for _, full in found[budget]]
     made = [each for each, _ in fit_lists(runs, lists, config.runs, config.ridge)]
@@ -226,7 +252,8 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         sampler.empty is not None,
         tuple(best[budget] for budget in sorted(best)),
     )
-    return _finish(config, output, loaded, sampler, fitted, started)
+    beside = compared(runs.part(slice(config.runs, None)), fitted.lists)
+    return _finish(config, output, loaded, sampler, fitted, beside, started)
 
 
 def runs_of(
@@ -291,16 +318,19 @@ def _finish(
     loaded: LoadedPipeline,
     sampler: TrajectorySampler,
     fitted: MultistepConfig,
+    beside: list[dict[str, Any]],
     started: datetime,
 ) -> list[Schedule]:
     """Write the folder, with what it had for other grids."""
     schedules = [
         Schedule(each.steps, each.full_steps, "search", each.shift, each.error, each.times) for each in fitted.lists
     ]
-    kept, searched_on = _kept(output, loaded, fitted)
+    kept, run = _kept(output, loaded, fitted)
     lists = (*(each for each in kept.lists if each.steps != sampler.steps), *fitted.lists) if kept else fitted.lists
     others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != sampler.steps] if kept else []
-    searched_on = [on for on in searched_on if on["steps"] != sampler.steps]
+    before = {
+        key: [on for on in run.get(key, []) if on["steps"] != sampler.steps] for key in ("searched_on", "compared")
+    }
     (output / RUN_FILE).unlink(missing_ok=True)
     Multistep(replace(fitted, lists=lists)).save_pretrained(output)
     write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
@@ -314,20 +344,21 @@ def _finish(
         seed=config.seed,
         started=started,
         parents={"student": sha256_file(source)} if source.is_file() else {},
-        searched_on=[*searched_on, on | {"runs": config.runs, "prompts": config.checked_prompts}],
+        searched_on=[*before["searched_on"], on | {"runs": config.runs, "prompts": config.checked_prompts}],
+        compared=[*before["compared"], *beside],
     )
     return schedules
 
 
 def _kept(
     output: Path, loaded: LoadedPipeline, fitted: MultistepConfig
-) -> tuple[MultistepConfig | None, list[dict[str, Any]]]:
-    """What is in the folder already, if it goes with what was fitted."""
+) -> tuple[MultistepConfig | None, dict[str, Any]]:
+    """What is in the folder already, if it goes with what was fitted, and its run.json."""
     if not (output / RUN_FILE).exists():
-        return None, []
+        return None, {}
     run, there = read_run(output, FORMAT), Multistep.from_pretrained(output).config
     same = there.student in student_hashes(loaded) and there.guidance_range == fitted.guidance_range
     if not (same and there.two_pass == fitted.two_pass):
         log.warning("%s holds scalars for another model or other guidance, which are replaced", output)
-        return None, []
-    return there, run.get("searched_on", [])
+        return None, {}
+    return there, run

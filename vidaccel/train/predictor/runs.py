@@ -43,14 +43,14 @@ class Runs:
     def __len__(self) -> int:
         return len(self.states[0])
 
-    def first(self, count: int) -> "Runs":
-        """The first `count` of them."""
+    def part(self, rows: slice) -> "Runs":
+        """Some of them."""
         return replace(
             self,
-            states=[x[:count] for x in self.states],
-            velocities=[u[:count] for u in self.velocities],
-            text={name: tensor[:count] for name, tensor in self.text.items()},
-            g=None if self.g is None else self.g[:count],
+            states=[x[rows] for x in self.states],
+            velocities=[u[rows] for u in self.velocities],
+            text={name: tensor[rows] for name, tensor in self.text.items()},
+            g=None if self.g is None else self.g[rows],
         )
 
     @property
