@@ -1,4 +1,4 @@
-"""`python -m vidaccel.sprites ship`: a student of the shipped teacher, and its predictor, through real files."""
+"""`python -m vidaccel.sprites ship`: a student of the shipped teacher, predictor and scalars, through real files."""
 
 import json
 import shutil
@@ -19,6 +19,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import new_predictor
+from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash
@@ -38,17 +39,20 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Folders cfg, student, predictor and shipped, and a results.json with a row of each kind."""
+    """Folders cfg, student, predictor, scalars and shipped, and a results.json with a row of each kind."""
     root = tmp_path_factory.mktemp("chain")
     teacher = load_pipeline("sprites/teacher")
     for name in ("cfg", "student"):
         save_metrics(root / name, step=7, seconds=120.0, loss=0.25, skipped=3)
         config = DistillConfig(method="cfg" if name == "cfg" else "mean_velocity")
         save(root / name, teacher, trained(teacher), config=asdict(config))
-    save_predictor(root / "predictor", load_pipeline(root / "student"))
+    student = load_pipeline(root / "student")
+    save_predictor(root / "predictor", student)
+    save_scalars(root / "scalars", student)
     write_json(root / "results.json", {"command": "vidaccel benchmark --quality", "runs": [result(n) for n in METHODS]})
     words = ["--results", root / "results.json", "--remark", "It was interrupted once."]
-    words += ["--predictor-remark", "Reuse is nearer."]
+    words += ["--predictor-remark", "Reuse is nearer.", "--scalars-remark", "Made in a minute."]
+    words += ["--scalars", root / "scalars"]
     run("ship", *places(root), *words, "-o", root / "shipped")
     return root
 
@@ -67,6 +71,31 @@ def save_predictor(folder: Path, student: LoadedPipeline) -> None:
     searched = [{"steps": 4, "shift": 2.0, "guidance": 3.0, "prompts": 1}]
     write_run(
         folder, format="predictor/1", command="test", config=config, seed=0, started=STARTED, searched_on=searched
+    )
+
+
+def save_scalars(folder: Path, student: LoadedPipeline) -> None:
+    """Made up, for two lists of 4 steps, of one of which it is known what reuse does."""
+    lists = [
+        FittedList((0, 2), {1: (0.9, 0.0, 0.1), 3: (0.8, 0.1, 0.0, 0.1, 0.0)}, 4, 2.0, error=0.25),
+        FittedList((0,), dict.fromkeys((1, 2, 3), (1.0, 0.0, 0.1)), 4, 2.0, error=0.5),
+    ]
+    folder.mkdir()
+    Multistep(MultistepConfig("hunyuan_video", student_hash(student), (1.0, 4.0), False, tuple(lists))).save_pretrained(
+        folder
+    )
+    write_schedules(folder / "schedule.json", [Schedule(4, each.full_steps, "search", 2.0) for each in lists])
+    config = PredictorConfig(student="runs/mine", forecaster="multistep", steps=4, guidance_range=[1, 4])
+    compared = [{"steps": 4, "full_steps": [0, 2], "error": 0.25, "of_reuse": 0.625}]
+    write_run(
+        folder,
+        format="multistep/1",
+        command="test",
+        config=asdict(config),
+        seed=0,
+        started=STARTED,
+        searched_on=[],
+        compared=compared,
     )
 
 
@@ -110,8 +139,35 @@ def test_the_predictor_goes_with_it(made):
     assert (made.passes, made.predicted) == (4, 2)
 
 
-def test_both_are_vouched_for(made):
-    for name, kind in (("student", "model/1"), ("predictor", "predictor/1")):
+def test_the_scalars_go_with_it_and_their_card_has_the_error_of_each_list(made):
+    shipped = made / "shipped" / "scalars"
+    config = GenerateConfig(predictor=str(shipped), budget=2, steps=4)
+    own = load_pipeline(made / "shipped" / "student")
+    with predicted_steps(own, config) as attachment:
+        video = generate(own, [PROMPT], config, [0], attachment)
+    assert (video.passes, video.predicted) == (4, 2)
+    card = (shipped / "README.md").read_text()
+    assert "| 0 of 4 | 0.500 |  |\n| 0 2 of 4 | 0.250 | 0.62 |\n" in card and "guidance from 1 to 4." in card
+    assert "    vidaccel train-predictor forecaster=multistep student=runs/mine steps=4 guidance_range=[1,4]\n" in card
+    assert "Made in a minute." in card and "forecaster: multistep" in card
+    for name in ("config.json", "schedule.json"):
+        assert (shipped / name).read_bytes() == (made / "scalars" / name).read_bytes()
+    assert read_run(shipped, "multistep/1")["compared"] == read_run(made / "scalars", "multistep/1")["compared"]
+
+
+def test_what_is_named_is_shipped(made, tmp_path):
+    output = run("ship", "--scalars", made / "scalars", "-o", tmp_path / "shipped")
+    assert f"{tmp_path / 'shipped'}: scalars, with a card each" in output
+    assert [folder.name for folder in (tmp_path / "shipped").iterdir()] == ["scalars"]
+    assert "nothing to ship is named" in run("ship", "-o", tmp_path / "none", fails=True)
+    assert "where multistep/1 is needed" in run(
+        "ship", "--scalars", made / "predictor", "-o", tmp_path / "none", fails=True
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_all_are_vouched_for(made):
+    for name, kind in (("student", "model/1"), ("scalars", "multistep/1"), ("predictor", "predictor/1")):
         folder = made / "shipped" / name
         record = read_run(folder, kind)
         verify_files(folder, record)

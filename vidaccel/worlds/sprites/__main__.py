@@ -3,7 +3,7 @@
 make    text encoders -> autoencoder -> encoded clips -> teacher -> scores -> model folder with its card
 render  clips of the world as mp4 with captions.jsonl
 score   scores any model that knows the world's captions
-ship    a distilled student and its predictor, as the package has them
+ship    a distilled student, its predictor and its scalars, as the package has them
 """
 
 import random
@@ -16,6 +16,7 @@ from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.clips import write_clips
+from vidaccel.errors import UserError
 from vidaccel.locks import locked
 from vidaccel.models.loading import load_pipeline
 from vidaccel.worlds.sprites.captions import caption
@@ -23,7 +24,7 @@ from vidaccel.worlds.sprites.make import make_model
 from vidaccel.worlds.sprites.render import render, to_uint8
 from vidaccel.worlds.sprites.score_model import score_model
 from vidaccel.worlds.sprites.settings import CONF, SpritesConfig
-from vidaccel.worlds.sprites.ship import ship_predictor, ship_student
+from vidaccel.worlds.sprites.ship import ship_predictor, ship_scalars, ship_student
 from vidaccel.worlds.sprites.world import FPS, random_scene
 
 app = typer.Typer(help="The sprites world: make its model, render its clips, score a model.", no_args_is_help=True)
@@ -93,21 +94,31 @@ def score(
 @app.command()
 @reported
 def ship(
-    student: Annotated[Path, typer.Option(help="A finished `vidaccel distill` folder.")] = Path("runs/student"),
-    predictor: Annotated[Path, typer.Option(help="A `vidaccel train-predictor` folder.")] = Path("runs/predictor"),
+    student: Annotated[Path | None, typer.Option(help="A finished `vidaccel distill` folder.")] = None,
+    predictor: Annotated[Path | None, typer.Option(help="A `vidaccel train-predictor` folder.")] = None,
+    scalars: Annotated[
+        Path | None, typer.Option(help="A `vidaccel train-predictor forecaster=multistep` folder.")
+    ] = None,
     distilled: Annotated[
         Path | None, typer.Option(help="The CFG-distilled teacher of the student; not kept, unless it is given.")
     ] = None,
     results: Annotated[Path | None, typer.Option(help="The results.json that their cards quote.")] = None,
     remark: Annotated[str, typer.Option(help="What the student's card is to say of its training as well.")] = "",
     predictor_remark: Annotated[str, typer.Option(help="The same of the predictor's.")] = "",
+    scalars_remark: Annotated[str, typer.Option(help="The same of the scalars'.")] = "",
     machine: Annotated[str | None, typer.Option(help="What the student was trained on, if not this machine.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for student/ and predictor/.")] = Path(
-        "runs/shipped"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder with one for each.")] = Path("runs/shipped"),
     debug: Debug = False,
 ) -> None:
-    """Put what was distilled from the shipped teacher into the form that it ships in, with cards."""
-    ship_student(student, distilled, results, remark, output / "student", machine)
-    ship_predictor(predictor, results, output / "predictor", predictor_remark)
-    typer.echo(f"{output}: student and predictor, each with its card")
+    """Put what was distilled from the shipped teacher into the form that it ships in, with cards: what is named."""
+    made = {"student": student, "predictor": predictor, "scalars": scalars}
+    named = [name for name, folder in made.items() if folder is not None]
+    if not named:
+        raise UserError("nothing to ship is named", "name some of --student, --predictor and --scalars")
+    if student is not None:
+        ship_student(student, distilled, results, remark, output / "student", machine)
+    if predictor is not None:
+        ship_predictor(predictor, results, output / "predictor", predictor_remark)
+    if scalars is not None:
+        ship_scalars(scalars, output / "scalars", scalars_remark)
+    typer.echo(f"{output}: {', '.join(named)}, with a card each")

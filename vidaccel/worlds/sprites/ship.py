@@ -1,7 +1,8 @@
-"""A student of the shipped teacher, and its predictor, as the package has them.
+"""A student of the shipped teacher, its predictor and its fitted scalars, as the package has them.
 
     student/     the transformer, conditioning/ and scheduler/; run.json names sprites/teacher for the rest
     predictor/   as `vidaccel train-predictor` left it
+    scalars/     as `vidaccel train-predictor forecaster=multistep` left them
 
 Each has a card with how it was made and what a results.json of `vidaccel benchmark` says about it. No weight changes,
 and so neither does the identity by which a predictor knows its student.
@@ -22,6 +23,8 @@ from vidaccel.bench.reports.tables import passes_text
 from vidaccel.errors import UserError
 from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.checkpoint import FORMAT as PREDICTOR
+from vidaccel.forecasters.multistep import FORMAT as SCALARS
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.models.loading import read_model
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
@@ -38,6 +41,16 @@ NOT_KEPT = "The weights of the CFG distillation that it goes on from were not ke
 INSTEAD = """\
 Stands in for the blocks of sprites/student on the steps that a schedule leaves to it. schedule.json has, for every
 number of full steps, those that the search found. Licence: Apache-2.0."""
+NO_PASS = """\
+Fitted scalars: on the steps that are not full they give a velocity of sprites/student from the last ones and their
+latents, without a pass of it, for guidance from {low:g} to {high:g}. Licence: Apache-2.0."""
+ERRORS = [
+    "Error of the final latents beside a run of full steps alone, on prompts and noise that nothing was fitted to, by",
+    "which each list was chosen among the tried; and its share of that of the last full step's velocity given again.",
+    "",
+    "| full steps | error | of that of reuse |",
+    "|---|---|---|",
+]
 SCORES = [
     "Percent, with 95 % bootstrap intervals over held-out prompts; the latent error is relative to the teacher's 50",
     "steps of two passes from the same noise.",
@@ -105,12 +118,35 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path, remark: 
         _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
 
 
-def _command(words: str, run: Mapping[str, Any], *places: str) -> str:
-    """That which `run` is of, with the folders that it read; a script's, whose settings are others, as it stands."""
-    if not run["config"].keys() >= set(places):
+def ship_scalars(scalars: Path, output: Path, remark: str = "") -> None:
+    """Write the fitted scalars to `output`, with a card that has the error of each list; arguments and errors as for
+    `ship_student`."""
+    run, made = read_run(scalars, SCALARS), Multistep.from_pretrained(scalars).config
+    command = _command("train-predictor forecaster=multistep", run, "student", "features", "steps", "guidance_range")
+    of_reuse = {(on["steps"], *on["full_steps"]): on["of_reuse"] for on in run.get("compared", [])}
+    rows = []
+    for each in sorted(made.lists, key=lambda each: (each.steps, len(each.full_steps))):
+        share = of_reuse.get((each.steps, *each.full_steps))
+        cells = ["" if number is None else f"{number:.{places}f}" for number, places in ((each.error, 3), (share, 2))]
+        rows.append(f"| {' '.join(map(str, each.full_steps))} of {each.steps} | {' | '.join(cells)} |")
+    low, high = made.guidance_range
+    about = NO_PASS.format(low=low, high=high)
+    with atomic_folder(output) as folder:
+        for name in (CONFIG_FILE, SCHEDULE_FILE):
+            shutil.copy(scalars / name, folder / name)
+        made_by = {"scalars": (command, run, scalars / METRICS)}
+        card = _card("sprites/scalars", about, made_by, [], [remark, "\n".join([*ERRORS, *rows])])
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        told = {key: run[key] for key in ("searched_on", "compared") if key in run}
+        _finish(folder, run, SCALARS, run["parents"], **told)
+
+
+def _command(words: str, run: Mapping[str, Any], *keys: str) -> str:
+    """That which `run` is of, with these of its settings; a script's, whose settings are others, as it stands."""
+    if not run["config"].keys() >= set(keys):
         return run["command"]
-    given = {place: run["config"][place] for place in places if run["config"][place] is not None}
-    return " ".join(["vidaccel", words, *(f"{place}={folder}" for place, folder in given.items())])
+    given = {key: run["config"][key] for key in keys if run["config"][key] is not None}
+    return " ".join(["vidaccel", words, *(f"{key}={value}".replace(" ", "") for key, value in given.items())])
 
 
 def _finish(folder: Path, run: Mapping[str, Any], format: str, parents: Mapping[str, str], **extra) -> None:
