@@ -218,6 +218,9 @@ def warn_of_unknown_words(loaded: LoadedPipeline, prompt: str) -> None:
 class _Passes:
     """Counts and times the denoisers' forward passes with hooks, keeps the last step's latents, and shows a bar."""
 
+    latents: Tensor
+    """[B, C, T, H, W], after the step before."""
+
     def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | WholePass | None):
         self._pipe, self._denoisers = loaded.pipe, denoisers_of(loaded.pipe, loaded.family)
         self._bar = Progress("denoising", total=total)

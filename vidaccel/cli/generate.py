@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,13 +121,13 @@ def _make(
 
     videos = []
     with session(config, device) as ready:
-        seconds = Counter(load=ready.seconds)
+        seconds = {"load": ready.seconds}
         for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
             started = time.perf_counter()
             write_video(made.frames[0], file, ready.loaded.default("fps"))
-            seconds.update(made.seconds | {"write": time.perf_counter() - started})
+            seconds = _added(seconds, made.seconds, {"write": time.perf_counter() - started})
             say(f"{file}: {made.summary()}")
         report = _report(ready, texts, files, sheet, made, seconds)
     if sheet:
@@ -149,7 +148,7 @@ def _compare(
     full = full_way(config)
     with session(config, device, warm_up=texts[0]) as ready:
         quick = list(ready.videos(texts))
-        seconds = sum((Counter(made.seconds) for made in quick), Counter(load=ready.seconds))
+        seconds = _added({"load": ready.seconds}, *(made.seconds for made in quick))
         report = _report(ready, texts, files, sheet, quick[0], seconds)
         full, fps = as_fast(full, config, ready.loaded, quick[0]), ready.loaded.default("fps")
     del ready
@@ -165,7 +164,7 @@ def _compare(
         labels = [f"{name}: {text}" for text in texts for name in names]
         contact_sheet([way.frames[0] for each in both for way in (each.fast, each.full)], sheet, labels=labels)
         say(f"{sheet}: both ways, a row each")
-    whole = sum((Counter(each.full.seconds) for each in both), Counter(load=ready.seconds))
+    whole = _added({"load": ready.seconds}, *(each.full.seconds for each in both))
     return report | {
         "compared": {
             "model": full.model,
@@ -177,6 +176,12 @@ def _compare(
             "latent_error": [each.latent_error for each in both],
         }
     }
+
+
+def _added(*each: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of the stages, summed."""
+    names = dict.fromkeys(name for seconds in each for name in seconds)
+    return {name: sum(seconds.get(name, 0.0) for seconds in each) for name in names}
 
 
 def _report(
