@@ -87,6 +87,17 @@ def test_steps_alone_divide_the_baseline(hunyuan):
     assert all(hunyuan[name]["cache_bytes"] == 0 and hunyuan[name]["plan"]["other_pass"] is None for name in expected)
 
 
+def test_steps_by_scalars_cost_no_pass(plans):
+    """However many they are, they hold the same: velocities and latents of the last three full ones."""
+    expected = {"scalars-4-of-8": 25, "scalars-3-of-8": 100 / 3, "scalars-2-of-8": 50}
+    for name in ("sprites", "hunyuan_video"):
+        runs = [run for run in plans[name]["runs"] if run["method"] in expected]
+        assert {run["method"]: run["speedup"]["ideal"] for run in runs} == pytest.approx(expected)
+        for run in runs:
+            assert sum(run["plan"]["other_pass"].values()) == 0 and run["passes"]["predicted"] == 0
+            assert run["cache_bytes"] == next(r["cache_bytes"] for r in runs if r["size"] == run["size"]) > 0
+
+
 def test_memory_adds_up(plans):
     for results in plans.values():
         for run in filter(planned, results["runs"]):

@@ -10,11 +10,16 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
+from vidaccel.bench.models import Models
 from vidaccel.bench.reports.plots import kind_of
+from vidaccel.cache.attach import attach
+from vidaccel.cache.schedule import read_schedules
 from vidaccel.cli.main import app
+from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import load
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.models.loading import load_pipeline, read_model
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate, predicted_steps
@@ -120,6 +125,51 @@ def test_json_names_the_weights_of_student_and_predictor(tmp_path):
         ("predictor/model.safetensors", "predictor/model.safetensors"),
     ):
         assert made["hashes"][name] == sha256_file(SHIPPED / file)
+
+
+def test_the_scalars_are_the_students_over_its_whole_range_of_guidance():
+    folder, student = SHIPPED / "scalars", load_pipeline("sprites/student")
+    verify_files(folder, read_run(folder, "multistep/1"))
+    made = Multistep.from_pretrained(folder)
+    made.check_fits(student.family.name, {student_hash(student)})
+    assert made.config.guidance_range == student.conditioning.config.guidance_range and not made.config.two_pass
+    known = {(each.steps, *each.full_steps): each for each in made.config.lists}
+    schedules = read_schedules(folder / "schedule.json")
+    assert {(each.steps, *each.full_steps) for each in schedules} == known.keys()
+    assert {(8, budget) for budget in (2, 3, 4)} <= {(each.steps, each.budget) for each in schedules}
+    compared = read_run(folder, "multistep/1")["compared"]
+    assert {(each["steps"], *each["full_steps"]) for each in compared} == known.keys()
+    card = (folder / "README.md").read_text()
+    for each in compared:
+        assert each["of_reuse"] < 1
+        listed = f"| {' '.join(map(str, each['full_steps']))} of {each['steps']} |"
+        assert f"{listed} {each['error']:.3f} | {each['of_reuse']:.2f} |" in card
+
+
+def test_the_scalars_serve_the_student_on_the_command_line_and_no_other(tmp_path):
+    words = ["generate", "a red circle moving right on black", "predictor=sprites/scalars", "steps=8", "--json"]
+    words += ["-o", str(tmp_path / "out.mp4")]
+    result = CliRunner().invoke(app, [*words, "budget=4"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert made["passes"] == {"full": 4, "predicted": 4}
+    assert made["hashes"]["predictor/config.json"] == sha256_file(SHIPPED / "scalars" / "config.json")
+    refused = CliRunner().invoke(app, [*words, "budget=4", "model=sprites/teacher"])
+    assert refused.exit_code == 2 and "and this is another one" in refused.stderr
+
+
+def test_the_scalars_are_attached_as_a_row_of_the_benchmark_is():
+    config, prompt = load("benchmark", BenchmarkConfig, "sprites"), "a red circle moving right on black"
+    rows = {name: config.wanted()[name] for name in ("scalars-4-of-8", "scalars-3-of-8", "scalars-2-of-8")}
+    models, student = Models(config, "cpu"), load_pipeline("sprites/student")
+    whole = generate(student, [prompt], GenerateConfig(steps=8), [0]).frames
+    for budget, row in zip((4, 3, 2), rows.values(), strict=True):
+        with models.running(row, {}) as loaded:
+            served = generate(loaded, [prompt], GenerateConfig(steps=8), [0]).frames
+        with attach(student, predictor="sprites/scalars", steps=8, budget=budget) as attachment:
+            attached = generate(student, [prompt], GenerateConfig(steps=8), [0], attachment)
+        assert (attached.passes, attached.predicted) == (8, 8 - budget)
+        assert (served == attached.frames).all() and (served != whole).any()
 
 
 @pytest.mark.slow
