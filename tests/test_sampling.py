@@ -271,5 +271,5 @@ def test_a_student_that_is_offloaded_between_generations_is_told_r_and_g_in_each
 def test_a_pipeline_that_takes_two_passes_of_a_distilled_student_is_stopped(students):
     pipe = students["wan"].pipe
     with pytest.raises(UserError, match="two passes a step") as caught:
-        pipe("a red circle", num_inference_steps=STEPS, output_type="latent", **SIZE)  # Wan's own guidance_scale is 5
+        pipe("a red circle", num_inference_steps=STEPS, output_type="latent", guidance_scale=5.0, **SIZE)
     assert "guidance_scale=1.0" in caught.value.hint
