@@ -69,6 +69,13 @@ def test_lerp_all():
     assert tensors[0].tolist() == [0.25] * 2 and tensors[1].tolist() == [1.5] * 3
 
 
+def test_scale_all_and_add_all():
+    tensors = [torch.ones(2), torch.ones(3) * 2]
+    compat.scale_all(tensors, torch.tensor(0.5))
+    compat.add_all(tensors, [torch.ones(2), torch.zeros(3)])
+    assert tensors[0].tolist() == [1.5] * 2 and tensors[1].tolist() == [1.0] * 3
+
+
 def test_recompile_limit_is_the_one_that_is_heeded():
     before, seen = compat.recompile_limit(), []
 

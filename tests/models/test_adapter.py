@@ -39,7 +39,7 @@ def adapted(teachers, tmp_path_factory) -> dict:
 
 def test_an_adapter_is_merged_into_its_teachers_weights(adapted):
     folder, weights = adapted["folder"], adapted["weights"]
-    assert {path.name for path in folder.iterdir()} == {"lora", "conditioning", "scheduler", RUN_FILE}
+    assert {path.name for path in folder.iterdir()} == {"lora", "conditioning", "scheduler", "README.md", RUN_FILE}
     loaded = load_pipeline(folder)
     merged, adapter = loaded.pipe.transformer.state_dict(), load_file(folder / ADAPTER)
     assert merged.keys() == weights.keys()

@@ -32,7 +32,7 @@ def places(tmp_path_factory) -> tuple[Path, Path]:
     run = json.loads((teacher / "run.json").read_text())
     run["call"] |= {"height": 64, "width": 64}
     (teacher / "run.json").write_text(json.dumps(run))
-    return teacher, write_features(folder / "features", load_pipeline(teacher))
+    return teacher, write_features(folder / "features", load_pipeline(teacher), size=(2, 8, 8))
 
 
 def run(places, output: Path, *words: str, exit_code: int = 0, **changes: object) -> str:

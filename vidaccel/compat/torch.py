@@ -18,6 +18,7 @@ __all__ = [
     "INT8_PRODUCT",
     "KeepsFloat32",
     "TorchDispatchMode",
+    "add_all",
     "call_of",
     "compiled_call",
     "forget_groups",
@@ -27,6 +28,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "lerp_all",
     "recompile_limit",
+    "scale_all",
     "set_compiled_call",
     "set_recompile_limit",
     "storage_key",
@@ -87,6 +89,16 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def lerp_all(tensors: list[Tensor], towards: list[Tensor], weight: float) -> None:
     """Move each tensor that share of the way, in place, in one call; the optimizers' own way of many tensors."""
     torch._foreach_lerp_(tensors, towards, weight)
+
+
+def scale_all(tensors: list[Tensor], by: float | Tensor) -> None:
+    """Multiply each tensor by a number, in place, in one call."""
+    torch._foreach_mul_(tensors, by)
+
+
+def add_all(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to each tensor its own other one, in place, in one call."""
+    torch._foreach_add_(tensors, others)
 
 
 def recompile_limit() -> int:

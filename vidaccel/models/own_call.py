@@ -17,7 +17,7 @@ from vidaccel.models.calling import call_arguments
 if TYPE_CHECKING:  # which imports this
     from vidaccel.models.loading import LoadedPipeline
 
-LOADED = "_vidaccel_loaded"
+LOADED = "vidaccel_loaded"
 """Attribute of a pipeline, and of each of its classes that was made here."""
 
 

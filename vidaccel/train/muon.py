@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidaccel.compat.torch import add_all, scale_all
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Of the Newton-Schulz iteration that brings singular values near to 1, as torch.optim.Muon has them."""
@@ -48,9 +50,9 @@ class StackedMuon(torch.optim.Optimizer):
             rows, columns = parameters[0].shape
             rate = group["lr"] * kept
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+                scale_all(parameters, 1 - rate * group["weight_decay"])
             change = update.float() * (-rate * 0.2 * math.sqrt(max(rows, columns)))
-            torch._foreach_add_(parameters, list(change.unbind(0)))
+            add_all(parameters, list(change.unbind(0)))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
