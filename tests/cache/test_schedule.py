@@ -182,3 +182,18 @@ def test_candidates_without_a_step_before_are_the_same_after_each():
     generator = random.Random(1)
     plain = [[generator.random() for _ in range(6)] for _ in range(5)]
     assert candidates([plain] * 5, 3) == candidates(plain, 3)
+
+
+@pytest.mark.parametrize(("forecaster", "way"), [("learned", "stage=search"), ("multistep", "forecaster=multistep")])
+def test_a_grid_without_schedules_says_the_command_that_searches_some(tmp_path, forecaster, way):
+    from vidaccel.cache.attach import _picked
+
+    write_schedules(tmp_path / "schedule.json", [Schedule(8, (0, 2))])
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"student": "runs/student", "forecaster": forecaster}}))
+    with pytest.raises(UserError) as caught:
+        _picked(tmp_path / "schedule.json", tmp_path, 2, 6)
+    command = f"vidaccel train-predictor -o {tmp_path} {way} student=runs/student steps=6"
+    assert command in caught.value.hint and "budget=2 with steps=8" in caught.value.hint
+    with pytest.raises(UserError) as caught:  # there are some for these steps
+        _picked(tmp_path / "schedule.json", tmp_path, 3, 8)
+    assert "train-predictor" not in caught.value.hint

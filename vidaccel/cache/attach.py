@@ -9,6 +9,7 @@ has new timesteps, so whatever ended the one before, nothing of it is used; the 
 last step, before the video is decoded. CPU offload may be enabled before or after, sequential offload before.
 """
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from vidaccel.artefacts import own_files
+from vidaccel.artefacts import RUN_FILE, own_files
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
@@ -202,6 +203,22 @@ class Attachment:
             follow(grid)
 
 
+def _picked(schedule: str | Path, predictor: object, budget: int | None, steps: int | None) -> Schedule:
+    """`pick` from a file; one of a predictor's that has none for so many steps says how some are searched."""
+    found = read_schedules(schedule)
+    try:
+        return pick(found, budget, steps)
+    except UserError as error:
+        there = isinstance(predictor, Path) and (predictor / RUN_FILE).is_file()
+        if not there or steps is None or any(each.steps == steps for each in found):
+            raise
+        config = json.loads((predictor / RUN_FILE).read_bytes())["config"]
+        fitted = config.get("forecaster") == "multistep"
+        way = "forecaster=multistep" if fitted else "stage=search"
+        command = f"vidaccel train-predictor -o {predictor} {way} student={config['student']} steps={steps}"
+        raise UserError(error.message, f"{error.hint}; or search some: {command}") from error
+
+
 def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule:
     """The one that these arguments of `attach` mean."""
     ways = {"full_steps": full_steps, "every": every, "budget": budget, "schedule": schedule}
@@ -219,7 +236,7 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
     if schedule is None:
         raise UserError("nothing says which steps are full", "pass steps= with full_steps= or every=, or schedule=")
     if not isinstance(schedule, Schedule):
-        schedule = pick(read_schedules(schedule), budget, steps)
+        schedule = _picked(schedule, predictor, budget, steps)
     elif budget not in (None, schedule.budget):
         raise UserError(f"budget={budget}, and the schedule has {schedule.budget} full steps", "leave budget= out")
     if steps not in (None, schedule.steps):

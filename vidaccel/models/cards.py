@@ -20,6 +20,7 @@ def student_card(
     config: Mapping[str, Any],
     call: Mapping[str, Any],
     adapter: bool,
+    measured: str | None = None,
 ) -> str:
     """Of a model folder; `call` is the one in its run.json, and `config` the settings of `command`."""
     size = [call.get(name, getattr(family.defaults, name)) for name in ("num_frames", "width", "height")]
@@ -27,6 +28,17 @@ def student_card(
     learnt = f" (it learnt {scales[0]:g} to {scales[1]:g})" if scales else ""
     negative = f", away from `{call['negative_prompt']}`" if call.get("negative_prompt") else ""
     kind = "An adapter" if adapter else "A copy"
+    lines = "".join(f"    {line}\n" for line in (measured or "").splitlines())
+    gates = (
+        f"""## How far it has learnt
+
+On clips that were kept out of its training, 0 for an untrained student and 1 for an exact one (gates.json):
+
+{lines}
+"""
+        if lines
+        else ""
+    )
     return f"""# A student of {teacher}
 
 {kind} of that {family.title}, distilled to {call["steps"]} steps of one pass each by `{command}`.
@@ -57,7 +69,7 @@ By `{command}` with these settings; run.json has versions, seed and hashes besid
 ```yaml
 {_yaml(config)}```
 
-## Pass it on
+{gates}## Pass it on
 
 All of the folder without `checkpoints/` and `samples/`. Whether that is allowed is decided by the licence of the model
 it was distilled from.

@@ -60,6 +60,7 @@ def save_student(
     started: datetime,
     parents: Mapping[str, str] | None = None,
     documents: Mapping[str, str] | None = None,
+    measured: str | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write the student, in place of any model that `folder` holds.
@@ -74,6 +75,7 @@ def save_student(
         shift: of its step grid.
         command: with `config`, `seed`, `started` and `parents` (the teacher is added) for run.json, see `write_run`.
         documents: further text files, name -> text; README.md takes the place of the card.
+        measured: rows of numbers for the card, how far it has learnt what it was taught.
         dtype: of the stored weights, save those that the class keeps in float32.
 
     Raises:
@@ -100,6 +102,7 @@ def save_student(
             config=config,
             call=call,
             adapter=adapter,
+            measured=measured,
         )
         for name, text in ({README: card} | dict(documents or {})).items():
             (draft / name).write_text(text, encoding="utf-8")

@@ -42,11 +42,11 @@ from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.sampling import generate
-from vidaccel.train.gates import HeldOut
+from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
 from vidaccel.train.objective import drawing_device, generator_for
-from vidaccel.train.own_call import called_as_told, own_scale, warn_of_scale, with_scales
+from vidaccel.train.own_call import called_as_told, own_scale, say_sources, warn_of_scale, with_scales
 from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
 from vidaccel.train.trainer import train
 
@@ -103,7 +103,9 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         seen, provenance = open_data(loaded, config)
         clips = _in_memory(loaded, config, seen, provenance, target)
     data, provenance, held_out = clips
-    loaded = called_as_told(loaded, config, seen or data)
+    told = called_as_told(loaded, config, seen or data)
+    say_sources(told, config, seen or data, loaded)
+    loaded = told
     config = with_scales(config, loaded)
     warn_of_scale(config, loaded)
     if unwanted(loaded):
@@ -144,9 +146,8 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         rates={} if config.embedding_rate == 1 else {"conditioning": config.embedding_rate},
         sample=lambda step: _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen else None,
     )
-    if held_out is not None:
-        _pass_gates(task, method, held_out, output)
-    _save(config, loaded, copy, task, output, started)
+    measured = None if held_out is None else _pass_gates(task, method, held_out, output)
+    _save(config, loaded, copy, task, output, started, measured)
 
 
 def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
@@ -217,7 +218,7 @@ def _in_memory(
     return Clips(bank, made_of | {"kept_out": kept_out}, held_out)
 
 
-def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> None:
+def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured:
     """Computes the numbers that say whether the student was trained, says them and writes them down."""
     device, config = clips.latents.device, task.config
     generator = generator_for(config.seed, EVALUATION_INDEX)
@@ -233,6 +234,7 @@ def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -
     for gate in measured.gates:
         log.log(logging.INFO if gate.passed else logging.WARNING, gate.said("the student"))
     write_json(output / GATES_FILE, {"samples": len(clips), "runs": runs} | measured.as_json())
+    return measured
 
 
 def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipeline | None = None) -> LoadedPipeline:
@@ -327,7 +329,13 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | Enco
 
 
 def _save(
-    config: DistillConfig, loaded: LoadedPipeline, copy: LoadedPipeline, task: Distillation, output: Path, started
+    config: DistillConfig,
+    loaded: LoadedPipeline,
+    copy: LoadedPipeline,
+    task: Distillation,
+    output: Path,
+    started: datetime,
+    measured: Measured | None,
 ) -> None:
     student = task.student if world() == 1 else _gathered(task.student, config)
     if student is None:
@@ -348,6 +356,7 @@ def _save(
         config=configuration.to_dict(config),
         seed=config.seed,
         started=started,
+        measured=str(measured) if measured else None,
         parents={"start": sha256_file(local_path(config.start) / RUN_FILE)} if config.start else {},
     )
 

@@ -27,6 +27,25 @@ def called_as_told(teacher: LoadedPipeline, config: DistillConfig, data: Data) -
     return replace(teacher, call=teacher.call | {name: value for name, value in own.items() if value is not None})
 
 
+def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher: LoadedPipeline) -> None:
+    """Say of each thing that a student's call has who said it: `told` is `called_as_told` of the others."""
+    features = called_like(data, teacher).call if isinstance(data, ShardFolder) else {}
+    of: dict[str, list[str]] = {}
+    for name in (*CLIP_SIZE, "guidance", "negative_prompt"):
+        if name not in told.call and not hasattr(told.family.defaults, name):
+            continue
+        own = getattr(config, name)
+        value = own if own is not None else told.default(name)
+        if own is not None:
+            source = "the settings"
+        elif name in features and features.get(name) != teacher.call.get(name):
+            source = "the features"
+        else:
+            source = "the model" if name in told.call else f"{told.family.title}'s defaults"
+        of.setdefault(source, []).append(f"{name}={value}")
+    log.info("the student is made for %s", "; ".join(f"{' '.join(said)} (of {who})" for who, said in of.items()))
+
+
 def own_scale(config: DistillConfig, teacher: LoadedPipeline) -> float:
     """Scale that the student is called with unless told."""
     return teacher.default("guidance") if config.guidance is None else config.guidance

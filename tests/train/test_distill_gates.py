@@ -1,0 +1,48 @@
+"""Clips in memory, clips that are kept out for the gates, and who said what a student is made for."""
+
+import json
+import logging
+
+import pytest
+
+from tests.train.test_distill import logged, settings, world  # noqa: F401
+from vidaccel.train.distill import distill
+
+BANK = {"bank": "on", "train": {"steps": 2}}
+
+
+def test_clips_in_memory_train_as_those_of_the_folder_do(world, tmp_path):  # noqa: F811
+    distill(settings(world, "wan", train={"steps": 2}), tmp_path / "folder", "cpu")
+    distill(settings(world, "wan", **BANK), tmp_path / "memory", "cpu")
+    # A bank holds texts in what they are stored in, and Wan's are not cut: the same numbers.
+    assert logged(tmp_path / "memory", "loss") == pytest.approx(logged(tmp_path / "folder", "loss"), rel=1e-4)
+
+
+def test_gates_are_of_clips_that_are_kept_out_and_stand_on_the_card(world, tmp_path, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO)
+    distill(settings(world, "hunyuan_video", gate_samples=2, **BANK), tmp_path / "cfg", "cpu")
+    gates = json.loads((tmp_path / "cfg" / "gates.json").read_text())
+    assert gates["samples"] == 1  # of three clips not more than one
+    assert "the last 1 of 3 clips are kept out" in caplog.text
+    assert gates["guidance_gap"]["closed"].keys() == {"1.5", "2", "3", "4"}
+    assert "below its gate of 0.45" in caplog.text  # two steps teach nothing
+    card = (tmp_path / "cfg" / "README.md").read_text()
+    assert "## How far it has learnt" in card and "guidance gap closed" in card
+
+    few = settings(world, "hunyuan_video", method="mean_velocity", gate_samples=1, gate_runs=0, **BANK)
+    distill(few, tmp_path / "few", "cpu")
+    assert json.loads((tmp_path / "few" / "gates.json").read_text())["mean_velocity_gap"] == {}
+
+
+def test_without_gates_nothing_is_kept_out(world, tmp_path):  # noqa: F811
+    distill(settings(world, "hunyuan_video", train={"steps": 1}), tmp_path / "plain", "cpu")
+    assert not (tmp_path / "plain" / "gates.json").exists()
+    assert "How far it has learnt" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_who_said_what_the_student_is_made_for(world, tmp_path, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO)
+    distill(settings(world, "wan", guidance=2.5, train={"steps": 1}), tmp_path / "student", "cpu")
+    (line,) = [record.getMessage() for record in caplog.records if "is made for" in record.getMessage()]
+    assert "guidance=2.5 (of the settings)" in line
+    assert "height=32" in line and ("(of the features)" in line or "(of the model)" in line)
