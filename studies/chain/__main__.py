@@ -50,13 +50,18 @@ def unpack(
     files: Annotated[list[Path], typer.Argument(help="All pieces that a chain wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")] = Path("runs/chain/unpacked"),
     of_world: Annotated[str, typer.Option("--world", help="Whose chain it was.")] = "sprites",
+    ship: Annotated[bool, typer.Option("--ship", help="Put them where the package's weights lie as well.")] = False,
+    machine: Annotated[str | None, typer.Option(help="What trained them, for their cards.")] = None,
     debug: Debug = False,
 ) -> None:
     """Put the pieces together: model folders as the chain left them."""
-    from studies.chain.pieces import join
+    from studies.chain import pieces
 
-    for name in join(files, world(of_world).SHIPPED / "teacher", output):
+    weights = world(of_world).SHIPPED
+    for name in pieces.join(files, weights / "teacher", output):
         typer.echo(str(output / name))
+    for name in pieces.ship(output, weights, machine) if ship else []:
+        typer.echo(f"{weights / name}: shipped")
 
 
 if __name__ == "__main__":

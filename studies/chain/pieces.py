@@ -74,6 +74,30 @@ def join(files: Sequence[Path], teacher: Path, output: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
 
 
+def ship(made: Path, weights: Path, machine: str | None) -> list[str]:
+    """Put what `join` made into the folder of the sprites world's weights, in place of what is there; returns the names
+    of the parts. They are made whole beside their places first.
+
+    Raises:
+        UserError: a part is not finished, or of another teacher than the one in `weights`.
+    """
+    from vidaccel.worlds.sprites import ship as sprites
+
+    distilled = made / "cfg" if (made / "cfg").exists() else None
+    parts = {
+        "student": lambda to: sprites.ship_student(made / "student", distilled, None, "", to, machine),
+        "predictor": lambda to: sprites.ship_predictor(made / "predictor", None, to),
+        "scalars": lambda to: sprites.ship_scalars(made / "scalars", to),
+    }
+    there = [name for name in parts if (made / name).exists()]
+    for name in there:
+        parts[name](made / "shipped" / name)
+    for name in there:
+        shutil.rmtree(weights / name, ignore_errors=True)
+        shutil.move(made / "shipped" / name, weights / name)
+    return there
+
+
 def _part(by_name: dict[str, Path], name: str, digest: str) -> bytes:
     if name not in by_name:
         raise UserError(f"the piece {name} is missing", "name all files that the chain wrote")

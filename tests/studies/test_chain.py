@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.chain import scoring, stages
+from studies.chain import pieces, scoring, stages
 from studies.chain.pieces import INDEX, join, pack
 from studies.chain.settings import CONF, STAGES, ChainConfig
 from vidaccel.artefacts import write_json
@@ -73,6 +73,37 @@ def test_a_teacher_that_lacks_a_file_is_refused(made):
     with pytest.raises(UserError, match="has no vae/weights"):
         join(made["files"], made["teacher"], made["new"])
     assert not made["new"].exists()
+
+
+def test_what_was_made_takes_the_place_of_what_ships(tmp_path, monkeypatch):
+    from vidaccel.worlds.sprites import ship as sprites
+
+    made, weights, asked = tmp_path / "made", tmp_path / "weights", []
+    for name in ("student", "scalars", "cfg"):
+        (made / name).mkdir(parents=True)
+    for name in ("student", "predictor", "scalars"):
+        (weights / name).mkdir(parents=True)
+        (weights / name / "of").write_text("before")
+
+    def shipping(name):
+        def ship(*given):
+            to = given[4] if name == "student" else given[2] if name == "predictor" else given[1]
+            asked.append((name, given))
+            to.mkdir(parents=True)
+            (to / "of").write_text("now")
+
+        return ship
+
+    for name in ("student", "predictor", "scalars"):
+        monkeypatch.setattr(sprites, f"ship_{name}", shipping(name))
+    assert pieces.ship(made, weights, "a card") == ["student", "scalars"]
+    assert {name: (weights / name / "of").read_text() for name in ("student", "predictor", "scalars")} == {
+        "student": "now",
+        "predictor": "before",
+        "scalars": "now",
+    }
+    (student,) = (given for name, given in asked if name == "student")
+    assert student[:2] == (made / "student", made / "cfg") and student[5] == "a card"
 
 
 # Settings and time

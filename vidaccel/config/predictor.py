@@ -158,6 +158,8 @@ class PredictorConfig:
             self.lists is None or bool(self.lists), "lists", self.lists, "is one list of full steps or more, or null"
         )
         served = self.pairs == "served"
+        recomputing = served and self.mse.checkpointing
+        require(not recomputing, "mse.checkpointing", True, "is not for pairs=served: its passes are whole runs")
         require(self.lists is None or served, "lists", self.lists, "is for pairs=served")
         second = self.adversarial.steps
         alone = self.stage == "search" or not self.adversarial.is_on
