@@ -13,6 +13,7 @@ from torch import Tensor
 
 from studies.gpu.measure import BACKEND, CUDA, DEVICE, Rows
 from studies.gpu.ops import KERNELS
+from vidaccel.compat.diffusers import process_attention, set_process_attention
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO as FAMILY
 from vidaccel.runtime import compiled
 from vidaccel.runtime.fuse import fuse
@@ -100,8 +101,10 @@ def running(model: HunyuanVideoTransformer3DModel, variant: str) -> Iterator[Non
         if "fused" in words:
             undo.enter_context(fuse(model, KERNELS))
         for word in words & ATTENTION.keys():
+            before = process_attention()
             model.set_attention_backend(ATTENTION[word])
             undo.callback(model.reset_attention_backend)
+            undo.callback(set_process_attention, before)  # diffusers makes it that of the whole process as well
         if "trimmed" in words:
             undo.callback(trim_text(model, FAMILY).remove)
         if "compiled" in words:

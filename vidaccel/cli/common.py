@@ -87,7 +87,10 @@ def _interrupted(output: Path | None) -> str:
     saved = [] if output is None else list((output / CHECKPOINTS).glob("**/step-*/state.json"))
     if not saved:
         collected = output is not None and any(output.glob("shard-*.tar"))
-        return f"interrupted{'; the same command goes on from what is collected' if collected else ''}"
+        if collected:
+            return "interrupted; the same command goes on from what is collected"
+        begun = output is not None and any(output.glob("**/metrics.jsonl"))
+        return f"interrupted{'; nothing is saved yet, save_every= says how often' if begun else ''}"
     last = max(saved, key=lambda file: file.stat().st_mtime).parent
     stage = "" if last.parent.name == CHECKPOINTS else f" of {last.parent.name}"
     return f"interrupted; the same command goes on from step {int(last.name.removeprefix('step-'))}{stage}"

@@ -200,6 +200,8 @@ def _in_memory(
     """`data` in the device's memory where settings say so, and clips that are kept out of it for the gates."""
     cuda = target.type == "cuda" and world() == 1
     count = (GATE_SAMPLES if cuda else 0) if config.gate_samples is None else config.gate_samples
+    if not count and config.gate_samples is None:
+        log.info("how much of its stage the student learns is not computed here: gate_samples=64 does, on 64 clips")
     if world() > 1 and (config.bank == "on" or count):
         raise UserError("several processes keep no bank of clips, and compute no gates", "set bank=auto gate_samples=0")
     rendered = world_bank(loaded, count, 1, config.seed, "held_out") if count else None
