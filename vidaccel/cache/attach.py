@@ -209,8 +209,9 @@ def _picked(schedule: str | Path, predictor: object, budget: int | None, steps: 
     try:
         return pick(found, budget, steps)
     except UserError as error:
-        there = isinstance(predictor, Path) and (predictor / RUN_FILE).is_file()
-        if not there or steps is None or any(each.steps == steps for each in found):
+        if steps is None or any(each.steps == steps for each in found):
+            raise
+        if not (isinstance(predictor, Path) and (predictor / RUN_FILE).is_file()):
             raise
         config = json.loads((predictor / RUN_FILE).read_bytes())["config"]
         fitted = config.get("forecaster") == "multistep"
