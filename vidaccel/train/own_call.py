@@ -32,10 +32,11 @@ def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher
     features = called_like(data, teacher).call if isinstance(data, ShardFolder) else {}
     of: dict[str, list[str]] = {}
     for name in (*CLIP_SIZE, "guidance", "negative_prompt"):
+        own = getattr(config, name)
         if name not in told.call and not hasattr(told.family.defaults, name):
             continue
-        own = getattr(config, name)
-        value = own if own is not None else told.default(name)
+        known = told.call[name] if name in told.call else getattr(told.family.defaults, name)
+        value = known if own is None else own
         if own is not None:
             source = "the settings"
         elif name in features and features.get(name) != teacher.call.get(name):
