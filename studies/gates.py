@@ -1,7 +1,7 @@
 """The gates of a student: `python -m studies.gates runs/student --teacher sprites/teacher --distilled runs/cfg`.
 
-How much of the guidance gap and of the mean-velocity gap it closes (vidaccel/train/gates.py), on samples that nothing
-was trained on: scenes of the sprites world that are held out, or the last 2 % of a feature folder.
+How much of the guidance gap and of the mean-velocity gap it closes (vidaccel/train/gates.py): on scenes of the sprites
+world that are held out, or on the last 2 % of a feature folder, which a training with `gate_samples` keeps out.
 """
 
 import random
@@ -23,7 +23,7 @@ from vidaccel.models.grid import fixed_shift
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Text
 from vidaccel.models.weight_hashes import encoder_hashes
-from vidaccel.train.distill import velocity_of
+from vidaccel.train.distill import GATE_SHARE, velocity_of
 from vidaccel.train.gates import (
     RUN_GUIDANCE,
     Measured,
@@ -36,8 +36,6 @@ from vidaccel.worlds.sprites.source import knows_sprites
 from vidaccel.worlds.sprites.world import FPS, random_scene
 
 ENCODED_AT_ONCE = 32
-KEPT_OUT = 0.02
-"""Share of a feature folder that is for this."""
 
 app = typer.Typer()
 
@@ -144,7 +142,7 @@ def _scenes(loaded: LoadedPipeline, count: int, seed: int) -> list[Sample]:
 def _last(loaded: LoadedPipeline, folder: Path, count: int) -> list[Sample]:
     features = open_features(folder, "encoded", loaded.hashes)
     check_tensors(features, loaded)
-    kept = max(1, round(KEPT_OUT * len(features)))
+    kept = max(1, round(GATE_SHARE * len(features)))
     return features.read(range(len(features) - min(count, kept), len(features)))
 
 

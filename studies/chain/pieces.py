@@ -12,11 +12,11 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vidaccel.artefacts import CHECKPOINTS, atomic_folder, atomic_path, sha256_file
+from vidaccel.artefacts import CHECKPOINTS, TRAJECTORIES, atomic_folder, atomic_path, sha256_file
 from vidaccel.errors import UserError
 
 INDEX = "pieces.json"
-LEFT_OUT = (CHECKPOINTS, "trajectories")
+LEFT_OUT = (CHECKPOINTS, TRAJECTORIES)
 """Folders that do not travel."""
 
 

@@ -158,7 +158,8 @@ class Chain:
         return [f"network at {each}" for each in found]
 
     def _scalars(self) -> list[str]:
-        student, made, _ = self._student(), [], self._ends_of_scalars
+        student, made = self._student(), []
+        half = (self._passed() + self.ends["forecasters"]) / 2  # the other half is the network's
         for steps in self.config.grids:
             before = self._passed()
             config = configuration.load(
@@ -172,7 +173,7 @@ class Chain:
                 f"{s.budget} of {s.steps}: {s.expected_error:.3f} at {' '.join(map(str, s.full_steps))}" for s in found
             ]
             took = self._passed() - before
-            if self._passed() + took > self._ends_of_scalars:
+            if self._passed() + took > half:
                 self._say(f"a grid took {took:.0f} s: no time is left for another")
                 break
         return made
@@ -207,11 +208,6 @@ class Chain:
         return scoring.table(scoring.summary(config.world, texts, rows))
 
     # What they share
-
-    @cached_property
-    def _ends_of_scalars(self) -> float:
-        """Half of what there is for forecasters."""
-        return self._passed() + (self.ends["forecasters"] - self._passed()) / 2
 
     @cached_property
     def _teacher(self) -> LoadedPipeline:

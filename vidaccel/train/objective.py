@@ -1,13 +1,13 @@
 """What a training minimises: a loss that draws for itself, or one in two halves, whose second can be one CUDA graph."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.velocity import Text, Velocity
 
 Measured = dict[str, float] | dict[str, Tensor]
 """Metrics to log, the same names in every pass."""
@@ -23,6 +23,20 @@ class Batch(NamedTuple):
     """All that the loss reads and that is not the same in every pass, on the model's device."""
     variant: Hashable = None
     """Of a loss that runs in several ways: which one."""
+
+
+TEXT = "text."
+"""What the names of text tensors begin with in a `Batch`."""
+
+
+def in_batch(text: Text) -> dict[str, Tensor]:
+    """Text tensors by the names that they have in a `Batch`."""
+    return {TEXT + name: tensor for name, tensor in text.items()}
+
+
+def text_of(tensors: Mapping[str, Tensor]) -> Text:
+    """The text tensors of a `Batch`."""
+    return {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
 
 
 @dataclass(frozen=True)

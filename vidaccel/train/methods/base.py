@@ -19,7 +19,7 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.train.flow_matching import sample_guidance, sample_times
 from vidaccel.train.gates import HeldOut, Measured
-from vidaccel.train.objective import Batch, Loss
+from vidaccel.train.objective import Loss
 
 Data = ShardFolder | EncodedSource | Bank
 
@@ -63,21 +63,6 @@ class Distillation:
         t = sample_times(size, self.train_shift, generator, self.config.times)
         g = sample_guidance(size, *self.config.guidance_range, generator)
         return x_0, eps, t.to(device), g.to(device), text
-
-
-TEXT = "text."
-"""What the names of text tensors begin with in a `Batch`."""
-
-
-def in_batch(text: Text) -> dict[str, Tensor]:
-    """Text tensors by the names that they have in a `Batch`."""
-    return {TEXT + name: tensor for name, tensor in text.items()}
-
-
-def text_of(batch: Batch) -> Text:
-    """The text tensors of a `Batch`."""
-    named = batch.tensors.items()
-    return {name.removeprefix(TEXT): tensor for name, tensor in named if name.startswith(TEXT)}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
 from vidaccel.train.gates import HeldOut, Measured, guidance_gap
-from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
-from vidaccel.train.objective import Batch, Loss, Objective
+from vidaccel.train.methods.base import Distillation, Method
+from vidaccel.train.objective import Batch, Loss, Objective, in_batch, text_of
 
 
 def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tensor, text: Text, empty: Text) -> Tensor:
@@ -33,7 +33,7 @@ def _loss(task: Distillation) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x, t, g = (batch.tensors[name] for name in ("x", "t", "g"))
-        return cfg_loss(model, task.teacher, x, t, g, text_of(batch), task.empty), {}
+        return cfg_loss(model, task.teacher, x, t, g, text_of(batch.tensors), task.empty), {}
 
     return Objective(draw, loss, (task.teacher, task.student))
 

@@ -32,7 +32,7 @@ from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.flow_matching import sample_guidance
-from vidaccel.train.objective import Batch, Objective, generator_for
+from vidaccel.train.objective import Batch, Objective, generator_for, in_batch, text_of
 from vidaccel.train.predictor.search import list_errors
 from vidaccel.train.predictor.task import PredictorTask
 
@@ -48,8 +48,6 @@ TRIED_INDEX = 10**9 + 2
 """Of the generator that runs are drawn by on which a predictor is compared: further than any training goes."""
 AT_ONCE = 64
 """Captions that are encoded together."""
-TEXT = "text."
-"""What the names of text tensors begin with in a `Batch`."""
 
 
 # runs
@@ -224,13 +222,8 @@ class Starts:
         """Noise, and texts drawn with replacement, of so many runs, by their names in a `Batch`."""
         row = torch.randint(len(self), (count,), generator=generator, device=generator.device)
         noise = torch.randn(count, *self.shape, generator=generator, device=generator.device)
-        texts = {TEXT + name: text.index_select(0, row.to(text.device)) for name, text in self.texts.items()}
+        texts = in_batch({name: text.index_select(0, row.to(text.device)) for name, text in self.texts.items()})
         return {name: tensor.to(device, dtype) for name, tensor in ({"noise": noise} | texts).items()}
-
-
-def text_of(tensors: Mapping[str, Tensor]) -> Text:
-    """The text tensors of a `Batch`."""
-    return {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
 
 
 def served_objective(

@@ -17,12 +17,12 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised
 from vidaccel.train.gates import RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
-from vidaccel.train.methods.base import Distillation, Method, in_batch, text_of
+from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
-from vidaccel.train.objective import Batch, Loss, Objective, generator_for
+from vidaccel.train.objective import Batch, Loss, Objective, generator_for, in_batch, text_of
 from vidaccel.train.parallel import world
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def _loss(task: Distillation) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x, t, r, g, v, step = (batch.tensors[name] for name in ("x", "t", "r", "g", "v", "step"))
-        teacher, student = (_bound(velocity, text_of(batch), g) for velocity in (task.teacher, model))
+        teacher, student = (_bound(velocity, text_of(batch.tensors), g) for velocity in (task.teacher, model))
         goal = target.mean_velocity(Interval(x, t, r, v, teacher, student, step), settings)
         error, left_out = weighted_error(student(x, t, r), goal, settings.error_power, settings.error_constant)
         return error, {"restrict": batch.tensors["restrict"], "left_out": left_out}
