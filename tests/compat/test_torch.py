@@ -1,6 +1,7 @@
 """Each private part of PyTorch that is used, by its name: what fails here has moved in an upgrade."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -176,3 +177,27 @@ class Recorded(compat.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.packets.add(func.overloadpacket)
         return func(*args, **(kwargs or {}))
+
+
+def test_set_convolution_reaches_classes_that_pad_first_and_copies():
+    class Padded(nn.Conv3d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (1, 1)))
+
+    conv, x = Padded(2, 3, (1, 1, 3)), torch.randn(1, 2, 2, 2, 4)
+    expected = conv(x)
+    compat.set_convolution(conv, lambda *given: compat.convolved(*given) + 1)
+    copied = deepcopy(conv)
+    with torch.no_grad():
+        copied.bias += 1
+    assert torch.equal(conv(x), expected + 1) and torch.allclose(copied(x), expected + 2, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2, "padding": (1, 0, 1)}, {"dilation": 2, "groups": 2, "bias": False}]
+)
+def test_convolved_by_onednn_is_the_convolution(settings):
+    conv, x = nn.Conv3d(4, 6, 3, **settings), torch.randn(1, 4, 5, 6, 7)
+    made = compat.convolved_by_onednn(conv, x, conv.weight, conv.bias)
+    torch.testing.assert_close(made, conv(x), rtol=1e-5, atol=1e-5)

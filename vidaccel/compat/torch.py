@@ -1,6 +1,7 @@
 """Private parts of PyTorch."""
 
 from collections.abc import Callable, MutableMapping
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ __all__ = [
     "add_all",
     "call_of",
     "compiled_call",
+    "convolved",
+    "convolved_by_onednn",
     "forget_groups",
     "forward_hooks",
     "forward_pre_hooks",
@@ -30,6 +33,7 @@ __all__ = [
     "recompile_limit",
     "scale_all",
     "set_compiled_call",
+    "set_convolution",
     "set_recompile_limit",
     "storage_key",
     "tree_leaves",
@@ -65,6 +69,21 @@ def set_compiled_call(module: nn.Module, call: Callable | None) -> None:
 def call_of(module: nn.Module) -> Callable:
     """The module's forward with its hooks, whatever `compiled_call` says; `module(...)` would go there."""
     return module._call_impl
+
+
+def set_convolution(conv: nn.Conv3d, function: Callable[[nn.Conv3d, Tensor, Tensor, Tensor | None], Tensor]) -> None:
+    """Let function(conv, input, weight, bias) convolve, also in classes that pad first; a copy has it too."""
+    conv._conv_forward = MethodType(function, conv)
+
+
+def convolved(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution gives as it was made."""
+    return type(conv)._conv_forward(conv, input, weight, bias)
+
+
+def convolved_by_onednn(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by oneDNN, whatever PyTorch would choose; it has no public name."""
+    return torch.mkldnn_convolution(input, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 
 
 class KeepsFloat32(nn.Module):

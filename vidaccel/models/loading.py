@@ -23,6 +23,7 @@ from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.decoding import speed_up
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
 from vidaccel.models.grid import GridScheduler
 from vidaccel.models.own_call import called_as_made, remember
@@ -108,6 +109,8 @@ def load_pipeline(
         if component.is_module and component.name not in modules:
             wanted = denoiser_dtype if denoiser_dtype and component.name in denoisers else dtype
             modules[component.name] = load_module(component, _dtype(component, wanted, target))
+            if component.name == "vae":
+                speed_up(modules["vae"])
     if files.contents.lora:
         merge_adapter(modules[denoisers[0]], files.contents.lora)
     pipe = _assemble(files.contents, modules)
