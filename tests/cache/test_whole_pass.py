@@ -175,7 +175,7 @@ def test_other_samplers_are_refused(wan):
     own = wan.scheduler
     others = {
         "UniPC": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
-        "adds some": FlowMatchEulerDiscreteScheduler(shift=SHIFT, stochastic_sampling=True),
+        "fresh noise": FlowMatchEulerDiscreteScheduler(shift=SHIFT, stochastic_sampling=True),
     }
     try:
         for which, scheduler in others.items():

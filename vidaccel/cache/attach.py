@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from vidaccel.artefacts import RUN_FILE, own_files
+from vidaccel.cache.checks import check_forecaster, check_pipeline
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.cache.schedule import every as every_nth
@@ -39,7 +40,7 @@ from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.own_call import loaded_of
+from vidaccel.models.own_call import keep_transformers, loaded_of
 from vidaccel.models.weight_hashes import student_hashes
 
 
@@ -80,6 +81,7 @@ def attach(
     else:
         loaded = loaded_of(pipe)
     family = family_of_pipeline(type(pipe).__name__)
+    check_pipeline(pipe, family)
     require_free(pipe, family)
     if isinstance(predictor, str | Path) and predictor not in attachable():
         predictor = local_path(predictor)
@@ -140,13 +142,16 @@ class Attachment:
         self.policy = policy
         self._pipe, self._family, self._forecaster, self._bound = pipe, family, forecaster, bound
         self._timesteps: Tensor | None = None
-        self._index, self._unnamed = 0, 0
+        self._scheduler = pipe.scheduler  # the last one that was checked
+        self._first, self._index, self._unnamed = 0, 0, 0
+        self._seen: set[str] = set()
         transformers = denoisers_of(pipe, family)
         self._trunks = [Trunk(transformer, family, forecaster.history) for transformer in transformers]
         with ExitStack() as stack:
             for trunk in self._trunks:
                 stack.enter_context(trunk)
                 trunk.choose = partial(self._choose, trunk)
+            stack.callback(keep_transformers(pipe, family))
             self._attached = stack.pop_all()
 
     @property
@@ -178,18 +183,30 @@ class Attachment:
             # Guidance by two passes in a pipeline that opens no contexts: they are told apart by their order.
             context = f"pass {self._unnamed}"
             self._unnamed += 1
-        forecaster = None if self.policy(step, context) else self._forecaster
+        if context in self._seen:
+            raise UserError(
+                f"a second pass of context {context} in step {step.index}: the scheduler of the pipeline stands still",
+                "one pipeline at a time samples with a transformer: detach, or give the other the same scheduler",
+            )
+        self._seen.add(context)
+        full = self.policy(step, context) or step.index == self._first  # which has nothing to look back on
+        forecaster = None if full else self._forecaster
         return Mode(forecaster, torch.tensor(step.t), context=context, final=step.index == step.count - 1)
 
     def _follow(self, timesteps: Tensor, index: int) -> None:
         """Start anew with a generation, which has timesteps of its own, and count anew with a step."""
         if timesteps is not self._timesteps or index < self._index:
+            if self._pipe.scheduler is not self._scheduler:
+                check_pipeline(self._pipe, self._family)
+                self._scheduler = self._pipe.scheduler
             self._check_grid()
             for trunk in self._trunks:
                 trunk.reset()
-            self._timesteps, self._unnamed = timesteps, 0
+            self._timesteps, self._first, self._index, self._unnamed = timesteps, index, index, 0
+            self._seen.clear()
         if index != self._index:
             self._index, self._unnamed = index, 0
+            self._seen.clear()
 
     def _check_grid(self) -> None:
         """Of a generation that begins; whatever needs no grid takes any."""
@@ -288,6 +305,8 @@ def _forecaster(
     predictor: str | Path | Forecaster | Multistep, pipe: DiffusionPipeline, family: DiTFamily
 ) -> Forecaster | Multistep:
     if not isinstance(predictor, str | Path):
+        if not isinstance(predictor, Multistep):
+            check_forecaster(predictor, pipe)
         return predictor
     if isinstance(predictor, Path):
         return forecaster_class(kind_of(predictor)).make(Making(pipe, family, folder=predictor))

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.policy import FullSteps
 from vidaccel.cache.trunk import HOOK
 from vidaccel.compat.diffusers import hook_registry
@@ -28,6 +29,7 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.forecasters.multistep import FittedList
 from vidaccel.models.grid import Step, current_step
+from vidaccel.models.own_call import keep_transformers
 from vidaccel.models.step_hook import StepHook, step_hook_of
 
 
@@ -39,13 +41,11 @@ class Left(NamedTuple):
 
 
 def check_sampler(scheduler: Any) -> None:
-    """`UserError` unless a step is Euler's, without noise: x_r = x_t - (t - r) u is what scalars are fitted to."""
+    """`UserError` unless a step is Euler's: x_r = x_t - (t - r) u is what scalars are fitted to."""
     name = type(scheduler).__name__
     hint = "sample with FlowMatchEulerDiscreteScheduler, as vidaccel.load_pipeline does for students"
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise UserError(f"scalars are fitted to steps of flow-match Euler, and the pipeline's are the {name}'s", hint)
-    if scheduler.config.get("stochastic_sampling"):
-        raise UserError(f"scalars are fitted to steps without noise, and this {name} adds some", hint)
 
 
 class WholePass:
@@ -79,12 +79,16 @@ class WholePass:
         self._check_grid, self._check_guidance = check_grid, check_guidance
         self._timesteps: Tensor | None = None
         self._index, self._place = 0, 0
+        self._scheduler = pipe.scheduler  # the last one that was checked
         require_free(pipe, family)
         self._calls = [_Call(self, transformer) for transformer in denoisers_of(pipe, family)]
+        self._release = keep_transformers(pipe, family)
 
     def detach(self) -> None:
         """Leave the pipeline as it was; a second call does nothing."""
         self.remembered.clear()
+        if self._calls:
+            self._release()
         while self._calls:
             self._calls.pop().remove()
 
@@ -99,6 +103,10 @@ class WholePass:
         step = current_step(self._pipe.scheduler)
         self._follow(step)
         full = self.policy(step, "")
+        if step.index and not self.remembered:
+            raise UserError(
+                f"a sampling begins at step {step.index}, and the scalars are for whole ones", "take predictor=taylor"
+            )
         place, self._place = self._place, self._place + 1
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if step.index == 1 and place == 0:
@@ -126,7 +134,10 @@ class WholePass:
         if timesteps is not self._timesteps or step.index < self._index:
             self.remembered.clear()
             self._timesteps = None
-            check_sampler(self._pipe.scheduler)
+            if self._pipe.scheduler is not self._scheduler:
+                check_pipeline(self._pipe, self._family)
+                check_sampler(self._pipe.scheduler)
+                self._scheduler = self._pipe.scheduler
             self._check_grid()
             self._timesteps, self._place = timesteps, 0
         if step.index != self._index:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.encode import encode_texts, rows, text_settings
 from vidaccel.collect.job import Job
@@ -50,6 +51,7 @@ class TrajectorySampler:
             )
         self.size = size_of(loaded, config)
         self.steps = loaded.default("steps") if config.steps is None else config.steps
+        check_pipeline(loaded.pipe, loaded.family)
         self.shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
         self.grid = Grid.shifted(self.steps, self.shift)
 

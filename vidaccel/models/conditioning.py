@@ -145,7 +145,10 @@ class Conditioning(nn.Module):
         if self._given is None:
             raise RuntimeError(f"this transformer wants {', '.join(self.config.embeds)}: call it under `given`")
         device = next(self.parameters()).device
-        return output + self(**{name: self._given[name].to(device) for name in self.config.embeds}).to(output)
+        added = self(**{name: self._given[name].to(device) for name in self.config.embeds}).to(output)
+        if len(added) not in (1, len(output)):  # a timestep of each token is embedded in as many rows (Wan 2.2 TI2V-5B)
+            added = added.repeat_interleave(len(output) // len(added), dim=0)
+        return output + added
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -142,8 +142,19 @@ class Step:
 
 
 def current_step(scheduler: Any) -> Step:
-    """The step that a flow-matching scheduler of diffusers will take next."""
-    index = scheduler.step_index or 0  # None before the first step
+    """The step that a flow-matching scheduler of diffusers will take next.
+
+    Raises:
+        UserError: it has taken all of its steps, so that whoever asks is not what it samples for.
+    """
+    index = scheduler.step_index
+    if index is None:  # before the first step, which need not be the grid's first
+        index = getattr(scheduler, "begin_index", None) or 0
+    if index >= len(scheduler.timesteps):
+        raise UserError(
+            f"the transformer is called, and the {len(scheduler.timesteps)} steps of its pipeline's scheduler are over",
+            "one pipeline at a time samples with a transformer: detach, or give the other the same scheduler",
+        )
     t, r = (float(scheduler.sigmas[i]) for i in (index, index + 1))
     return Step(index, len(scheduler.timesteps), t, r)
 

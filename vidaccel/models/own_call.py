@@ -7,10 +7,13 @@ name; its class in diffusers, and other pipelines of it, stay as they are.
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments
 
@@ -18,22 +21,52 @@ if TYPE_CHECKING:  # which imports this
     from vidaccel.models.loading import LoadedPipeline
 
 LOADED = "vidaccel_loaded"
-"""Attribute of a pipeline, and of each of its classes that was made here."""
+"""Attribute of a pipeline: what is known of it."""
+OWN = "vidaccel_own"
+"""Attribute of the class that a pipeline was given here: its members beside those of diffusers' class."""
 
 
 def called_as_made(loaded: "LoadedPipeline") -> None:
     """Let `loaded.pipe` be called so from now on."""
-    pipe = loaded.pipe
-    stock = next(cls for cls in type(pipe).__mro__ if LOADED not in vars(cls))
+    stock = _stock(loaded.pipe)
 
     @functools.wraps(stock.__call__)  # and with its signature
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs).arguments
         return stock.__call__(self, *args, **kwargs, **_left_out(loaded, given))
 
-    made = {"__call__": call, "__module__": stock.__module__, "__doc__": stock.__doc__, LOADED: True}
-    cast(Any, pipe).__class__ = type(stock.__name__, (stock,), made)
+    _give(loaded.pipe, "__call__", call)
     remember(loaded)
+
+
+def keep_transformers(pipe: DiffusionPipeline, family: DiTFamily) -> Callable[[], None]:
+    """Let the pipeline refuse another module in the place of a transformer that hooks are on, which would run without
+    them; until what this returns is called. The same one, compiled, is taken."""
+    stock, kept = _stock(pipe), {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
+
+    def set_part(self: DiffusionPipeline, name: str, value: Any) -> None:
+        if name in kept and getattr(value, "_orig_mod", value) is not getattr(kept[name], "_orig_mod", kept[name]):
+            raise UserError(
+                f"the {name} of this {stock.__name__} has a predictor attached, and another would run without it",
+                "detach it first, then replace the transformer, then attach again",
+            )
+        stock.__setattr__(self, name, value)
+
+    _give(pipe, "__setattr__", set_part)
+    return lambda: _give(pipe, "__setattr__", None)
+
+
+def _stock(pipe: DiffusionPipeline) -> Any:
+    """The pipeline's class in diffusers."""
+    return next(cls for cls in type(pipe).__mro__ if OWN not in vars(cls))
+
+
+def _give(pipe: DiffusionPipeline, name: str, member: Callable | None) -> None:
+    """A class of its own with this member as well, or without it; that of diffusers where none is left."""
+    stock, own = _stock(pipe), vars(type(pipe)).get(OWN, {}) | {name: member}
+    own = {name: member for name, member in own.items() if member is not None}
+    made = own | {"__module__": stock.__module__, "__doc__": stock.__doc__, OWN: own}
+    object.__setattr__(pipe, "__class__", type(stock.__name__, (stock,), made) if own else stock)
 
 
 def remember(loaded: "LoadedPipeline") -> None:

@@ -56,11 +56,11 @@ class StepHook(ModelHook):
         if not conditioning and not r_argument:
             return self.fn_ref.original_forward(*args, **kwargs)
         timestep = kwargs["timestep"]
-        numbers = {
-            name: timestep.new_full(timestep.shape, n, dtype=torch.float32) for name, n in self._numbers().items()
-        }
+        told = self._numbers()
+        numbers = {name: timestep.new_full(timestep.shape[:1], n, dtype=torch.float32) for name, n in told.items()}
         if r_argument:
-            kwargs[r_argument] = (1000 * numbers["r"]).to(timestep.dtype)
+            r = timestep.new_full(timestep.shape, told["r"], dtype=torch.float32)
+            kwargs[r_argument] = (1000 * r).to(timestep.dtype)
         with conditioning.given(**numbers) if conditioning else nullcontext():
             return self.fn_ref.original_forward(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
+from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.features import check_tensors, open_features
@@ -84,6 +85,7 @@ def task_of(
             f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
             "take a family with one: this vidaccel trains no predictor for several together",
         )
+    check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
