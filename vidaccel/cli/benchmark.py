@@ -19,6 +19,7 @@ from vidaccel.cli.common import (
     quiet_libraries,
     reported,
     settings,
+    show,
     split_settings,
 )
 from vidaccel.config.defaults import default_conf
@@ -76,7 +77,7 @@ def benchmark(
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
-        _show(lines)
+        show(lines)
 
 
 def _way(**flags: bool) -> str:
@@ -103,11 +104,3 @@ def _work(
         return results, speed_tables(results)
     results = api.benchmark(config, output, device=device, quality=quality, command=command)
     return results, [*speed_tables(results), f"{output}: results.json, report.html, pareto.png and sheet.png"]
-
-
-def _show(lines: Iterable[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for line in lines:
-        console.print(line, markup=False)

@@ -5,15 +5,16 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, read_run, told
 from vidaccel.config.defaults import CONFS, default_conf
+from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import TrainingFailed, UserError
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
@@ -24,6 +25,10 @@ Explain = Annotated[
     str | None,
     typer.Option("--explain", metavar="KEY", help="Say what one setting means and stop.", show_default=False),
 ]
+Planning = Annotated[
+    bool,
+    typer.Option("--plan", help="Work out FLOPs, hours, memory and disk (gpu=h100 price=2.5 gpus=[1,8]), and stop."),
+]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; --print-conf shows them all.")
 ]
@@ -31,6 +36,8 @@ Settings = Annotated[
 
 PREDICTOR = "predictor/1"
 """Format of the folders that schedules are searched for (forecasters/checkpoint.py, which imports torch)."""
+PLANNED = ("distill", "train-predictor", "benchmark")
+"""Commands with --plan."""
 LONGEST = 500
 """Characters that are shown of an error that was not meant for a user."""
 _SETTING = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[\w.-]*)?=")
@@ -124,7 +131,8 @@ def settings(
 
     schema = config.SCHEMAS[command]
     if explain:
-        typer.echo(explained.explain(schema, explain))
+        of_plan = command in PLANNED and explain in {field.name for field in fields(PlanConfig)}
+        typer.echo(explained.explain(PlanConfig if of_plan else schema, explain))
         raise typer.Exit
     if searched and conf is None and "stage=search" in overrides and (searched / RUN_FILE).is_file():
         run = read_run(searched, PREDICTOR)
@@ -135,6 +143,46 @@ def settings(
         typer.echo(explained.commented(loaded), nl=False)
         raise typer.Exit
     return loaded
+
+
+def plan_settings(overrides: list[str], planning: bool) -> tuple[list[str], PlanConfig | None]:
+    """The settings that are the command's own, and those of its plan; None where there are none.
+
+    Raises:
+        UserError: there are some, and no plan is asked for; or one of them is not possible.
+    """
+    own = [word for word in overrides if is_setting(word, PlanConfig)]
+    if not own:
+        return overrides, None
+    if not planning:
+        raise UserError(f"{own[0]} is for a plan", "add --plan, or leave it out")
+    from vidaccel.config.loader import again
+
+    return [word for word in overrides if word not in own], again(PlanConfig, {}, own, "--plan")
+
+
+def show_plan(config: Any, plan: PlanConfig | None, conf: str, words: list[str]) -> None:
+    """Print what the training of `config` costs, which is from the configuration `conf` changed by `words`."""
+    from vidaccel.bench.plan_distill import plan_distillation
+    from vidaccel.bench.plan_predictor import plan_predictor
+    from vidaccel.bench.reports.training import training_tables
+    from vidaccel.config.distill import DistillConfig
+
+    of_student = isinstance(config, DistillConfig)
+    key = "teacher" if of_student else "student"
+    named = any(word.lstrip("+").startswith(f"{key}=") for word in words)
+    plan = plan or PlanConfig()
+    planned = (plan_distillation if of_student else plan_predictor)(config, plan, conf, named)
+    show(training_tables(planned, plan))
+
+
+def show(lines: Iterable[Any]) -> None:
+    """Lines and tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, markup=False)
 
 
 def split_settings(words: list[str]) -> tuple[list[str], list[str]]:

@@ -10,13 +10,17 @@ from vidaccel.cli.common import (
     Debug,
     Device,
     Explain,
+    Planning,
     PrintConf,
     Settings,
     default_said,
+    plan_settings,
     quiet_libraries,
     reported,
     settings,
+    show_plan,
 )
+from vidaccel.config.defaults import default_conf
 
 
 @reported
@@ -26,6 +30,7 @@ def distill(
         Path, typer.Option("-o", "--output", help="Folder of the student, its checkpoints and metrics.")
     ] = Path("runs/student"),
     conf: Annotated[str | None, typer.Option("--conf", help=default_said("distill"), show_default=False)] = None,
+    plan: Planning = False,
     device: Device = "auto",
     print_conf: PrintConf = False,
     explain: Explain = None,
@@ -37,10 +42,16 @@ def distill(
 
     vidaccel distill --conf few_steps teacher=runs/cfg features=runs/features -o runs/student
 
+    vidaccel distill --conf wan_14b/cfg --plan gpu=h100 price=2.5
+
     On many processes: torchrun --nproc-per-node=8 -m vidaccel distill ...
     """
-    config = settings("distill", conf, overrides or [], print_conf, explain)
+    words, planned = plan_settings(overrides or [], plan)
+    config = settings("distill", conf, words, print_conf, explain)
     quiet_libraries()
+    if plan:
+        show_plan(config, planned, conf or default_conf("distill", words), words)
+        return
     if api.distill(config, output, device=device):
         typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
         typer.echo(f"to share: {output} without checkpoints/ and samples/")

@@ -10,13 +10,17 @@ from vidaccel.cli.common import (
     Debug,
     Device,
     Explain,
+    Planning,
     PrintConf,
     Settings,
     default_said,
+    plan_settings,
     quiet_libraries,
     reported,
     settings,
+    show_plan,
 )
+from vidaccel.config.defaults import default_conf
 
 
 @reported
@@ -31,6 +35,7 @@ def train_predictor(
     features: Annotated[
         Path | None, typer.Option(help="A folder from collect-features to learn from.", show_default=False)
     ] = None,
+    plan: Planning = False,
     device: Device = "auto",
     print_conf: PrintConf = False,
     explain: Explain = None,
@@ -46,11 +51,17 @@ def train_predictor(
 
     A search without --conf goes by the settings of the predictor's training, which name its student.
 
+    vidaccel train-predictor --conf wan_14b --plan gpu=h100 price=2.5
+
     On many processes: torchrun --nproc-per-node=8 -m vidaccel train-predictor ...
     """
     given = [] if features is None else [f"features={features}"]
-    config = settings("train-predictor", conf, [*(overrides or []), *given], print_conf, explain, output)
+    words, planned = plan_settings(overrides or [], plan)
+    config = settings("train-predictor", conf, [*words, *given], print_conf, explain, output)
     quiet_libraries()
+    if plan:
+        show_plan(config, planned, conf or default_conf("train-predictor", words), words)
+        return
     schedules = api.train_predictor(config, output, device=device)
     for schedule in schedules:
         full, of = " ".join(map(str, schedule.full_steps)), f"{schedule.budget} of {schedule.steps}"

@@ -175,6 +175,8 @@ class BenchmarkConfig(RuntimeConfig):
     """[frames, pixels] of a video that the autoencoder makes one latent of."""
     text_tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 256})
     """Tokens of each text, padding included, as the pipeline hands them to the transformer."""
+    beside: dict[str, int] = field(default_factory=dict)
+    """Parameters of what a pipeline holds beside the transformer, by what it is; plans name its size in bf16."""
     dtype: str = "bfloat16"
     """Of weights, activations and caches: `float32`, `bfloat16` or `float16`."""
     sizes: list[list[int]] | None = field(default_factory=lambda: [[129, 704, 704]])

@@ -6,14 +6,16 @@ modules and loads the rest. A student's conditioning is attached, its adapter me
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
 
 from vidaccel.artefacts import RUN_FILE, own_files, read_run, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
@@ -171,12 +173,21 @@ def _local_folder(model: str | Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub model, safetensors only."""
+def config_folder(model: str | Path) -> Path:
+    """The folder of a model; of a hub id a snapshot of its JSON files alone.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    return _local_folder(model) or _download(str(model), partial(snapshot_download, allow_patterns="*.json"))
+
+
+def _download(hub_id: str, fetch: Callable[..., str] | None = None) -> Path:
+    """The local snapshot of a hub model, safetensors only, or what `fetch` gets of it."""
     if hub_id.count("/") > 1 or hub_id.startswith(("/", ".", "~")):
         raise UserError(f"there is no folder {hub_id}", "check the path of the model")
     try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+        return Path(fetch(hub_id) if fetch else DiffusionPipeline.download(hub_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{hub_id} is neither a folder here nor a model that the hub gave us: {one_line(error)}",

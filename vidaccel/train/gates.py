@@ -38,6 +38,12 @@ GUIDANCE_GATES = {3.0: 0.45}
 """By scale: the least that CFG distillation has to close."""
 MEAN_VELOCITY_GATES = {8: 0.5, 4: 0.5}
 """By steps: the least that the training on mean velocities has to close."""
+RUN_SUBSTEPS = 4
+"""Midpoint steps of the frozen teacher for each step of a grid."""
+GUIDANCE_PASSES = 2 * (1 + len(TIMES)), 1 + len(SCALES) + len(TIMES) * len(GUIDANCE_GATES)
+"""(teacher's, student's) that `guidance_gap` takes of a sample."""
+MEAN_VELOCITY_PASSES = sum(GRIDS) * (2 * RUN_SUBSTEPS + 1), sum(GRIDS)
+"""(teacher's, student's) that `mean_velocity_gap_closed` takes of a run."""
 
 
 class Ratio:
@@ -168,7 +174,7 @@ def mean_velocity_gap_closed(
     shift: float,
     g: float = RUN_GUIDANCE,
     grids: Sequence[int] = GRIDS,
-    substeps: int = 4,
+    substeps: int = RUN_SUBSTEPS,
     batch_size: int = 32,
 ) -> dict[int, float]:
     """The share by steps of the grid, errors of all its steps together.

@@ -117,13 +117,18 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._live: dict[int, int] = {}
 
+    @property
+    def now(self) -> int:
+        """Bytes that are alive."""
+        return sum(self._live.values())
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         known = {storage_key(storage) for storage in _storages((args, kwargs))}  # a view of a weight makes nothing
         for storage in _storages(result):
             if storage_key(storage) not in known:
                 self._follow(storage)
-        self.peak = max(self.peak, sum(self._live.values()))
+        self.peak = max(self.peak, self.now)
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -153,10 +158,24 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Answers attention with an empty tensor of its result's size, which is all that a fused kernel allocates."""
+    """Answers attention with an empty tensor of its result's size, which is all that a fused kernel allocates, and with
+    gradients keeps what such a kernel keeps: queries, keys, values and the result."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return torch.empty_like(kwargs["query"] if "query" in kwargs else args[0])
+            query, key, value = (args + tuple(kwargs.values()))[:3]
+            return _Attention.apply(query, key, value)
         return func(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

@@ -74,14 +74,14 @@ def failures(runs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-def _empty_table() -> Table:
+def empty_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
     runs = list(runs)
     columns = {name: cell for name, cell in COLUMNS.items() if name in NARROW and any(cell(run) for run in runs)}
-    table = _empty_table()
+    table = empty_table()
     table.add_column("method", overflow="fold")
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -92,7 +92,7 @@ def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
 
 def _contrast_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     """A line for each measure, which is what a terminal of 80 columns has room for."""
-    table = _empty_table()
+    table = empty_table()
     for heading in (*headings[:2], "measure"):
         table.add_column(heading, overflow="fold")
     table.add_column("difference", no_wrap=True)
@@ -185,7 +185,7 @@ def _predictor(runs: Iterable[dict[str, Any]], parameters: int, full: int) -> It
 
 
 def _table(runs: Iterable[dict[str, Any]]) -> Table:
-    table = _empty_table()
+    table = empty_table()
     table.add_column("method", overflow="fold")
     for heading in ("steps", "passes", "FLOPs", "cache", "memory", "ideal"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -20,6 +20,7 @@ from vidaccel.models.velocity import Text, Velocity
 from vidaccel.train.flow_matching import sample_guidance, sample_times
 from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.objective import Loss
+from vidaccel.train.passes import Passes
 
 Data = ShardFolder | EncodedSource | Bank
 
@@ -83,3 +84,9 @@ class Method:
     """The numbers that say that a student was trained, computed when it is."""
     preflight: Callable[[Distillation], None] = lambda task: None
     """Called before the training: what is worth saying or checking when models and data are there."""
+    passes: Callable[[Any], Passes] = lambda settings: Passes()
+    """Of its settings: those that the target of a sample takes, beside the student's own with gradients."""
+    gate_passes: Passes = Passes()
+    """Those that its gates take of a clip, or of a run."""
+    gates_runs: bool = False
+    """Whether its gates are computed on runs, which large models make only if asked for (`gate_runs`)."""

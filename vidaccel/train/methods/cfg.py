@@ -14,9 +14,10 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.gates import HeldOut, Measured, guidance_gap
+from vidaccel.train.gates import GUIDANCE_PASSES, HeldOut, Measured, guidance_gap
 from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.objective import Batch, Loss, Objective, in_batch, text_of
+from vidaccel.train.passes import Passes
 
 
 def cfg_loss(student: Velocity, teacher: Velocity, x: Tensor, t: Tensor, g: Tensor, text: Text, empty: Text) -> Tensor:
@@ -52,4 +53,11 @@ def _gates(task: Distillation, held_out: HeldOut) -> Measured:
     return Measured(guidance=gap)
 
 
-METHOD = Method(embeds="g", loss=_loss, check_teacher=_check_teacher, gates=_gates)
+METHOD = Method(
+    embeds="g",
+    loss=_loss,
+    check_teacher=_check_teacher,
+    gates=_gates,
+    passes=lambda settings: Passes(teacher=2),
+    gate_passes=Passes(*GUIDANCE_PASSES),
+)

@@ -15,6 +15,7 @@ from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
 from vidaccel.train.parallel import world
+from vidaccel.train.passes import Passes
 
 log = logging.getLogger(__name__)
 
@@ -59,4 +60,11 @@ def _followed(at: Interval, settings: MeanVelocityTraining) -> Tensor:
     return at.teacher(at.x, at.t, at.t).detach().to(at.x) if settings.velocity == "teacher" else at.v
 
 
-TARGET = Target(_target, _preflight)
+def _passes(settings: MeanVelocityTraining) -> Passes:
+    followed = int(settings.velocity == "teacher")
+    if settings.derivative == "finite_difference":
+        return Passes(teacher=followed, in_float32=2)
+    return Passes(teacher=followed, tangents=1)
+
+
+TARGET = Target(_target, _preflight, _passes)

@@ -16,7 +16,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.gates import RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
+from vidaccel.train.gates import MEAN_VELOCITY_PASSES, RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
 from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
@@ -24,6 +24,7 @@ from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityT
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
 from vidaccel.train.objective import Batch, Loss, Objective, generator_for, in_batch, text_of
 from vidaccel.train.parallel import world
+from vidaccel.train.passes import Passes
 
 log = logging.getLogger(__name__)
 
@@ -132,4 +133,7 @@ METHOD = Method(
     conditioning=_conditioning,
     gates=_gates,
     preflight=_preflight,
+    passes=lambda settings: pkgutil.resolve_name(TARGETS[settings.target]).passes(settings),
+    gate_passes=Passes(*MEAN_VELOCITY_PASSES),
+    gates_runs=True,
 )

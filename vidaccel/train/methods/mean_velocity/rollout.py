@@ -13,6 +13,7 @@ from torch import Tensor
 from vidaccel.models.velocity import per_sample
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
+from vidaccel.train.passes import Passes
 
 Instantaneous = Callable[[Tensor, Tensor], Tensor]
 """The frozen teacher: (x [B, C, T, H, W], t [B]) -> v [B, C, T, H, W]."""
@@ -34,4 +35,4 @@ def _target(at: Interval, settings: MeanVelocityTraining) -> Tensor:
     return rollout_target(lambda x, t: at.teacher(x, t, t), at.x, at.t, at.r, settings.substeps)
 
 
-TARGET = Target(_target)
+TARGET = Target(_target, passes=lambda settings: Passes(teacher=2 * settings.substeps))

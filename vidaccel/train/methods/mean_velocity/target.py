@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
+from vidaccel.train.passes import Passes
 
 
 class Interval(NamedTuple):
@@ -40,3 +41,5 @@ class Target:
     """[B, C, T, H, W], without gradients; samples that are not finite are left out of the loss."""
     preflight: Callable[[Interval, MeanVelocityTraining], None] | None = None
     """Called before the training on the first batch, over the widest intervals."""
+    passes: Callable[[MeanVelocityTraining], Passes] = lambda settings: Passes()
+    """Those that it takes of a sample."""
