@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vidaccel.bench.measures.flops import PassFlops
-from vidaccel.bench.measures.training import Gradients, activation_bytes, adapters, tangent_flops
+from vidaccel.bench.measures.training import Gradients, adapters, kept_bytes, tangent_flops
 from vidaccel.bench.plan_training import (
     FLOAT32,
     GATHERED_BLOCKS,
@@ -65,12 +65,12 @@ def plan_distillation(
     parts += _evaluations(config, costs.full, target_passes, steps)
     parts += _gates(config, costs, method, halves, notes)
 
-    held = costs.activations(train.precision)
-    with_gradients = activation_bytes(held.through if low_rank else held.trained, train.checkpointing)
+    blocks = costs.with_gradients(train.precision, weights=low_rank is None)
+    activations = max(kept_bytes(blocks, train.checkpointing), costs.quiet(train.precision))
     shared = {"teacher": FLOAT32 * costs.weights, "student": FLOAT32 * (costs.weights + added)}
     matrices = low_rank.parameters if low_rank else costs.matrices()
     shared |= optimised(trained, train, matrices)
-    each = {"activations": float(train.batch_size * max(with_gradients, held.quiet))}
+    each = {"activations": float(train.batch_size * activations)}
     if halves:
         each["bf16 copies"] = HALF * _copied(costs, train.checkpointing and low_rank is not None)
     gathered = 2 * FLOAT32 * (GATHERED_BLOCKS * costs.block + costs.outside)

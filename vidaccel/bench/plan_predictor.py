@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vidaccel.bench.measures.training import Gradients, activation_bytes
+from vidaccel.bench.measures.training import Gradients, kept_bytes
 from vidaccel.bench.plan_training import (
     FLOAT32,
     GATHERED_BLOCKS,
@@ -103,7 +103,7 @@ def _sample(config: PredictorConfig, costs: Costs, stage: TrainConfig, steps: in
     full, predicted, reused = costs.full.total, costs.passes["predictor"].total, costs.passes["reuse"].total
     frozen = Gradients(weights=False, recomputed=False)
     if config.pairs == "served":
-        lists = default_lists(steps) if config.lists is None else check_lists(config.lists, steps)
+        lists = _lists_of(config, steps)
         behind = sum(len(each) - leading(each) for each in lists) / len(lists)
         stood_in = sum(steps - len(each) for each in lists) / len(lists)
         return steps * full + behind * frozen.flops(costs.full) + stood_in * _trained(costs)
@@ -174,7 +174,7 @@ def _untrained(
         parts = [_search(config, costs, steps, halves)]
     shared: dict[str, float] = {"the model": (HALF if halves else FLOAT32) * costs.weights}
     precision = "bfloat16" if halves else "float32"
-    held = Held(shared, {"activations": float(config.mse.batch_size * costs.activations(precision).quiet)}, 0.0)
+    held = Held(shared, {"activations": float(config.mse.batch_size * costs.quiet(precision))}, 0.0)
     known = {"trained": 0, "frozen": costs.weights}
     of = f"train-predictor, forecaster={config.forecaster}, {precision}"
     return TrainingPlan(of, model, costs.tokens, known, parts, held, {}, [*notes, "one process does it"])
@@ -200,23 +200,24 @@ def _matrices(config: PredictorConfig, costs: Costs) -> int:
 
 
 def _activations(config: PredictorConfig, costs: Costs, steps: int, stages: list[TrainConfig]) -> float:
-    """Most bytes of a stage: the student's without gradients, or what its passes with them keep."""
+    """Most bytes of a stage: the student's without gradients, or what passes with them keep."""
     most = 0.0
-    for index, stage in enumerate(stages or [config.mse]):
-        held = costs.activations(stage.precision)
-        network = config.blocks * held.trained[-1].kept + held.trained[-1].peak
+    for index, stage in enumerate(stages):
+        last = costs.with_gradients(stage.precision, weights=True)[-1]
+        network = config.blocks * last.kept + last.peak
         if config.pairs == "served":
-            lists = default_lists(steps) if config.lists is None else check_lists(config.lists, steps)
-            through = activation_bytes(held.through, recomputed=False)
-            most = max(
-                most,
-                max(
-                    ((len(each) - leading(each)) * through + (steps - len(each)) * network for each in lists), default=0
-                )
-                * stage.batch_size,
-            )
-            continue
-        deepest = config.discriminator.depths[-1]
-        judged = activation_bytes(held.through, stage.checkpointing, deepest) if index else 0
-        most = max(most, stage.batch_size * max(held.quiet, network + judged))
-    return most
+            through = kept_bytes(costs.with_gradients(stage.precision, weights=False), recomputed=False)
+            lists = _lists_of(config, steps)
+            held = max((len(each) - leading(each)) * through + (steps - len(each)) * network for each in lists)
+        elif index:
+            through = costs.with_gradients(stage.precision, weights=False)
+            held = network + kept_bytes(through, stage.checkpointing, config.discriminator.depths[-1])
+        else:
+            held = network
+        most = max(most, stage.batch_size * max(held, costs.quiet(stage.precision)))
+    return most or config.mse.batch_size * costs.quiet(config.mse.precision)
+
+
+def _lists_of(config: PredictorConfig, steps: int) -> list[tuple[int, ...]]:
+    """Of served runs."""
+    return default_lists(steps) if config.lists is None else check_lists(config.lists, steps)

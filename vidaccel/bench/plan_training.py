@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vidaccel.artefacts import RUN_FILE
 from vidaccel.bench.measures.flops import parameters, pass_flops, planned_trunk
-from vidaccel.bench.measures.memory import activation_bytes as quiet_bytes
+from vidaccel.bench.measures.memory import activation_bytes
 from vidaccel.bench.measures.training import BlockBytes, training_blocks
 from vidaccel.bench.planned_model import PlannedModel
-from vidaccel.bench.sizes import meta_transformer, rows
+from vidaccel.bench.sizes import meta_transformer, new_transformer, rows
 from vidaccel.config.plan import PlanConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
@@ -83,18 +85,6 @@ class TrainingPlan:
     """What was assumed."""
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Of one video's passes."""
-
-    quiet: int
-    """Bytes of a pass without gradients."""
-    trained: list[BlockBytes]
-    """Of one with gradients of weights."""
-    through: list[BlockBytes]
-    """Of one with gradients that only go through it."""
-
-
 class Costs:
     """What passes of a model cost, and what a training holds of it."""
 
@@ -111,11 +101,20 @@ class Costs:
         """Parameters of each."""
         self.block, self.outside = max(self.blocks), self.weights - sum(self.blocks)
 
-    def activations(self, precision: str) -> Activations:
-        typed = meta_transformer(replace(self.model.config, dtype=precision))
-        trained = training_blocks(typed, self.family, self.rows)
-        quiet = quiet_bytes(typed, self.family, self.rows)
-        return Activations(quiet, trained, training_blocks(typed.requires_grad_(False), self.family, self.rows))
+    def quiet(self, precision: str) -> int:
+        """Bytes of activations of one video's pass without gradients."""
+        return activation_bytes(self._shallow(precision), self.family, self.rows)
+
+    def with_gradients(self, precision: str, weights: bool) -> list[BlockBytes]:
+        """Bytes of one with gradients of weights, or with such that only go through it, by list of blocks."""
+        typed = self._shallow(precision).requires_grad_(weights)
+        counts = [len(self.transformer.get_submodule(block_list.name)) for block_list in self.family.block_lists]
+        found = training_blocks(typed, self.family, self.rows)
+        return [replace(block, count=count) for block, count in zip(found, counts, strict=True)]
+
+    def _shallow(self, precision: str) -> nn.Module:
+        """One block of each kind, which is as much as is looked at."""
+        return new_transformer(replace(self.model.config, dtype=precision), "meta", depth=1)
 
     def matrices(self) -> int:
         """Parameters of the blocks that are matrices, which Muon takes."""

@@ -4,6 +4,7 @@ A folder is read as it lies here, and of a hub id its JSON files are fetched. Wh
 large as what `size_of` names, or as the model that the shipped configuration of the training is for.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _benchmark_conf(name: str) -> str | None:
 
 
 def _shipped(name: str, asked: dict[str, int | None]) -> PlannedModel:
-    config = planned(replace(load("benchmark", BenchmarkConfig, name), dtype="float32"))
+    config = planned(replace(_configured(name), dtype="float32"))
     if config.model is not None:
         return _of_folder(config.model, _with_transformer(config_folder(config.model)), asked)
     size = _size(dict(zip(("num_frames", "height", "width"), config.videos[0], strict=True)), asked)
@@ -94,12 +95,17 @@ def _shipped(name: str, asked: dict[str, int | None]) -> PlannedModel:
     return PlannedModel(config, size, {}, (), beside, f"the configuration {name} of benchmark")
 
 
+@functools.cache
+def _configured(name: str) -> BenchmarkConfig:
+    return load("benchmark", BenchmarkConfig, name)
+
+
 def _of_folder(name: str, folder: Path, asked: dict[str, int | None]) -> PlannedModel:
     run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
     call = run.get("call", {})
     config = planned(BenchmarkConfig(model=str(folder), sizes=None, dtype="float32"))
     family = FAMILIES[config.family]
-    like = load("benchmark", BenchmarkConfig, _conf_of(family))
+    like = _configured(_conf_of(family))
     autoencoder = read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").is_file() else {}
     known = [[autoencoder[key] for key in keys] for keys in COMPRESSIONS if all(autoencoder.get(key) for key in keys)]
     longest = {"prompt": call["max_sequence_length"]} if "max_sequence_length" in call else {}

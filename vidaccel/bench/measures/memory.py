@@ -159,23 +159,25 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 class FusedAttention(TorchFunctionMode):
     """Answers attention with an empty tensor of its result's size, which is all that a fused kernel allocates, and with
-    gradients keeps what such a kernel keeps: queries, keys, values and the result."""
+    gradients keeps what such a kernel keeps: queries, keys, values, the result, and a mask that is added to scores."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (args + tuple(kwargs.values()))[:3]
-            return _Attention.apply(query, key, value)
+            names = ("query", "key", "value", "attn_mask")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            return _Attention.apply(*(given.get(name) for name in names))
         return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result)
+        added = mask.to(query.dtype) if mask is not None and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(query, key, value, result, added)
         return result
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None

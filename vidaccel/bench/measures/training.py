@@ -109,7 +109,7 @@ def _dropped(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def activation_bytes(blocks: list[BlockBytes], recomputed: bool, share: float = 1.0) -> int:
+def kept_bytes(blocks: list[BlockBytes], recomputed: bool, share: float = 1.0) -> int:
     """Of one video's pass with gradients, through the first `share` of the blocks."""
     each = (block.entering if recomputed else block.kept for block in blocks)
     kept = sum(round(share * block.count) * size for block, size in zip(blocks, each, strict=True))
