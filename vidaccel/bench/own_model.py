@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vidaccel.bench.baselines.registry import lacks
 from vidaccel.bench.models import Models
 from vidaccel.bench.sizes import planned_family
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -78,6 +79,8 @@ def resolved(methods: Mapping[str, MethodConfig], models: Models) -> tuple[dict[
         rows[name] = method
         if (key := models.missing(method)) is not None:
             lacking[name] = f"no {key}= is named"
+        elif (package := lacks(method.cache)) is not None:
+            lacking[name] = package
         elif method.as_called:
             try:
                 rows[name] = _as_called(method, models)

@@ -316,7 +316,7 @@ class Benchmark:
         return self.config.seed if self.config.scored_seed is None else self.config.scored_seed
 
     def _batch_size(self, row: Row) -> int:
-        together = not one_at_a_time(row.method.cache) and self.models.pipeline(row.method).family.batched_autoencoder
+        together = not one_at_a_time(row.method) and self.models.pipeline(row.method).family.batched_autoencoder
         return self.config.batch_size if together else 1
 
     def _generate(

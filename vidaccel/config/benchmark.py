@@ -30,6 +30,7 @@ CACHES = {
     "fora": "vidaccel.bench.baselines.fora:Fora",
     "teacache": "vidaccel.bench.baselines.teacache:TeaCache",
     "delta_dit": "vidaccel.bench.baselines.delta_dit:DeltaDiT",
+    "cache_dit": "vidaccel.bench.baselines.cache_dit:DBCache",
 }
 """Every training-free cache: name -> where its class is, which is imported when a row has it."""
 

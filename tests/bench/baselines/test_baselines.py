@@ -10,7 +10,7 @@ from diffusers.hooks import sea_cache
 from tests.bench.measures.test_counting import run, tiny_loaded
 from vidaccel.bench.baselines.diffusers_caches import branch_identifiers
 from vidaccel.bench.baselines.parts import PartsCache, Unsupported
-from vidaccel.bench.baselines.registry import calibrate, check_settings, class_of, switched_on
+from vidaccel.bench.baselines.registry import calibrate, check_settings, class_of, lacks, switched_on
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
@@ -27,6 +27,7 @@ SETTINGS = {
     "fora": {"every": 2},
     "teacache": {"threshold": 1e9},
     "delta_dit": {"every": 2, "share": 0.5},
+    "cache_dit": {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0},
 }
 NOT_REGISTERED = "HunyuanVideo15TransformerBlock'> not registered"
 ONE_STATE = "keeps one state for both passes of guidance"
@@ -40,7 +41,10 @@ RAN = {
     "fora": "F.F.F",
     "teacache": "F...F",
     "delta_dit": "F.F.F",
+    "cache_dit": "FF...",
 }
+HERE = [cache for cache in CACHES if lacks(cache) is None]
+"""Those whose package is installed."""
 STOPPED = {
     ("hunyuan_video_15", "first_block"): NOT_REGISTERED,
     ("hunyuan_video_15", "magcache"): NOT_REGISTERED,
@@ -67,7 +71,7 @@ def passes(loaded, cache: str, two_pass: bool = False) -> str:
 
 def test_every_cache_runs_or_says_why_not(loaded):
     plain = run(loaded, steps=5, two_pass=False).latents
-    for cache in CACHES:
+    for cache in HERE:
         reason = STOPPED.get((loaded.family.name, cache))
         if reason is None:
             assert passes(loaded, cache) == RAN[cache], cache
@@ -81,7 +85,7 @@ def test_an_interrupted_row_leaves_nothing_to_the_next(loaded):
     """Left on after an aborted generation, diffusers' caches keep their state and give other videos next time. A row's
     cache is switched off however the row ends, in the middle of a pass as well, so it cannot be left on: the next rows,
     without a cache, with this one and with another, are what they are without the interruption."""
-    names = [cache for cache in CACHES if (loaded.family.name, cache) not in STOPPED]
+    names = [cache for cache in HERE if (loaded.family.name, cache) not in STOPPED]
     rows = [MethodConfig(steps=5, two_pass=False, cache=cache, settings=SETTINGS[cache]) for cache in names]
     rows = [replace(row, settings=calibrate(loaded, row, lambda: latents(loaded))) for row in rows]
     plain, before = latents(loaded), [latents(loaded, row) for row in rows]
@@ -170,7 +174,8 @@ def test_taylorseer_is_on_every_branch():
 def test_every_name_is_a_cache():
     own = {name for name in CACHES if issubclass(class_of(name), PartsCache)}
     assert own == {"fora", "teacache", "delta_dit"}
-    assert all(class_of(name).__module__.startswith("diffusers.hooks.") for name in CACHES if name not in own)
+    others = CACHES.keys() - own - {"cache_dit"}
+    assert all(class_of(name).__module__.startswith("diffusers.hooks.") for name in others)
 
 
 @pytest.mark.parametrize("conf", [path.stem for path in (conf_root() / "benchmark").glob("*.yaml")])
@@ -189,6 +194,9 @@ def test_every_shipped_row_has_settings_that_its_cache_takes(conf):
         ("delta_dit", {"every": 2, "share": 2}, "share=2"),
         ("seacache", {"residual_order": 3}, "`residual_order` must be 0 or 1"),
         ("fora", {"pipe": 1}, 'fora has no setting "pipe"'),
+        ("cache_dit", {"threshold": 0.1}, 'cache_dit has no setting "threshold"'),
+        ("cache_dit", {"steps_computation_mask": [0, 1]}, "cache-dit with steps_computation_mask=[0, 1]"),
+        ("cache_dit", {"steps_computation_policy": "static"}, "cache-dit with steps_computation_mask=None"),
     ],
 )
 def test_settings_that_a_cache_refuses(cache, settings, message):

@@ -1,16 +1,18 @@
 """Training-free caches by the names in the configuration, to check, calibrate and switch on for a row.
 
 `config.benchmark.CACHES` says which exist, and where the class of each is: a configuration of diffusers', which
-diffusers_caches.py switches on, or a `PartsCache` in a file of its own here.
+diffusers_caches.py switches on, the settings of cache-dit, which cache_dit.py does, or a `PartsCache` in a file of its
+own here.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from vidaccel.bench.baselines import diffusers_caches
+from vidaccel.bench.baselines import cache_dit, diffusers_caches
 from vidaccel.bench.baselines.parts import PartsCache
 from vidaccel.config.benchmark import CACHES, MethodConfig
 from vidaccel.errors import UserError, nearest
@@ -20,9 +22,16 @@ _NOT_SETTINGS = {"pipe", "family", "indicator", "current_timestep_callback", "ra
 
 
 def class_of(cache: str) -> type:
-    """What does it: a `PartsCache`, or a configuration of diffusers."""
+    """What does it: a `PartsCache`, or the settings of a cache of diffusers or of cache-dit."""
     module, _, name = CACHES[cache].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def lacks(cache: str | None) -> str | None:
+    """How to install the package that the cache is of, where it is not there."""
+    if cache != "cache_dit" or importlib.util.find_spec("cache_dit") is not None:
+        return None
+    return "cache-dit is not installed: pip install vidaccel[peers]"
 
 
 def check_settings(name: str, method: MethodConfig) -> None:
@@ -46,12 +55,14 @@ class _Unattached:
     """In the place of a pipeline, for settings that are only looked at."""
 
 
-def one_at_a_time(cache: str | None) -> bool:
-    """Whether the cache decides by what it sees: videos of one batch would share its decisions."""
-    if cache is None:
+def one_at_a_time(method: MethodConfig) -> bool:
+    """Whether the row's cache decides by what it sees: videos of one batch would share its decisions."""
+    if method.cache is None:
         return False
-    cls = class_of(cache)
-    return cls.one_at_a_time if issubclass(cls, PartsCache) else cache in diffusers_caches.ONE_AT_A_TIME
+    cls = class_of(method.cache)
+    if issubclass(cls, cache_dit.DBCache):
+        return not cls(**method.settings).static
+    return cls.one_at_a_time if issubclass(cls, PartsCache) else method.cache in diffusers_caches.ONE_AT_A_TIME
 
 
 def calibrate(loaded: LoadedPipeline, method: MethodConfig, generate: Callable[[], None]) -> dict[str, Any]:
@@ -61,6 +72,8 @@ def calibrate(loaded: LoadedPipeline, method: MethodConfig, generate: Callable[[
     cls = class_of(method.cache)
     if issubclass(cls, PartsCache):
         return cls.calibrated(loaded, method.settings, generate)
+    if issubclass(cls, cache_dit.DBCache):
+        return method.settings
     return diffusers_caches.calibrated(loaded, method, generate)
 
 
@@ -76,4 +89,6 @@ def switched_on(
     cls = class_of(method.cache)
     if issubclass(cls, PartsCache):
         return cls(loaded.pipe, family=loaded.family, **settings)
+    if issubclass(cls, cache_dit.DBCache):
+        return cache_dit.enabled(loaded, method, settings)
     return diffusers_caches.enabled(cls, loaded, method, settings)

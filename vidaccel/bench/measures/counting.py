@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidaccel.cache.whole_pass import scalars_on
+from vidaccel.compat.cache_dit import kept_by
 from vidaccel.compat.diffusers import attention_backends, hook_registry
 from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, storage_key
 from vidaccel.families.walk import denoisers_of
@@ -129,8 +130,8 @@ FORMULAS = {
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of the tensors that hooks of diffusers' kind on the transformer and its modules hold, and scalars in its
-    place, each storage once.
+    """Bytes of the tensors that caches hold, each storage once: hooks of diffusers' kind on the transformer and its
+    modules, cache-dit, and scalars in its place.
 
     Weights are not counted, nor the tensors in `but`.
     """
@@ -139,7 +140,8 @@ def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:
         storage_key(tensor.untyped_storage()) for tensor in (*transformer.parameters(), *transformer.buffers(), *but)
     }
     scalars = scalars_on(transformer)
-    held = _tensors([*(registry.hooks for registry in registries), scalars and scalars.remembered], set())
+    caches = [*(registry.hooks for registry in registries), kept_by(transformer), scalars and scalars.remembered]
+    held = _tensors(caches, set())
     storages = {storage_key(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in held}
     return sum(size for storage, size in storages.items() if storage not in known)
 
