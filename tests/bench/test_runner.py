@@ -25,6 +25,7 @@ from vidaccel.data.video import read_video
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
+from vidaccel.numbers import holm
 
 CONF = """
 family: hunyuan_video
@@ -41,6 +42,7 @@ scored_seed: 50
 equal_compute: true
 batch_size: 2
 baseline: cfg
+contrasts: {{searched: [reuse, equal compute], lost: [reuse]}}
 methods:
   cfg: {{weights: teacher, steps: 6, two_pass: true}}
   distilled: {{weights: teacher, steps: 6}}
@@ -49,6 +51,7 @@ methods:
   searched: {{steps: 4, budget: 1}}
   reuse: {{steps: 4, full_steps: [0, 2], on_skipped: reuse}}
   linear: {{steps: 4, full_steps: [0, 2], on_skipped: linear}}
+  linear-searched: {{steps: 4, budget: 1, on_skipped: linear, predictor: {folder}/predictor}}
   taylor: {{steps: 4, full_steps: [0, 1], on_skipped: taylor}}
   fora: {{weights: teacher, steps: 6, every: 3, on_skipped: branches, cache: fora, settings: {{every: 3}}}}
   first-block: {{weights: teacher, steps: 6, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
@@ -72,6 +75,7 @@ PASSES = {  # full, predicted, skipped; of two-pass rows both
     "searched": (1, 3, 0),
     "reuse": (2, 0, 2),
     "linear": (2, 0, 2),
+    "linear-searched": (1, 0, 3),
     "taylor": (2, 0, 2),
     "fora": (2, 0, 4),
     "first-block": (1, 0, 5),
@@ -81,6 +85,7 @@ PASSES = {  # full, predicted, skipped; of two-pass rows both
     "delta-dit": (2, 0, 2),
     "seacache": (2, 0, 2),
     "student-3": (3, 0, 0),  # as much as the row `searched` costs
+    "student-2": (2, 0, 0),  # and as linear-searched does
 }
 
 
@@ -355,6 +360,15 @@ def test_rows_are_compared_in_pairs_at_equal_compute(bench):
     asked = {each["question"]: each for each in runs["searched"]["contrasts"]}
     assert asked["equal compute"]["with"] == "student-3" and asked["baseline"]["with"] == "cfg"
     assert runs[asked["best training-free"]["with"]]["flops"] <= 1.05 * runs["searched"]["flops"]
+    named = [
+        (name, each["with"], each["deltas"]["own_fidelity.latent_relative_l2"])
+        for name, row in runs.items()
+        for each in row["contrasts"] or ()
+        if each["question"] == "named beforehand"
+    ]
+    assert [pair for *pair, _ in named] == [["searched", "reuse"], ["searched", "student-3"]]
+    told = [each for *_, each in named]
+    assert [each["p_holm"] for each in told] == pytest.approx(holm([each["p"] for each in told]))
     name, error = "own_fidelity.latent_relative_l2", "latent_relative_l2"
     ours, theirs = (runs[each]["per_prompt"]["own_fidelity"]["student"][error] for each in ("searched", "student-3"))
     delta = asked["equal compute"]["deltas"][name]
@@ -368,7 +382,7 @@ def test_rows_are_compared_in_pairs_at_equal_compute(bench):
 
 def test_it_says_beforehand_how_long_it_takes_and_what_it_can_see(bench, models):
     said = (models / "stderr").read_text()
-    assert re.search(r"scoring 17 rows on 3 prompts of 3 meanings: \d+ min .* 1.6 standard deviations is seen", said)
+    assert re.search(r"scoring 19 rows on 3 prompts of 3 meanings: \d+ min .* 1.6 standard deviations is seen", said)
 
 
 def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):

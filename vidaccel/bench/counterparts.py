@@ -20,7 +20,18 @@ SLACK = 0.05
 def own_run(method: MethodConfig) -> MethodConfig:
     """The same sampling with every pass full."""
     whole = MethodConfig()
-    parts = ("full_steps", "every", "budget", "on_skipped", "order", "cache", "settings", "sweep", "predictor")
+    parts = (
+        "full_steps",
+        "every",
+        "budget",
+        "on_skipped",
+        "order",
+        "cache",
+        "settings",
+        "sweep",
+        "at_most",
+        "predictor",
+    )
     return replace(method, **{name: getattr(whole, name) for name in parts})
 
 

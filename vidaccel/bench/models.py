@@ -16,8 +16,8 @@ from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
-from vidaccel.cache.schedule import pick, read_schedules
-from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.cache.schedule import Schedule, pick, read_schedules
+from vidaccel.config.benchmark import FROM_FOLDERS, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.base import Forecaster, Making
@@ -99,6 +99,8 @@ class Models:
             return "student"
         if method.model is None and method.weights == "teacher" and self._teacher(method) is None:
             return "model" if self.config.model is None else "distilled"
+        if method.budget is not None and method.on_skipped not in FROM_FOLDERS:
+            return "methods.NAME.predictor" if method.predictor is None else None
         by_folder = method.predicts or method.budget is not None or method.on_skipped == "multistep"
         return "predictor" if by_folder and (method.predictor or self.config.predictor) is None else None
 
@@ -120,6 +122,11 @@ class Models:
         if not folder.is_dir():
             raise UserError(f"there is no predictor {name}", "train one: vidaccel train-predictor")
         return folder
+
+    def searched(self, method: MethodConfig) -> Schedule:
+        """The schedule of the row's budget, from the folder of its predictor; `UserError` where there is none."""
+        schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
+        return pick(schedules, method.budget, method.steps)
 
     def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
         """Of transformer, added embeddings and predictor."""
@@ -182,11 +189,12 @@ class Models:
             return self.predictor(method, loaded)
         if method.on_skipped == "multistep":
             return Multistep.from_pretrained(self.predictor_folder(method))
-        sampled = method.steps, method.shift, method.guidance, tuple(method.schedule())
+        full = method.schedule() if method.budget is None else list(self.searched(method).full_steps)
+        sampled = method.steps, method.shift, method.guidance, tuple(full)
         key = loaded.source, method.on_skipped, method.order, *sampled
         if key not in self._made:
             generate = partial(self._calibrate, method, loaded)
-            making = Making(loaded.pipe, loaded.family, method.order, None, method.schedule(), generate)
+            making = Making(loaded.pipe, loaded.family, method.order, None, full, generate)
             self._made[key] = forecaster_class(method.on_skipped).make(making)
         return self._made[key]
 
@@ -199,8 +207,7 @@ class Models:
     def _schedule(self, method: MethodConfig) -> dict[str, Any]:
         if method.budget is None:
             return {"steps": method.steps, "full_steps": method.schedule()}
-        schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
-        return {"steps": method.steps, "schedule": pick(schedules, method.budget, method.steps)}
+        return {"steps": method.steps, "schedule": self.searched(method)}
 
     def _loaded(self) -> Iterator[nn.Module]:
         """Every part of every model that was loaded so far."""

@@ -81,11 +81,13 @@ def resolved(methods: Mapping[str, MethodConfig], models: Models) -> tuple[dict[
             lacking[name] = f"no {key}= is named"
         elif (package := lacks(method.cache)) is not None:
             lacking[name] = package
-        elif method.as_called:
+        else:
             try:
-                rows[name] = _as_called(method, models)
+                rows[name] = _as_called(method, models) if method.as_called else method
+                if method.budget is not None:
+                    models.searched(rows[name])
             except UserError as error:
-                lacking[name] = f"{error.message} ({error.hint})"
+                lacking[name] = f"{error.message} ({error.hint})" if method.as_called else error.message
     return rows, lacking
 
 

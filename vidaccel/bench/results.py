@@ -13,7 +13,7 @@ from vidaccel.bench import counterparts
 from vidaccel.bench.measures.pairs import Totals, differences, verdicts
 from vidaccel.bench.measures.quality import columns, distribution, scorer_of, summary
 from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
-from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.benchmark import EQUAL_COMPUTE, BenchmarkConfig
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.numbers import quartiles
 
@@ -21,9 +21,9 @@ EXAMPLES, RECONSTRUCTED = "examples", "through the autoencoder"
 """Videos as the prompts ask for, made by the world itself, and the same once through the teacher's autoencoder."""
 DIGITS = 5
 """Of a score of one prompt."""
-BASELINE, EQUAL, EQUAL_TIME, TRAINING_FREE = "baseline", "equal compute", "equal time", "best training-free"
-"""What a row is compared with: the baseline; as many full passes of the same model, by FLOPs and as timed; the best row
-without a trained network that is at least as cheap."""
+NAMED, BASELINE, EQUAL_TIME, TRAINING_FREE = "named beforehand", "baseline", "equal time", "best training-free"
+"""What a row is compared with, beside EQUAL_COMPUTE (as many full passes of the same model, by FLOPs): what `contrasts`
+name; the baseline; as many full passes as timed; the best row without a trained network that is at least as cheap."""
 
 
 def results_of(
@@ -179,11 +179,13 @@ def _others(
     costs = runs[id(row)]["full_pass_equivalents"]
     equal = {question: counterparts.equal_row(row, costs[key], scored) for question, key in _EQUAL.items()}
     baseline = next((other for other in scored if (other.name, other.size) == (config.baseline, row.size)), None)
-    asked = {BASELINE: baseline, **equal, TRAINING_FREE: _best_training_free(row, scored, runs)}
-    return ((question, other) for question, other in asked.items() if other is not None and other is not row)
+    asked = [(BASELINE, baseline), *equal.items(), (TRAINING_FREE, _best_training_free(row, scored, runs))]
+    at_hand = {other.name: other for other in scored if other.size == row.size} | {EQUAL_COMPUTE: equal[EQUAL_COMPUTE]}
+    named = [(NAMED, at_hand.get(name)) for name in config.contrasts.get(row.name, ())]
+    return ((question, other) for question, other in [*named, *asked] if other is not None and other is not row)
 
 
-_EQUAL = {EQUAL: "flops", EQUAL_TIME: "timed"}
+_EQUAL = {EQUAL_COMPUTE: "flops", EQUAL_TIME: "timed"}
 
 
 def _best_training_free(row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]]) -> Row | None:

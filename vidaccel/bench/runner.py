@@ -1,6 +1,6 @@
 """`benchmark --speedup [--quality]`: every row counted, timed in turn with the others, and scored, into results.json.
 
-Three stages, each of which goes on where it was stopped:
+Three stages, each of which goes on where it was stopped, after settings were chosen (choosing.py) for rows with sweeps:
 
 1. One generation of each row that nobody times: passes and FLOPs as they happen, what caches hold, peak memory up to
    the latents, beyond which all rows are the same. In the process that times it, a row has then warmed up.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_json, write_run
-from vidaccel.bench import counterparts
+from vidaccel.bench import choosing, counterparts
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
 from vidaccel.bench.environment import environment
@@ -70,6 +70,10 @@ def run(
         UserError: methods or settings that are not there, no model, or a folder of another benchmark or in use.
     """
     with locked(folder):
+        if quality and (asked := choosing.to_choose(config)) is not None:
+            log.info("choosing settings on prompts of their own: %s", folder / choosing.FOLDER)
+            found = Benchmark(asked, folder / choosing.FOLDER, True, device, command).run()
+            config = choosing.with_choices(config, found)
         return Benchmark(config, folder, quality, device, command).run()
 
 

@@ -14,8 +14,12 @@ from vidaccel.worlds import WORLDS
 LEFT_OUT = ("branches", "attention")
 """What training-free caches of parts of the trunk leave out on skipped steps."""
 
-FROM_FOLDERS = "predictor or multistep"
-"""Forecasters that a folder holds, with a schedule of their own."""
+FROM_FOLDERS = ("predictor", "multistep")
+"""Forecasters that a folder holds, with schedules of their own; of the others `train-predictor forecaster=NAME` leaves
+schedules alone."""
+
+EQUAL_COMPUTE = "equal compute"
+"""In place of a row's name: as many full steps of the same model as a row costs."""
 
 DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips")
 """Measures of likeness of which it is known which way is better: less or more motion is neither."""
@@ -67,7 +71,8 @@ class MethodConfig:
     every: int | None = None
     """Steps 0, n, 2n, ... run the whole transformer."""
     budget: int | None = None
-    """So many steps run the whole transformer: those that the predictor's own schedule.json lists."""
+    """So many steps run the whole transformer: those that schedule.json lists in the folder of `predictor`, which a row
+    of `reuse`, `taylor` or `linear` has to name itself."""
     on_skipped: str = "predictor"
     """What runs on the other steps, beside embedders and output head: a forecaster by name (`predictor`, the learned
     one; `multistep`, fitted scalars, which answer the whole pass; `reuse`, the trunk's last output again; `taylor`,
@@ -84,10 +89,15 @@ class MethodConfig:
     """Of that cache, by its own names."""
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     """Settings with values that are tried as well, a row each, where quality is measured too."""
+    at_most: float | None = None
+    """Of a row with a sweep, full passes a video by FLOPs. Where quality is measured on a world's held-out prompts, one
+    row stands for the sweep: of the values that cost no more, the one whose videos of choosing prompts are nearest to
+    those of the model's own full run."""
     model: str | None = None
     """Weights of this row alone, in place of the benchmark's teacher or student."""
     predictor: str | None = None
-    """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep."""
+    """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep, of schedules alone where
+    there is nothing to train."""
 
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
@@ -104,11 +114,13 @@ class MethodConfig:
         require(self.cache in (None, *CACHES), "cache", self.cache, f"is one of {', '.join(CACHES)}")
         require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
         require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
+        limit = self.at_most
+        fits = limit is None or (self.sweep and 1 <= limit < math.inf)
+        require(fits, "at_most", limit, "is a number of passes from 1 up, with a sweep, or null")
         if self.budget is not None:
             alone = self.every is None and self.full_steps is None and self.cache is None
-            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with on_skipped={FROM_FOLDERS}"
-            fits = 1 <= self.budget <= self.steps and self.on_skipped in FROM_FOLDERS.split(" or ")
-            require(alone and fits, "budget", self.budget, rule)
+            rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with a forecaster"
+            require(alone and self.forecasts and 1 <= self.budget <= self.steps, "budget", self.budget, rule)
         if self.full_steps is not None:
             require(self.every is None, "every", self.every, "must be null where full_steps is set")
             ordered = self.full_steps == sorted(set(self.full_steps)) and self.full_steps[:1] == [0]
@@ -144,7 +156,7 @@ class MethodConfig:
         """This row for each value of its sweep but the one that it has, by what is to stand behind its name."""
         return {
             f" {key}={value}": replace(
-                self, settings=self.settings | {key: value}, sweep={}, full_steps=None, every=None
+                self, settings=self.settings | {key: value}, sweep={}, at_most=None, full_steps=None, every=None
             )
             for key, values in self.sweep.items()
             for value in values
@@ -220,6 +232,9 @@ class BenchmarkConfig(RuntimeConfig):
     """Measures that rows are told apart by, named before anything is measured: scores, `fidelity.NAME` against the
     baseline's videos, `own_fidelity.NAME` against the same model's own full run. Each gets a verdict, corrected for
     there being so many; all else gets an interval alone."""
+    contrasts: dict[str, list[str]] = field(default_factory=dict)
+    """Questions named beforehand: rows, and the rows that each is to be held against, by name; `equal compute` stands
+    for few steps of the same model that cost as much. One correction is for all of them and all endpoints."""
     equal_compute: bool = False
     """Whether, where quality is measured, each row with predicted steps gets the rows to be held against: its model's
     own full run, and few steps of it that cost as much."""
@@ -228,6 +243,8 @@ class BenchmarkConfig(RuntimeConfig):
     models run on a GPU, else none."""
     sweeps: bool = True
     """Whether caches whose threshold sets their speed are scored at others too, as their rows say."""
+    choosing_prompts: int = 32
+    """Prompts, none of which is reported on, that values of sweeps are chosen on for rows with `at_most`."""
     keep_videos: bool = False
     """Whether the videos that quality is measured on stay: videos/ROW/PROMPT-N.mp4, as VBench wants them named."""
     batch_size: int = 8
@@ -243,7 +260,7 @@ class BenchmarkConfig(RuntimeConfig):
         lowest = min(self.compression, default=0)
         require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
         require(self.rounds >= 2, "rounds", self.rounds, "must be at least 2: one time has no spread")
-        for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "batch_size"):
+        for key in ("predictor_blocks", "timed_prompts", "scored_prompts", "choosing_prompts", "batch_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require(0 <= self.timed_seconds < math.inf, "timed_seconds", self.timed_seconds, "is in seconds, 0 or more")
         require(self.predictor_history in (1, 2), "predictor_history", self.predictor_history, "is 1 or 2")
@@ -259,6 +276,8 @@ class BenchmarkConfig(RuntimeConfig):
             group, _, measure = name.rpartition(".")
             known = not group or (group in ("fidelity", "own_fidelity") and measure in DIRECTED)
             require(known, "endpoints", name, f"is a score or (own_)fidelity.NAME, NAME one of {', '.join(DIRECTED)}")
+        for name in (*self.contrasts, *(other for others in self.contrasts.values() for other in others)):
+            require(name in (EQUAL_COMPUTE, *self.methods), "contrasts", name, "is the name of a row, or equal compute")
         processes = self.scoring_processes
         require(processes is None or processes >= 0, "scoring_processes", processes, "must be at least 0, or null")
         g = self.guidance

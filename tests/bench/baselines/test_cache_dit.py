@@ -14,7 +14,7 @@ from vidaccel.bench.own_model import resolved
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 
-MASK = {"Fn_compute_blocks": 1, "steps_computation_mask": [1, 0, 1, 1, 0], "steps_computation_policy": "static"}
+MASK = {"Fn_compute_blocks": 1, "steps_computation_mask": "10110", "steps_computation_policy": "static"}
 
 
 def row(two_pass: bool = False, **settings) -> MethodConfig:

@@ -7,7 +7,7 @@ change, and a mask of steps decides in the threshold's place. Each of two passes
 It replaces the `__call__` of the pipeline's class and leaves traces when it is disabled, which are removed here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,8 +37,8 @@ class DBCache:
     """Full steps in the beginning, beside the first."""
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = -1
-    steps_computation_mask: list[int] | str | None = None
-    """1 for each full step and 0 for the others, or one of POLICIES."""
+    steps_computation_mask: Sequence[int] | str | None = None
+    """1 for each full step and 0 for the others, as a list or a string such as "1001", or one of POLICIES."""
     steps_computation_policy: str = "dynamic"
     """Of the others: `dynamic` leaves them to the threshold, `static` computes none."""
     taylorseer_order: int = 0
@@ -46,7 +46,8 @@ class DBCache:
 
     def __post_init__(self) -> None:
         mask, policy = self.steps_computation_mask, self.steps_computation_policy
-        known = mask is None or (mask in POLICIES if isinstance(mask, str) else {*mask} <= {0, 1} and mask[:1] == [1])
+        steps = "".join(map(str, mask or "1"))
+        known = mask in POLICIES or (set(steps) <= {"0", "1"} and steps[0] == "1")
         if not known or policy not in ("dynamic", "static") or (self.static and mask is None):
             raise UserError(
                 f"cache-dit with steps_computation_mask={mask}, steps_computation_policy={policy}",
@@ -66,13 +67,13 @@ def enabled(loaded: LoadedPipeline, method: MethodConfig, settings: Mapping[str,
     library, row = cache_dit(), DBCache(**settings)
     given = asdict(row)
     order, mask = given.pop("taylorseer_order"), given.pop("steps_computation_mask")
-    if isinstance(mask, str):
+    if mask in POLICIES:
         mask = library.steps_mask(total_steps=method.steps, mask_policy=mask)
     elif mask is not None and len(mask) != method.steps:
         raise UserError(f"a mask of {len(mask)} steps, and the row has {method.steps}", "make it as long")
     config = library.DBCacheConfig(
         **given,
-        steps_computation_mask=mask,
+        steps_computation_mask=mask and [int(step) for step in mask],
         num_inference_steps=method.steps,
         enable_separate_cfg=method.two_pass,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 QUESTIONS = {
+    "named beforehand": "What was asked beforehand",
     "equal compute": "Against the same model in as many full passes, by FLOPs",
     "equal time": "Against the same model in as many full passes, as timed",
     "best training-free": "Against the best row without a trained network that costs no more",
