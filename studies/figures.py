@@ -16,9 +16,11 @@ from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
-from vidaccel.bench.reports.plots import write_frontier, write_pareto
+from vidaccel.bench.reports.frontier import frontier
+from vidaccel.bench.reports.plots import pareto
 from vidaccel.bench.reports.tables import COLUMNS as MEASURED
 from vidaccel.bench.reports.tables import failures
+from vidaccel.bench.results import completed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
@@ -45,9 +47,11 @@ def main() -> None:
         for name in blocks(text):
             file = RESULTS / f"{name}.json"
             if file.exists():
-                runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-                write_pareto(file.with_suffix(".png"), runs)
-                write_frontier(file.with_name(f"{name}-frontier.png"), runs)
+                results = json.loads(file.read_text(encoding="utf-8"))
+                drawn = {f"{name}.png": pareto(results), f"{name}-frontier.png": frontier(results)}
+                for path, picture in drawn.items():
+                    if picture is not None:
+                        (RESULTS / path).write_bytes(picture)
         with atomic_path(page) as temporary:
             temporary.write_text(filled(text, RESULTS, page.parent), encoding="utf-8")
 
@@ -81,7 +85,7 @@ def figures(name: str, results: Path, place: str) -> str:
     file = results / f"{source}.json"
     if not file.exists():
         return MISSING.format(name=source)
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = completed(json.loads(file.read_text(encoding="utf-8")))
     ran = [run for run in found["runs"] if run["passes"]]
     about = (
         f"`{found['command']}` on {_machine(found['environment'])} ([all of it]({place}/{source}.json)). "
@@ -89,14 +93,17 @@ def figures(name: str, results: Path, place: str) -> str:
     )
     if part == "pairs":
         return "\n\n".join(_pairs(found, ran)) + "\n"
-    parts = [about, *(_headline(ran) if name == "headline" else _all(found, ran, f"{place}/{source}.png"))]
+    rows = _headline(found, ran, place) if name == "headline" else _all(found, ran, f"{place}/{source}.png")
+    parts = [about, *rows]
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _headline(found: dict[str, Any], runs: Sequence[dict[str, Any]], place: str) -> Iterator[str]:
     by_name = {run["method"]: run for run in runs}
     columns = {name: cell for name, cell in COLUMNS.items() if name not in ("by FLOPs", "cache", *ADDED)}
     yield _table([by_name[name] for name in HEADLINE], columns)
+    if frontier(found) is not None:
+        yield f"![Quality for so many full passes]({place}/sprites-frontier.png)"
 
 
 def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> Iterator[str]:
@@ -105,8 +112,8 @@ def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> 
     if said := list(orders(found, ran)):
         yield "\n".join(f"- {each}" for each in said)
     yield f"![Speed against quality]({picture})"
-    if any(run.get("full_pass_equivalents") for run in ran):
-        yield f"![Quality against full passes]({picture.removesuffix('.png')}-frontier.png)"
+    if frontier(found) is not None:
+        yield f"![Quality for so many full passes]({picture.removesuffix('.png')}-frontier.png)"
     yield from _errors(found["runs"])
 
 
@@ -146,9 +153,10 @@ def _total(run: dict[str, Any]) -> str | None:
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "passes": MEASURED["passes"],
-    "seconds": MEASURED["seconds"],
-    "speedup": MEASURED["speed"],
-    "by FLOPs": MEASURED["ideal"],
+    "seconds": MEASURED["seconds, denoising"],
+    "speedup, denoising": MEASURED["speedup, denoising"],
+    "end to end": MEASURED["speedup, end to end"],
+    "by FLOPs": MEASURED["by FLOPs"],
     "full passes": MEASURED["full passes"],
     "cache": MEASURED["cache"],
     "total": _total,

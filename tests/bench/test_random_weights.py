@@ -68,7 +68,7 @@ def test_rows_are_put_together_from_passes(monkeypatch):
     expected = {"cfg": 64, "student": 16, "predictor": 2 * 8 + 2 * 2, "reuse": 8 + 3, "fora": None, "teacache": None}
     assert seconds == expected
     assert runs["predictor"]["speedup"]["measured"] == 64 / 20
-    assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1}
+    assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1, "end_to_end": None}
 
 
 def _short(call) -> float:

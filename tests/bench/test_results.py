@@ -9,7 +9,8 @@ import torch
 from jsonschema import ValidationError
 
 from vidaccel.bench.environment import commit, cpu_model, environment
-from vidaccel.bench.rows import FIELDS
+from vidaccel.bench.results import completed
+from vidaccel.bench.rows import FIELDS, speedups
 
 SECONDS = {"median": 24.6, "p25": 24.5, "p75": 24.9, "rounds": 5}
 RUN = {
@@ -115,3 +116,14 @@ def test_commit_of_a_checkout(tmp_path):
     assert commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("b")
     assert commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_file_of_before_gets_its_speedup_end_to_end():
+    """By the medians that it has: 30 s of the baseline, 12 s of the row. What a file says itself stays."""
+    base = {"method": "cfg-50", "end_to_end_seconds": SECONDS | {"median": 30.0}}
+    found = results(end_to_end_seconds=SECONDS | {"median": 12.0})
+    found["runs"] += [RUN | base, RUN | {"method": "lost", "end_to_end_seconds": None}]
+    assert [run["speedup"]["end_to_end"] for run in completed(found)["runs"]] == [2.5, 1.0, None]
+    found["runs"][0]["speedup"] = speedups(11.8, 11.9, 4.4)
+    assert completed(found)["runs"][0]["speedup"]["end_to_end"] == 4.4
+    assert completed(found | {"baseline": "nowhere"})["runs"][1]["speedup"]["end_to_end"] is None

@@ -1,21 +1,25 @@
 """`vidaccel benchmark --speedup --quality` on tiny pipelines: real files, caches and faults; nothing about time."""
 
+import base64
 import itertools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from tests.bench.test_vbench import stand_in
 from tests.students import student
 from vidaccel.bench import models as bench_models
 from vidaccel.bench import runner
-from vidaccel.bench.generation import timed_generation
+from vidaccel.bench.generation import timed_generation, writing_seconds
 from vidaccel.bench.models import Models
+from vidaccel.bench.rows import STAGES
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
@@ -210,39 +214,52 @@ def test_speedups(bench):
     for name in PASSES:
         run = runs[name]
         assert run["speedup"]["ideal"] == flops["cfg"] / flops[name]
-        for kind in ("denoise_seconds", "end_to_end_seconds"):
-            seconds = run[kind]
+        for stage in ("text", "denoise", "decode", "write", "end_to_end"):
+            seconds = run[f"{stage}_seconds"]
             assert 0 < seconds["p25"] <= seconds["median"] <= seconds["p75"] and seconds["rounds"] == 2
-        assert run["denoise_seconds"]["median"] < run["end_to_end_seconds"]["median"]
+        known = json.loads(next((bench / "rows").glob(f"{name.replace(' ', '_')}_[st]*.json")).read_text())
+        for each in known["rounds"]:  # nothing of a video is in no stage, or in two
+            assert each["end_to_end"] == pytest.approx(sum(each[stage] for stage in STAGES))
         ratio = run["speedup"]["measured"] / run["speedup"]["ideal"]
         assert run["speedup"]["measured_over_ideal"] == pytest.approx(ratio)
-    assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1}
+    assert runs["cfg"]["speedup"] == {"measured": 1, "ideal": 1, "measured_over_ideal": 1, "end_to_end": 1}
+    assert 1 < runs["student"]["speedup"]["end_to_end"] < runs["student"]["speedup"]["measured"]
     # the student embeds r and g besides: 256 frequencies -> 24 -> 24 each
     assert flops["student"] / 4 - flops["cfg"] / 12 == 2 * 2 * (256 * 24 + 24 * 24)
 
 
 def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
-    """Videos of 0.5, 0.2 and 0.3 s are a round of 0.8 s: their mean counts, and the decoder runs once."""
+    """Videos of 0.5, 0.2 and 0.3 s are a round of 0.8 s: their mean counts, and the decoder runs once. Text takes 0.5 s
+    beside them, decoding 1.5 and writing 0.25."""
     made, decoded, times = runner.timed_generation, [], itertools.cycle([0.5, 0.2, 0.3])
 
     def timed(loaded, method, size, prompts, seeds, guidance, decode=True):
         video = made(loaded, method, size, prompts, seeds, guidance, decode)
         if method.steps != 4 or not timing:  # another row, or one that nobody times
-            return replace(video, denoise_seconds=1.0, seconds=1.0 + decode)
+            return replace(video, text_seconds=0.0, denoise_seconds=1.0, seconds=1.0 + 5.0 * decode)
         decoded.append(decode)
         seconds = next(times)
-        return replace(video, denoise_seconds=seconds, seconds=seconds + 2.0 * decode)
+        return replace(video, text_seconds=0.5, denoise_seconds=seconds, seconds=0.5 + seconds + 1.5 * decode)
 
     timing = []
     monkeypatch.setattr(runner, "timed_generation", timed)
+    monkeypatch.setattr(runner, "writing_seconds", lambda frames, fps: 0.25)
     monkeypatch.setattr(runner.Benchmark, "_warm_up", lambda self, method, size: timing.append(True))
     result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]", "timed_seconds=0.8")
     assert result.exit_code == 0, result.output
     assert decoded == [True, False, False] * 2
     student = by_method(tmp_path)["student"]
     assert student["denoise_seconds"]["median"] == pytest.approx(1 / 3)
-    assert student["end_to_end_seconds"]["median"] == pytest.approx(1 / 3 + 2)
+    apart = {stage: student[f"{stage}_seconds"]["median"] for stage in STAGES}
+    assert apart == pytest.approx({"text": 0.5, "denoise": 1 / 3, "decode": 1.5, "write": 0.25})
+    assert student["end_to_end_seconds"]["median"] == pytest.approx(1 / 3 + 2.25)
     assert student["speedup"]["measured"] == pytest.approx(3)
+    assert student["speedup"]["end_to_end"] == pytest.approx(6.25 / (1 / 3 + 2.25))
+
+
+def test_a_video_that_cannot_be_written_has_no_such_seconds():
+    assert writing_seconds(np.zeros((2, 16, 16, 3), dtype=np.uint8), 8) > 0
+    assert writing_seconds(np.zeros((2, 15, 16, 3), dtype=np.uint8), 8) is None  # mp4s are of even sizes
 
 
 def test_models_are_in_place_and_warm_before_a_row_is_timed(conf, tmp_path, monkeypatch):
@@ -385,11 +402,23 @@ def test_it_says_beforehand_how_long_it_takes_and_what_it_can_see(bench, models)
     assert re.search(r"scoring 19 rows on 3 prompts of 3 meanings: \d+ min .* 1.6 standard deviations is seen", said)
 
 
-def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):
-    """By the names that VBench gives a prompt's videos, and nothing that a file cannot be called."""
+def test_scored_videos_are_kept_for_another_judge(conf, schema, tmp_path):
+    """By the names that VBench gives a prompt's videos, and nothing that a file cannot be called; and judged by it."""
     long = "a cat " + 300 * "é"
-    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[first-block]", "keep_videos=true")
-    result = run(*words, f"prompts=['a/b', 'a circle', '{long}', 'a circle']", "scored_prompts=4", "sweeps=false")
+    python = stand_in(tmp_path)
+    dimensions = "vbench_dimensions=[imaging_quality,dynamic_degree]"
+    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[first-block]", "timed_seconds=0")
+    refused = run(*words[:1], *words[2:], f"vbench={python}")
+    assert refused.exit_code == 2 and "vbench judges the videos that --quality makes" in refused.stderr
+    result = run(
+        *words,
+        f"vbench={python}",
+        dimensions,
+        "endpoints=[vbench.imaging_quality]",
+        f"prompts=['a/b', 'a circle', '{long}', 'a circle']",
+        "scored_prompts=4",
+        "sweeps=false",
+    )
     assert result.exit_code == 0, result.output
     for row in ("cfg_teacher_5x32x32", "first-block_teacher_5x32x32"):
         made = {file.name for file in (tmp_path / "videos" / row).iterdir()}
@@ -398,15 +427,31 @@ def test_scored_videos_can_be_kept_for_another_judge(conf, tmp_path):
         tmp_path / "videos/first-block_teacher_5x32x32/a circle-1.mp4", fps=24, num_frames=5, height=32, width=32
     )
     assert frames.shape == (5, 32, 32, 3)
-    assert set(by_method(tmp_path)) == {"cfg", "first-block"}
+    found = by_method(tmp_path)
+    assert set(found) == {"cfg", "first-block"}
+    schema.validate(json.loads((tmp_path / "results.json").read_text()))
+    # the stand-in says how long the prompt is, which the name of a file does not always hold
+    assert found["first-block"]["per_prompt"]["vbench"]["imaging_quality"] == pytest.approx([3, 8, len(long), 8])
+    assert found["first-block"]["vbench"]["imaging_quality"] == pytest.approx((19 + len(long)) / 4)
+    assert found["first-block"]["per_prompt"]["vbench"]["dynamic_degree"] == [0, 100, 100, 100]
+    delta = found["first-block"]["contrasts"][0]["deltas"]["vbench.imaging_quality"]
+    assert (delta["delta"], delta["verdict"]) == (0, "not told apart")
+    assert "imaging quality by VBench" in (tmp_path / "report.html").read_text()
 
 
 def test_report_is_one_file(bench):
     page = (bench / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert page.count("data:image/png;base64,") == 5  # two pictures, light and dark, and the frames
+    assert not re.search(r"(src|srcset|href)=['\"](?!data:)|url\(|@import|fetch\(", page)
     assert FAIL["pab-cfg"] in page and "first-block threshold=0" in page
-    assert "<h2>hunyuan_video, 5 frames of 32 x 32</h2>" in page and "<th>cache share</th>" in page
+    assert "<h2>hunyuan_video, 5 frames of 32 x 32</h2>" in page and ">cache of memory</button>" in page
+    clips = re.findall(r"src='data:video/mp4;base64,(.*?)'", page)
+    assert len(clips) == len(PASSES) + 1
+    assert base64.b64decode(clips[0])[4:8] == b"ftyp"
+    assert "student, 4 steps, 2 in full, else a learned network</span> <code>predictor</code>" in page
+    for heading in re.findall(r"<table>.*?</table>", page, re.DOTALL):  # no column is empty
+        lines = [re.findall(r"<td>(.*?)</td>", line) for line in heading.split("<tr>")[2:]]
+        assert all(any(column) for column in zip(*lines, strict=True))
     for name in ("pareto.png", "frontier.png", "sheet.png"):
         assert (bench / name).read_bytes().startswith(b"\x89PNG")
     assert not (bench / "reference").exists()

@@ -28,9 +28,9 @@ def test_every_table_is_shown():
 def test_the_headline_is_rows_of_the_full_table():
     lines = figures("headline", RESULTS, "x").splitlines()
     assert "([all of it](x/sprites.json))" in lines[0]
-    assert lines[2] == "| method | passes | seconds | speedup | total | latent error |"
+    assert lines[2] == "| method | passes | seconds | speedup, denoising | end to end | total | latent error |"
     full = [line.split("|") for line in figures("sprites", RESULTS, "x").splitlines()]
-    without = [cells[:5] + cells[7:] for cells in full if len(cells) == 10]  # neither FLOPs nor cache
+    without = [cells[:6] + cells[8:] for cells in full if len(cells) == 11]  # neither FLOPs nor cache
     assert {tuple(line.split("|")) for line in lines[4:]} < set(map(tuple, without))
     assert tuple(line.split("|")[1].strip() for line in lines[4:]) == HEADLINE
 
@@ -58,6 +58,7 @@ def test_every_results_file_has_its_form():
 @pytest.fixture
 def folder(tmp_path) -> Path:
     found = results() | {"command": "vidaccel benchmark --speedup"}
+    found["runs"][0]["speedup"]["end_to_end"] = 4.4
     speedup = {"measured": 4.0, "ideal": 5.0, "measured_over_ideal": 0.8}
     cache = {"method": "tea", "total": 90.0, "speedup": speedup, "passes": {"full": 9, "predicted": 0, "skipped": 1}}
     found["runs"].append(RUN | cache | {"intervals": {"total": [89.0, 91.0]}, "fidelity": None, "cache_bytes": 0})
@@ -70,8 +71,10 @@ def folder(tmp_path) -> Path:
 def test_figures(folder):
     text = figures("mine", folder, "results")
     assert "`vidaccel benchmark --speedup` on " in text and "Speedups are relative to cfg-50" in text
-    assert "| predictor-8-of-20 | 8 + 12 | 24.6 | 11.80x | 11.90x | 57.3 kB | 78.8 [77.9, 79.6] | 0.120 |" in text
-    assert "| tea | 9 + 1 | 24.6 | 4.00x | 5.00x |  | 90.0 [89.0, 91.0] |  |" in text
+    assert (
+        "| predictor-8-of-20 | 8 + 12 | 24.6 | 11.80x | 4.40x | 11.90x | 57.3 kB | 78.8 [77.9, 79.6] | 0.120 |" in text
+    )
+    assert "| tea | 9 + 1 | 24.6 | 4.00x |  | 5.00x |  | 90.0 [89.0, 91.0] |  |" in text
     assert "better" not in text and " than " not in text  # nothing was compared in pairs
     assert "- sea, lake: it cannot" in text
 

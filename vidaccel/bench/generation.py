@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.data.video import write_video
+from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sampling import eight_bits, run_pipeline
@@ -35,6 +39,12 @@ class TimedGeneration:
     """From the first pass of the transformer to the end of the last step."""
     seconds: float
     """From prompts to frames, or to latents where nothing was decoded."""
+    text_seconds: float = 0.0
+    """From prompts to the first pass of the transformer: text encoders and noise."""
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.seconds - self.text_seconds - self.denoise_seconds
 
 
 def timed_generation(
@@ -69,7 +79,18 @@ def timed_generation(
     if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
         raise FloatingPointError("the video is not finite")
     made = eight_bits(videos) if decode else None
-    return TimedGeneration(made, latents, clock.last - clock.first, ended - started)
+    return TimedGeneration(made, latents, clock.last - clock.first, ended - started, clock.first - started)
+
+
+def writing_seconds(frames: np.ndarray, fps: float) -> float | None:
+    """What it takes to write a video uint8 [T, H, W, 3] as an mp4; None without ffmpeg or of an odd size."""
+    with TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        try:
+            write_video(frames, Path(folder) / "video.mp4", fps)
+        except (ImportError, UserError):
+            return None
+        return time.perf_counter() - started
 
 
 @torch.no_grad()

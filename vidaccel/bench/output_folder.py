@@ -52,5 +52,6 @@ def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dic
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """By dotted names as they are now; what an earlier version did not know is at its default."""
     config = to_dict(BenchmarkConfig()) | with_current_names(settings["config"], BenchmarkConfig)
+    config["vbench"] = None  # another environment, or none, judges the same videos
     config["methods"] = {name: to_dict(MethodConfig()) | method for name, method in config["methods"].items()}
     return flat({**settings, "config": config})

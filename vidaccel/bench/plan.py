@@ -15,7 +15,7 @@ from vidaccel.bench.generation import Size
 from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, planned_trunk
 from vidaccel.bench.measures.memory import CacheBytes, activation_bytes, cache_bytes
 from vidaccel.bench.own_model import planned
-from vidaccel.bench.rows import SCHEMA, Row, blank_run
+from vidaccel.bench.rows import SCHEMA, Row, blank_run, speedups
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
@@ -125,7 +125,7 @@ def _planned(method: MethodConfig, costs: SizeCosts, dtype: str, weights: int, b
     return {
         "full_steps": method.schedule(),
         "passes": asdict(count),
-        "speedup": {"measured": None, "ideal": baseline / flops, "measured_over_ideal": None},
+        "speedup": speedups(ideal=baseline / flops),
         "flops": flops,
         "cache_bytes": cache,
         "parameters": in_use,

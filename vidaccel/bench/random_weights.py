@@ -22,7 +22,7 @@ from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters
 from vidaccel.bench.own_model import planned
 from vidaccel.bench.plan import SizeCosts, method_flops, passes, size_costs, stand_in
-from vidaccel.bench.rows import SCHEMA, Row, blank_run
+from vidaccel.bench.rows import SCHEMA, Row, blank_run, speedups
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -210,7 +210,7 @@ def _timed(method: MethodConfig, baseline: MethodConfig, costs: SizeCosts, timed
         slow = [_denoise(baseline, costs, each) for each in timed]
         measured = quartiles([a / b for a, b in zip(slow, seconds, strict=True)])["median"]
         ideal = method_flops(baseline, costs) / flops
-        known["speedup"] = {"measured": measured, "ideal": ideal, "measured_over_ideal": measured / ideal}
+        known["speedup"] = speedups(measured, ideal)
     return known
 
 

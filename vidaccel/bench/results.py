@@ -12,7 +12,7 @@ from vidaccel.artefacts import atomic_path
 from vidaccel.bench import counterparts
 from vidaccel.bench.measures.pairs import Totals, differences, verdicts
 from vidaccel.bench.measures.quality import columns, distribution, scorer_of, summary
-from vidaccel.bench.rows import SCHEMA, Row, Rows, blank_run
+from vidaccel.bench.rows import SCHEMA, STAGES, Row, Rows, blank_run, speedups
 from vidaccel.config.benchmark import EQUAL_COMPUTE, BenchmarkConfig
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.numbers import quartiles
@@ -117,11 +117,14 @@ def _run(
         return run
     run |= row.counts | {"speedup": _speedup(row, _baseline(row, rows, config)), "prompts": config.timed_prompts}
     if len(row.rounds) > 1:
-        run["denoise_seconds"] = quartiles([each["denoise"] for each in row.rounds])
-        run["end_to_end_seconds"] = quartiles([each["end_to_end"] for each in row.rounds])
+        for stage in (*STAGES, "end_to_end"):
+            seconds = [each.get(stage) for each in row.rounds]
+            known = [value for value in seconds if value is not None]
+            run[f"{stage}_seconds"] = quartiles(known) if len(known) == len(seconds) else None
     if row.videos and row.error is None:
         run |= summary(row.videos, meanings[: len(row.videos)], totals, own.name if own else None)
         run |= {"prompts": len(row.videos), "per_prompt": _per_prompt(row)}
+        run["vbench"] = {name: 100 * value for name, value in row.vbench.items()} or None
     return run | {"seeds": list(seeds[: run["prompts"]])}
 
 
@@ -131,7 +134,7 @@ def _per_prompt(row: Row) -> dict[str, Any]:
     found = {"scores": {}, "fidelity": {}, "own_fidelity": {}}
     for name, values in columns(row.videos).items():
         group, _, key = name.rpartition(".")
-        found[group or "scores"][key] = _listed(values)
+        found.setdefault(group or "scores", {})[key] = _listed(values)
     for reference, own in owns.items():
         found["own_fidelity"][reference] = {
             name.rpartition(".")[2]: _listed(values) for name, values in own.items() if name.startswith("own_fidelity.")
@@ -210,10 +213,31 @@ def _goodness(run: Mapping[str, Any]) -> float:
 
 
 def _speedup(row: Row, baseline: Row) -> dict[str, float | None]:
-    """`measured` is the median over rounds of the ratio to the baseline within the round."""
+    """Measured ones are medians over rounds of the ratio to the baseline within the round."""
     ideal = baseline.counts["flops"] / row.counts["flops"] if baseline.counts else None
     pairs = list(zip(baseline.rounds, row.rounds, strict=False))
     if len(pairs) < 2:
-        return {"measured": None, "ideal": ideal, "measured_over_ideal": None}
-    measured = float(np.median([slow["denoise"] / fast["denoise"] for slow, fast in pairs]))
-    return {"measured": measured, "ideal": ideal, "measured_over_ideal": measured / ideal if ideal else None}
+        return speedups(ideal=ideal)
+    measured, end_to_end = (
+        float(np.median([slow[key] / fast[key] for slow, fast in pairs])) for key in ("denoise", "end_to_end")
+    )
+    return speedups(measured, ideal, end_to_end)
+
+
+def completed(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json of an earlier version, with what today's has and its figures allow: the speedup end to end, there
+    the ratio of medians."""
+    seconds = {_place(run): run["end_to_end_seconds"] for run in results["runs"]}
+
+    def run_now(run: dict[str, Any]) -> dict[str, Any]:
+        base, own = seconds.get((results["baseline"], *_place(run)[1:])), run["end_to_end_seconds"]
+        if "end_to_end" in run["speedup"]:
+            return run
+        ratio = base["median"] / own["median"] if base and own else None
+        return run | {"speedup": run["speedup"] | {"end_to_end": ratio}}
+
+    return results | {"runs": [run_now(run) for run in results["runs"]]}
+
+
+def _place(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["method"], *run["size"].values()

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_json, write_run
-from vidaccel.bench import choosing, counterparts
+from vidaccel.bench import choosing, counterparts, vbench
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
 from vidaccel.bench.environment import environment
-from vidaccel.bench.generation import Size, TimedGeneration, reconstructed, timed_generation
+from vidaccel.bench.generation import Size, TimedGeneration, reconstructed, timed_generation, writing_seconds
 from vidaccel.bench.judges import Judged, judged, judges
 from vidaccel.bench.measures.counting import Observer
 from vidaccel.bench.measures.pairs import smallest_difference
@@ -41,9 +41,10 @@ from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
 from vidaccel.bench.own_model import SIZE, fitted, resolved, with_ancestors
 from vidaccel.bench.reports.tables import not_run
 from vidaccel.bench.results import EXAMPLES, RECONSTRUCTED, results_of, write_results
-from vidaccel.bench.rows import NOT_RUN, Row, Rows
+from vidaccel.bench.rows import NOT_RUN, STAGES, Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
+from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
 from vidaccel.locks import locked
 from vidaccel.models.calling import check_sizes
@@ -99,6 +100,12 @@ class Benchmark:
             log.info("%s", not_run(lacking))
         self.timed_prompts = prompts_of(config, config.timed_prompts)
         self.scored_prompts = prompts_of(config, config.scored_prompts, config.stream) if quality else []
+        if config.vbench:
+            if not quality:
+                raise UserError(
+                    "vbench judges the videos that --quality makes, which is not asked for", "add --quality"
+                )
+            vbench.check(config.vbench)
         if quality:
             perceptual_network()  # now, and not after an hour of timing
         self.environment = environment(self.models.device)
@@ -117,7 +124,7 @@ class Benchmark:
         self.ceilings: dict[str, Any] = read_json(file, "remove it") if file.exists() else {}
 
     def run(self) -> dict[str, Any]:
-        if (self.folder / RUN_FILE).exists():
+        if (self.folder / RUN_FILE).exists() and not self._unjudged:
             return read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on")
         self._count()
         if self.quality and self.config.equal_compute:
@@ -128,6 +135,9 @@ class Benchmark:
         if self.quality:
             self._announce()
             self._score()
+        if self._unjudged:
+            self._report()  # so that all the rest is there where VBench fails
+            self._ask_vbench()
         rmtree(self.folder / "reference", ignore_errors=True)
         return self._finish()
 
@@ -183,7 +193,7 @@ class Benchmark:
                     bar.advance()
 
     def _time_row(self, row: Row) -> None:
-        denoise, rest = [], []
+        spent: dict[str, list[float | None]] = {stage: [] for stage in STAGES}
         if self.models.place(row.method):
             self._warm_up(row.method, row.size)
         with self.models.running(row.method, row.settings) as loaded:
@@ -192,17 +202,21 @@ class Benchmark:
                 self._warmed_up.add(row.id)
             for i, prompt in enumerate(self.timed_prompts):
                 made = self._generate(row, [prompt], [self.config.seed + i], loaded)
-                denoise.append(made.denoise_seconds)
-                rest.append(made.seconds - made.denoise_seconds)
+                spent["text"].append(made.text_seconds)
+                spent["denoise"].append(made.denoise_seconds)
+                spent["decode"].append(made.decode_seconds)
+                spent["write"].append(writing_seconds(made.frames[0], loaded.default("fps")))
                 if i == 0 and not row.rounds:
                     self.rows.save_frames(row, made.frames[0])
+                    self.rows.save_clip(row, made.frames[0], loaded.default("fps"))
             # A few steps are over before the machine has settled: more of them, without the decoder.
             for i, prompt in itertools.cycle(enumerate(self.timed_prompts)):
-                if sum(denoise) >= self.config.timed_seconds:
+                if sum(spent["denoise"]) >= self.config.timed_seconds:
                     break
                 made = self._generate(row, [prompt], [self.config.seed + i], loaded, decode=False)
-                denoise.append(made.denoise_seconds)
-        row.rounds.append({"denoise": mean(denoise), "end_to_end": mean(denoise) + mean(rest)})
+                spent["denoise"].append(made.denoise_seconds)
+        stages = {stage: None if None in seconds else mean(seconds) for stage, seconds in spent.items()}
+        row.rounds.append(stages | {"end_to_end": sum(seconds or 0 for seconds in stages.values())})
 
     def _warm_up(self, method: MethodConfig, size: Size) -> None:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
@@ -243,6 +257,29 @@ class Benchmark:
                         self._attempt(row, work, written=False)
                 self._attempt(row, partial(self._take, row, waiting, 0, bar.advance))
             self._score_ceilings(others)
+
+    @property
+    def _unjudged(self) -> list[Row]:
+        """Rows whose videos VBench is to judge and has not."""
+        wanted = self.rows.without_error if self.config.vbench else []
+        return [row for row in wanted if not all("vbench" in video for video in row.videos)]
+
+    def _ask_vbench(self) -> None:
+        assert self.config.vbench is not None
+        rows = self._unjudged
+        with Progress("VBench", total=len(rows)) as bar:
+            for row in rows:
+                files = self.rows.video_files(row, self.scored_prompts)
+                if lost := next((file for file in files if not file.exists()), None):
+                    raise UserError(f"{lost} is not there for VBench", "remove the folder, and start with vbench=...")
+                prompts = {file.name: prompt for file, prompt in zip(files, self.scored_prompts, strict=True)}
+                work = self.folder / "vbench" / row.file_name
+                found = vbench.judge(self.config.vbench, files[0].parent, prompts, self.config.vbench_dimensions, work)
+                row.vbench = found.overall
+                for video, file in zip(row.videos, files, strict=True):
+                    video["vbench"] = found.videos.get(file.name, {})
+                self.rows.save(row)
+                bar.advance()
 
     def _score_ceilings(self, others: Executor | None) -> None:
         """Of videos as the prompts ask for, where the world can make them, and of the same through the baseline's
@@ -290,6 +327,7 @@ class Benchmark:
         references = counterparts.references(self.rows.without_error)
         compared = [each for each in references if counterparts.compared_with(row, each)]
         baseline, batch = row.name == self.config.baseline, []
+        kept = self.rows.video_files(row, self.scored_prompts)
         for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             only = slice(place, place + 1)
             video = TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
@@ -300,9 +338,8 @@ class Benchmark:
             files = {each.name: self.rows.reference_file(row.size, index, each) for each in compared}
             base = None if baseline else self.rows.reference_file(row.size, index)
             batch.append(_handed(others, self.config.scorer, prompt, video, base, files))
-            if self.config.keep_videos:
-                number = self.scored_prompts[:index].count(prompt)
-                self.rows.save_video(row, prompt, number, made.frames[place], loaded.default("fps"))
+            if self.config.keep_videos or self.config.vbench:
+                write_video(made.frames[place], kept[index], loaded.default("fps"))
         waiting.append(batch)
         self._take(row, waiting, 0 if others is None else 1, advance)
 
@@ -366,11 +403,7 @@ class Benchmark:
         return {"command": self.command} | found
 
     def _finish(self) -> dict[str, Any]:
-        from vidaccel.bench.reports.html import write_report
-
-        results = self._results(compared=self.quality)
-        write_results(self.folder / RESULTS_FILE, results)
-        write_report(self.folder, results, self.rows)
+        results = self._report()
         write_run(
             self.folder,
             format=FORMAT,
@@ -380,6 +413,15 @@ class Benchmark:
             started=self.started,
             parents=self.parents,
         )
+        return results
+
+    def _report(self) -> dict[str, Any]:
+        """results.json with all comparisons, and the report of it."""
+        from vidaccel.bench.reports.html import write_report
+
+        results = self._results(compared=self.quality)
+        write_results(self.folder / RESULTS_FILE, results)
+        write_report(self.folder, results, self.rows)
         return results
 
 

@@ -24,6 +24,20 @@ EQUAL_COMPUTE = "equal compute"
 DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips")
 """Measures of likeness of which it is known which way is better: less or more motion is neither."""
 
+VBENCH_DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "overall_consistency",
+    "temporal_flickering",
+    "temporal_style",
+    "human_action",
+)
+"""Of VBench, those that need nothing but a video and its prompt; the last three are for prompts of their kind."""
+
 CACHES = {
     "pab": "diffusers:PyramidAttentionBroadcastConfig",
     "fastercache": "diffusers:FasterCacheConfig",
@@ -230,8 +244,8 @@ class BenchmarkConfig(RuntimeConfig):
         default_factory=lambda: ["semantic", "pair", "total", "own_fidelity.latent_relative_l2"]
     )
     """Measures that rows are told apart by, named before anything is measured: scores, `fidelity.NAME` against the
-    baseline's videos, `own_fidelity.NAME` against the same model's own full run. Each gets a verdict, corrected for
-    there being so many; all else gets an interval alone."""
+    baseline's videos, `own_fidelity.NAME` against the same model's own full run,
+    `vbench.DIMENSION`. Each gets a verdict, corrected for there being so many; all else gets an interval alone."""
     contrasts: dict[str, list[str]] = field(default_factory=dict)
     """Questions named beforehand: rows, and the rows that each is to be held against, by name; `equal compute` stands
     for few steps of the same model that cost as much. One correction is for all of them and all endpoints."""
@@ -247,6 +261,11 @@ class BenchmarkConfig(RuntimeConfig):
     """Prompts, none of which is reported on, that values of sweeps are chosen on for rows with `at_most`."""
     keep_videos: bool = False
     """Whether the videos that quality is measured on stay: videos/ROW/PROMPT-N.mp4, as VBench wants them named."""
+    vbench: str | None = None
+    """Python of an environment in which VBench is installed: where quality is measured it judges the videos, which are
+    then kept."""
+    vbench_dimensions: list[str] = field(default_factory=lambda: list(VBENCH_DIMENSIONS[:7]))
+    """What it judges them by, of those that it has for prompts of one's own."""
     batch_size: int = 8
     """Videos made together where they are only scored; a cache that decides by what it sees gets one at a time."""
     whole: bool | None = None
@@ -275,7 +294,12 @@ class BenchmarkConfig(RuntimeConfig):
         for name in self.endpoints:
             group, _, measure = name.rpartition(".")
             known = not group or (group in ("fidelity", "own_fidelity") and measure in DIRECTED)
-            require(known, "endpoints", name, f"is a score or (own_)fidelity.NAME, NAME one of {', '.join(DIRECTED)}")
+            known = known or (group == "vbench" and measure in VBENCH_DIMENSIONS)
+            rule = f"is a score, vbench.DIMENSION or (own_)fidelity.NAME, NAME one of {', '.join(DIRECTED)}"
+            require(known, "endpoints", name, rule)
+        for name in self.vbench_dimensions:
+            rule = f"is one of {', '.join(VBENCH_DIMENSIONS)}"
+            require(name in VBENCH_DIMENSIONS, "vbench_dimensions", name, rule)
         for name in (*self.contrasts, *(other for others in self.contrasts.values() for other in others)):
             require(name in (EQUAL_COMPUTE, *self.methods), "contrasts", name, "is the name of a row, or equal compute")
         processes = self.scoring_processes

@@ -4,7 +4,7 @@ Likeness is to the videos that the baseline, 50 steps of the teacher under two-p
 and to those of the same model's own full run, in which nothing was predicted or skipped.
 The dynamic degree is how much a video changes from frame to frame, as a share of how much the baseline's does: motion
 that slows down after distillation shows here. LPIPS is measured where its package is installed.
-VBench is not, since its package wants other versions of transformers and torch; `keep_videos` keeps them for it.
+VBench's own package is asked in an environment of its own (bench/vbench.py), if one is named.
 
 T frames, H and W pixels, P prompts
 """
@@ -134,12 +134,14 @@ def mean_change(frames: np.ndarray) -> float:
 
 def columns(videos: Sequence[Mapping[str, Any]], own: str | None = None) -> dict[str, np.ndarray]:
     """Arrays [P] of all that was measured of a row's videos, NaN where it was not: dimensions in percent by their
-    names, likeness to the baseline's videos as fidelity.<name>, to those of the row `own` as own_fidelity.<name>."""
+    names, likeness to the baseline's videos as fidelity.<name>, to those of the row `own` as
+    own_fidelity.<name>, what VBench says in percent as vbench.<dimension>."""
     found: dict[str, np.ndarray] = {}
     measured = (
         ("", 100.0, [video["marks"] for video in videos]),
         ("fidelity.", 1.0, [video["likeness"] for video in videos]),
         ("own_fidelity.", 1.0, [video.get("own", {}).get(own) for video in videos]),
+        ("vbench.", 100.0, [video.get("vbench") for video in videos]),
     )
     for prefix, unit, values in measured:
         known = [each or {} for each in values]

@@ -57,8 +57,10 @@ def orders(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[
 def measure(name: str) -> str:
     """An endpoint for people: fidelity is to the baseline's videos, own_fidelity to the model's own full run."""
     group, _, key = name.rpartition(".")
-    whose = {"": "", "fidelity": " to the baseline", "own_fidelity": " to its own full run"}[group]
-    return NAMES.get(key, key) + whose
+    whose = {"": "", "fidelity": " to the baseline", "own_fidelity": " to its own full run", "vbench": " by VBench"}[
+        group
+    ]
+    return NAMES.get(key, key.replace("_", " ")) + whose
 
 
 def _contrasts(runs: Sequence[dict[str, Any]], question: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -2,66 +2,114 @@
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
-from vidaccel.bench.reports.plots import write_frontier, write_pareto
-from vidaccel.bench.reports.tables import COLUMNS, failures, title
+from vidaccel.bench.reports.frontier import frontier
+from vidaccel.bench.reports.plots import pareto
+from vidaccel.bench.reports.tables import COLUMNS, HEADINGS, MEANINGS, failures, title
+from vidaccel.bench.reports.wording import in_words
 from vidaccel.bench.results import dumped
 from vidaccel.bench.rows import Rows
 from vidaccel.data.video import contact_sheet
 
 REPORT_FILE, PARETO_FILE, SHEET_FILE = "report.html", "pareto.png", "sheet.png"
 FRONTIER_FILE = "frontier.png"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .15em .7em; text-align: right }
-th { border-bottom: 1px solid #888 } th:first-child, td:first-child { text-align: left }
-tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } code { font-size: 13px }
-"""
+FIRST = (
+    "total",
+    "speedup, denoising",
+    "speedup, end to end",
+    "passes",
+    "full passes",
+    "latent",
+    "own latent",
+    "memory",
+)
+"""Columns that are seen without a click, in order."""
+LOOKS = Path(__file__).parent
+"""report.css and report.js, which the page has in it."""
 
 
 def write_report(folder: Path, results: dict[str, Any], rows: Rows) -> None:
-    """All of them, from results.json's content and the frames that the rows kept."""
-    write_pareto(folder / PARETO_FILE, results["runs"])
-    write_frontier(folder / FRONTIER_FILE, results["runs"])
+    """All of them, from results.json's content and the frames and clips that the rows kept."""
+    for name, draw in ((PARETO_FILE, pareto), (FRONTIER_FILE, frontier)):
+        if (picture := draw(results)) is not None:
+            with atomic_path(folder / name) as temporary:
+                temporary.write_bytes(picture)
     shown = [(row, frames) for row in rows.rows if (frames := rows.frames(row)) is not None]
     if shown:
         contact_sheet([frames for _, frames in shown], folder / SHEET_FILE, labels=[row.name for row, _ in shown])
+    clips = {row.id: clip for row in rows.rows if (clip := rows.clip(row)) is not None}
     with atomic_path(folder / REPORT_FILE) as temporary:
-        temporary.write_text(report(results, folder), encoding="utf-8")
+        temporary.write_text(report(results, folder, clips), encoding="utf-8")
 
 
-def report(results: dict[str, Any], folder: Path) -> str:
-    """The page, with the pictures that lie in `folder` inside it."""
+def report(results: dict[str, Any], folder: Path, clips: dict[str, bytes] | None = None) -> str:
+    """The page, with the sheet of frames that lies in `folder` inside it, and `clips`, mp4s by the ids of runs."""
     runs = results["runs"]
     parts = [
-        "<h1>vidaccel benchmark</h1>",
-        f"<p><code>{html.escape(results['command'])}</code></p><p>{_environment(results['environment'])}</p>",
-        f"<p>Speedups are relative to {html.escape(results['baseline'])}, within each round. Ideal is by FLOPs, and "
-        "passes are counted as they happened: full ones, and those in which a predictor or a cache took part.</p>",
+        "<h1>How fast, and at what cost</h1>",
+        _about(results),
         *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(results, list(of_size))),
-        _picture(folder / PARETO_FILE),
-        _picture(folder / FRONTIER_FILE),
-        "<h2>The same prompt and seed, a row a method</h2>",
-        _picture(folder / SHEET_FILE),
-        f"<details><summary>results.json</summary><pre>{html.escape(dumped(results))}</pre></details>",
+        _pictures(results),
+        _clips(runs, clips or {}, folder / SHEET_FILE),
+        *_contrasts(results, runs),
+        *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _scores(list(of_size))),
+        f"<h2>How it was measured</h2><p><code>{html.escape(results['command'])}</code></p>"
+        f"<p>{_environment(results['environment'])}</p>",
+        "<details><summary>results.json, without the values of each prompt</summary>"
+        f"<pre>{_data(results)}</pre></details>",
     ]
-    head = f"<meta charset='utf-8'><title>vidaccel benchmark</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>vidaccel benchmark</title><style>{_look('report.css')}</style>"
+    )
+    body = f"<main>{''.join(parts)}</main><script>{_look('report.js')}</script>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
+
+
+def _look(name: str) -> str:
+    return (LOOKS / name).read_text(encoding="utf-8")
+
+
+def _data(results: dict[str, Any]) -> str:
+    short = [{key: value for key, value in run.items() if key != "per_prompt"} for run in results["runs"]]
+    return html.escape(dumped(results | {"runs": short}))
+
+
+def _about(results: dict[str, Any]) -> str:
+    base = next((run for run in results["runs"] if run["method"] == results["baseline"]), None)
+    against = f"{in_words(base)} (<code>{html.escape(base['method'])}</code>)" if base else "the baseline"
+    return (
+        f"<p>Every row makes the same videos in another way. They are held against {against}: speedups are ratios "
+        "to it within each round of timing, of the sampler alone (denoising) and of all that a user waits for (end to "
+        "end). Passes are runs of the transformer, counted as they happened: those of the whole of it, and those in "
+        "which something cheaper stood in.</p>"
+    )
 
 
 def _size(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What was found of videos of one size."""
     yield f"<h2>{html.escape(title(runs[0]))}</h2>"
-    columns = {name: cell for name, cell in COLUMNS.items() if any(run["passes"] and cell(run) for run in runs)}
-    lines = [[run["method"], *(cell(run) or "" for cell in columns.values())] for run in runs if run["passes"]]
-    yield _table(["method", *columns], lines)
-    yield from (_errors(runs), *_contrasts(results, runs), _scores(runs))
+    ran = [run for run in runs if run["passes"]]
+    columns = [name for name, cell in COLUMNS.items() if any(cell(run) for run in ran)]
+    others = [name for name in columns if name not in FIRST]
+    yield _columns(ran, [name for name in FIRST if name in columns])
+    if others:
+        yield f"<details><summary>Seconds of each stage, memory and more</summary>{_columns(ran, others)}</details>"
+    meanings = [(HEADINGS.get(name, name), MEANINGS[name]) for name in columns if name in MEANINGS]
+    said = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in meanings)
+    terms = "".join(said).replace("{baseline}", html.escape(results["baseline"]))
+    yield f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>"
+    yield _errors(runs)
+
+
+def _columns(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    return _table(["method", *names], [[run, *(COLUMNS[name](run) or "" for name in names)] for run in runs])
 
 
 def _environment(environment: dict[str, Any]) -> str:
@@ -70,36 +118,52 @@ def _environment(environment: dict[str, Any]) -> str:
     return html.escape("; ".join([*facts, versions, f"commit {environment['commit']}"]))
 
 
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str | dict[str, Any]]]) -> str:
+    """Sorted by a click on a heading; a run as a cell is its method."""
+    head = "".join(
+        f"<th scope='col'><button>{html.escape(HEADINGS.get(each, each))}</button></th>" for each in headings
+    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(cell: str | dict[str, Any]) -> str:
+    return html.escape(cell) if isinstance(cell, str) else _method(cell)
+
+
+def _method(run: dict[str, Any]) -> str:
+    return f"<span>{html.escape(in_words(run))}</span> <code>{html.escape(run['method'])}</code>"
 
 
 def _errors(runs: Sequence[dict[str, Any]]) -> str:
     """Rows that could not run, and why."""
-    lines = [[", ".join(methods), why] for why, methods in failures(runs).items()]
-    return "<h3>What could not run</h3>" + _table(["methods", "why"], lines) if lines else ""
+    lines = [
+        f"<li>{html.escape(why)}: {', '.join(f'<code>{html.escape(each)}</code>' for each in methods)}</li>"
+        for why, methods in failures(runs).items()
+    ]
+    return f"<h3>What could not run</h3><ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _contrasts(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What the rows were held against, and which were better or worse."""
+    by_method = {run["method"]: run for run in runs}
     found = list(tables_of(results, runs))
     if found:
-        yield f"<h3>Which is better</h3><p>{html.escape(ABOUT)}</p>"
+        yield f"<h2>Which is better</h2><p>{html.escape(ABOUT)}</p>"
         yield "<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in orders(results, runs)) + "</ul>"
         for heading, headings, lines in found:
-            yield f"<h4>{html.escape(heading)}</h4>" + _table(headings, lines)
+            named = [[by_method.get(line[0], line[0]), *line[1:]] for line in lines]
+            yield f"<h3>{html.escape(heading)}</h3>" + _table(headings, named)
 
 
-def _scores(runs: Sequence[dict[str, Any]]) -> str:
+def _scores(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Every score with its interval."""
     scored = [run for run in runs if run["intervals"]]
-    if not scored:
-        return ""
-    names = list(dict.fromkeys(name for run in scored for name in run["intervals"]))
-    lines = [[run["method"], *(_with_interval(run, name) for name in names)] for run in scored]
-    return "<h3>Scores, with 95 % intervals over meanings</h3>" + _table(["method", *names], lines)
+    if scored:
+        names = list(dict.fromkeys(name for run in scored for name in run["intervals"]))
+        lines = [[run, *(_with_interval(run, name) for name in names)] for run in scored]
+        headings = ["method", *(name.replace("own_fidelity.", "own full run: ").replace("_", " ") for name in names)]
+        yield "<h2>Scores, with 95 % intervals over meanings</h2>" + _table(headings, lines)
 
 
 def _with_interval(run: dict[str, Any], name: str) -> str:
@@ -111,8 +175,43 @@ def _with_interval(run: dict[str, Any], name: str) -> str:
     return f"{where[key]:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _picture(path: Path) -> str:
-    if not path.exists():
+def _pictures(results: dict[str, Any]) -> str:
+    known = [(draw, text) for draw, text in PICTURES if draw(results, dark=True) is not None]
+    return "".join(
+        f"<h2>{text}</h2>{_picture(lambda dark, draw=draw: draw(results, dark), text)}" for draw, text in known
+    )
+
+
+PICTURES = ((frontier, "Quality for so many full passes"), (pareto, "Speed against quality, every row"))
+
+
+def _picture(draw: Callable[[bool], bytes | None], text: str) -> str:
+    """In the colours that the reader's system has."""
+    dark, light = (f"data:image/png;base64,{base64.b64encode(draw(each) or b'').decode()}" for each in (True, False))
+    source = f"<source media='(prefers-color-scheme: dark)' srcset='{dark}'>"
+    return f"<p><picture>{source}<img alt='{html.escape(text)}' src='{light}'></picture></p>"
+
+
+def _clips(runs: Sequence[dict[str, Any]], clips: dict[str, bytes], sheet: Path) -> str:
+    """The rows' videos of one prompt from the same noise, to be played together; of old folders their frames."""
+    shown = [(run, clips[run["id"]]) for run in runs if run["id"] in clips]
+    frames = ""
+    if sheet.exists():
+        data = base64.b64encode(sheet.read_bytes()).decode()
+        frames = f"<details{'' if shown else ' open'}><summary>Frame by frame</summary>"
+        frames += f"<p><img alt='frames of each row' src='data:image/png;base64,{data}'></p></details>"
+    if not shown and not frames:
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f"<p><img alt='{path.stem}' src='data:image/png;base64,{data}'></p>"
+    videos = "".join(
+        f"<figure><video muted loop playsinline src='data:video/mp4;base64,{base64.b64encode(clip).decode()}'>"
+        f"</video><figcaption>{_method(run)}{_speed(run)}</figcaption></figure>"
+        for run, clip in shown
+    )
+    play = "<p><button id='together'>Play all from the start</button> A click on one stops it.</p>" if shown else ""
+    return f"<h2>The same prompt from the same noise</h2>{play}<div class='clips'>{videos}</div>{frames}"
+
+
+def _speed(run: dict[str, Any]) -> str:
+    speeds = {"denoising": run["speedup"]["measured"], "end to end": run["speedup"].get("end_to_end")}
+    said = ", ".join(f"{name} {value:.1f}x" for name, value in speeds.items() if value)
+    return f"<br>{said}" if said else ""

@@ -1,23 +1,24 @@
 """Speed against quality, as a picture: every row a point, and the line that ours make together."""
 
+import io
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from vidaccel.artefacts import atomic_path
+from vidaccel.bench.reports.themes import DARK, LIGHT
 
 KINDS = {
-    "sampler on the teacher": ("o", "#444444"),
-    "sampler on the student": ("o", "#1f77b4"),
+    "sampler on the teacher": ("o", "#777777"),
+    "sampler on the student": ("o", "#2f86c8"),
     "with a predictor": ("D", "#d62728"),
-    "cache on the teacher": ("s", "#bbbbbb"),
+    "cache on the teacher": ("s", "#aaaaaa"),
     "cache on the student": ("s", "#8fbbe0"),
 }
 """Marker and colour."""
@@ -25,9 +26,8 @@ LEADER = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.4, "shrinkA": 0,
 """From a name to its point."""
 PLACES = 12
 """Directions from a point in which its name is tried."""
-TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30)
+TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)
 """Speedups that the axis names."""
-PASSES_TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50, 100)
 
 
 def kind_of(run: dict[str, Any]) -> str:
@@ -43,61 +43,30 @@ def best_total(runs: Sequence[dict[str, Any]], speedup: float) -> float | None:
     return max((run["total"] for run in runs if run["speedup"]["measured"] >= speedup), default=None)
 
 
-def write_pareto(path: Path, runs: Sequence[dict[str, Any]]) -> None:
+def pareto(results: Mapping[str, Any], dark: bool = False) -> bytes:
     """A PNG: total against measured speedup; likeness to the baseline where nothing was scored; else measured against
     ideal speedup."""
-    timed = [run for run in runs if run["speedup"]["measured"] is not None]
-    figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if any(run["total"] is not None for run in timed):
-        _totals(axes, [run for run in timed if run["total"] is not None])
-    elif any(run["fidelity"] for run in timed):
-        _likeness(axes, [run for run in timed if run["fidelity"]])
-    else:
-        _speedups(axes, timed)
-    axes.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
-    axes.minorticks_off()
-    if timed:
-        fastest = max(run["speedup"]["measured"] for run in timed)
-        axes.set_xlim(0.9, 1.5 * fastest)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-        _label(axes)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-
-
-def write_frontier(path: Path, runs: Sequence[dict[str, Any]]) -> bool:
-    """A PNG of two panels against full-pass equivalents: total, and latent error to the model's own full run; whether
-    there was anything to draw."""
-    panels = {"total": "total, %", "own_fidelity.latent_relative_l2": "latent error to its own full run"}
-    costed = [run for run in runs if (run.get("full_pass_equivalents") or {}).get("flops") and run["intervals"]]
-    drawn = {name: [run for run in costed if name in run["intervals"]] for name in panels}
-    if not any(drawn.values()):
-        return False
-    figure = Figure(figsize=(9, 8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, label) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
-        for kind, (marker, colour) in KINDS.items():
-            chosen = [run for run in drawn[name] if kind_of(run) == kind]
-            costs = [run["full_pass_equivalents"]["flops"] for run in chosen]
-            middles = [run["total"] if name == "total" else run["own_fidelity"]["latent_relative_l2"] for run in chosen]
-            axes.scatter(costs, middles, marker=marker, color=colour, label=kind if chosen else None, s=28, zorder=2)
-            for run, cost in zip(chosen, costs, strict=True):
-                axes.vlines(cost, *run["intervals"][name], color=colour, alpha=0.35)
-        axes.set(xscale="log", ylabel=f"{label} (95 % interval)")
-        axes.grid(color="#eeeeee")
-    axes.set_xlabel("full passes of the same model that cost as much, by FLOPs")
-    ticks = [tick for tick in PASSES_TICKS if tick <= max(run["full_pass_equivalents"]["flops"] for run in costed)]
-    axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.minorticks_off()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if not handles:
-        handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    return True
+    timed = [run for run in results["runs"] if run["speedup"]["measured"] is not None]
+    buffer = io.BytesIO()
+    with rc_context(DARK if dark else LIGHT):
+        figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if any(run["total"] is not None for run in timed):
+            _totals(axes, [run for run in timed if run["total"] is not None])
+        elif any(run["fidelity"] for run in timed):
+            _likeness(axes, [run for run in timed if run["fidelity"]])
+        else:
+            _speedups(axes, timed)
+        axes.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
+        axes.minorticks_off()
+        if timed:
+            fastest = max(run["speedup"]["measured"] for run in timed)
+            axes.set_xlim(0.9, 1.5 * fastest)
+            figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+            _label(axes)
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
@@ -110,12 +79,16 @@ def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
     if ours:
         best = [best_total(ours, speed) for speed in speeds]
         axes.plot(speeds, best, color=KINDS["with a predictor"][1], zorder=1, label="best of them, at least so fast")
-    axes.set(xscale="log", xlabel="speedup, measured", ylabel="total, % (95 % interval over prompts)")
+    axes.set(xscale="log", xlabel="speedup of denoising, measured", ylabel="total, % (95 % interval over prompts)")
 
 
 def _likeness(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
     _points(axes, runs, [run["fidelity"]["latent_relative_l2"] for run in runs])
-    axes.set(xscale="log", xlabel="speedup, measured", ylabel="relative L2 distance of the latent to the baseline's")
+    axes.set(
+        xscale="log",
+        xlabel="speedup of denoising, measured",
+        ylabel="relative L2 distance of the latent to the baseline's",
+    )
     axes.invert_yaxis()
 
 
@@ -123,7 +96,7 @@ def _speedups(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
     _points(axes, runs, [run["speedup"]["ideal"] for run in runs])
     fastest = max((run["speedup"]["ideal"] for run in runs), default=1.0)
     axes.plot([1, fastest], [1, fastest], color="#dddddd", zorder=0)
-    axes.set(xscale="log", yscale="log", xlabel="speedup, measured", ylabel="speedup, by FLOPs")
+    axes.set(xscale="log", yscale="log", xlabel="speedup of denoising, measured", ylabel="speedup, by FLOPs")
 
 
 def _points(axes: Axes, runs: Sequence[dict[str, Any]], heights: Sequence[float]) -> None:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from vidaccel.bench.reports.contrasts import tables_of
+from vidaccel.bench.results import completed
 from vidaccel.bench.rows import NOT_RUN
 from vidaccel.numbers import si
 
@@ -25,6 +26,7 @@ def plan_tables(results: dict[str, Any]) -> Iterator[str | Table]:
 
 def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
     """Lines and tables, in order, of what a benchmark measured."""
+    results = completed(results)
     for _, runs in groupby(results["runs"], key=lambda run: run["size"]):
         runs = list(runs)
         yield title(runs[0])
@@ -84,7 +86,7 @@ def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
     table = empty_table()
     table.add_column("method", overflow="fold")
     for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading.replace(", ", "\n"), justify="right", no_wrap=True)
     for run in runs:
         table.add_row(run["method"], *(cell(run) or "-" for cell in columns.values()))
     return table
@@ -132,9 +134,14 @@ def _bytes(key: str) -> Callable[[dict[str, Any]], str | None]:
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "passes": passes_text,
-    "seconds": _number("{:.3g}", "denoise_seconds", "median"),
-    "speed": _number("{:.2f}x", "speedup", "measured"),
-    "ideal": _number("{:.2f}x", "speedup", "ideal"),
+    "seconds, text": _number("{:.2g}", "text_seconds", "median"),
+    "seconds, denoising": _number("{:.3g}", "denoise_seconds", "median"),
+    "seconds, decoding": _number("{:.2g}", "decode_seconds", "median"),
+    "seconds, writing": _number("{:.2g}", "write_seconds", "median"),
+    "seconds, all": _number("{:.3g}", "end_to_end_seconds", "median"),
+    "speedup, denoising": _number("{:.2f}x", "speedup", "measured"),
+    "speedup, end to end": _number("{:.2f}x", "speedup", "end_to_end"),
+    "by FLOPs": _number("{:.2f}x", "speedup", "ideal"),
     "full passes": _number("{:.1f}", "full_pass_equivalents", "flops"),
     "as timed": _number("{:.1f}", "full_pass_equivalents", "timed"),
     "of it": _number("{:.0%}", "speedup", "measured_over_ideal"),
@@ -147,16 +154,34 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "total": _number("{:.1f}", "total"),
 }
 """Of a measured run, each where a row has something to say in it."""
+HEADINGS = {
+    "full passes": "as many full passes, by FLOPs",
+    "as timed": "as many full passes, as timed",
+    "of it": "denoising of by FLOPs",
+    "cache": "cache between steps",
+    "memory": "peak memory",
+    "cache share": "cache of memory",
+    "latent": "latent error to the baseline",
+    "own latent": "latent error to own full run",
+    "Frechet": "Frechet distance",
+    "total": "total, %",
+}
+"""Of columns where there is room for words."""
 MEANINGS = {
     "passes": "of the whole transformer + of what stands in for it",
-    "speed": "how many times as fast as {baseline}, in denoising; ideal: the same by FLOPs",
+    "speedup, denoising": "how many times as fast as {baseline}, of the sampler alone",
+    "speedup, end to end": "the same of all stages, from the prompt to an mp4",
+    "by FLOPs": "what the counted arithmetic allows",
+    "full passes": "what a video costs in full passes of the same model",
+    "own latent": "the same to the same model's own run of all passes full",
+    "Frechet": "of the videos as a whole to those that the scorer's world made itself",
     "latent": "latent error, the distance of the final latents to {baseline}'s from the same noise; 0 is identical",
     "total": "score of the videos in percent",
 }
 """Of columns, below a table."""
 SHOWN = 3
 """Names of rows that a line lists."""
-NARROW = COLUMNS.keys() - {"of it", "cache share", "full passes", "as timed", "own latent", "Frechet"}
+NARROW = ("passes", "seconds, denoising", "speedup, denoising", "speedup, end to end", "latent", "total")
 """Those that a terminal of 80 columns has room for."""
 
 

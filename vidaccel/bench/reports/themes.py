@@ -1,0 +1,17 @@
+"""Colours of the pictures, on a white page and on a dark one."""
+
+_SHARED = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+_INK, _PAPER = "#d8dadd", "#16181c"
+LIGHT: dict[str, object] = _SHARED
+DARK: dict[str, object] = _SHARED | {
+    "figure.facecolor": _PAPER,
+    "axes.facecolor": _PAPER,
+    "savefig.facecolor": _PAPER,
+    "legend.facecolor": _PAPER,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+"""Settings of matplotlib."""
