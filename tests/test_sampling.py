@@ -1,5 +1,6 @@
 """The pipeline driven as a user's own would be, what is counted on the way, and the same latents from the bare loop."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,13 +11,15 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.students import student
+from tests.students import save_teacher, student
 from tests.tiny import CALLS, SIZE, tiny_pipeline
+from vidaccel.artefacts import RUN_FILE
+from vidaccel.cache.attach import attach
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import call_arguments, set_guidance
-from vidaccel.models.grid import step_grid
+from vidaccel.models.grid import Grid, on_grid, step_grid
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.sampling import generate, predicted_steps, sample
@@ -147,6 +150,41 @@ def test_a_shift_of_a_scheduler_that_has_none_of_its_own_is_refused(scheduler, w
         generate(model, ["a"], GenerateConfig(steps=1, shift=3.0), [0])
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_listed_times_are_sampled_by_euler_whatever_the_pipeline_has(family):
+    model = loaded(family)
+    own = model.pipe.scheduler
+    x_1 = noise(model)
+    velocity, grid = Velocity(model.pipe.transformer, model.family), Grid.listed([1000, 757, 522], None)
+    expected = None
+    with on_grid(model.pipe, grid=grid):
+        got, (text, *_) = pipeline_latents(model, x_1, steps=3, guidance=1.0)
+        expected = sample(velocity, x_1, text, grid.tensor)
+    assert torch.equal(got, expected) and model.pipe.scheduler is own
+    with attach(model, predictor="reuse", sigmas=[1, 0.757, 0.522], full_steps=[0, 1, 2]) as attachment:
+        again, _ = pipeline_latents(model, x_1, steps=3, guidance=1.0)
+    assert torch.equal(again, expected) and model.pipe.scheduler is own and attachment.full_passes == 3
+    with pytest.raises(UserError, match="steps=4, and 3 times are listed"):
+        attach(model, predictor="reuse", sigmas=[1, 0.757, 0.522], steps=4, full_steps=[0])
+
+
+def test_times_in_a_models_own_call_are_its_grid(tmp_path):
+    folder = save_teacher(tmp_path / "teacher", "wan")
+    run = json.loads((folder / RUN_FILE).read_text())
+    run["call"] = {"timesteps": [1000, 757, 522], "guidance": 1.0} | SIZE
+    (folder / RUN_FILE).write_text(json.dumps(run))
+    model = load_pipeline(folder)
+    assert model.default("steps") == 3
+    made = generate(model, ["a red circle"], GenerateConfig(), [0])
+    assert (made.steps, made.passes) == (3, 3)
+    assert torch.equal(model.pipe.scheduler.sigmas, Grid.listed([1000, 757, 522], None).tensor)
+    listed = generate(load_pipeline(folder), ["a red circle"], GenerateConfig(sigmas=[1, 0.757, 0.522]), [0])
+    assert torch.equal(listed.latents, made.latents)
+    assert generate(model, ["a red circle"], GenerateConfig(steps=2, shift=3.0), [0]).passes == 2
+    with pytest.raises(UserError, match="4 steps, and the times 1, 0.757, 0.522, 0 are a grid of 3"):
+        generate(model, ["a red circle"], GenerateConfig(steps=4), [0])
+
+
 class Passes:
     """Keyword arguments of the transformer's passes."""
 
@@ -159,11 +197,13 @@ class Passes:
         self.seen.append(kwargs)
 
 
-def pipeline_latents(model: LoadedPipeline, x_1: torch.Tensor, **settings: object) -> tuple[torch.Tensor, list[dict]]:
+def pipeline_latents(
+    model: LoadedPipeline, x_1: torch.Tensor, steps: int = STEPS, **settings: object
+) -> tuple[torch.Tensor, list[dict]]:
     """What the pipeline makes of this noise, and the text tensors of its passes by their stored names."""
     passes = Passes(model)
     set_guidance(model, **settings)
-    arguments = call_arguments(model, steps=STEPS, **SIZE, **settings)
+    arguments = call_arguments(model, steps=steps, **SIZE, **settings)
     prompts = ["a red circle", "a green square"][: len(x_1)]
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)

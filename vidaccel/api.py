@@ -95,7 +95,9 @@ def collect_features(
         check_output(Path(output), FORMAT)
     folder = None if output is None or dry_run else Path(output)
     with locked(folder) if folder else nullcontext():
-        job = job_of(load_pipeline(settings.model, device=device, dtype=settings.dtype), settings)
+        job = job_of(
+            load_pipeline(settings.model, device=device, dtype=settings.dtype, lora=settings.lora or ()), settings
+        )
         size = planned(job)
         if folder:
             log.info("%s", size)

@@ -34,7 +34,11 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
     if came_from:
         _check_family(config.model, came_from[-1])
         return replace(
-            plain, model=came_from[-1], steps=None, shift=None, two_pass=None, instantaneous=False, negative_prompt=None
+            plain,
+            model=came_from[-1],
+            lora=None,
+            **dict.fromkeys(("steps", "shift", "timesteps", "sigmas", "two_pass", "negative_prompt")),
+            instantaneous=False,
         )
     if plain == config:
         raise UserError(

@@ -21,7 +21,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, sampled_as, unknown_words
-from vidaccel.models.grid import shifted
+from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text
 from vidaccel.progress import Progress
@@ -98,7 +98,7 @@ def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> Iterator[
     steps = loaded.default("steps") if config.steps is None else config.steps
     which = {key: getattr(config, key) for key in SCHEDULED_BY}
     with (
-        shifted(loaded.pipe, config.shift),
+        on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
         attach(loaded, predictor=config.predictor, steps=steps, **which, force=config.force) as attachment,
     ):
         yield attachment
@@ -164,7 +164,7 @@ def run_pipeline(
     started = time.perf_counter()
     with (
         sampled_as(loaded, **guidance, instantaneous=config.instantaneous),
-        shifted(loaded.pipe, config.shift),
+        on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
         watching,
     ):
         videos = loaded.pipe(list(prompts), generator=generators, output_type=output_type, **arguments).frames

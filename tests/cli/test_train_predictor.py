@@ -1,5 +1,6 @@
 """`vidaccel train-predictor` through real files: what it writes, what it says, and how it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,28 @@ def test_schedules_of_other_grids_stay_unless_they_are_of_another_forecaster(wor
     assert found("forecaster=reuse") == [4]
     assert found("forecaster=reuse", "steps=5") == [4, 5]
     assert found("forecaster=taylor", "steps=6") == [6]
+
+
+def test_a_grid_of_listed_times_is_searched_and_generated_on(world):
+    features = ("--features", str(world / "features"))
+    result = run(world, *features, "forecaster=reuse", "budgets=[2]", "timesteps=[1000,757,522]", "-o", "found")
+    assert result.exit_code == 0, result.output
+    (schedule,) = read_schedules("found/schedule.json")
+    assert schedule.steps == 3 and schedule.shift is None and schedule.times == (1.0, 0.757, 0.522, 0.0)
+    words = ["generate", "a red circle", f"model={world / 'student'}", "predictor=reuse"]
+    words += ["schedule=found/schedule.json", "budget=2", "-o", "out.mp4"]
+    made = CliRunner().invoke(app, [*words, "sigmas=[1,0.757,0.522,0]", "--json"])
+    assert made.exit_code == 0, made.output
+    report = json.loads(made.stdout)
+    assert report["steps"] == 3 and report["shift"] is None and report["passes"] == {"full": 2, "predicted": 1}
+    assert report["times"] == [1.0, 0.757, 0.522, 0.0]
+    assert "the times 1, 0.757, 0.522, 0 (of the settings; by flow-match Euler)" in made.stderr
+    other = CliRunner().invoke(app, [*words, "sigmas=[1,0.9,0.5]"])
+    assert other.exit_code == 2 and "the schedule is for the grid of the times 1, 0.757, 0.522, 0" in other.stderr
+    for wrong, why in (
+        ("steps=4", "steps is 3 or left out: sigmas says it"),
+        ("shift=3", "shift goes without sigmas"),
+        ("timesteps=[1000,500]", "timesteps goes without sigmas"),
+    ):
+        refused = CliRunner().invoke(app, [*words, "sigmas=[1,0.757,0.522]", wrong])
+        assert refused.exit_code == 2 and why in refused.stderr

@@ -1,5 +1,7 @@
 """Step grids as lists of times, worked out by hand, and those that diffusers' schedulers make."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -8,7 +10,16 @@ from hypothesis import strategies as st
 
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.models.grid import Grid, GridScheduler, fixed_shift, running_grid, shift_of, step_grid
+from vidaccel.models.grid import (
+    Grid,
+    GridScheduler,
+    fixed_shift,
+    on_grid,
+    own_grid,
+    running_grid,
+    shift_of,
+    step_grid,
+)
 
 WAN = FAMILIES["wan"]
 
@@ -113,3 +124,45 @@ def test_no_shift_makes_the_grids_of_some_options():
         with pytest.raises(UserError, match=rf"FlowMatchEulerDiscreteScheduler \({option}\)\nhint: set shift="):
             fixed_shift(scheduler, WAN)
     assert fixed_shift(GridScheduler(shift=2.0), WAN) == shift_of(GridScheduler(shift=2.0), WAN) == 2.0
+
+
+def test_a_list_of_timesteps_or_sigmas_is_a_grid():
+    dmd = Grid.listed([1000, 757, 522], None)
+    assert dmd == Grid.listed(None, [1.0, 0.757, 0.522, 0.0]) == Grid((1.0, 0.757, 0.522, 0.0))
+    assert Grid.listed(None, None) is None
+    for timesteps, sigmas, why in (
+        ([1000], [1.0], "came with sigmas"),
+        (None, [1000, 500], "are not in"),
+        ([500, 700], None, "are no step grid"),
+        ([], None, "are no step grid"),
+    ):
+        with pytest.raises(UserError, match=why):
+            Grid.listed(timesteps, sigmas)
+
+
+def test_listed_times_run_as_they_are_whatever_a_pipeline_asks_for():
+    grid = Grid.listed([1000, 757, 522], None)
+    own = unipc()
+    pipe = SimpleNamespace(scheduler=own)
+    with on_grid(pipe, grid=grid):
+        listed = pipe.scheduler
+        for how in ({"num_inference_steps": 3}, {"sigmas": [1.0, 0.5, 0.2], "mu": 0.9}, {"timesteps": [9, 8, 7]}):
+            listed.set_timesteps(**how)
+            assert torch.equal(listed.timesteps, 1000 * grid.tensor[:-1]) and torch.equal(listed.sigmas, grid.tensor)
+        assert shift_of(listed, WAN) is None
+        assert torch.equal(running_grid(listed, WAN).tensor, grid.tensor)
+        assert torch.equal(own_grid(listed, WAN, 3).tensor, grid.tensor)
+        with pytest.raises(UserError, match="4 steps, and the times 1, 0.757, 0.522, 0 are a grid of 3"):
+            listed.set_timesteps(4)
+        with on_grid(pipe, shift=2.0):
+            assert shift_of(pipe.scheduler, WAN) == 2.0 and own_grid(pipe.scheduler, WAN, 4) == Grid.shifted(4, 2.0)
+        assert pipe.scheduler is listed
+    assert pipe.scheduler is own
+
+
+def test_a_grid_that_no_shift_makes_is_read_off_the_scheduler():
+    scheduler = unipc(use_karras_sigmas=True)
+    assert own_grid(scheduler, WAN, 8).times == tuple(set_to(unipc(use_karras_sigmas=True), 8).sigmas.tolist())
+    assert scheduler.num_inference_steps is None and own_grid(unipc(), WAN, 8) == Grid.shifted(8, 3.0)
+    with pytest.raises(UserError, match=r"follows from the size of the video\nhint: set shift=.*sigmas="):
+        own_grid(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), WAN, 8)

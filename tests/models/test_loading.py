@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from tests.students import save, save_teacher, trained
 from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models import loading
 from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.folder import safetensors_header
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, read_model
+from vidaccel.sampling import generate
+from vidaccel.session import said_sampling
 from vidaccel.worlds import sprites
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -463,3 +467,24 @@ def test_a_header_of_nonsense_is_a_user_error(header, tmp_path_factory):
         safetensors_header(path)
     except UserError as error:
         assert path.name in error.message
+
+
+@pytest.mark.parametrize(("options", "scale"), [({"guidance_scale": 1.0}, 1.0), ({"enabled": False}, 1.0), ({}, 3.5)])
+def test_the_scale_of_a_checkpoints_guider_is_its_own(tmp_path, options, scale):
+    """A HunyuanVideo-1.5 whose guidance was distilled says 1, and is not sampled at its family's 6 in two passes."""
+    pipe = tiny_pipeline("hunyuan_video_15")
+    pipe.guider = ClassifierFreeGuidance(**{"guidance_scale": 3.5} | options)
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = load_pipeline(tmp_path / "model")
+    assert loaded.default("guidance") == loaded.guidance == scale and loaded.says("guidance") == "the model's guider"
+    assert loaded.says("steps") == "HunyuanVideo-1.5's defaults" and loaded.call == {}
+    pipe = loaded.pipe
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 16, 4
+    made = generate(loaded, ["a red circle"], GenerateConfig(steps=1, **SIZE), [0])
+    assert (made.passes, made.guidance) == (1 + (scale > 1), scale)
+    said = said_sampling(loaded, GenerateConfig(steps=1))
+    assert said == (
+        f"steps=1 (of the settings), guidance={scale:g} (of the model's guider), "
+        "shift=5 (of the model's FlowMatchEulerDiscreteScheduler)"
+    )
+    assert generate(loaded, ["a red circle"], GenerateConfig(steps=1, guidance=2.0, **SIZE), [0]).passes == 2

@@ -114,8 +114,14 @@ def equal_row(row: Row, cost: float | None, rows: Iterable[Row]) -> Row | None:
     own = own_row(row, rows := list(rows))
     if own is None or cost is None or is_full(row.method):
         return None
-    wanted = replace(own.method, steps=min(fewest_steps(cost, own), own.method.steps)), row.size
+    wanted = _in_steps(own.method, min(fewest_steps(cost, own), own.method.steps)), row.size
     return next((other for other in rows if (other.method, other.size) == wanted), None)
+
+
+def _in_steps(method: MethodConfig, steps: int) -> MethodConfig:
+    """On the model's own grid where its times are listed, of which there are no fewer."""
+    fewer = steps != method.steps
+    return replace(method, steps=steps, **({"timesteps": None, "sigmas": None} if fewer else {}))
 
 
 def training_free(method: MethodConfig) -> bool:

@@ -66,6 +66,8 @@ def timed_generation(
     config = GenerateConfig(
         steps=method.steps,
         shift=method.shift,
+        timesteps=method.timesteps,
+        sigmas=method.sigmas,
         guidance=guidance if method.guidance is None else method.guidance,
         two_pass=method.two_pass,
         instantaneous=method.weights == "teacher" and not method.as_called,

@@ -26,7 +26,7 @@ from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import shifted
+from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.runtime.prepare import prepare
 
@@ -147,7 +147,7 @@ class Models:
             Exception: whatever stands against it.
         """
         self.place(method)
-        loaded = self.pipeline(method)
+        loaded, grid = self.pipeline(method), Grid.listed(method.timesteps, method.sigmas)
         if method.cache is not None:
             with switched_on(loaded, method, settings):
                 yield loaded
@@ -155,7 +155,7 @@ class Models:
             yield loaded
         else:
             with (
-                shifted(loaded.pipe, method.shift),  # which a schedule has to fit
+                on_grid(loaded.pipe, method.shift, grid),  # which a schedule has to fit
                 attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)),
             ):
                 yield loaded
@@ -190,7 +190,8 @@ class Models:
         if method.on_skipped == "multistep":
             return Multistep.from_pretrained(self.predictor_folder(method))
         full = method.schedule() if method.budget is None else list(self.searched(method).full_steps)
-        sampled = method.steps, method.shift, method.guidance, tuple(full)
+        grid = Grid.listed(method.timesteps, method.sigmas)
+        sampled = method.steps, method.shift, grid, method.guidance, tuple(full)
         key = loaded.source, method.on_skipped, method.order, *sampled
         if key not in self._made:
             generate = partial(self._calibrate, method, loaded)

@@ -10,6 +10,7 @@ last step, before the video is decoded. CPU offload may be enabled before or aft
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +39,10 @@ from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.grid import Grid, current_step, running_grid, shift_of
+from vidaccel.models.grid import Grid, current_step, on_grid, running_grid, shift_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.own_call import keep_transformers, loaded_of
+from vidaccel.models.unchanged import Sample, changed, stored_sample, trunk_sample
 from vidaccel.models.weight_hashes import student_hashes
 
 
@@ -53,6 +55,8 @@ def attach(
     every: int | None = None,
     budget: int | None = None,
     schedule: str | Path | Schedule | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
     force: bool = False,
 ) -> "Attachment | WholePass":
     """Let a forecaster stand in for the transformer's blocks on all but the full steps.
@@ -67,6 +71,9 @@ def attach(
         every: n, for the full steps 0, n, 2n, ...
         budget: how many full steps, where schedules for several are at hand.
         schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own.
+        timesteps: times of the grid, from 1000 down, on which the pipeline is then sampled by flow-match Euler; they
+            say how many steps there are.
+        sigmas: the same from 1 down.
         force: take a predictor that was trained for another student or on another step grid, or scalars that were
             fitted to another student or other guidance; their grid and full steps cannot be forced.
 
@@ -81,6 +88,26 @@ def attach(
     else:
         loaded = loaded_of(pipe)
     family = family_of_pipeline(type(pipe).__name__)
+    grid = Grid.listed(timesteps, sigmas)
+    if grid is not None and steps not in (None, grid.steps):
+        raise UserError(f"steps={steps}, and {grid.steps} times are listed", "leave steps= out")
+    with ExitStack() as stack:
+        stack.enter_context(on_grid(pipe, grid=grid))
+        which = (grid.steps if grid else steps, full_steps, every, budget, schedule)
+        attachment = _attached(pipe, loaded, family, predictor, which, force)
+        attachment.leaving = stack.pop_all()
+    return attachment
+
+
+def _attached(
+    pipe: DiffusionPipeline,
+    loaded: LoadedPipeline | None,
+    family: DiTFamily,
+    predictor: str | Path | Forecaster | Multistep,
+    which: tuple,
+    force: bool,
+) -> "Attachment | WholePass":
+    """What `attach` gives, on the grid that the pipeline has; `which` are its arguments that say the full steps."""
     check_pipeline(pipe, family)
     require_free(pipe, family)
     if isinstance(predictor, str | Path) and predictor not in attachable():
@@ -88,13 +115,13 @@ def attach(
         if not predictor.is_dir():
             hint = f"a predictor is a folder, or one of: {', '.join(attachable())}"
             raise UserError(f"there is no folder {predictor}", hint)
-    chosen = _schedule(predictor, steps, full_steps, every, budget, schedule)
+    chosen = _schedule(predictor, *which)
     forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Multistep):
-        student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
+        student = _student(loaded, pipe, family, force)
         return _under_scalars(pipe, family, forecaster, student, chosen, force)
     if isinstance(forecaster, Predictor):
-        student = student_hashes(loaded) if loaded else _student_of(pipe, family, force)
+        student = _student(loaded, pipe, family, force or forecaster.config.student is None)
         for transformer in denoisers_of(pipe, family):
             forecaster.check_fits(transformer, family, student, force)
         if forecaster is not predictor:
@@ -139,7 +166,8 @@ class Attachment:
         bound: Bound | None = None,
     ):
         """Raises `UserError` as `Trunk.attach` does. A generation on another grid than that of `bound` is refused."""
-        self.policy = policy
+        self.policy, self.leaving = policy, ExitStack()
+        """Which steps are full; and what is undone after the hooks."""
         self._pipe, self._family, self._forecaster, self._bound = pipe, family, forecaster, bound
         self._timesteps: Tensor | None = None
         self._scheduler = pipe.scheduler  # the last one that was checked
@@ -167,6 +195,7 @@ class Attachment:
     def detach(self) -> None:
         """Leave the pipeline as it was; a second call does nothing."""
         self._attached.close()
+        self.leaving.close()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -313,6 +342,28 @@ def _forecaster(
     return forecaster_class(predictor).make(Making(pipe, family))
 
 
+def _student(loaded: LoadedPipeline | None, pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:
+    """`student_hashes` of the model that is in the pipeline; `UserError` if it is none of the files' any more."""
+    if loaded is None:
+        return _student_of(pipe, family, force)
+    _refuse_changed(loaded.trunk, pipe, family, loaded.source, force)
+    return student_hashes(loaded)
+
+
+def _refuse_changed(
+    before: Sample | None, pipe: DiffusionPipeline, family: DiTFamily, source: object, force: bool
+) -> None:
+    if before is None or force:
+        return
+    name = changed(before, trunk_sample(denoisers_of(pipe, family)[0], family))
+    if name is not None:
+        raise UserError(
+            f"the weights in memory are not those of {source}: {name} was changed, as by an adapter that was fused",
+            "unload it, or load the model with it (lora=[FILE:SCALE]) and train a predictor for that; or see what this "
+            "one does with force=true",
+        )
+
+
 def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:
     """`student_hashes` of a pipeline that diffusers loaded, by the files it came from; None if it was put together."""
     source, parts = pipe.name_or_path, {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
@@ -330,6 +381,8 @@ def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[
         names.append("conditioning")
     files = [(name, file) for name in names for file in own_files(folder / name, "*.safetensors")]
     hashes = FileHashes({f"{name}/{file.name}": file for name, file in files})
+    stored = None if force else stored_sample((file for name, file in files if name == names[0]), family)
+    _refuse_changed(stored, pipe, family, source, force)
     return student_hashes(LoadedPipeline(pipe, family, source, {}, hashes))
 
 

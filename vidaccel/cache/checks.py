@@ -104,10 +104,11 @@ CHECKS = (
 
 
 def _begun(scheduler: Any) -> Any:
-    """A copy at the beginning of a sampling of 4 steps, on the CPU."""
+    """A copy at the beginning of a sampling of 4 steps, or of as many as it lists, on the CPU."""
     begun = copy.deepcopy(scheduler)
     more = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-    begun.set_timesteps(4, device="cpu", **more)
+    listed = scheduler.config.get("times")
+    begun.set_timesteps(len(listed) - 1 if listed else 4, device="cpu", **more)
     return begun
 
 

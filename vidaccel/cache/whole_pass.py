@@ -12,6 +12,7 @@ B batch, C channels, T frames, H and W latent pixels
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class WholePass:
         Raises:
             UserError: a transformer is attached already, or a cache of diffusers is enabled on it.
         """
-        self.policy = FullSteps(scalars.full_steps, scalars.steps)
+        self.policy, self.leaving = FullSteps(scalars.full_steps, scalars.steps), ExitStack()
+        """Which steps are full; and what is undone after the transformers are let go."""
         self.full_passes, self.predicted_passes = 0, 0
         """Passes of either kind that went well, since it was attached; two a step under two-pass guidance."""
         self.remembered: list[list[Left]] = []
@@ -91,6 +93,7 @@ class WholePass:
             self._release()
         while self._calls:
             self._calls.pop().remove()
+        self.leaving.close()
 
     def __enter__(self) -> "WholePass":
         return self

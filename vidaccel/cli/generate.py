@@ -193,9 +193,11 @@ def _report(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """What `--json` prints, of one of the videos that were made."""
-    from vidaccel.models.grid import shift_of
+    from vidaccel.models.grid import Grid, shift_of
 
     config, loaded, attachment = ready.config, ready.loaded, ready.attachment
+    own = loaded.call if config.shift is None else {}
+    listed = Grid.listed(config.timesteps, config.sigmas) or Grid.listed(own.get("timesteps"), own.get("sigmas"))
     return {
         "files": [str(file) for file in files],
         "sheet": str(sheet) if sheet else None,
@@ -205,7 +207,8 @@ def _report(
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
         "full_steps": sorted(attachment.policy.full_steps) if attachment else None,
         "predictor": config.predictor,
-        "shift": config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
+        "shift": None if listed else config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
+        "times": listed and list(listed.times),
         "guidance": made.guidance,
         "runtime": ready.runtime,
         "size": list(made.frames.shape[1:4]),

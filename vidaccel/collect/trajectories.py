@@ -21,7 +21,7 @@ from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import guidance_in_force, unwanted
-from vidaccel.models.grid import Grid, fixed_shift
+from vidaccel.models.grid import Grid, own_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity, guided_velocity
 from vidaccel.models.weight_hashes import student_hash
@@ -52,8 +52,10 @@ class TrajectorySampler:
         self.size = size_of(loaded, config)
         self.steps = loaded.default("steps") if config.steps is None else config.steps
         check_pipeline(loaded.pipe, loaded.family)
-        self.shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
-        self.grid = Grid.shifted(self.steps, self.shift)
+        listed = Grid.listed(config.timesteps, config.sigmas)
+        own = Grid.shifted(self.steps, config.shift) if config.shift else None
+        self.grid = listed or own or own_grid(loaded.pipe.scheduler, loaded.family, self.steps)
+        self.shift = self.grid.shift
 
     def __call__(self, captions: list[str], seeds: list[int]) -> dict[str, Tensor]:
         """x and velocity [B, S, C, T, H, W] and text tensors [B, ...]; if wanted, `cache` [B, S, N, D] and, where the

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import require, settle_times
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.forecasters.registry import FORECASTERS
@@ -73,6 +73,10 @@ class MethodConfig:
     """Sampler steps."""
     shift: float | None = None
     """Shift of the step grid; null is the model's own."""
+    timesteps: list[float] | None = None
+    """Times of the grid in place of `steps` and `shift`, from 1000 (noise) down, such as [1000, 757, 522]."""
+    sigmas: list[float] | None = None
+    """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     guidance: float | None = None
     """Classifier-free guidance scale g of this row alone."""
     two_pass: bool = False
@@ -116,6 +120,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
         g = self.guidance
+        settle_times(self, unless=50)
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")

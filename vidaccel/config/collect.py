@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import require, settle_times
 
 
 @dataclass
@@ -14,6 +14,8 @@ class CollectConfig:
     """`encoded` (clips as latents and text embeddings) or `trajectory` (the model's own sampling of their captions)."""
     model: str = "sprites/teacher"
     """A shipped model (sprites/teacher), a local diffusers pipeline folder, or a hub id."""
+    lora: list[str] | None = None
+    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE."""
     data: str | None = None
     """A folder of videos with captions.jsonl; null renders scenes, which a model of the sprites world understands."""
     clips: int = 4000
@@ -30,6 +32,11 @@ class CollectConfig:
     """Of trajectories: sampler steps."""
     shift: float | None = None
     """Of trajectories: shift of the step grid."""
+    timesteps: list[float] | None = None
+    """Of trajectories: times of the grid in place of `steps` and `shift`, from 1000 (noise) down, such as
+    [1000, 757, 522]."""
+    sigmas: list[float] | None = None
+    """Of trajectories: the same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     guidance: float | None = None
     """Classifier-free guidance scale g: trajectories are sampled with it, and students trained on encoded clips are
     called with it unless told."""
@@ -60,6 +67,7 @@ class CollectConfig:
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         for key in ("clips", "batch_size", "per_shard"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         g = self.guidance
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import require, settle_times
 from vidaccel.config.runtime import RuntimeConfig
 
 
@@ -15,10 +15,16 @@ class GenerateConfig(RuntimeConfig):
 
     model: str = "sprites/teacher"
     """A shipped model (sprites/teacher), a local folder (a diffusers pipeline or a student), or a hub id."""
+    lora: list[str] | None = None
+    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE."""
     steps: int | None = None
     """Sampler steps."""
     shift: float | None = None
     """Shift s of the step grid, whose time k, from 1 for noise down to 0, becomes s k / (1 + (s - 1) k)."""
+    timesteps: list[float] | None = None
+    """Times of the grid in place of `steps` and `shift`, from 1000 (noise) down, such as [1000, 757, 522]."""
+    sigmas: list[float] | None = None
+    """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     guidance: float | None = None
     """Classifier-free guidance scale g."""
     two_pass: bool | None = None
@@ -57,6 +63,7 @@ class GenerateConfig(RuntimeConfig):
         super().__post_init__()
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         dtypes = ("auto", "float32", "bfloat16", "float16")

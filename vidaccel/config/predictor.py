@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from vidaccel.config.checks import require, require_clip_size
+from vidaccel.config.checks import require, require_clip_size, settle_times
 from vidaccel.config.training import TrainConfig
 
 
@@ -45,6 +45,8 @@ class PredictorConfig:
 
     student: str = "sprites/student"
     """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id."""
+    lora: list[str] | None = None
+    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE."""
     forecaster: str = "learned"
     """What it is: `learned` (a network in the trunk's place), `multistep` (scalars, fitted to the model's own runs,
     which answer the whole pass; the model may be a teacher of two passes), or `reuse`, `taylor` or `linear`, of which
@@ -115,6 +117,10 @@ class PredictorConfig:
     """Steps of the grid that it is made for; null is the student's own."""
     shift: float | None = None
     """Shift of that grid; null is the student's own."""
+    timesteps: list[float] | None = None
+    """Times of the grid in place of `steps` and `shift`, from 1000 (noise) down, such as [1000, 757, 522]."""
+    sigmas: list[float] | None = None
+    """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     search_prompts: int = 8
     """Prompts whose trajectories schedules are searched on."""
     mse: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, learning_rate=1e-4, schedule="constant"))
@@ -169,6 +175,7 @@ class PredictorConfig:
         published = self.architecture == "published"
         require(not published or self.history == 1, "history", self.history, "is 1 for architecture=published")
         require(not self.discriminator.balanced or self.relative, "discriminator.balanced", True, "needs relative=true")
+        settle_times(self)
         require(self.steps is None or self.steps >= 2, "steps", self.steps, "must be at least 2, or null")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")

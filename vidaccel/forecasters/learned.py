@@ -195,7 +195,7 @@ class Predictor(Checkpointed, nn.Module):
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
         backend, fused kernels, torch.compile."""
         original = blocks_of(transformer, FAMILIES[self.config.family])[-1][1]
-        weights, modules = original.state_dict(), dict(original.named_modules())
+        weights, modules = plain_weights(original), dict(original.named_modules())
         for block in self.blocks:
             for name, parameter in block.named_parameters():
                 parameter.data = parameter.data.to(weights[name].dtype)
@@ -237,13 +237,19 @@ def new_predictor(
     width = embedding_width(transformer, family)
     predictor = Predictor(NetworkConfig(family.name, width, blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
-        block.load_state_dict(original.state_dict())
+        block.load_state_dict(plain_weights(original))
         for name in kind.residual_layers if predictor.config.architecture == CORRECTION else ():
             for parameter in block.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
     for name, statistics in predictor.statistics.items():
         statistics.measure(entering[name].cpu(), cached[name].cpu())
     return predictor.to(next(transformer.parameters()).device)
+
+
+def plain_weights(block: nn.Module) -> dict[str, Tensor]:
+    """A block's weights by the names that they have without adapters, whose own are left out."""
+    own = {name: weight for name, weight in block.state_dict().items() if ".lora_" not in name}
+    return {name.replace(".base_layer", ""): weight for name, weight in own.items()}
 
 
 def _blocks(config: NetworkConfig) -> nn.ModuleList:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:  # which imports this
     from vidaccel.models.loading import LoadedPipeline
 
 log = logging.getLogger(__name__)
-OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {"two_pass", "negative_prompt"}
+OWN_SETTINGS = {field.name for field in fields(SamplingDefaults)} | {
+    "two_pass",
+    "negative_prompt",
+    "timesteps",
+    "sigmas",
+}
 
 
 def call_arguments(

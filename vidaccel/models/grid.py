@@ -8,10 +8,11 @@ ended.
 S steps, B samples
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ OTHER_GRIDS = (
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "shift_terminal",
+    "times",
 )
-"""Options of diffusers' schedulers under which times follow from more than a shift."""
+"""Options of diffusers' schedulers under which times follow from more than a shift, and of `ListedScheduler`."""
 
 
 def step_grid(steps: int, shift: float) -> Tensor:
@@ -68,6 +70,23 @@ class Grid:
     def shifted(cls, steps: int, shift: float) -> Self:
         """`step_grid` of them."""
         return cls(tuple(step_grid(steps, shift).tolist()), shift)
+
+    @classmethod
+    def listed(cls, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> Self | None:
+        """Of timesteps from 1000 down, or sigmas from 1 down, each with or without the 0 that it ends in; None of
+        neither.
+
+        Raises:
+            UserError: they do not fall, or both are given.
+        """
+        if timesteps is not None and sigmas is not None:
+            raise UserError("timesteps= came with sigmas=", "either says the grid: leave one of the two out")
+        if timesteps is None and sigmas is None:
+            return None
+        if sigmas and sigmas[0] > 1 + 1e-6:
+            raise UserError(f"sigmas={list(sigmas)} are not in [0, 1]", "timesteps= takes numbers up to 1000")
+        times = [float(t) / 1000 for t in timesteps] if timesteps is not None else [float(s) for s in sigmas or ()]
+        return cls((*times, 0.0) if not times or times[-1] else tuple(times))
 
     @classmethod
     def recorded(cls, steps: int | None, shift: float | None, times: Sequence[float] | None) -> Self | None:
@@ -167,11 +186,30 @@ def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
 
 
 def fixed_shift(scheduler: Any, family: DiTFamily) -> float:
-    """`shift_of`, where something has to be trained or collected on that grid; `UserError` if there is none."""
+    """`shift_of`, where something has to be trained on that grid; `UserError` if there is none."""
     shift = shift_of(scheduler, family)
     if shift is None:
         raise UserError(f"no shift makes the step grid of this {_named(scheduler)}", "set shift=, such as shift=3")
     return shift
+
+
+def own_grid(scheduler: Any, family: DiTFamily, steps: int) -> Grid:
+    """The grid that a pipeline's scheduler makes in so many steps, read off a copy of it where no shift makes it.
+
+    Raises:
+        UserError: it takes its grid from the size of the video, has another number of steps, or none of flow matching.
+    """
+    shift = shift_of(scheduler, family)
+    if shift is not None:
+        return Grid.shifted(steps, shift)
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise UserError(
+            f"the grid of this {_named(scheduler)} follows from the size of the video",
+            "set shift=, such as shift=3, or list its times: sigmas=[1, 0.9, ...]",
+        )
+    asked = copy.deepcopy(scheduler)
+    asked.set_timesteps(steps, device="cpu")
+    return running_grid(asked, family)
 
 
 def running_grid(scheduler: Any, family: DiTFamily) -> Grid:
@@ -203,25 +241,32 @@ def _named(scheduler: Any) -> str:
 
 
 @contextmanager
-def shifted(pipe: DiffusionPipeline, shift: float | None) -> Iterator[None]:
-    """The pipeline on the step grid of that shift, for the time of the block; None leaves it its own.
+def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | None = None) -> Iterator[None]:
+    """The pipeline on listed times, else on the step grid of a shift, for the time of the block; None leaves it its
+    own.
 
     Raises:
         UserError: its scheduler has no fixed shift.
     """
-    if shift is None:
-        yield
-        return
     own = pipe.scheduler
-    key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
-    if key is None or own.config.get("use_dynamic_shifting"):
-        why = "takes it from the size of the video" if key else "knows none"
-        raise UserError(f"shift={shift:g}, and the model's {type(own).__name__} {why}", "leave shift= out")
-    pipe.scheduler = type(own).from_config(own.config, **{key: shift})
+    if grid is not None:
+        pipe.scheduler = ListedScheduler.of(grid, own)
+    elif shift is not None:
+        pipe.scheduler = _shifted(own, shift)
     try:
         yield
     finally:
         pipe.scheduler = own
+
+
+def _shifted(own: Any, shift: float) -> Any:
+    if isinstance(own, ListedScheduler):
+        return GridScheduler(own.config.num_train_timesteps, shift)
+    key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
+    if key is None or own.config.get("use_dynamic_shifting"):
+        why = "takes it from the size of the video" if key else "knows none"
+        raise UserError(f"shift={shift:g}, and the model's {type(own).__name__} {why}", "leave shift= out")
+    return type(own).from_config(own.config, **{key: shift})
 
 
 class GridScheduler(FlowMatchEulerDiscreteScheduler):
@@ -241,3 +286,32 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         if sigmas is None and timesteps is None:
             sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+
+class ListedScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow-match Euler on listed times, whatever a pipeline asks for but their number."""
+
+    @classmethod
+    def of(cls, grid: Grid, like: Any) -> Self:
+        """With the training timesteps of another scheduler."""
+        made = cls(num_train_timesteps=like.config.get("num_train_timesteps", 1000), shift=1.0)
+        made.register_to_config(times=list(grid.times))
+        return made
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Raises `UserError` for another number of steps than the list has."""
+        times = cast(Any, self.config).times
+        asked = [len(each) for each in (sigmas, timesteps) if each is not None] or [num_inference_steps]
+        if asked[0] not in (None, len(times) - 1):
+            raise UserError(
+                f"{asked[0]} steps, and the times {_shortened(times)} are a grid of {len(times) - 1}",
+                f"take {len(times) - 1} (num_inference_steps= of a pipeline), or set shift= for another grid",
+            )
+        super().set_timesteps(sigmas=times[:-1], device=device or "cpu")

@@ -6,8 +6,8 @@ modules and loads the rest. A student's conditioning is attached, its adapter me
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
+from vidaccel.models.adapters import Adapter, add_adapters
 from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.decoding import speed_up
 from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
-from vidaccel.models.grid import GridScheduler
+from vidaccel.models.grid import Grid, GridScheduler, ListedScheduler
 from vidaccel.models.own_call import called_as_made, remember
 from vidaccel.models.step_hook import StepHook
+from vidaccel.models.unchanged import Sample, trunk_sample
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
 from vidaccel.worlds import WORLDS, shipped_models
 
@@ -55,10 +57,20 @@ class LoadedPipeline:
     """A student's added embeddings, attached to the transformer."""
     hook: StepHook | None = None
     """What tells the transformer r and g: only for a model that has a conditioning, or embeds r itself."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What parts of its checkpoint say of its settings, by the same names as `call`, which comes first."""
+    trunk: Sample | None = None
+    """A few numbers of the transformer's matrices as they were loaded; None where nobody knows."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
-        return self.call.get(name, getattr(self.family.defaults, name))
+        return self.call.get(name, self.parts.get(name, getattr(self.family.defaults, name)))
+
+    def says(self, name: str) -> str:
+        """Where `default` has a value from, in words."""
+        if name in self.call:
+            return "the model's run.json"
+        return "the model's guider" if name in self.parts else f"{self.family.title}'s defaults"
 
     @property
     def guidance(self) -> float:
@@ -86,6 +98,7 @@ def load_pipeline(
     given: Mapping[str, torch.nn.Module] | None = None,
     denoiser_dtype: str | None = None,
     placed: bool = True,
+    lora: Sequence[str] = (),
 ) -> LoadedPipeline:
     """Load a model after checking that it is whole and supported.
 
@@ -97,13 +110,15 @@ def load_pipeline(
         given: modules to take instead of loading them, by component name, such as those of a pipeline in memory.
         denoiser_dtype: the transformers', where it is not `dtype`.
         placed: whether all of it goes to the device; otherwise it stays on the CPU, typed for the device.
+        lora: LoRA files that are added to the transformer's weights, each FILE or FILE:SCALE.
 
     Raises:
-        UserError: the model cannot be found, is broken, foreign or a pickle, or the device is not there.
+        UserError: the model or a LoRA cannot be found, is broken, foreign or a pickle, or the device is not there.
     """
     target = resolve_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
+    adapters = [Adapter.parsed(each) for each in lora]
     files = read_model(model)
     modules = dict(given or {})
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
@@ -115,10 +130,14 @@ def load_pipeline(
                 speed_up(modules["vae"])
     if files.contents.lora:
         merge_adapter(modules[denoisers[0]], files.contents.lora)
-    pipe = _assemble(files.contents, modules)
+    pipe, family = _assemble(files.contents, modules), files.contents.family
+    add_adapters(pipe, family, adapters)
+    trunk = trunk_sample(denoisers_of(pipe, family)[0], family)
     if placed:
         pipe.to(target)
-    loaded = LoadedPipeline(pipe, files.contents.family, files.source, files.call, files.hashes)
+    hashes = _hashes(files.contents, adapters) if adapters else files.hashes
+    parts = _said_by_parts(pipe, family)
+    loaded = LoadedPipeline(pipe, family, files.source, files.call, hashes, parts=parts, trunk=trunk)
     return _as_saved(loaded, files.contents)
 
 
@@ -223,12 +242,21 @@ def read_model(model: str | Path) -> ModelFiles:
     return ModelFiles(source, contents, call, _hashes(contents))
 
 
-def _hashes(contents: ModelFolder) -> FileHashes:
+def _said_by_parts(pipe: DiffusionPipeline, family: DiTFamily) -> dict[str, Any]:
+    """Settings that a checkpoint's parts have: the scale of its guider."""
+    guider = family.guidance.guider and getattr(pipe, family.guidance.guider).config
+    if not guider or guider.get("guidance_scale") is None:
+        return {}
+    return {"guidance": float(guider["guidance_scale"]) if guider.get("enabled", True) else 1.0}
+
+
+def _hashes(contents: ModelFolder, adapters: Sequence[Adapter] = ()) -> FileHashes:
     """Of all weights, by names that are the same for a folder here and for a snapshot of the hub's."""
     weights = {component.name: component.weight_files for component in contents.components.values()}
     for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
         weights[name] = own_files(part, "*.safetensors") if part else []
-    return FileHashes({f"{name}/{file.name}": file for name, files in weights.items() for file in files})
+    named = {f"{name}/{file.name}": file for name, files in weights.items() for file in files}
+    return FileHashes(named | {f"adapter-{i}/{each.scale:g}": each.file for i, each in enumerate(adapters)})
 
 
 def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
@@ -265,10 +293,15 @@ def _run(folder: Path) -> dict[str, Any]:
 
 def _as_saved(loaded: LoadedPipeline, contents: ModelFolder) -> LoadedPipeline:
     """The pipeline made to sample as the student it holds, if it holds one."""
-    if contents.conditioning is None:
-        return as_student(loaded, None, loaded.pipe.scheduler)
-    scheduler = _grid_scheduler(loaded.pipe.scheduler, contents.conditioning)
-    return as_student(loaded, Conditioning.from_pretrained(contents.conditioning), scheduler)
+    conditioning, scheduler = None, loaded.pipe.scheduler
+    if contents.conditioning is not None:
+        scheduler = _grid_scheduler(scheduler, contents.conditioning)
+        conditioning = Conditioning.from_pretrained(contents.conditioning)
+    listed = Grid.listed(loaded.call.get("timesteps"), loaded.call.get("sigmas"))
+    if listed is not None:
+        scheduler = ListedScheduler.of(listed, scheduler)
+        loaded = replace(loaded, call=loaded.call | {"steps": listed.steps})
+    return as_student(loaded, conditioning, scheduler)
 
 
 def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, scheduler: Any) -> LoadedPipeline:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.unchanged import active_adapters
 
 
 def encoder_hashes(loaded: LoadedPipeline) -> dict[str, str]:
@@ -20,16 +22,22 @@ def encoder_hashes(loaded: LoadedPipeline) -> dict[str, str]:
 
 
 def student_hash(loaded: LoadedPipeline) -> str:
-    """One SHA-256 for all weights that make velocities, by names and hashes of their files."""
+    """One SHA-256 for all weights that make velocities, by names and hashes of their files, and for the adapters that
+    run beside them."""
     encoders = _encoder_files(loaded)
     made = {name: loaded.hashes[name] for name in loaded.hashes if name not in encoders}
+    beside = active_adapters(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family)
+    if beside is not None:
+        return _digest({"files": made or loaded.source, "adapters": beside})
     return _digest(made or loaded.source)
 
 
 def student_hashes(loaded: LoadedPipeline) -> set[str]:
     """All that `student_hash` may have been when something was made for this model: that of a hub id was once
     made of the id."""
-    return {student_hash(loaded)} | (set() if Path(loaded.source).exists() else {_digest(loaded.source)})
+    plain = active_adapters(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family) is None
+    once = plain and not any(name.startswith("adapter-") for name in loaded.hashes)
+    return {student_hash(loaded)} | ({_digest(loaded.source)} if once and not Path(loaded.source).exists() else set())
 
 
 def _encoder_files(loaded: LoadedPipeline) -> list[str]:

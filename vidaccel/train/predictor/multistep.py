@@ -222,7 +222,7 @@ def train_multistep(config: PredictorConfig, output: Path, device: str = "auto")
 
 def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
     started = datetime.now(UTC)
-    loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision)
+    loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision, lora=config.lora or ())
     sampler, captions, span = runs_of(config, loaded)
     steps = sampler.steps
     if config.full_steps is not None:
@@ -265,7 +265,8 @@ def runs_of(
         UserError: there are no two captions, or the model cannot be sampled so.
     """
     high = max(config.guidance_range) if config.guidance_range else config.guidance
-    named = {name: getattr(config, name) for name in ("data", *CLIP_SIZE, "seed", "steps", "shift")}
+    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas")
+    named = {name: getattr(config, name) for name in names}
     wanted = config.runs + config.checked_prompts
     asked = CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
     if config.features is None:

@@ -23,7 +23,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import Grid, fixed_shift
+from vidaccel.models.grid import Grid, own_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity
 from vidaccel.train.predictor.pairs import Data
@@ -90,10 +90,11 @@ def task_of(
     student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, provenance = opened or _open_data(loaded, config)
-    grid = made.grid if made else None
+    grid = Grid.listed(config.timesteps, config.sigmas) or (made.grid if made else None)
     if grid is None:
-        shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
-        grid = Grid.shifted(loaded.default("steps"), shift)
+        steps = loaded.default("steps")
+        shifted = Grid.shifted(steps, config.shift) if config.shift else None
+        grid = shifted or own_grid(loaded.pipe.scheduler, loaded.family, steps)
     sampling = _sampling(grid, guidance, config, data)
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
@@ -142,14 +143,31 @@ def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data |
     own |= {name: run[name] for name in fixed}
     changed = [name for name in fixed if asked.get(name, own[name]) != own[name]]
     if changed:
-        differing = [f"{name}={own[name]:g}, not {asked[name]:g}" for name in changed]
+        differing = [f"{name}={_shown(own[name])}, not {_shown(asked[name])}" for name in changed]
         raise UserError(
             f"the trajectories in {config.features} are of {'; '.join(differing)}",
             "leave these settings out, or collect trajectories with them",
         )
     steps, shift, guidance = (own | asked).values()
+    if fixed and "times" in data[0][0] and run.get("shift") is None:
+        grid = _same_times(Grid(tuple(data[0][0]["times"].tolist())), config)
     if (steps, shift) != (grid.steps, grid.shift):
         if shift is None:
             raise UserError(f"no shift makes {grid}, and steps={steps} is another grid", "set shift= as well")
         grid = Grid.shifted(steps, shift)
     return Sampling(grid, guidance)
+
+
+def _same_times(run: Grid, config: PredictorConfig) -> Grid:
+    """The grid of trajectories that no shift makes; `UserError` if another one is asked for."""
+    asked = Grid.listed(config.timesteps, config.sigmas)
+    if asked is not None and not (asked.steps == run.steps and run.fits(asked.times)):
+        raise UserError(
+            f"the trajectories in {config.features} are of {run}, not {asked}",
+            "leave these settings out, or collect trajectories with them",
+        )
+    return run
+
+
+def _shown(number: float | None) -> str:
+    return "none" if number is None else f"{number:g}"

@@ -64,6 +64,9 @@ SCHEDULES = "schedules/1"
 STAGES = ("mse", "adversarial")
 NOT_SHAPING = {
     "student",
+    "lora",
+    "timesteps",
+    "sigmas",
     "stage",
     "features",
     "data",
@@ -103,7 +106,7 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
     check_output(output, SCHEDULES)
     with locked(output):
         started = datetime.now(UTC)
-        loaded = load_pipeline(config.student, device=device)
+        loaded = load_pipeline(config.student, device=device, lora=config.lora or ())
         task = task_of(loaded, config, None)
         with task.trunk:
             schedules = search_schedules(task, _made_by_name(task))
@@ -133,7 +136,8 @@ def _made_by_name(task: PredictorTask) -> Forecaster:
     """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
     pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
     captions = [task.samples[i][1]["caption"] for i in range(min(config.search_prompts, len(task.data)))]
-    sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, guidance=task.sampling.guidance)
+    times = None if grid.shift is not None else list(grid.times)
+    sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, sigmas=times, guidance=task.sampling.guidance)
     seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
 
     def generate() -> None:
@@ -153,7 +157,8 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     made = Predictor.from_pretrained(output).config if run else None
     on_cpu = resolve_device(device).type == "cpu"  # whose kernels want a norm's input and weights of one type
     halves = config.mse.precision == config.adversarial.precision == "bfloat16" and not on_cpu
-    loaded = load_pipeline(config.student, device=device, dtype="bfloat16" if halves else "float32")
+    dtype = "bfloat16" if halves else "float32"
+    loaded = load_pipeline(config.student, device=device, dtype=dtype, lora=config.lora or ())
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
     with task.trunk:
         if run is None:

@@ -63,7 +63,7 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
             "pairs=trajectory needs trajectories of the student, and several processes do not collect them",
             f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
         )
-    names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "guidance")
+    names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "guidance")
     sampled = {name: getattr(config, name) for name in names}
     asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
     if config.features is None:

@@ -1,0 +1,156 @@
+"""LoRA files: added as written out by hand, wholly or not at all."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import tiny_pipeline
+from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES
+from vidaccel.models.adapters import Adapter, add_adapters
+from vidaccel.models.loading import load_pipeline
+from vidaccel.models.weight_hashes import student_hash, student_hashes
+
+D, RANK, ALPHA = 24, 2, 4.0
+NORM = "diffusion_model.blocks.1.norm3.diff"
+
+
+def comfyui() -> dict[str, torch.Tensor]:
+    """A LoRA of the tiny Wan as LightX2V's are: ComfyUI's names, biases as `.diff_b`, zeros for norms."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {NORM: torch.zeros(D)}
+    for block in range(2):
+        for layer in ("self_attn.q", "self_attn.o", "cross_attn.v"):
+            name = f"diffusion_model.blocks.{block}.{layer}"
+            weights[f"{name}.lora_down.weight"] = torch.randn(RANK, D, generator=generator)
+            weights[f"{name}.lora_up.weight"] = torch.randn(D, RANK, generator=generator)
+            weights[f"{name}.diff_b"] = torch.randn(D, generator=generator)
+            weights[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file as above, and one of a HunyuanVideo-1.5 in diffusers' layout, which says its own scale."""
+    folder = tmp_path_factory.mktemp("loras")
+    save_file(comfyui(), folder / "wan.safetensors")
+    other = tiny_pipeline("hunyuan_video_15").transformer
+    other.add_adapter(LoraConfig(r=RANK, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False))
+    other.save_lora_adapter(folder / "hunyuan")
+    return {"wan": folder / "wan.safetensors", "hunyuan_video_15": folder / "hunyuan"}
+
+
+def add(pipe, family, *adapters):
+    add_adapters(pipe, FAMILIES[family], [Adapter.parsed(str(each)) for each in adapters])
+
+
+def test_a_file_in_comfyuis_layout_is_added_by_its_scale(files):
+    pipe = tiny_pipeline("wan")
+    before = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
+    add(pipe, "wan", f"{files['wan']}:0.5")
+    after, lora = pipe.transformer.state_dict(), comfyui()
+    assert after.keys() == before.keys()
+    own = {"self_attn.q": "attn1.to_q", "self_attn.o": "attn1.to_out.0", "cross_attn.v": "attn2.to_v"}
+    expected = dict(before)
+    for block in range(2):
+        for theirs, ours in own.items():
+            name, to = f"diffusion_model.blocks.{block}.{theirs}", f"blocks.{block}.{ours}"
+            up, down = lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"]
+            expected[f"{to}.weight"] = before[f"{to}.weight"] + 0.5 * ALPHA / RANK * up @ down
+            expected[f"{to}.bias"] = before[f"{to}.bias"] + 0.5 * lora[f"{name}.diff_b"]
+    for name, weight in expected.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(after["blocks.0.attn1.to_q.weight"], before["blocks.0.attn1.to_q.weight"])
+
+
+def test_a_pipeline_whose_class_has_no_loader_takes_diffusers_own_layout(files):
+    pipe = tiny_pipeline("hunyuan_video_15")
+    before = pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone()
+    lora = load_file(files["hunyuan_video_15"] / "pytorch_lora_weights.safetensors")
+    add(pipe, "hunyuan_video_15", files["hunyuan_video_15"])
+    a, b = (lora[f"transformer_blocks.0.attn.to_q.lora_{part}.weight"] for part in "AB")
+    expected = before + 6 / RANK * b @ a
+    torch.testing.assert_close(pipe.transformer.transformer_blocks[0].attn.to_q.weight, expected)
+
+
+def without(name):
+    weights = comfyui()
+    del weights[name]
+    return weights
+
+
+FIRST = "diffusion_model.blocks.0.self_attn.q"
+WRONG = {
+    "has 1 weights that diffusers leaves out, and which are not zero, such as .*blocks.1.norm3.diff\n": (
+        "wan",
+        comfyui() | {NORM: torch.ones(D)},
+    ),
+    "has 2 weights that this WanTransformer3DModel has no layer for, such as blocks.2.attn1.to_q.lora_A": (
+        "wan",
+        {
+            f"transformer.blocks.{block}.attn1.to_q.lora_{part}.weight": torch.ones(
+                (RANK, D) if part == "A" else (D, RANK)
+            )
+            for block in range(3)
+            for part in "AB"
+        },
+    ),
+    "has 1 weights that do not have the size of their layer, such as blocks.0.attn1.to_q.lora_A": (
+        "wan",
+        comfyui() | {f"{FIRST}.lora_down.weight": torch.ones(RANK, D + 1)},
+    ),
+    "does not load: KeyError.*blocks.0.self_attn.q.lora_up": ("wan", without(f"{FIRST}.lora_up.weight")),
+    "has no layer for": ("hunyuan_video", comfyui()),
+    "in a layout that is not known: diffusion_model.": ("hunyuan_video_15", comfyui()),
+    "does not load: ": ("wan", comfyui() | {f"{FIRST}.lora_up.weight": torch.full((D, RANK), torch.inf)}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_file_of_another_model_or_that_would_not_be_added_wholly_is_refused(message, tmp_path, unchanged_pipes):
+    family, weights = WRONG[message]
+    save_file(weights, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=message):
+        add(unchanged_pipes[family], family, tmp_path / "wrong.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unchanged_pipes():
+    return {family: tiny_pipeline(family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_scale_that_is_not_finite_is_refused(files, scale):
+    with pytest.raises(UserError, match=f"has the scale {scale}"):
+        Adapter.parsed(f"{files['wan']}:{scale}")
+
+
+def test_what_is_no_file_of_safetensors_is_refused(tmp_path, files):
+    (tmp_path / "old.pt").write_bytes(b"")
+    for name, message in (
+        (tmp_path / "none.safetensors", "there is no LoRA file"),
+        (tmp_path, "holds 0 safetensors files"),
+        (tmp_path / "old.pt", "is a pickle"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Adapter.parsed(str(name))
+    assert Adapter.parsed(f"{files['wan']}:-1e-1") == Adapter(files["wan"], -0.1)
+
+
+def test_adapters_are_part_of_what_a_model_is_known_by(saved, files):
+    plain = load_pipeline(saved("wan"))
+    known = {student_hash(plain)}
+    for lora in ([f"{files['wan']}:1"], [f"{files['wan']}:0.5"], [f"{files['wan']}:1", f"{files['wan']}:0.5"]):
+        loaded = load_pipeline(saved("wan"), lora=lora)
+        assert student_hashes(loaded) == {student_hash(loaded)}
+        known.add(student_hash(loaded))
+    assert len(known) == 4
+    again = load_pipeline(saved("wan"), lora=[str(files["wan"])])
+    assert student_hash(again) in known
+    q = "blocks.0.attn1.to_q.weight"
+    assert not torch.equal(again.pipe.transformer.state_dict()[q], plain.pipe.transformer.state_dict()[q])
+    with pytest.raises(UserError, match=re.escape("there is no LoRA file nowhere")):
+        load_pipeline(saved("wan"), lora=["nowhere"])

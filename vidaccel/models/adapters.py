@@ -1,0 +1,167 @@
+"""LoRA files on a pipeline: read by its own loader, every weight accounted for, and added to the transformer's.
+
+    lora=["lightx2v_4steps.safetensors:0.8", "style.safetensors"]
+
+Loaders convert the layouts of other programs, and leave out in silence what they have no place for. So a conversion is
+traced first, on tensors without memory: a weight whose gradient does not arrive in the result was left out. What runs
+is then a plain transformer, W + scale B A, whose blocks can be copied, fused and cached like any.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vidaccel.artefacts import own_files
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import denoisers_of
+from vidaccel.models.folder import PICKLES, safetensors_header
+from vidaccel.models.weights import reading
+
+ADAPTER = "given"
+PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+"""How the names of an adapter's weights end, behind that of the layer, in diffusers' layout."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file and how much of it is added."""
+
+    file: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parsed(cls, text: str) -> Self:
+        """Of FILE or FILE:SCALE; a folder stands for the one file in it.
+
+        Raises:
+            UserError: there is no such file, it is none of safetensors, or the scale is no finite number.
+        """
+        name, colon, tail = text.rpartition(":")
+        scale = _number(tail) if colon else None
+        path = Path(text if scale is None else name).expanduser()
+        scale = 1.0 if scale is None else scale
+        if not math.isfinite(scale):
+            raise UserError(f"lora={text} has the scale {scale}", "give a finite one, such as :1 or :0.8")
+        found = own_files(path, "*.safetensors") if path.is_dir() else [path]
+        if len(found) != 1:
+            raise UserError(f"{path} holds {len(found)} safetensors files", "name the one that is meant")
+        if not found[0].is_file():
+            raise UserError(f"there is no LoRA file {path}", "lora= takes FILE.safetensors or FILE.safetensors:SCALE")
+        if found[0].suffix in PICKLES:
+            raise UserError(f"{path} is a pickle, which can run code when it is loaded", "take a safetensors file")
+        return cls(found[0], scale)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.scale:g}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def add_adapters(pipe: DiffusionPipeline, family: DiTFamily, adapters: Sequence[Adapter]) -> None:
+    """Add them to the weights of the pipeline's transformer, one after another.
+
+    Raises:
+        UserError: peft is not installed, or a file is not of this transformer, or not wholly.
+    """
+    for adapter in adapters:
+        _add(pipe, family, adapter)
+
+
+def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
+    try:
+        from peft import get_peft_model_state_dict
+    except ImportError as error:
+        raise UserError(f"{adapter.file} is a LoRA, which needs peft", 'pip install "vidaccel[train]"') from error
+    transformer: Any = denoisers_of(pipe, family)[0]
+    hint = f"take a LoRA that was made for this {type(transformer).__name__}"
+    safetensors_header(adapter.file)
+    with reading(adapter.file, hint):
+        _refuse_left_out(pipe, adapter.file)
+        weights, metadata = _converted(pipe, str(adapter.file.parent), weight_name=adapter.file.name)
+    prefix = f"{family.denoisers[0].attribute}."
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    _refuse_unmatched(adapter.file, weights, transformer, hint)
+    with reading(adapter.file, hint):
+        transformer.load_lora_adapter(weights, prefix=None, adapter_name=ADAPTER, metadata=_bare(metadata, prefix))
+        loaded = set(get_peft_model_state_dict(transformer, adapter_name=ADAPTER))
+        _refuse(adapter.file, weights.keys() - loaded, "no place for", hint)
+        transformer.fuse_lora(lora_scale=adapter.scale, safe_fusing=True)  # that is, refuse what is not finite
+        transformer.unload_lora()
+
+
+def _converted(pipe: DiffusionPipeline, source: Any, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Weights in diffusers' layout, and what the file says of ranks and scales: by the pipeline's loader, if it has
+    one; else they have to be in that layout already."""
+    convert: Any = getattr(type(pipe), "lora_state_dict", None)
+    if convert is None:
+        from diffusers import WanPipeline  # whose loader takes that layout as it is
+
+        convert = cast(Any, WanPipeline).lora_state_dict
+        names = source if isinstance(source, Mapping) else safetensors_header(Path(source) / more["weight_name"])
+        foreign = [name for name in names if not name.endswith(PARTS) or name.startswith("diffusion_model.")]
+        if foreign:
+            raise UserError(
+                f"a LoRA of {type(pipe).__name__} in a layout that is not known: {foreign[0]}",
+                "diffusers has no loader for it: bring it in diffusers' own layout (save_lora_adapter)",
+            )
+    return convert(source, return_lora_metadata=True, local_files_only=True, use_safetensors=True, **more)
+
+
+def _refuse_left_out(pipe: DiffusionPipeline, file: Path) -> None:
+    """`UserError` if the conversion leaves out weights that are not zero."""
+    with safe_open(file, framework="pt") as stored:
+        names = list(stored.keys())
+        shapes = {name: stored.get_slice(name).get_shape() for name in names}
+        scalars = {name for name in names if math.prod(shapes[name]) == 1}  # alphas, which conversions read
+        leaves = {name: torch.ones(shapes[name], device="meta", requires_grad=True) for name in names}
+        traced = {name: stored.get_tensor(name) if name in scalars else leaves[name] * 1 for name in names}
+        with torch.enable_grad():
+            found, _ = _converted(pipe, traced)
+            reached = [weight.sum() for weight in found.values() if weight.requires_grad]
+            arrived = torch.autograd.grad(reached, list(leaves.values()), allow_unused=True) if reached else ()
+        used = {name for name, gradient in zip(leaves, arrived, strict=bool(reached)) if gradient is not None}
+        left = [name for name in names if name not in scalars | used and stored.get_tensor(name).count_nonzero()]
+    hint = "it would not be the model that its authors made: look for a LoRA in diffusers' layout, or for full weights"
+    _refuse(file, left, "diffusers leaves out, and which are not zero", hint)
+
+
+def _refuse_unmatched(file: Path, weights: Mapping[str, Tensor], transformer: nn.Module, hint: str) -> None:
+    """`UserError` unless each weight belongs to a layer of the transformer and fits it."""
+    layers, wrong, misfits = dict(transformer.named_modules()), [], []
+    for name, weight in weights.items():
+        ending = next((part for part in PARTS if name.endswith(part)), "")
+        layer: Any = layers.get(name.removesuffix(ending)) if ending else None
+        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            wrong.append(name)
+        elif isinstance(layer, nn.Linear):
+            takes, gives = layer.in_features, layer.out_features
+            size, expected = (weight.shape[1], takes) if ending == PARTS[0] else (weight.shape[0], gives)
+            if size != expected:
+                misfits.append(name)
+    _refuse(file, wrong, f"this {type(transformer).__name__} has no layer for", hint)
+    _refuse(file, misfits, "do not have the size of their layer", hint)
+    if not weights:
+        raise UserError(f"{file} holds no weights", hint)
+
+
+def _refuse(file: Path, names: Iterable[str], why: str, hint: str) -> None:
+    if names := sorted(names):
+        raise UserError(f"{file} has {len(names)} weights that {why}, such as {names[0]}", hint)
+
+
+def _bare(metadata: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
+    """With names as `load_lora_adapter` takes them."""
+    return metadata and {name.removeprefix(prefix): value for name, value in metadata.items()}
