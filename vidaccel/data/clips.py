@@ -1,4 +1,4 @@
-"""A folder of raw clips: videos of any size and frame rate beside captions.jsonl, one {"file", "caption"} a line.
+"""A folder of raw clips: videos of any size and frame rate, and their captions (captions.py says in which forms).
 
 Every clip is checked once, when the folder is opened; bad ones are named in a warning and left out, and too large a
 share of them is an error. Clips are decoded when asked for, so a folder of any length costs no memory.
@@ -6,24 +6,24 @@ share of them is an error. Clips are decoded when asked for, so a folder of any 
 C channels (3, RGB), T frames, H height, W width
 """
 
-import codecs
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from vidaccel.artefacts import atomic_path, check_writable
+from vidaccel.data.captions import CAPTIONS_FILE, read_captions
 from vidaccel.data.order import epoch_order
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
 from vidaccel.prompts import is_whole
 
-CAPTIONS_FILE = "captions.jsonl"
 _REASONS_SHOWN = 3
 _LONGEST_NAME = 255
 
@@ -34,8 +34,8 @@ class ClipFolder:
     """The usable clips of a folder, each cut to the same frames, rate and size.
 
     `clips[i]` is (video float32 [C, T, H, W] in [-1, 1], caption), decoded from the start of the file at each call; it
-    raises `BadClip` if a clip that passed the check fails further in. `skipped` holds the reasons why lines of
-    captions.jsonl were left out. Raises `UserError` if the folder has no captions.jsonl, no usable clip, or a share of
+    raises `BadClip` if a clip that passed the check fails further in. `skipped` holds the reasons why some of
+    the captions were left out. Raises `UserError` if the folder has no captions, no usable clip, or a share of
     bad lines above `max_bad_share`.
     """
 
@@ -54,10 +54,10 @@ class ClipFolder:
         self.files: list[str] = []
         self.captions: list[str] = []
         self.skipped: list[str] = []
-        lines = self._lines()
+        lines = read_captions(self.folder)
         with Progress("checking clips", total=len(lines)) as bar:
-            for number, line in lines:
-                self._admit(number, line)
+            for place, line in lines:
+                self._admit(place, line)
                 bar.advance()
         self._require_enough(len(lines), max_bad_share)
 
@@ -79,20 +79,8 @@ class ClipFolder:
         """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
         return epoch_order(len(self), seed, epoch)
 
-    def _lines(self) -> list[tuple[int, bytes]]:
-        """Numbered from 1, without the blank ones."""
-        path = self.folder / CAPTIONS_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{self.folder} is not a folder of clips: it has no {CAPTIONS_FILE}",
-                'write one line a video into it: {"file": "a.mp4", "caption": "..."}',
-            )
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        return [(i, line) for i, line in enumerate(content.splitlines(), start=1) if line.strip()]
-
-    def _admit(self, number: int, line: bytes) -> None:
+    def _admit(self, named: str, line: bytes | Mapping[str, Any]) -> None:
         """Add the clip a line describes, or its fault to `skipped`."""
-        named = f"{self.folder / CAPTIONS_FILE}, line {number}"
         try:
             file, caption = _parse(line)
             named += f" ({file})"
@@ -140,10 +128,10 @@ def write_clips(folder: str | os.PathLike, clips: Iterable[tuple[np.ndarray, str
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _parse(line: bytes) -> tuple[str, str]:
-    """File and caption of one line of captions.jsonl; raises `BadClip`."""
+def _parse(line: bytes | Mapping[str, Any]) -> tuple[str, str]:
+    """File and caption of one line of captions.jsonl, or of what other forms hold; raises `BadClip`."""
     try:
-        record = json.loads(line)
+        record = json.loads(line) if isinstance(line, bytes) else dict(line)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise BadClip("the line is no JSON") from error
     if not isinstance(record, dict):
