@@ -1,9 +1,11 @@
 """Private parts of cache-dit, and its import without what it logs to stdout."""
 
 import os
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 
@@ -24,3 +26,11 @@ def cache_dit() -> ModuleType:
 def kept_by(transformer: nn.Module) -> Any:
     """Where it keeps what it remembers of a transformer's passes; None where it is not on it."""
     return getattr(transformer, "_context_manager", None)
+
+
+def disable(pipe: DiffusionPipeline, transformers: Iterable[nn.Module]) -> None:
+    """Its own way, but for the transformers' `forward`, which is the caller's to put back: it fails where that is no
+    method, as under hooks of diffusers."""
+    for transformer in transformers:
+        vars(transformer).pop("_original_forward", None)
+    cache_dit().disable_cache(pipe)

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 
 from tests.bench.measures.test_counting import run, tiny_loaded
 from vidaccel.bench.baselines.registry import lacks, one_at_a_time, switched_on
@@ -91,14 +92,20 @@ def test_one_of_its_own_masks(loaded):
         observed(loaded, MethodConfig(steps=8, cache="cache_dit", settings=MASK))
 
 
-def test_nothing_of_it_stays(loaded):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_nothing_of_it_stays(loaded, hooked):
+    """Nor where `forward` is no method, as under a hook of diffusers."""
     transformer, call = loaded.pipe.transformer, type(loaded.pipe).__call__
+    if hooked:
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(ModelHook(), "other")
+    forward = vars(transformer).get("forward")
     plain = run(loaded, steps=5, two_pass=False).latents
     before = [(name, set(vars(module))) for name, module in transformer.named_modules()]
     for two_pass in (False, True):
         observed(loaded, row(two_pass, **MASK, taylorseer_order=1))
     assert type(loaded.pipe).__call__ is call and "_is_cached" not in vars(type(loaded.pipe))
     assert [(name, set(vars(module))) for name, module in transformer.named_modules()] == before  # in their order
+    assert vars(transformer).get("forward") is forward
     assert torch.equal(run(loaded, steps=5, two_pass=False).latents, plain)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vidaccel.compat.cache_dit import cache_dit
+from vidaccel.compat.cache_dit import cache_dit, disable
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
@@ -83,7 +83,7 @@ def enabled(loaded: LoadedPipeline, method: MethodConfig, settings: Mapping[str,
             library.enable_cache(loaded.pipe, cache_config=config, calibrator_config=calibrator)
             yield
         finally:
-            library.disable_cache(loaded.pipe)
+            disable(loaded.pipe, denoisers_of(loaded.pipe, loaded.family))
 
 
 @contextmanager
