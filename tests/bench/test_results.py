@@ -9,8 +9,9 @@ import torch
 from jsonschema import ValidationError
 
 from vidaccel.bench.environment import commit, cpu_model, environment
-from vidaccel.bench.results import completed
-from vidaccel.bench.rows import FIELDS, speedups
+from vidaccel.bench.results import _best_training_free, completed
+from vidaccel.bench.rows import FIELDS, Row, speedups
+from vidaccel.config.benchmark import MethodConfig
 
 SECONDS = {"median": 24.6, "p25": 24.5, "p75": 24.9, "rounds": 5}
 RUN = {
@@ -127,3 +128,23 @@ def test_a_file_of_before_gets_its_speedup_end_to_end():
     found["runs"][0]["speedup"] = speedups(11.8, 11.9, 4.4)
     assert completed(found)["runs"][0]["speedup"]["end_to_end"] == 4.4
     assert completed(found | {"baseline": "nowhere"})["runs"][1]["speedup"]["end_to_end"] is None
+
+
+def test_without_a_scorer_the_best_is_nearest_to_the_models_own_full_run():
+    """And not to the baseline, which may be another model."""
+    size, every = (5, 32, 32), {"steps": 4, "full_steps": [0, 2]}
+    rows = [
+        Row("student", MethodConfig(steps=4), size),
+        Row("network", MethodConfig(**every), size),
+        Row("reuse", MethodConfig(**every, on_skipped="reuse"), size),
+        Row("taylor", MethodConfig(**every, on_skipped="taylor"), size),
+    ]
+    errors = {"student": (0.5, None), "network": (0.5, 0.1), "reuse": (0.4, 0.3), "taylor": (0.6, 0.2)}
+    runs = {id(row): {"total": None, "flops": 10, "full_pass_equivalents": {"flops": 2.0}} for row in rows}
+    for row in rows:
+        baseline, own = ({"latent_relative_l2": error} if error else None for error in errors[row.name])
+        row.videos = [{"marks": None, "likeness": baseline, "own": {"student": own} if own else {}}]
+    best = _best_training_free(rows[1], rows, runs, rows)
+    assert best is not None and best.name == "taylor"
+    best = _best_training_free(rows[1], rows[1:], runs, rows[1:])  # without that run
+    assert best is not None and best.name == "reuse"

@@ -161,7 +161,7 @@ def _compare(
     scored = [row for row in rows if row.videos and row.error is None]
     found: dict[str, list] = {}
     for row in scored:
-        for question, other in _others(row, scored, runs, config):
+        for question, other in _others(row, scored, runs, rows, config):
             own = counterparts.own_row(row, rows)
             ours, theirs = (columns(each.videos, own.name if own else None) for each in (row, other))
             count = min(len(row.videos), len(other.videos))
@@ -176,13 +176,13 @@ def _compare(
 
 
 def _others(
-    row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]], config: BenchmarkConfig
+    row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]], rows: Sequence[Row], config: BenchmarkConfig
 ) -> Iterator[tuple[str, Row]]:
     """What the row is compared with, and the question which that answers."""
     costs = runs[id(row)]["full_pass_equivalents"]
     equal = {question: counterparts.equal_row(row, costs[key], scored) for question, key in _EQUAL.items()}
     baseline = next((other for other in scored if (other.name, other.size) == (config.baseline, row.size)), None)
-    asked = [(BASELINE, baseline), *equal.items(), (TRAINING_FREE, _best_training_free(row, scored, runs))]
+    asked = [(BASELINE, baseline), *equal.items(), (TRAINING_FREE, _best_training_free(row, scored, runs, rows))]
     at_hand = {other.name: other for other in scored if other.size == row.size} | {EQUAL_COMPUTE: equal[EQUAL_COMPUTE]}
     named = [(NAMED, at_hand.get(name)) for name in config.contrasts.get(row.name, ())]
     return ((question, other) for question, other in [*named, *asked] if other is not None and other is not row)
@@ -191,7 +191,9 @@ def _others(
 _EQUAL = {EQUAL_COMPUTE: "flops", EQUAL_TIME: "timed"}
 
 
-def _best_training_free(row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]]) -> Row | None:
+def _best_training_free(
+    row: Row, scored: Sequence[Row], runs: Mapping[int, dict[str, Any]], rows: Sequence[Row]
+) -> Row | None:
     """Of the rows of that size which cost no more than a twentieth of a pass beyond a row with a trained network."""
     if not row.method.predicts:
         return None
@@ -203,13 +205,18 @@ def _best_training_free(row: Row, scored: Sequence[Row], runs: Mapping[int, dict
         for other in scored
         if counterparts.training_free(other.method) and other.size == row.size and runs[id(other)]["flops"] <= limit
     ]
-    return max(fitting, key=lambda other: _goodness(runs[id(other)]), default=None)
+    own = counterparts.own_row(row, rows)
+    return max(fitting, key=lambda other: _goodness(other, runs[id(other)], own), default=None)
 
 
-def _goodness(run: Mapping[str, Any]) -> float:
+def _goodness(row: Row, run: Mapping[str, Any], own: Row | None) -> float:
+    """Total; where nothing scores, nearness to the full run `own` of what the row is held against or, if that was not
+    measured, to the baseline."""
     if run["total"] is not None:
         return run["total"]
-    return -run["fidelity"]["latent_relative_l2"] if run["fidelity"] else -np.inf
+    measured = columns(row.videos, own.name if own else None)
+    errors = (measured.get(f"{group}.latent_relative_l2") for group in ("own_fidelity", "fidelity"))
+    return next((-float(np.nanmean(error)) for error in errors if error is not None), -np.inf)
 
 
 def _speedup(row: Row, baseline: Row) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from vidaccel.bench.reports.contrasts import orders, tables_of
 from vidaccel.bench.reports.html import report
 from vidaccel.bench.reports.tables import speed_tables
 
-ERROR = "own_fidelity.latent_relative_l2"
+ERROR, MOTION = "own_fidelity.latent_relative_l2", "own_fidelity.dynamic_degree"
 
 
 def difference(delta: float, verdict: str | None) -> dict:
@@ -18,7 +18,11 @@ def contrasted() -> dict:
     """Two rows that were compared, and one of a file of before."""
     asked = {
         "six": {"total": difference(0.861, "better"), ERROR: difference(-1.0, "better"), "shape": difference(3, None)},
-        "four": {"total": difference(0.2, "not told apart"), ERROR: difference(2.0, "worse")},
+        "four": {
+            "total": difference(0.2, "not told apart"),
+            ERROR: difference(2.0, "worse"),
+            MOTION: difference(-1, None),
+        },
     }
     runs = [
         RUN | {"method": name, "contrasts": [{"question": "equal compute", "with": "student-7", "deltas": deltas}]}
@@ -42,8 +46,10 @@ def test_tables_have_the_difference_its_interval_and_the_verdict(schema, tmp_pat
     found = contrasted()
     schema.validate(found)
     ((_, headings, lines),) = tables_of(found, found["runs"])
-    assert headings == ["method", "against", "total", "latent error to its own full run"]
-    assert lines[0] == ["six", "student-7", "+0.861 [+0.361, +1.36] better", "-1 [-1.5, -0.5] better"]
+    measures = ["total", "latent error to its own full run", "motion to its own full run"]
+    assert headings == ["method", "against", *measures]
+    assert lines[0] == ["six", "student-7", "+0.861 [+0.361, +1.36] better", "-1 [-1.5, -0.5] better", ""]
+    assert lines[1][-1] == "-1 [-1.5, -0.5]"  # less motion is neither better nor worse
     console = Console(width=80, record=True)
     for part in speed_tables(found):
         console.print(part)

@@ -16,6 +16,8 @@ ABOUT = (
     "that was named beforehand, corrected (Holm) for all rows and measures of its table: one false claim in twenty "
     "tables."
 )
+SHOWN = ("own_fidelity.dynamic_degree",)
+"""Without a verdict beside the endpoints: more motion is not better, and less is what shortcuts cost."""
 NAMES = {
     "latent_relative_l2": "latent error",
     "psnr_db": "PSNR, dB",
@@ -29,7 +31,8 @@ def tables_of(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterat
     """Title, headings and lines of each question that these runs of results.json answer; none in files of before."""
     for question, title in QUESTIONS.items():
         asked = list(_contrasts(runs, question))
-        names = [name for name in results.get("endpoints", ()) if any(name in each["deltas"] for _, each in asked)]
+        wanted = dict.fromkeys((*results.get("endpoints", ()), *SHOWN)) if "endpoints" in results else ()
+        names = [name for name in wanted if any(name in each["deltas"] for _, each in asked)]
         if names:
             lines = [
                 [run["method"], each["with"], *(_cell(each["deltas"].get(n)) for n in names)] for run, each in asked
@@ -74,4 +77,4 @@ def _cell(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
     delta, low, high = (f"{difference[key]:+.3g}" for key in ("delta", "low", "high"))
-    return f"{delta} [{low}, {high}] {difference['verdict']}"
+    return f"{delta} [{low}, {high}] {difference['verdict'] or ''}".rstrip()
