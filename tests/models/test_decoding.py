@@ -37,7 +37,6 @@ def test_an_autoencoder_that_was_loaded_gives_the_frames_of_diffusers(family, sa
             assert not any(len(x) > 1 for x in taken[one:])
 
 
-
 def test_other_types_two_clips_and_gradients_go_pytorchs_way(taken):
     conv = torch.nn.Conv3d(2, 2, 3)
     before = deepcopy(conv)

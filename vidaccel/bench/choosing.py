@@ -48,6 +48,7 @@ def to_choose(config: BenchmarkConfig) -> BenchmarkConfig | None:
         scored_prompts=config.choosing_prompts,
         scored_seed=SEED + (config.seed if config.scored_seed is None else config.scored_seed),
         keep_videos=False,
+        vbench=None,
     )
 
 

@@ -82,7 +82,7 @@ class Row:
     """Of its cache, with those that a calibration found."""
     counts: dict[str, Any] | None = None
     """full_steps, passes, flops, cache_bytes, peak_memory_bytes, parameters."""
-    rounds: list[dict[str, float | None]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     """Seconds of each round by STAGES and "end_to_end", the mean of its videos; earlier versions kept "denoise" and
     "end_to_end" alone, without writing."""
     videos: list[dict[str, Any]] = field(default_factory=list)

@@ -193,7 +193,7 @@ class Benchmark:
                     bar.advance()
 
     def _time_row(self, row: Row) -> None:
-        spent: dict[str, list[float | None]] = {stage: [] for stage in STAGES}
+        spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
         if self.models.place(row.method):
             self._warm_up(row.method, row.size)
         with self.models.running(row.method, row.settings) as loaded:
@@ -205,7 +205,9 @@ class Benchmark:
                 spent["text"].append(made.text_seconds)
                 spent["denoise"].append(made.denoise_seconds)
                 spent["decode"].append(made.decode_seconds)
-                spent["write"].append(writing_seconds(made.frames[0], loaded.default("fps")))
+                assert made.frames is not None
+                if (writing := writing_seconds(made.frames[0], loaded.default("fps"))) is not None:
+                    spent["write"].append(writing)
                 if i == 0 and not row.rounds:
                     self.rows.save_frames(row, made.frames[0])
                     self.rows.save_clip(row, made.frames[0], loaded.default("fps"))
@@ -215,7 +217,7 @@ class Benchmark:
                     break
                 made = self._generate(row, [prompt], [self.config.seed + i], loaded, decode=False)
                 spent["denoise"].append(made.denoise_seconds)
-        stages = {stage: None if None in seconds else mean(seconds) for stage, seconds in spent.items()}
+        stages = {stage: mean(seconds) if seconds else None for stage, seconds in spent.items()}
         row.rounds.append(stages | {"end_to_end": sum(seconds or 0 for seconds in stages.values())})
 
     def _warm_up(self, method: MethodConfig, size: Size) -> None:
@@ -324,6 +326,7 @@ class Benchmark:
         prompts, seeds = [self.scored_prompts[i] for i in indices], [self._scored_seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
             made = self._generate(row, prompts, seeds, loaded)
+        assert made.frames is not None
         references = counterparts.references(self.rows.without_error)
         compared = [each for each in references if counterparts.compared_with(row, each)]
         baseline, batch = row.name == self.config.baseline, []

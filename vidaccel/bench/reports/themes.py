@@ -1,9 +1,11 @@
 """Colours of the pictures, on a white page and on a dark one."""
 
-_SHARED = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+from typing import Any
+
+_SHARED: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _INK, _PAPER = "#d8dadd", "#16181c"
-LIGHT: dict[str, object] = _SHARED
-DARK: dict[str, object] = _SHARED | {
+LIGHT = _SHARED
+DARK = _SHARED | {
     "figure.facecolor": _PAPER,
     "axes.facecolor": _PAPER,
     "savefig.facecolor": _PAPER,

@@ -22,6 +22,7 @@ CACHES = {
     "teacache": "TeaCache",
     "fora": "FORA",
     "delta_dit": "Delta-DiT",
+    "cache_dit": "cache-dit's DBCache",
 }
 """Names of caches, where the configuration's is not one."""
 
