@@ -58,7 +58,8 @@ def with_choices(config: BenchmarkConfig, results: Mapping[str, Any]) -> Benchma
     for name, row in _chosen_for(config).items():
         ways = {name: row} | {name + suffix: way for suffix, way in row.swept().items()}
         costs = {way: cost for way in ways if (cost := _passes(runs.get(way))) is not None}
-        fitting = [way for way, cost in costs.items() if cost <= row.at_most + SLACK]
+        limit = (row.at_most or 0) + SLACK
+        fitting = [way for way, cost in costs.items() if cost <= limit]
         best = name
         if fitting:
             best = min(fitting, key=lambda way: _error(runs[way]))

@@ -134,7 +134,7 @@ class MethodConfig:
         require(self.cache is not None or not self.settings, "settings", self.settings, "are those of a cache")
         require(self.cache is not None or not self.sweep, "sweep", self.sweep, "is over settings of a cache")
         limit = self.at_most
-        fits = limit is None or (self.sweep and 1 <= limit < math.inf)
+        fits = limit is None or (bool(self.sweep) and 1 <= limit < math.inf)
         require(fits, "at_most", limit, "is a number of passes from 1 up, with a sweep, or null")
         if self.budget is not None:
             alone = self.every is None and self.full_steps is None and self.cache is None
