@@ -4,8 +4,8 @@ from typing import Any
 
 _SHARED: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _INK, _PAPER = "#d8dadd", "#16181c"
-LIGHT = _SHARED
-DARK = _SHARED | {
+LIGHT: dict[Any, Any] = _SHARED
+DARK: dict[Any, Any] = _SHARED | {
     "figure.facecolor": _PAPER,
     "axes.facecolor": _PAPER,
     "savefig.facecolor": _PAPER,
