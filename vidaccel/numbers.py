@@ -16,6 +16,11 @@ def si(value: float, unit: str = "") -> str:
     return f"{value:.3g} {prefix}{unit}".strip()
 
 
+def rounded(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def quartiles(values: Sequence[float]) -> dict[str, float]:
     """{"median", "p25", "p75", "rounds"} of what was measured in so many rounds."""
     p25, median, p75 = np.percentile(values, [25, 50, 75]).tolist()

@@ -51,8 +51,9 @@ def plan_distillation(
     halves, low_rank = train.precision == "bfloat16", None
     if train.lora_rank:
         low_rank = adapters(costs.transformer, costs.family, costs.rows, train.lora_rank)
+    adapted = low_rank.parameters if low_rank else 0
     embeddings = _embeddings(costs, method, model.embeds)
-    added = embeddings + (low_rank.parameters if low_rank else 0)
+    added = embeddings + adapted
     trained = added + (0 if low_rank else costs.weights)
 
     own = Gradients(weights=low_rank is None, recomputed=train.checkpointing).flops(costs.full)
@@ -67,9 +68,8 @@ def plan_distillation(
 
     blocks = costs.with_gradients(train.precision, weights=low_rank is None)
     activations = max(kept_bytes(blocks, train.checkpointing), costs.quiet(train.precision))
-    shared = {"teacher": FLOAT32 * costs.weights, "student": FLOAT32 * (costs.weights + added)}
-    matrices = low_rank.parameters if low_rank else costs.matrices()
-    shared |= optimised(trained, train, matrices)
+    shared: dict[str, float] = {"teacher": FLOAT32 * costs.weights, "student": FLOAT32 * (costs.weights + added)}
+    shared |= optimised(trained, train, adapted or costs.matrices())
     each = {"activations": float(train.batch_size * activations)}
     if halves:
         each["bf16 copies"] = HALF * _copied(costs, train.checkpointing and low_rank is not None)
@@ -80,7 +80,7 @@ def plan_distillation(
     disk = {
         **features_disk(clips, samples, clip),
         "a checkpoint": checkpoint_bytes(trained, shared),
-        "the student": HALF * (costs.weights if merged else low_rank.parameters) + FLOAT32 * embeddings,
+        "the student": HALF * (costs.weights if merged else adapted) + FLOAT32 * embeddings,
     }
     kind = f"adapters of rank {train.lora_rank}" if low_rank else "whole weights"
     known = {"trained": trained, "frozen": costs.weights * (2 if low_rank else 1)}

@@ -4,7 +4,7 @@ The student is frozen: what is trained are a few blocks, or nothing. Passes of t
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -182,7 +182,8 @@ def _untrained(
 
 def _fitted(config: PredictorConfig, model: PlannedModel, costs: Costs, steps: int, halves: bool) -> Work:
     """The model's own runs, how errors grow in them, and lists as they are served."""
-    embeds_scale = costs.family.g_config and costs.transformer.config.get(costs.family.g_config)
+    settings: Any = costs.transformer.config
+    embeds_scale = costs.family.g_config and settings.get(costs.family.g_config)
     two_pass = model.call.get("two_pass", not (embeds_scale or "g" in model.embeds))
     runs = config.runs + config.checked_prompts
     if config.full_steps is not None:

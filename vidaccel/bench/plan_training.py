@@ -108,9 +108,9 @@ class Costs:
     def with_gradients(self, precision: str, weights: bool) -> list[BlockBytes]:
         """Bytes of one with gradients of weights, or with such that only go through it, by list of blocks."""
         typed = self._shallow(precision).requires_grad_(weights)
-        counts = [len(self.transformer.get_submodule(block_list.name)) for block_list in self.family.block_lists]
+        lists: list[Any] = [self.transformer.get_submodule(block_list.name) for block_list in self.family.block_lists]
         found = training_blocks(typed, self.family, self.rows)
-        return [replace(block, count=count) for block, count in zip(found, counts, strict=True)]
+        return [replace(block, count=len(blocks)) for block, blocks in zip(found, lists, strict=True)]
 
     def _shallow(self, precision: str) -> nn.Module:
         """One block of each kind, which is as much as is looked at."""

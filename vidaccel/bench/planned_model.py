@@ -68,7 +68,7 @@ def planned_model(
     if plan.size_of is None and sized is not None and not local_path(source).is_dir():
         return _shipped(sized, asked)
     wanted = source if plan.size_of is None else plan.size_of
-    if plan.size_of is not None and _benchmark_conf(wanted) is not None and not local_path(wanted).exists():
+    if plan.size_of is not None and _benchmark_conf(wanted) == wanted and not local_path(wanted).exists():
         return _shipped(wanted, asked)
     try:
         folder = _with_transformer(config_folder(wanted))
@@ -115,7 +115,7 @@ def _of_folder(name: str, folder: Path, asked: dict[str, int | None]) -> Planned
     conditioning = folder / "conditioning" / "config.json"
     embeds = tuple(read_json(conditioning)["embeds"]) if conditioning.is_file() else ()
     size = _size(dict(zip(("num_frames", "height", "width"), config.videos[0], strict=True)), asked)
-    return PlannedModel(config, size, call, embeds, _stored_beside(folder), name)
+    return PlannedModel(config, size, call, embeds, stored_beside(folder), name)
 
 
 def _conf_of(family: DiTFamily) -> str:
@@ -138,7 +138,7 @@ def _with_transformer(folder: Path) -> Path:
     return folder
 
 
-def _stored_beside(folder: Path) -> dict[str, int]:
+def stored_beside(folder: Path) -> dict[str, int]:
     """Bytes of the weights of text encoders and autoencoder, as they lie there."""
     parts = {"text encoder": "text_encoder*", "autoencoder": "vae"}
     found = {

@@ -16,6 +16,7 @@ from vidaccel.cli.common import (
     PrintConf,
     Settings,
     default_said,
+    plan_settings,
     quiet_libraries,
     reported,
     settings,
@@ -62,10 +63,15 @@ def benchmark(
     vidaccel benchmark --speedup --quality --conf mine student=runs/student predictor=runs/predictor
 
     vidaccel benchmark --plan --conf hunyuan_video
+
+    vidaccel benchmark --plan --conf wan_14b memory=24GB gpu=rtx4090
     """
     free, overrides = split_settings(words or [])
     if free:
         raise UserError(f'"{free[0]}" is neither a flag nor a key=value setting', "write settings as key=value")
+    overrides, on_card = plan_settings(overrides, plan)
+    if on_card is not None and as_json:
+        raise UserError("what fits a card is printed as a table alone", "leave --json out, or the settings of the card")
     config = settings("benchmark", conf, overrides, print_conf, explain)
     if quality and not speedup:
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
@@ -78,6 +84,10 @@ def benchmark(
         typer.echo(json.dumps(results, indent=2))
     else:
         show(lines)
+        if on_card is not None:
+            from vidaccel.bench.plan_card import card_tables
+
+            show(card_tables(results, config, on_card))
 
 
 def _way(**flags: bool) -> str:

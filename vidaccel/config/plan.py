@@ -18,16 +18,18 @@ class Gpu(NamedTuple):
     """FLOP/s without them, which is what PyTorch computes float32 products with unless told."""
     memory: float
     """Bytes."""
+    fp8: bool = True
+    """Whether its tensor cores have products of fp8."""
 
 
 GPUS = {
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80e9),
-    "a100-40gb": Gpu("A100 40 GB", 312e12, 19.5e12, 40e9),
+    "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, fp8=False),
+    "a100-40gb": Gpu("A100 40 GB", 312e12, 19.5e12, 40e9, fp8=False),
     "b200": Gpu("B200", 2250e12, 75e12, 180e9),
     "h100": Gpu("H100 SXM", 989e12, 67e12, 80e9),
     "h200": Gpu("H200 SXM", 989e12, 67e12, 141e9),
     "l40s": Gpu("L40S", 362e12, 91.6e12, 48e9),
-    "rtx3090": Gpu("RTX 3090", 71e12, 35.6e12, 24e9),
+    "rtx3090": Gpu("RTX 3090", 71e12, 35.6e12, 24e9, fp8=False),
     "rtx4090": Gpu("RTX 4090", 165e12, 82.6e12, 24e9),
     "rtx5090": Gpu("RTX 5090", 209e12, 104.8e12, 32e9),
 }

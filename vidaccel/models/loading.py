@@ -201,7 +201,7 @@ def config_folder(model: str | Path) -> Path:
     return _local_folder(model) or _download(str(model), partial(snapshot_download, allow_patterns="*.json"))
 
 
-def _download(hub_id: str, fetch: Callable[..., str] | None = None) -> Path:
+def _download(hub_id: str, fetch: Callable[..., Any] | None = None) -> Path:
     """The local snapshot of a hub model, safetensors only, or what `fetch` gets of it."""
     if hub_id.count("/") > 1 or hub_id.startswith(("/", ".", "~")):
         raise UserError(f"there is no folder {hub_id}", "check the path of the model")

@@ -63,7 +63,7 @@ def quantize_blocks(transformer: nn.Module, family: DiTFamily, kind: str) -> lis
     for kind_of_block in family.block_lists:
         blocks = getattr(transformer, kind_of_block.name)
         names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
-        chosen = [name for name in names if _takes(kind, name, blocks.get_submodule(name))]
+        chosen = quantizable(blocks, kind)
         quantize_(blocks, config, filter_fn=lambda _, name, chosen=frozenset(chosen): name in chosen)
         taken += [f"{kind_of_block.name}.{name}" for name in chosen]
         linear += len(names)
@@ -74,6 +74,12 @@ def quantize_blocks(transformer: nn.Module, family: DiTFamily, kind: str) -> lis
         )
     logger.info("quantize: %s in %d of %d linear layers of the trunk", kind, len(taken), linear)
     return taken
+
+
+def quantizable(blocks: nn.Module, kind: str) -> list[str]:
+    """Names of the linear layers of a block list that are quantised."""
+    layers = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, layer in layers.items() if _takes(kind, name, layer)]
 
 
 def _takes(kind: str, name: str, layer: nn.Linear) -> bool:

@@ -8,6 +8,7 @@ autocast keeps in float32 (norms) beside it is not in them, nor is an allocator'
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def adapters(model: nn.Module, family: DiTFamily, rows: dict[str, int], rank: in
     """On each linear layer of the blocks but those of their norms."""
     parameters = flops = 0
     for name, costs in family.costs.blocks.items():
-        blocks = model.get_submodule(name)
+        blocks: Any = model.get_submodule(name)
         for layer, module in blocks[0].named_modules():
             if isinstance(module, nn.Linear) and not layer.startswith("norm"):
                 added = len(blocks) * rank * (module.in_features + module.out_features)
@@ -87,7 +88,7 @@ def training_blocks(model: nn.Module, family: DiTFamily, rows: dict[str, int]) -
 
 
 def _block(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: dict[str, int]) -> BlockBytes:
-    blocks = model.get_submodule(block_list.name)
+    blocks: Any = model.get_submodule(block_list.name)
     arguments = block_arguments(model, family, block_list, rows)
     tokens = [arguments[name] for name in block_list.arguments[:2]]
     entering = [each.requires_grad_(True) for each in tokens if isinstance(each, Tensor)]

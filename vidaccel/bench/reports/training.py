@@ -7,7 +7,7 @@ from rich.table import Table
 from vidaccel.bench.plan_training import TrainingPlan, Work
 from vidaccel.bench.reports.tables import empty_table
 from vidaccel.config.plan import PlanConfig
-from vidaccel.numbers import si
+from vidaccel.numbers import rounded, si
 from vidaccel.train.checkpoints import KEPT
 
 
@@ -42,13 +42,9 @@ def _work_table(planned: TrainingPlan, plan: PlanConfig) -> Table:
     total = Work("total", sum(w.flops for w in planned.work), sum(w.float32 for w in planned.work))
     for part in [*planned.work, total]:
         hours = plan.seconds(part.flops, part.float32) / 3600
-        money = [f"{hours * plan.price:,.2f}"] if plan.price is not None else []
-        table.add_row(part.what, si(part.total), hours_text(hours), *money)
+        money = [rounded(hours * plan.price)] if plan.price is not None else []
+        table.add_row(part.what, si(part.total), rounded(hours), *money)
     return table
-
-
-def hours_text(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _memory(planned: TrainingPlan, plan: PlanConfig) -> Iterator[str | Table]:
