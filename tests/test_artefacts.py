@@ -21,6 +21,7 @@ from vidaccel.artefacts import (
     check_writable,
     own_files,
     read_run,
+    refuse_unfinished,
     sha256_file,
     verify_files,
     write_json,
@@ -324,6 +325,28 @@ def test_a_folder_that_cannot_be_read(tmp_path, content, reason):
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=reason):
         read_run(tmp_path, "model/1")
+
+
+@pytest.mark.parametrize(
+    ("files", "stands"),
+    [
+        (["metrics.jsonl"], "its training has no checkpoint yet"),
+        (["checkpoints/mse/metrics.jsonl"], "its training has no checkpoint yet"),
+        (["metrics.jsonl", "checkpoints/step-00000420/state.json"], "its training stands at step 420"),
+        (["checkpoints/mse/step-00000020/state.json"], "its training stands at step 20 of mse"),
+        (["shard-00000.tar", "shard-00001.tar"], "2 of its shards are written"),
+    ],
+)
+def test_what_was_begun_and_not_ended_says_where_it_stands(tmp_path, files, stands):
+    refuse_unfinished(tmp_path)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for refused in (refuse_unfinished, lambda folder: read_run(folder, "model/1")):
+        with pytest.raises(UserError, match=f"is not finished: {stands}\nhint: run its command again"):
+            refused(tmp_path)
+    (tmp_path / "run.json").touch()
+    refuse_unfinished(tmp_path)
 
 
 def test_a_place_where_something_else_is_finished_is_refused(tmp_path):

@@ -175,6 +175,25 @@ def test_a_wrong_key_names_the_nearest_right_one(tmp_path, key, nearest):
         assert "choose from" in in_word.value.hint
 
 
+@pytest.mark.parametrize(
+    ("row", "message", "hint"),
+    [
+        ("{stepps: 3}", 'the row mine has no setting "stepps"', 'did you mean "steps"? A row may have: as_called,'),
+        ("{xyz: 3}", 'the row mine has no setting "xyz"', "choose from: as_called, budget"),
+        ("3", "the row mine is 3, not settings", "write mine: {steps: 20}"),
+        ("{steps: many}", "methods.mine.steps: Value 'many'", "see `--print-conf`"),
+    ],
+)
+def test_what_is_wrong_with_a_row_of_a_benchmark_names_the_row(tmp_path, row, message, hint):
+    (tmp_path / "rows.yaml").write_text(f"defaults: [untrained, _self_]\nmethods:\n  mine: {row}\n")
+    with pytest.raises(UserError) as in_file:
+        load("benchmark", BenchmarkConfig, str(tmp_path / "rows.yaml"))
+    assert message in in_file.value.message and in_file.value.hint.startswith(hint)
+    assert "MethodConfig" not in str(in_file.value)
+    with pytest.raises(UserError, match="methods=3, where methods holds rows by name"):
+        load("benchmark", BenchmarkConfig, "untrained", ["methods=3"])
+
+
 @pytest.mark.parametrize("word", ["steps", "", "+", "~steps", "a red circle"])
 def test_a_word_that_sets_nothing(word):
     with pytest.raises(UserError, match="neither a flag nor a key=value setting"):

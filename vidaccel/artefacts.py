@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -22,6 +23,8 @@ from typing import Any
 from vidaccel import __version__
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"  # of a folder that is being written (locks.py), and hidden, so in no one's way
@@ -241,6 +244,7 @@ def read_run(folder: str | os.PathLike, format: str) -> dict[str, Any]:
         raise UserError(f"there is no folder {folder}", f"give the path of a finished {name} folder")
     path = folder / RUN_FILE
     if not path.is_file():
+        refuse_unfinished(folder)
         raise UserError(f"{folder} is not a finished {name} folder: it has no {RUN_FILE}", "run its command again")
     again = "run the command that makes it again"
     run = read_json(path, again)
@@ -252,6 +256,42 @@ def read_run(folder: str | os.PathLike, format: str) -> dict[str, Any]:
             f"give the path of a {name} folder, or make it again with this version of vidaccel",
         )
     return run
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest of a training in `folder`: "step 420" or, of one in stages, "step 20 of mse"; None where none is."""
+    saved = list((Path(folder) / CHECKPOINTS).glob("**/step-*/state.json"))
+    if not saved:
+        return None
+    last = max(saved, key=lambda file: file.stat().st_mtime).parent
+    stage = "" if last.parent.name == CHECKPOINTS else f" of {last.parent.name}"
+    return f"step {int(last.name.removeprefix('step-'))}{stage}"
+
+
+def refuse_unfinished(folder: str | os.PathLike) -> None:
+    """`UserError`, which says where it stands, if `folder` is of a run of ours that has begun and not ended."""
+    folder = Path(folder)
+    if (folder / RUN_FILE).exists():
+        return
+    step, shards = last_checkpoint(folder), len(list(folder.glob("shard-*.tar")))
+    begun = step or shards or any(folder.glob("metrics.jsonl")) or any((folder / CHECKPOINTS).glob("*/metrics.jsonl"))
+    if not begun:
+        return
+    stands = f"its training stands at {step}" if step else "its training has no checkpoint yet"
+    raise UserError(
+        f"{folder} is not finished: {f'{shards} of its shards are written' if shards else stands}",
+        "run its command again, which goes on from there",
+    )
+
+
+def say_finished(folder: str | os.PathLike) -> None:
+    """That a command was given again whose run is done, in which nothing changes."""
+    finished = read_json(Path(folder) / RUN_FILE, "run its command again").get("finished", "")
+    log.info(
+        "already finished%s: %s stays as it is; for another one remove it, or choose another folder with -o",
+        f" ({finished[:16].replace('T', ' ')})" if finished else "",
+        folder,
+    )
 
 
 def check_output(folder: str | os.PathLike, format: str) -> None:

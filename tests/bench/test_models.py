@@ -42,3 +42,14 @@ def test_rows_of_schedules_alone_name_their_folder_and_one_line_says_what_it_lac
             "no folder": "there is no predictor runs/nowhere",
         },
     )
+
+
+def test_a_student_that_stands_in_for_the_model_in_one_pass_is_said():
+    methods = {"one": MethodConfig(weights="teacher"), "two": MethodConfig(weights="teacher", two_pass=True)}
+    named = {"model": "sprites/teacher", "student": "sprites/student", "dtype": "float32"}
+    alone, beside = (Models(BenchmarkConfig(**named, distilled=other), "cpu") for other in (None, "runs/cfg"))
+    methods, lacking = resolved(methods, alone)
+    said = alone.student_stands_for_teacher(methods, lacking)
+    assert said is not None and said.startswith("one: on sprites/student at r = t, ") and "distilled=" in said
+    assert beside.student_stands_for_teacher(methods, {}) is None
+    assert alone.student_stands_for_teacher(methods, {"one"}) is None

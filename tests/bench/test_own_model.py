@@ -106,13 +106,16 @@ def chain(family: str, **teacher: str) -> None:
 
 def test_all_stages_stand_in_one_table():
     chain("hunyuan_video")
-    rows_of = {"budget": 2, "as_called": True}
-    words = ["scored_prompts=1", "only=[full,taylor-every-3,cfg-distilled-50,student,predictor-8-searched,two]"]
-    words += ["methods.cfg-distilled-50.steps=6", f"methods.two={json.dumps(rows_of).replace(chr(34), '')}"]
-    result = run(*QUICK, "--conf", "mine", "student=student", "predictor=predictor", *words)
+    only = "full,taylor-every-3,cfg-distilled-50,student,predictor-two-fifths,predictor-one-fifth,eight"
+    words = [f"only=[{only}]", "methods.cfg-distilled-50.steps=6", "methods.eight={budget: 8, as_called: true}"]
+    words = ["--conf", "mine", "student=student", "predictor=predictor", *words]
+    result = run(*QUICK, *words, "scored_prompts=1")
     assert result.exit_code == 0, result.output
     assert "info: model=model distilled=cfg, which student was distilled from" in result.stderr
-    why = "predictor-8-searched (all of its 4 steps would be full (take a budget below 4))"
+    assert Path("student/README.md").read_text().startswith("# A student of model\n")
+    assert "by way of cfg, distilled to" in Path("student/README.md").read_text()
+    why = "predictor-one-fifth (the same row as predictor-two-fifths: 2 of 4 steps full); "
+    why += "eight (all of its 4 steps would be full (take a budget below 4))"
     assert f"not run: {why}" in " ".join(result.stdout.split())
     found = rows()
     passes = {name: tuple(run["passes"].values()) for name, run in found.items() if run["passes"]}
@@ -121,9 +124,13 @@ def test_all_stages_stand_in_one_table():
         "taylor-every-3": (4, 0, 8),
         "cfg-distilled-50": (6, 0, 0),
         "student": (4, 0, 0),
-        "two": (2, 2, 0),
+        "predictor-two-fifths": (2, 2, 0),
     }
     assert passes | expected == passes
+    plan = run("--plan", *words)
+    assert plan.exit_code == 0 and f"not run: {why}" in " ".join(plan.stdout.split())
+    planned = json.loads(run("--plan", "--json", *words).stdout)["runs"]
+    assert {each["method"]: tuple(each["passes"].values()) for each in planned if each["passes"]} == expected
     assert (
         found["full"]["settings"]["guidance"] == 4.0
     )  # the student's, of which a scale of the teacher's own says less
@@ -175,3 +182,11 @@ def test_a_plan_takes_family_and_call_from_the_model():
     full, predicted = json.loads(result.stdout)["runs"]
     assert (full["family"], full["steps"], full["passes"]["full"]) == ("wan", 6, 12)
     assert (predicted["full_steps"], full["size"]["num_frames"]) == ([0, 3], 5)
+    wider = json.loads(run("--plan", "--json", "model=mine", "only=[taylor-every-3]", "width=64").stdout)["runs"][0]
+    assert wider["size"] == {"num_frames": 5, "height": 32, "width": 64}
+    said = " ".join(run("--plan", "model=mine", "only=[taylor-every-3]").stdout.split())
+    held = {name: sum(file.stat().st_size for file in Path("mine", name).glob("*.safetensors")) for name in ("vae",)}
+    assert full["plan"]["beside_bytes"] | held == full["plan"]["beside_bytes"] and "transformer" not in held
+    assert "memory is the transformer's alone; text_encoder " in said and " B beside it" in said.replace("kB", "B")
+    flat, short = (run("--plan", "model=mine", f"sizes={size}") for size in ("[5,32,32]", "[[5,32]]"))
+    assert "hint: write sizes=[[5, 32, 32]]" in flat.stderr and "num_frames=81 height=480 width=832" in short.stderr

@@ -125,6 +125,7 @@ def test_passes():
 
     assert counted(steps=50, two_pass=True) == (100, 0, 0)
     assert counted(steps=8, full_steps=[0, 2, 4, 7]) == (4, 4, 0)
+    assert counted(steps=8, full_share=0.4) == (3, 5, 0) and counted(steps=2, full_share=0.9) == (1, 1, 0)
     assert counted(steps=8, every=3, on_skipped="reuse") == (3, 0, 5)
     assert counted(steps=8, every=3, on_skipped="attention", two_pass=True) == (6, 0, 10)
 
@@ -239,6 +240,9 @@ def test_refusals(overrides, message, hint):
         {"budget": 2, "every": 2},
         {"budget": 2, "on_skipped": "branches"},
         {"cache": "fora", "at_most": 4},
+        {"full_share": 1.0},
+        {"full_share": 0.4, "budget": 2},
+        {"full_share": 0.4, "on_skipped": "reuse"},
         {"cache": "magic"},
         {"settings": {"threshold": 1}},
         {"sweep": {"threshold": [1]}},
@@ -258,6 +262,7 @@ def test_settings_of_a_method(settings):
         {"sizes": []},
         {"sizes": [[5, 64]]},
         {"sizes": [[5, 64, 0]]},
+        {"height": 0},
         {"compression": [4]},
         {"predictor_blocks": 0},
         {"predictor_history": 3},

@@ -390,7 +390,7 @@ def test_rows_are_compared_in_pairs_at_equal_compute(bench):
     ours, theirs = (runs[each]["per_prompt"]["own_fidelity"]["student"][error] for each in ("searched", "student-3"))
     delta = asked["equal compute"]["deltas"][name]
     assert delta["delta"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3, abs=1e-4)
-    assert delta["low"] <= delta["delta"] <= delta["high"] and delta["verdict"] == "not told apart"  # of three prompts
+    assert delta["low"] <= delta["delta"] <= delta["high"] and delta["verdict"] == "too few prompts to tell"  # of three
     assert runs["searched"]["own_fidelity"][error] == pytest.approx(sum(ours) / 3, abs=1e-4)
     assert runs["student"]["own_fidelity"] is None and runs["cfg"]["contrasts"] == []
     results = json.loads((bench / "results.json").read_text())
@@ -469,7 +469,7 @@ def test_a_finished_benchmark_is_not_run_again(bench, conf, monkeypatch):
     before = (bench / "results.json").read_text()
     again = run("--speedup", "--quality", "--conf", conf, "-o", bench, "--json")
     assert again.exit_code == 0, again.output
-    assert json.loads(again.stdout) == json.loads(before)
+    assert json.loads(again.stdout) == json.loads(before) and "info: already finished" in again.stderr
 
 
 def test_another_benchmarks_folder_is_refused(bench, conf):

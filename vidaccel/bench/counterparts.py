@@ -24,6 +24,7 @@ def own_run(method: MethodConfig) -> MethodConfig:
         "full_steps",
         "every",
         "budget",
+        "full_share",
         "on_skipped",
         "order",
         "cache",

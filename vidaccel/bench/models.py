@@ -3,7 +3,7 @@
 The pipeline and the predictor of one row at a time are on the device, so that its memory is its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
 from vidaccel.runtime.prepare import prepare
 
+NAMED = 3
+"""Rows that a line names."""
 PARKED = torch.device("cpu")
 """Where the models of other rows wait."""
 CALIBRATION_SEED = 2**31
@@ -101,8 +103,23 @@ class Models:
             return "model" if self.config.model is None else "distilled"
         if method.budget is not None and method.on_skipped not in FROM_FOLDERS:
             return "methods.NAME.predictor" if method.predictor is None else None
-        by_folder = method.predicts or method.budget is not None or method.on_skipped == "multistep"
+        by_folder = method.predicts or method.by_folder or method.on_skipped == "multistep"
         return "predictor" if by_folder and (method.predictor or self.config.predictor) is None else None
+
+    def student_stands_for_teacher(self, methods: Mapping[str, MethodConfig], left_out: Container[str]) -> str | None:
+        """A line about rows of the teacher in one pass that run on the student, because no other model makes one."""
+        config = self.config
+        rows = [
+            name
+            for name, method in methods.items()
+            if name not in left_out and method.weights == "teacher" and self.path(method) == config.student
+        ]
+        if not rows or config.student == config.model:
+            return None
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        which = f"{', '.join(rows[:NAMED])}{more}"
+        why = "which has had the training for few steps too: distilled= names the model before that"
+        return f"{which}: on {config.student} at r = t, {why}"
 
     def predictor(self, method: MethodConfig, loaded: LoadedPipeline) -> Predictor:
         """The row's predictor, made to run as the blocks of that pipeline do."""

@@ -3,17 +3,21 @@ another world is left out. Whatever changes is said.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from vidaccel.artefacts import refuse_unfinished
 from vidaccel.bench.baselines.registry import lacks
 from vidaccel.bench.models import Models
 from vidaccel.bench.sizes import planned_family
-from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.cache.schedule import read_schedules
+from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.folder import read_json
 from vidaccel.models.lineage import recorded, teachers
@@ -24,7 +28,6 @@ log = logging.getLogger(__name__)
 
 OF_A_WORLD = ("student", "distilled", "predictor", "scorer")
 """Settings that may name what a world ships."""
-SIZE = ("num_frames", "height", "width")
 
 
 def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -41,6 +44,7 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
         )
     found = teachers(config.student, "name it: model=FOLDER")
     if not found:
+        refuse_unfinished(local_path(config.student))
         raise UserError(f"{config.student} is no student", "name it as model=, or set model=FOLDER beside it")
     changes = {"model": found[-1]}
     if config.distilled is None and len(found) > 1 and _is_cfg(found[-2]):
@@ -66,38 +70,93 @@ def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
     if config.sizes is None:
         made_for = loaded if config.student is None else models.pipeline(MethodConfig())
         config = replace(config, sizes=[[made_for.default(name) for name in SIZE]])
+    config = _of_one_size(config)
     if config.prompts:
         config = replace(config, scored_prompts=min(config.scored_prompts, len(config.prompts)))
     models.config = config
     return config
 
 
-def resolved(methods: Mapping[str, MethodConfig], models: Models) -> tuple[dict[str, MethodConfig], dict[str, str]]:
+def _of_one_size(config: BenchmarkConfig) -> BenchmarkConfig:
+    """With the size that `num_frames`, `height` and `width` say, where any does, in place of `sizes`."""
+    said = [getattr(config, key) for key in SIZE]
+    if said == [None] * 3:
+        return config
+    size = [own if given is None else given for given, own in zip(said, config.videos[0], strict=True)]
+    return replace(config, sizes=[size], **dict.fromkeys(SIZE))
+
+
+Resolved = tuple[dict[str, MethodConfig], dict[str, str]]
+"""Rows by name, and of those that cannot run why."""
+
+
+def resolved(methods: Mapping[str, MethodConfig], models: Models) -> Resolved:
     """The rows, those `as_called` with steps, passes and guidance of their models; and why some cannot run."""
+
+    def fitting(method: MethodConfig) -> MethodConfig:
+        if (key := models.missing(method)) is not None:
+            raise _Lacking(f"no {key}= is named")
+        if (package := lacks(method.cache)) is not None:
+            raise _Lacking(package)
+        row = _as_called(method, models) if method.as_called else method
+        row = row if row.full_share is None else _of_a_share(row, models.predictor_folder(row))
+        if row.budget is not None:
+            models.searched(row)
+        return row
+
+    return _sorted_out(methods, fitting)
+
+
+class _Lacking(Exception):
+    """Why a row cannot run, to which there is no hint."""
+
+
+def _sorted_out(methods: Mapping[str, MethodConfig], fitting: Callable[[MethodConfig], MethodConfig]) -> Resolved:
+    """Each row as `fitting` makes it, and why it could not; of rows that a share of few steps makes one, the first."""
     rows, lacking = {}, {}
     for name, method in methods.items():
         rows[name] = method
-        if (key := models.missing(method)) is not None:
-            lacking[name] = f"no {key}= is named"
-        elif (package := lacks(method.cache)) is not None:
-            lacking[name] = package
-        else:
-            try:
-                rows[name] = _as_called(method, models) if method.as_called else method
-                if method.budget is not None:
-                    models.searched(rows[name])
-            except UserError as error:
-                lacking[name] = f"{error.message} ({error.hint})" if method.as_called else error.message
+        try:
+            row = fitting(method)
+        except _Lacking as error:
+            lacking[name] = str(error)
+            continue
+        except UserError as error:
+            lacking[name] = f"{error.message} ({error.hint})" if method.as_called else error.message
+            continue
+        same = [other for other, made in rows.items() if made == row and other != name]
+        if method.full_share is not None and same:
+            lacking[name] = f"the same row as {same[0]}: {row.full_count()} of {row.steps} steps full"
+        rows[name] = row
     return rows, lacking
+
+
+def _in_steps(method: MethodConfig, steps: int, two_pass: bool) -> MethodConfig:
+    """The row in other steps and passes; `UserError` where they leave nothing to what stands in."""
+    if method.budget is not None and method.budget >= steps:
+        raise UserError(f"all of its {steps} steps would be full", f"take a budget below {steps}")
+    if method.full_share is not None and steps == 1:
+        raise UserError("its one step would be full", "take a student of more steps")
+    return replace(method, steps=steps, two_pass=two_pass)
+
+
+def _of_a_share(method: MethodConfig, folder: Path) -> MethodConfig:
+    """The row with a number of full steps that the predictor in `folder` has a schedule for, near its share of them."""
+    searched = read_schedules(folder / SCHEDULE_FILE)
+    known = sorted({each.budget for each in searched if each.steps == method.steps and each.budget < method.steps})
+    if not known:
+        raise UserError(
+            f"{folder} has no schedules for {method.steps} steps",
+            f"search some: vidaccel train-predictor -o {folder} stage=search steps={method.steps}",
+        )
+    share = method.full_share or 0.0
+    return replace(method, full_share=None, budget=min(known, key=lambda budget: abs(budget - share * method.steps)))
 
 
 def _as_called(method: MethodConfig, models: Models) -> MethodConfig:
     loaded, config = models.pipeline(method), models.config
     guidance, two_pass = guidance_in_force(loaded, None, None)
-    steps = loaded.default("steps")
-    if method.budget is not None and method.budget >= steps:
-        raise UserError(f"all of its {steps} steps would be full", f"take a budget below {steps}")
-    row = replace(method, steps=steps, two_pass=two_pass)
+    row = _in_steps(method, loaded.default("steps"), two_pass)
     if method.weights == "teacher" and config.student is not None and guidance != 1:
         student = models.pipeline(MethodConfig())  # whose guidance was distilled at one scale, away from one prompt
         for key in student.call.keys() & {"negative_prompt"} - loaded.call.keys():
@@ -129,8 +188,8 @@ def _is_of(loaded: LoadedPipeline, name: str) -> bool:
 
 
 def planned(config: BenchmarkConfig) -> BenchmarkConfig:
-    """For a plan, from what stands beside the weights: with the family of the model's transformer, the size that it or
-    the student is made for where none is said, and the rows `as_called` so.
+    """For a plan, from what stands beside the weights: with the family of the model's transformer, and the size that it
+    or the student is made for where none is said.
 
     Raises:
         UserError: the model's transformer is of no family that is known.
@@ -138,23 +197,37 @@ def planned(config: BenchmarkConfig) -> BenchmarkConfig:
     if config.model is None and config.student is not None:
         config = with_ancestors(config)
     planned_family(config)  # whose name is one, whatever the model's is
-    arguments = {} if config.model is None else read_json(local_path(config.model) / "transformer" / "config.json")
-    if arguments:
+    if arguments := _transformer_arguments(config):
         config = replace(config, family=_family_of(str(arguments.get("_class_name")), config).name)
-    family = planned_family(config)
+    if config.sizes is None:
+        made_for, own = _recorded_call(config.student) or _recorded_call(config.model), planned_family(config).defaults
+        config = replace(config, sizes=[[made_for.get(name, getattr(own, name)) for name in SIZE]])
+    return _of_one_size(config)
+
+
+def planned_rows(config: BenchmarkConfig) -> Resolved:
+    """The wanted rows of settings that are `planned`, as `resolved` gives them."""
+    family, arguments = planned_family(config), _transformer_arguments(config)
     embeds = bool(family.g_config and arguments.get(family.g_config))
     teacher, student = (_recorded_call(name) for name in (config.model, config.student))
-    if config.sizes is None:
-        made_for = student or teacher
-        config = replace(config, sizes=[[made_for.get(name, getattr(family.defaults, name)) for name in SIZE]])
-    methods = dict(config.methods)
-    for name, method in methods.items():
+
+    def fitting(method: MethodConfig) -> MethodConfig:
         if method.as_called and method.weights == "teacher" and config.model is not None:
-            two_pass = teacher.get("two_pass", not embeds)
-            methods[name] = replace(method, steps=teacher.get("steps", family.defaults.steps), two_pass=two_pass)
+            steps, two_pass = teacher.get("steps", family.defaults.steps), teacher.get("two_pass", not embeds)
+            method = _in_steps(method, steps, two_pass)
         elif method.as_called and student:
-            methods[name] = replace(method, steps=student.get("steps", method.steps))
-    return replace(config, methods=methods)
+            method = _in_steps(method, student.get("steps", method.steps), method.two_pass)
+        folder = method.predictor or config.predictor
+        if method.full_share is None or folder is None or not (local_path(folder) / SCHEDULE_FILE).is_file():
+            return method
+        return _of_a_share(method, local_path(folder))
+
+    return _sorted_out(config.wanted(), fitting)
+
+
+def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:
+    """The config of the model's transformer, if a model is named."""
+    return {} if config.model is None else read_json(local_path(config.model) / "transformer" / "config.json")
 
 
 def _family_of(transformer: str, config: BenchmarkConfig) -> DiTFamily:

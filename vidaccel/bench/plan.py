@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import nn
 
+from vidaccel.artefacts import own_files
 from vidaccel.bench.environment import environment
 from vidaccel.bench.generation import Size
 from vidaccel.bench.measures.flops import PassFlops, parameters, pass_flops, planned_trunk
 from vidaccel.bench.measures.memory import CacheBytes, activation_bytes, cache_bytes
-from vidaccel.bench.own_model import planned
-from vidaccel.bench.rows import SCHEMA, Row, blank_run, speedups
+from vidaccel.bench.own_model import planned, planned_rows
+from vidaccel.bench.rows import NOT_RUN, SCHEMA, Row, blank_run, speedups
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.forecasters.base import ForecasterCosts, PlannedTrunk
 from vidaccel.forecasters.registry import forecaster_class
-from vidaccel.models.loading import DTYPES
+from vidaccel.models.loading import DTYPES, local_path
 
 UNPLANNED = "what this cache leaves out is known when it runs: vidaccel benchmark --speedup"
 """Why a row has no plan."""
@@ -63,17 +64,22 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
         UserError: settings that the family cannot follow, or methods that are not there.
     """
     config = planned(config)
-    methods, family, model = config.wanted(), planned_family(config), meta_transformer(config)
-    if not methods[config.baseline].planned:
-        raise UserError(f"the baseline {config.baseline} cannot be planned: {UNPLANNED}", "take another baseline")
-    weights, runs = parameters(model), []
+    methods, lacking = planned_rows(config)
+    family, model = planned_family(config), meta_transformer(config)
+    if why := lacking.get(config.baseline) or (None if methods[config.baseline].planned else UNPLANNED):
+        raise UserError(f"the baseline {config.baseline} cannot be planned: {why}", "take another baseline")
+    weights, others, runs = parameters(model), beside(config.model, family), []
     for size in config.videos:
         costs = size_costs(config, family, model, size)
         baseline = method_flops(methods[config.baseline], costs)
         for name, method in methods.items():
             run = blank_run(Row(name, method, costs.size), config.family)
-            known = _planned(method, costs, config.dtype, weights, baseline) if method.planned else {"error": UNPLANNED}
-            runs.append(run | known)
+            if name in lacking:
+                runs.append(run | {"error": f"{NOT_RUN}{lacking[name]}"})
+            elif not method.planned:
+                runs.append(run | {"error": UNPLANNED})
+            else:
+                runs.append(run | _planned(method, costs, config.dtype, weights, baseline, others))
     return {"schema": SCHEMA, "environment": environment("meta"), "baseline": config.baseline, "runs": runs}
 
 
@@ -111,8 +117,23 @@ def method_flops(method: MethodConfig, costs: SizeCosts) -> int:
     return count.full * full.total + (count.predicted + count.skipped) * other.total
 
 
-def _planned(method: MethodConfig, costs: SizeCosts, dtype: str, weights: int, baseline: int) -> dict[str, Any]:
-    """What a plan knows of a run of a model with so many `weights`, stored in `dtype`."""
+def beside(model: str | None, family: DiTFamily) -> dict[str, int]:
+    """Bytes of the weight files of what a pipeline holds beside its transformer, text encoders and autoencoder, by the
+    names of their folders; {} where the model is no folder here."""
+    own = {denoiser.attribute for denoiser in family.denoisers}
+    folders = [] if model is None else own_files(local_path(model), "*/")
+    held = {
+        folder.name: sum(file.stat().st_size for file in own_files(folder, "*.safetensors"))
+        for folder in folders
+        if folder.name not in (*own, "conditioning", "lora")
+    }
+    return {name: size for name, size in held.items() if size}
+
+
+def _planned(
+    method: MethodConfig, costs: SizeCosts, dtype: str, weights: int, baseline: int, beside: dict[str, int]
+) -> dict[str, Any]:
+    """What a plan knows of a run of a model with so many `weights`, stored in `dtype`, and `beside` its transformer."""
     count, flops = passes(method), method_flops(method, costs)
     caches = count.predicted + count.skipped > 0
     # each of two passes a step has a context, and a cache, of its own
@@ -136,5 +157,6 @@ def _planned(method: MethodConfig, costs: SizeCosts, dtype: str, weights: int, b
             "weight_bytes": weight_bytes,
             "activation_bytes": costs.activations,
             "peak_memory_bytes": weight_bytes + costs.activations + cache,
+            "beside_bytes": beside,
         },
     }

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from vidaccel.bench.environment import environment
 from vidaccel.bench.measures.flops import parameters
-from vidaccel.bench.own_model import planned
+from vidaccel.bench.own_model import planned, planned_rows
 from vidaccel.bench.plan import SizeCosts, method_flops, passes, size_costs, stand_in
-from vidaccel.bench.rows import SCHEMA, Row, blank_run, speedups
+from vidaccel.bench.rows import NOT_RUN, SCHEMA, Row, blank_run, speedups
 from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_family, rows
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -179,12 +179,15 @@ def _free_memory() -> int:
 
 
 def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: str) -> Iterator[dict[str, Any]]:
-    methods = config.wanted()
+    methods, lacking = planned_rows(config)
     baseline = methods[config.baseline]
     for name, method in methods.items():
         run = blank_run(Row(name, method, costs.size), config.family)
         run["settings"]["random_weights"] = how
-        yield run | (_timed(method, baseline, costs, timed) if _is_timed(method, costs) else {"error": UNTIMED})
+        if name in lacking:
+            yield run | {"error": f"{NOT_RUN}{lacking[name]}"}
+        else:
+            yield run | (_timed(method, baseline, costs, timed) if _is_timed(method, costs) else {"error": UNTIMED})
 
 
 def _is_timed(method: MethodConfig, costs: SizeCosts) -> bool:

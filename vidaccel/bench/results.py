@@ -160,6 +160,7 @@ def _compare(
     """Give every run its contrasts. Each question has a correction of its own."""
     scored = [row for row in rows if row.videos and row.error is None]
     found: dict[str, list] = {}
+    meant: dict[str, int] = {}
     for row in scored:
         for question, other in _others(row, scored, runs, rows, config):
             own = counterparts.own_row(row, rows)
@@ -167,10 +168,11 @@ def _compare(
             count = min(len(row.videos), len(other.videos))
             ours, theirs = ({name: values[:count] for name, values in side.items()} for side in (ours, theirs))
             found.setdefault(question, []).append((row, other, differences(ours, theirs, meanings[:count], totals)))
+            meant[question] = max(meant.get(question, 0), len(set(meanings[:count])))
     for run in runs.values():
         run["contrasts"] = []
     for question, asked in found.items():
-        told = verdicts([difference for _, _, difference in asked], config.endpoints)
+        told = verdicts([difference for _, _, difference in asked], config.endpoints, meant[question])
         for (row, other, _), deltas in zip(asked, told, strict=True):
             runs[id(row)]["contrasts"].append({"question": question, "with": other.name, "deltas": deltas})
 

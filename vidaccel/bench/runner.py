@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from vidaccel.artefacts import RUN_FILE, check_writable, read_json, write_json, write_run
+from vidaccel.artefacts import RUN_FILE, check_writable, read_json, say_finished, write_json, write_run
 from vidaccel.bench import choosing, counterparts, vbench
 from vidaccel.bench.baselines.parts import Unsupported
 from vidaccel.bench.baselines.registry import calibrate, check_settings, one_at_a_time
@@ -38,11 +38,11 @@ from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.bench.measures.quality import perceptual_network, prompts_of, scorer_of
 from vidaccel.bench.models import CALIBRATION_SEED, Models
 from vidaccel.bench.output_folder import FORMAT, open_output_folder, parents
-from vidaccel.bench.own_model import SIZE, fitted, resolved, with_ancestors
+from vidaccel.bench.own_model import fitted, resolved, with_ancestors
 from vidaccel.bench.reports.tables import not_run
 from vidaccel.bench.results import EXAMPLES, RECONSTRUCTED, results_of, write_results
 from vidaccel.bench.rows import NOT_RUN, STAGES, Row, Rows
-from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
@@ -98,6 +98,8 @@ class Benchmark:
         self._check_baseline(methods[config.baseline])
         if lacking:
             log.info("%s", not_run(lacking))
+        if standing := self.models.student_stands_for_teacher(methods, lacking):
+            log.info("%s", standing)
         self.timed_prompts = prompts_of(config, config.timed_prompts)
         self.scored_prompts = prompts_of(config, config.scored_prompts, config.stream) if quality else []
         if config.vbench:
@@ -125,6 +127,7 @@ class Benchmark:
 
     def run(self) -> dict[str, Any]:
         if (self.folder / RUN_FILE).exists() and not self._unjudged:
+            say_finished(self.folder)
             return read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on")
         self._count()
         if self.quality and self.config.equal_compute:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, read_run, told
+from vidaccel.artefacts import RUN_FILE, last_checkpoint, read_run, told
 from vidaccel.config.defaults import CONFS, default_conf
 from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import TrainingFailed, UserError
@@ -91,16 +91,14 @@ def default_said(command: str) -> str:
 
 def _interrupted(output: Path | None) -> str:
     """Where the same command goes on from: of a training its last checkpoint."""
-    saved = [] if output is None else list((output / CHECKPOINTS).glob("**/step-*/state.json"))
-    if not saved:
+    step = None if output is None else last_checkpoint(output)
+    if step is None:
         collected = output is not None and any(output.glob("shard-*.tar"))
         if collected:
             return "interrupted; the same command goes on from what is collected"
         begun = output is not None and any(output.glob("**/metrics.jsonl"))
         return f"interrupted{'; nothing is saved yet, save_every= says how often' if begun else ''}"
-    last = max(saved, key=lambda file: file.stat().st_mtime).parent
-    stage = "" if last.parent.name == CHECKPOINTS else f" of {last.parent.name}"
-    return f"interrupted; the same command goes on from step {int(last.name.removeprefix('step-'))}{stage}"
+    return f"interrupted; the same command goes on from {step}"
 
 
 def print_any_character() -> None:

@@ -21,6 +21,9 @@ schedules alone."""
 EQUAL_COMPUTE = "equal compute"
 """In place of a row's name: as many full steps of the same model as a row costs."""
 
+SIZE = ("num_frames", "height", "width")
+"""Of a video: settings, in the order of `sizes`."""
+
 DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips")
 """Measures of likeness of which it is known which way is better: less or more motion is neither."""
 
@@ -91,6 +94,9 @@ class MethodConfig:
     budget: int | None = None
     """So many steps run the whole transformer: those that schedule.json lists in the folder of `predictor`, which a row
     of `reuse`, `taylor` or `linear` has to name itself."""
+    full_share: float | None = None
+    """In place of `budget`, about that share of however many steps there are: of the numbers that the predictor's own
+    schedule.json has for so many steps, the nearest."""
     on_skipped: str = "predictor"
     """What runs on the other steps, beside embedders and output head: a forecaster by name (`predictor`, the learned
     one; `multistep`, fitted scalars, which answer the whole pass; `reuse`, the trunk's last output again; `taylor`,
@@ -136,6 +142,12 @@ class MethodConfig:
         limit = self.at_most
         fits = limit is None or (bool(self.sweep) and 1 <= limit < math.inf)
         require(fits, "at_most", limit, "is a number of passes from 1 up, with a sweep, or null")
+        if self.full_share is not None:
+            alone = self.budget is None and self.every is None and self.full_steps is None and self.cache is None
+            whose = " or ".join(FROM_FOLDERS)
+            rule = f"is between 0 and 1, without budget, full_steps, every or cache, and with on_skipped={whose}"
+            fits = 0 < self.full_share < 1 and self.on_skipped in FROM_FOLDERS
+            require(alone and fits, "full_share", self.full_share, rule)
         if self.budget is not None:
             alone = self.every is None and self.full_steps is None and self.cache is None
             rule = f"is from 1 to {self.steps}, without full_steps, every or cache, and with a forecaster"
@@ -163,13 +175,20 @@ class MethodConfig:
 
     def schedule(self) -> list[int] | None:
         """The steps that run the whole transformer; None where the settings alone do not say."""
-        if not self.planned or self.budget is not None:
+        if not self.planned or self.by_folder:
             return None
         return list(range(0, self.steps, self.every or 1)) if self.full_steps is None else self.full_steps
 
+    @property
+    def by_folder(self) -> bool:
+        """Whether a folder's own schedules say which steps run the whole transformer."""
+        return self.budget is not None or self.full_share is not None
+
     def full_count(self) -> int | None:
-        """How many steps run the whole transformer."""
-        return self.budget if self.schedule() is None else len(self.schedule())
+        """How many steps run the whole transformer; of a share, as far as the settings alone say it."""
+        if self.full_share is not None:
+            return max(1, min(self.steps - 1, round(self.full_share * self.steps)))
+        return self.budget if (schedule := self.schedule()) is None else len(schedule)
 
     def swept(self) -> dict[str, "MethodConfig"]:
         """This row for each value of its sweep but the one that it has, by what is to stand behind its name."""
@@ -213,6 +232,13 @@ class BenchmarkConfig(RuntimeConfig):
     """Of weights, activations and caches: `float32`, `bfloat16` or `float16`."""
     sizes: list[list[int]] | None = field(default_factory=lambda: [[129, 704, 704]])
     """Videos: [frames, height, width]; null is the size that the student, else the model, is made for."""
+    num_frames: int | None = None
+    """With `height` and `width`, one size in place of `sizes`, said as every other command is told it; what is left
+    null is that of the first of `sizes`."""
+    height: int | None = None
+    """See `num_frames`."""
+    width: int | None = None
+    """See `num_frames`."""
     predictor_blocks: int = 2
     """Transformer blocks of the learned predictor that is planned with."""
     predictor_history: int = 1
@@ -280,7 +306,11 @@ class BenchmarkConfig(RuntimeConfig):
         super().__post_init__()
         require(self.sizes != [], "sizes", self.sizes, "must hold at least one size")
         for size in self.sizes or ():
-            require(len(size) == 3 and min(size) >= 1, "sizes", size, "is a list of [frames, height, width]")
+            rule = "is a list of [frames, height, width]: sizes=[[81,480,832]], or num_frames=81 height=480 width=832"
+            require(len(size) == 3 and min(size) >= 1, "sizes", size, rule)
+        for key in SIZE:
+            extent = getattr(self, key)
+            require(extent is None or extent >= 1, key, extent, "must be at least 1, or null")
         lowest = min(self.compression, default=0)
         require(len(self.compression) == 2 and lowest >= 1, "compression", self.compression, "is [frames, pixels]")
         require(self.rounds >= 2, "rounds", self.rounds, "must be at least 2: one time has no spread")

@@ -266,3 +266,22 @@ def _check_keys(chosen: dict, schema: type, where: str) -> None:
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {key}={value!r}, where {key} is a group of settings", f"set {key}.<name>")
             _check_keys(value, hints[key], where)
+        elif isinstance(value, list) and "list[list[" in str(hints[key]) and any(type(part) is int for part in value):
+            raise UserError(f"{where}: {key}={value} is no list of lists", f"write {key}=[{value}]")
+        elif get_origin(hints[key]) is dict and is_dataclass(row := get_args(hints[key])[1]):
+            _check_rows(key, value, row, where)
+
+
+def _check_rows(group: str, rows: Any, schema: type, where: str) -> None:
+    """Of a group of rows by name, such as `methods`, that each has settings of a row and no others."""
+    if not isinstance(rows, dict):
+        raise UserError(f"{where}: {group}={rows!r}, where {group} holds rows by name", f"set {group}.NAME.<setting>")
+    known = get_type_hints(schema)
+    for name, settings in rows.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"{where}: the row {name} is {settings!r}, not settings", f"write {name}: {{steps: 20}}")
+        for key in settings:
+            if key not in known:
+                meant = nearest(str(key), known)
+                every = "" if meant.startswith("choose") else f" A row may have: {', '.join(sorted(known))}"
+                raise UserError(f'{where}: the row {name} has no setting "{key}"', meant + every)

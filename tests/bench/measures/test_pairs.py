@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from vidaccel.bench.measures.pairs import BETTER, OPEN, WORSE, Difference, averages, differences, p_value, verdicts
+from vidaccel.bench.measures.pairs import (
+    BETTER,
+    OPEN,
+    TOO_FEW,
+    WORSE,
+    Difference,
+    averages,
+    differences,
+    p_value,
+    verdicts,
+)
 
 RNG = np.random.default_rng(0)
 HARD = RNG.normal(50, 20, 400)
@@ -83,11 +93,20 @@ def test_verdicts_are_corrected_and_know_which_way_is_better():
     sure, likely, none = (Difference(d, d - 0.1, d + 0.1, p) for d, p in ((1.0, 0.001), (0.5, 0.03), (0.05, 0.4)))
     less = Difference(-1.0, -1.1, -0.9, 0.001)
     error = "own_fidelity.latent_relative_l2"
-    told = verdicts([{"total": sure, error: less, "shape": sure}, {"total": likely, error: sure}], ["total", error])
+    told = verdicts([{"total": sure, error: less, "shape": sure}, {"total": likely, error: sure}], ["total", error], 64)
     assert [told[0][name]["verdict"] for name in ("total", error, "shape")] == [BETTER, BETTER, None]
     assert told[0]["shape"]["p_holm"] is None and told[0]["total"]["p_holm"] == pytest.approx(0.004)
     assert told[1][error]["verdict"] == WORSE and told[1]["total"]["verdict"] == BETTER  # the last: 0.03 as it is
-    told = verdicts([{"total": likely}, {"total": none}], ["total"])
+    told = verdicts([{"total": likely}, {"total": none}], ["total"], 64)
     assert [each["total"]["verdict"] for each in told] == [OPEN, OPEN]  # 0.06 of two
     spread = Difference(1.0, -0.1, 2.1, 0.001)
-    assert verdicts([{"total": spread}], ["total"])[0]["total"]["verdict"] == OPEN
+    assert verdicts([{"total": spread}], ["total"], 64)[0]["total"]["verdict"] == OPEN
+
+
+def test_so_few_prompts_that_nothing_could_be_told_are_said():
+    """Five signs agree by chance once in 16; six once in 32, but one of two claims once in 16."""
+    sure = Difference(1.0, 0.9, 1.1, 2.0**-5)
+    several = [{"total": sure}, {"total": sure}]
+    asked = ((several[:1], 5, TOO_FEW), (several[:1], 6, BETTER), (several, 6, TOO_FEW), (several, 7, OPEN))
+    for found, meanings, verdict in asked:
+        assert {each["total"]["verdict"] for each in verdicts(found, ["total"], meanings)} == {verdict}

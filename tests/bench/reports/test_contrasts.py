@@ -40,6 +40,10 @@ def test_a_sentence_for_each_measure():
         f"{asked}latent error to its own full run: better: six than student-7; worse: four than student-7.",
     ]
     assert list(orders(results(), results()["runs"])) == []
+    few = contrasted()
+    few["runs"][1]["contrasts"][0]["deltas"] = {"total": difference(0.2, "too few prompts to tell")}
+    told = "better: six than student-7; too few prompts to tell: 1 row."
+    assert next(orders(few, few["runs"])) == f"{asked}total: {told}"
 
 
 def test_tables_have_the_difference_its_interval_and_the_verdict(schema, tmp_path):
@@ -55,6 +59,7 @@ def test_tables_have_the_difference_its_interval_and_the_verdict(schema, tmp_pat
         console.print(part)
     text = console.export_text()
     assert "+0.2 [-0.3, +0.7] not told apart" in text and "+2 [+1.5, +2.5] worse" in text
+    assert "latent error " in text and "to its own " in text  # broken between words
     page = report(found, tmp_path)
     assert "<td>+0.861 [+0.361, +1.36] better</td>" in page and "better: six than student-7" in page
     assert "<h3>Which is better</h3>" not in report(results() | {"command": "vidaccel"}, tmp_path)

@@ -20,8 +20,8 @@ LEVEL = 0.05
 """Chance of a false claim among all verdicts on one question."""
 LOWER_IS_BETTER = ("latent_relative_l2", "lpips")
 """Of the measures of fidelity."""
-BETTER, WORSE, OPEN = "better", "worse", "not told apart"
-VERDICTS = (BETTER, WORSE, OPEN)
+BETTER, WORSE, OPEN, TOO_FEW = "better", "worse", "not told apart", "too few prompts to tell"
+VERDICTS = (BETTER, WORSE, OPEN, TOO_FEW)
 
 Columns = Mapping[str, np.ndarray]
 """Of one row: name of what was measured -> values [P], NaN where there is none. Names of fidelity have a dot."""
@@ -88,28 +88,40 @@ def p_value(delta: float, error: float, meanings: int) -> float:
     if delta == 0:
         return 1.0
     normal = math.erfc(abs(delta) / error / math.sqrt(2)) if error > 0 else 0.0
-    return max(normal, 2.0 ** (1 - meanings))
+    return max(normal, smallest_p(meanings))
+
+
+def smallest_p(meanings: int) -> float:
+    """What any difference over so many meanings can reach."""
+    return 2.0 ** (1 - meanings)
 
 
 def lower_is_better(name: str) -> bool:
     return name.rpartition(".")[2] in LOWER_IS_BETTER
 
 
-def verdicts(found: Sequence[Mapping[str, Difference]], endpoints: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
+def verdicts(
+    found: Sequence[Mapping[str, Difference]], endpoints: Sequence[str], meanings: int
+) -> list[dict[str, dict[str, Any]]]:
     """What results.json says of the differences that answer one question: each with its interval and, of the
     `endpoints`, which were named beforehand, the p-value that Holm's correction leaves and a verdict.
 
-    A verdict needs both: a corrected p-value below LEVEL, and an interval without 0.
+    A verdict needs both: a corrected p-value below LEVEL, and an interval without 0. Where so few `meanings` were
+    compared that none of the differences could have had one, whatever they are, it says that.
     """
     tested = [(place, name) for place, each in enumerate(found) for name in endpoints if name in each]
     corrected = dict(zip(tested, holm([found[place][name].p for place, name in tested]), strict=True))
+    hopeless = len(tested) * smallest_p(meanings) >= LEVEL  # the least that Holm leaves of one
     told: list[dict[str, dict[str, Any]]] = []
     for place, each in enumerate(found):
         told.append({})
         for name, difference in each.items():
             told[-1][name] = difference._asdict() | {"p_holm": None, "verdict": None}
             if (p := corrected.get((place, name))) is not None:
-                told[-1][name] |= {"p_holm": p, "verdict": _verdict(name, difference, p)}
+                told[-1][name] |= {
+                    "p_holm": p,
+                    "verdict": TOO_FEW if hopeless else _verdict(name, difference, p),
+                }
     return told
 
 

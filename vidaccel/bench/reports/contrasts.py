@@ -18,6 +18,8 @@ ABOUT = (
 )
 SHOWN = ("own_fidelity.dynamic_degree",)
 """Without a verdict beside the endpoints: more motion is not better, and less is what shortcuts cost."""
+UNDECIDED = ("not told apart", "too few prompts to tell")
+"""Verdicts that order nothing."""
 NAMES = {
     "latent_relative_l2": "latent error",
     "psnr_db": "PSNR, dB",
@@ -46,14 +48,15 @@ def orders(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[
     for question, title in QUESTIONS.items():
         asked = list(_contrasts(runs, question))
         for name in results.get("endpoints", ()):
-            told: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+            told: dict[str, list[str]] = {verdict: [] for verdict in ("better", "worse", *UNDECIDED)}
             for run, each in asked:
                 if name in each["deltas"]:
                     told[each["deltas"][name]["verdict"]].append(f"{run['method']} than {each['with']}")
             if any(told.values()):
                 found = [f"{verdict}: {', '.join(told[verdict])}" for verdict in ("better", "worse") if told[verdict]]
-                if count := len(told["not told apart"]):
-                    found.append(f"not told apart: {count} {'row' if count == 1 else 'rows'}")
+                for verdict in UNDECIDED:
+                    if count := len(told[verdict]):
+                        found.append(f"{verdict}: {count} {'row' if count == 1 else 'rows'}")
                 yield f"{title}, {measure(name)}: {'; '.join(found)}."
 
 

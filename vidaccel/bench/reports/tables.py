@@ -1,5 +1,6 @@
 """Results as tables for people: one a size. A plan has what a pass costs above it, a run its errors below."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -20,8 +21,11 @@ def plan_tables(results: dict[str, Any]) -> Iterator[str | Table]:
         planned = [run for run in runs if run["passes"]]
         yield from _heading(planned)
         yield _table(planned)
-        if left := [run["method"] for run in runs if not run["passes"]]:
+        lacking = _lacking(runs)
+        if left := [run["method"] for run in runs if not run["passes"] and run["method"] not in lacking]:
             yield f"known when they run: {', '.join(left)}"
+        if lacking:
+            yield not_run(lacking)
 
 
 def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
@@ -35,11 +39,16 @@ def speed_tables(results: dict[str, Any]) -> Iterator[str | Table]:
             yield heading
             yield _contrast_table(headings, lines)
         yield from explained(results["baseline"], runs)
-        lacking = {run["method"]: run["error"] for run in runs if (run["error"] or "").startswith(NOT_RUN)}
-        if lacking:
-            yield not_run({name: why.removeprefix(NOT_RUN) for name, why in lacking.items()})
+        if lacking := _lacking(runs):
+            yield not_run(lacking)
         others = [run for run in runs if run["method"] not in lacking]
         yield from (f"could not run: {', '.join(methods)} ({why})" for why, methods in failures(others).items())
+
+
+def _lacking(runs: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Why rows were left out from the start, by their names."""
+    errors = {run["method"]: run["error"] or "" for run in runs}
+    return {name: why.removeprefix(NOT_RUN) for name, why in errors.items() if why.startswith(NOT_RUN)}
 
 
 def not_run(lacking: Mapping[str, str]) -> str:
@@ -93,16 +102,21 @@ def _speed_table(runs: Iterable[dict[str, Any]]) -> Table:
 
 
 def _contrast_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
-    """A line for each measure, which is what a terminal of 80 columns has room for."""
+    """A row for each measure, which is what a terminal has room for; broken between words, never in one."""
     table = empty_table()
-    for heading in (*headings[:2], "measure"):
+    for heading in (f"{headings[0]}, {headings[1]}", "measure", "difference"):
         table.add_column(heading, overflow="fold")
-    table.add_column("difference", no_wrap=True)
     for method, against, *cells in lines:
+        who = f"{method}\n  {against}"
         for measure, cell in zip(headings[2:], cells, strict=True):
             if cell:
-                table.add_row(method, against, measure, cell)
+                table.add_row(who, _broken(measure, MEASURE_WIDTH), _broken(cell, DIFFERENCE_WIDTH))
+                who = ""
     return table
+
+
+def _broken(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def passes_text(run: dict[str, Any]) -> str:
@@ -183,6 +197,7 @@ SHOWN = 3
 """Names of rows that a line lists."""
 NARROW = ("passes", "seconds, denoising", "speedup, denoising", "speedup, end to end", "latent", "total")
 """Those that a terminal of 80 columns has room for."""
+MEASURE_WIDTH, DIFFERENCE_WIDTH = 12, 34
 
 
 def _heading(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -195,6 +210,8 @@ def _heading(runs: list[dict[str, Any]]) -> Iterator[str]:
     parameters = min(run["parameters"] for run in runs)
     weights = min(run["plan"]["weight_bytes"] for run in runs)
     yield f"{parameters:,} parameters, {si(weights, 'B')}; activations {si(costs['activation_bytes'], 'B')}"
+    beside = [f"{name} {si(held, 'B')}" for name, held in costs.get("beside_bytes", {}).items()]
+    yield f"memory is the transformer's alone; {', '.join(beside) or 'text encoder and autoencoder are'} beside it"
     yield f"a full pass: {si(total, 'FLOPs')} ({shares})"
     yield from _predictor(runs, parameters, total)
 
