@@ -119,9 +119,11 @@ def test_a_killed_collection_goes_on_at_the_sample_it_was_at(loaded, clips, feat
     assert tree(folder) == tree(features)
 
 
-def test_a_finished_folder_is_left_alone_for_trainings_to_know_it_by_its_run(loaded, clips, features):
+def test_a_finished_folder_is_left_alone_for_trainings_to_know_it_by_its_run(loaded, clips, features, caplog):
+    caplog.set_level("INFO", logger="vidaccel")
     before = (features / "run.json").read_bytes()
     collect(job_of(loaded, config(clips)), features)
+    assert "already finished" in caplog.text
     assert (features / "run.json").read_bytes() == before
 
 

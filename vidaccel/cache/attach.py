@@ -20,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from vidaccel.artefacts import RUN_FILE, own_files
+from vidaccel.artefacts import RUN_FILE, own_files, refuse_unfinished
 from vidaccel.cache.checks import check_forecaster, check_pipeline
 from vidaccel.cache.policy import FullSteps, Policy
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
@@ -115,17 +115,20 @@ def _attached(
         if not predictor.is_dir():
             hint = f"a predictor is a folder, or one of: {', '.join(attachable())}"
             raise UserError(f"there is no folder {predictor}", hint)
-    chosen = _schedule(predictor, *which)
     forecaster = _forecaster(predictor, pipe, family)
+    if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
+        named = isinstance(forecaster, Multistep) or forecaster.config.student is not None
+        student = _student(loaded, pipe, family, force or not named)
+        if isinstance(forecaster, Multistep):
+            forecaster.check_fits(family.name, student, force)
+        else:
+            for transformer in denoisers_of(pipe, family):
+                forecaster.check_fits(transformer, family, student, force)
+    chosen = _schedule(predictor, *which)
     if isinstance(forecaster, Multistep):
-        student = _student(loaded, pipe, family, force)
-        return _under_scalars(pipe, family, forecaster, student, chosen, force)
-    if isinstance(forecaster, Predictor):
-        student = _student(loaded, pipe, family, force or forecaster.config.student is None)
-        for transformer in denoisers_of(pipe, family):
-            forecaster.check_fits(transformer, family, student, force)
-        if forecaster is not predictor:
-            forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
+        return _under_scalars(pipe, family, forecaster, chosen, force)
+    if isinstance(forecaster, Predictor) and forecaster is not predictor:
+        forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
     bound = _bound_to(forecaster, chosen, force)
     shift = shift_of(pipe.scheduler, family)
     if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
@@ -283,6 +286,8 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
     if schedule is None:
         raise UserError("nothing says which steps are full", "pass steps= with full_steps= or every=, or schedule=")
     if not isinstance(schedule, Schedule):
+        if isinstance(predictor, Path) and not Path(schedule).exists():
+            refuse_unfinished(predictor)  # whose schedules are searched last
         schedule = _picked(schedule, predictor, budget, steps)
     elif budget not in (None, schedule.budget):
         raise UserError(f"budget={budget}, and the schedule has {schedule.budget} full steps", "leave budget= out")
@@ -307,12 +312,10 @@ def _under_scalars(
     pipe: DiffusionPipeline,
     family: DiTFamily,
     multistep: Multistep,
-    student: set[str] | None,
     chosen: Schedule,
     force: bool,
 ) -> WholePass:
-    """The pipeline under the scalars of these full steps; `UserError` unless they were fitted to it."""
-    multistep.check_fits(family.name, student, force)
+    """The pipeline under the scalars of these full steps; `UserError` unless they were fitted to its grid."""
     check_sampler(pipe.scheduler)
     scalars = multistep.list_for(chosen.full_steps, chosen.steps, chosen.times)
     remedy = "vidaccel train-predictor forecaster=multistep shift={shift:g}"

@@ -49,4 +49,9 @@ def collect_features(
     config = settings("collect-features", conf, overrides or [], print_conf, explain)
     quiet_libraries()
     planned = api.collect_features(config, output, device=device, dry_run=dry_run)
-    typer.echo(str(planned) if dry_run else f"{output}: {planned}")
+    if dry_run:
+        typer.echo(str(planned))
+        return
+    learner = "distill teacher" if config.kind == "encoded" else "train-predictor student"
+    learns = f"`vidaccel {learner}={config.model} features={output}` learns from them"
+    typer.echo(f"{output}: {planned.count} samples of the kind {config.kind}; {learns}")

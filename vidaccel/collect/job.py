@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, is_finished, sha256_file, write_run
+from vidaccel.artefacts import RUN_FILE, is_finished, say_finished, sha256_file, write_run
 from vidaccel.collect.features import FORMAT
 from vidaccel.config import loader as configuration
 from vidaccel.config.collect import CollectConfig
@@ -94,6 +94,7 @@ def collect(job: Job, folder: Path) -> None:
     )
     cuts.summarise()
     if is_finished(folder, FORMAT):
+        say_finished(folder)
         return  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE
     write_run(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, verify_files, write_json
+from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, refuse_unfinished, verify_files, write_json
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
@@ -113,6 +113,7 @@ class Checkpointed:
             module = cls(NetworkConfig(**json.loads((folder / CONFIG_FILE).read_bytes())))
             load_model(module, folder / WEIGHTS_FILE)
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            refuse_unfinished(folder)
             raise UserError(
                 f"{folder} is no predictor: {' '.join(str(error).split())}",
                 "give the path of a finished `vidaccel train-predictor` folder",

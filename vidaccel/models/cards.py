@@ -14,6 +14,7 @@ README = "README.md"
 def student_card(
     family: DiTFamily,
     teacher: str,
+    root: str,
     conditioning: Conditioning | None,
     *,
     command: str,
@@ -22,7 +23,8 @@ def student_card(
     adapter: bool,
     measured: str | None = None,
 ) -> str:
-    """Of a model folder; `call` is the one in its run.json, and `config` the settings of `command`."""
+    """Of a model folder; `call` is the one in its run.json, `config` the settings of `command`, and `root` the model
+    that the teacher was distilled from, if it was."""
     size = [call.get(name, getattr(family.defaults, name)) for name in ("num_frames", "width", "height")]
     scales = conditioning.config.guidance_range if conditioning else None
     learnt = f" (it learnt {scales[0]:g} to {scales[1]:g})" if scales else ""
@@ -39,9 +41,10 @@ On clips that were kept out of its training, 0 for an untrained student and 1 fo
         if lines
         else ""
     )
-    return f"""# A student of {teacher}
+    first = f", by way of {teacher}" if root != teacher else ""
+    return f"""# A student of {root}
 
-{kind} of that {family.title}, distilled to {call["steps"]} steps of one pass each by `{command}`.
+{kind} of that {family.title}{first}, distilled to {call["steps"]} steps of one pass each by `{command}`.
 
 ## Call it
 

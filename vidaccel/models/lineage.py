@@ -27,6 +27,14 @@ def teachers(model: str, hint: str) -> list[str]:
     return found
 
 
+def root_of(model: str) -> str:
+    """The first of the models that this one was distilled from, as far as they are here: itself where it was not."""
+    try:
+        return [model, *teachers(model, "")][-1]
+    except UserError:
+        return model
+
+
 def recorded(model: str) -> dict[str, Any] | None:
     """run.json of a model folder; None where there is none, as of a hub id and of a plain pipeline."""
     file = local_path(model) / RUN_FILE

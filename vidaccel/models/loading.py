@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 
-from vidaccel.artefacts import RUN_FILE, own_files, read_run, sha256_file, verify_files
+from vidaccel.artefacts import RUN_FILE, own_files, read_run, refuse_unfinished, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -266,6 +266,8 @@ def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
     """
     run = _run(folder)
     alone = (folder / "config.json").exists() or (folder / "lora").exists()
+    if not (folder / "model_index.json").exists():
+        refuse_unfinished(folder)
     if (folder / "model_index.json").exists() or not alone:
         return read_pipeline_folder(folder), {folder: run}
     if "pipeline" not in run:

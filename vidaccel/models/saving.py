@@ -28,6 +28,7 @@ from vidaccel.artefacts import (
     explained,
     is_finished,
     read_run,
+    say_finished,
     sha256_file,
     write_json,
     write_run,
@@ -37,6 +38,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.cards import README, student_card
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import read_json
+from vidaccel.models.lineage import root_of
 from vidaccel.models.loading import LoadedPipeline, read_model
 from vidaccel.worlds import shipped_models
 
@@ -94,9 +96,11 @@ def save_student(
             conditioning.save_pretrained(draft / "conditioning")
         SCHEDULER(shift=shift).save_pretrained(draft / "scheduler")
         call = teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False}
+        source = str(config.get("teacher", teacher.source))
         card = student_card(
             teacher.family,
-            str(config.get("teacher", teacher.source)),
+            source,
+            root_of(source),
             conditioning,
             command=command,
             config=config,
@@ -118,6 +122,7 @@ def save_student(
             **extra,
         )
     if _same(folder, folder / "draft"):
+        say_finished(folder)
         shutil.rmtree(folder / "draft")  # an adapter knows its pipeline by its run.json, whose times would be others
     else:
         _put_in_place(folder / "draft", folder, old)
