@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from vidaccel.artefacts import check_output
+from vidaccel.artefacts import check_output, say_finished
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
@@ -101,7 +101,8 @@ def collect_features(
         size = planned(job)
         if folder:
             log.info("%s", size)
-            collect(job, folder)
+            if collect(job, folder):
+                say_finished(folder)
     return size
 
 

@@ -32,7 +32,7 @@ def test_a_folder_of_videos_becomes_features(model, clips):
     assert json.loads(Path("features/run.json").read_text())["config"]["data"] == str(clips)
     before = {path: path.stat().st_mtime_ns for path in Path("features").glob("*.tar")}
     again = run(f"model={model}", f"data={clips}", "-o", "features")
-    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert again.exit_code == 0 and again.stdout == result.stdout and "info: already finished" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vidaccel.artefacts import RUN_FILE, is_finished, say_finished, sha256_file, write_run
+from vidaccel.artefacts import RUN_FILE, is_finished, sha256_file, write_run
 from vidaccel.collect.features import FORMAT
 from vidaccel.config import loader as configuration
 from vidaccel.config.collect import CollectConfig
@@ -66,8 +66,9 @@ def plan(job: Job) -> Plan:
     return planned
 
 
-def collect(job: Job, folder: Path) -> None:
+def collect(job: Job, folder: Path) -> bool:
     """Write the folder, going on where an earlier, killed run was; one that is finished and whole stays as it is.
+    Returns whether it was that already.
 
     The first captions that are longer than the model takes are named in warnings, and all are counted.
 
@@ -94,8 +95,7 @@ def collect(job: Job, folder: Path) -> None:
     )
     cuts.summarise()
     if is_finished(folder, FORMAT):
-        say_finished(folder)
-        return  # trainings know the folder by its run.json, whose times would be others
+        return True  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE
     write_run(
         folder,
@@ -108,3 +108,4 @@ def collect(job: Job, folder: Path) -> None:
         kind=config.kind,
         made_with=job.made_with,
     )
+    return False
