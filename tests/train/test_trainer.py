@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -584,6 +585,51 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert status == 0
     assert killed >= 3
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
+
+
+def signalling_at(stop: int, *numbers: int):
+    """`regression`, with signals to this process in the middle of forward pass `stop`."""
+
+    def signalled(model, index, generator):
+        if index == stop:
+            for number in numbers:
+                signal.raise_signal(number)
+        return regression(model, index, generator)
+
+    return signalled
+
+
+@pytest.fixture
+def _unhandled():
+    """Nobody has taken the signals, and they are not ignored, as of a process in the background."""
+    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, own) for number, own in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_the_step_and_goes_on_bit_for_bit(_unhandled, tmp_path, straight, caplog, number):
+    caplog.set_level("INFO", logger="vidaccel")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, signalling_at(4, number))
+    assert checkpoints(tmp_path) == [3]  # of two passes each
+    assert "stopping after this step" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, signalling_at(2 * CONFIG.steps - 1, number))  # the last, which is saved as ever
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    run(tmp_path)
+    assert outcome(tmp_path) == straight
+
+
+def test_asked_twice_it_stops_at_once(_unhandled, tmp_path, straight):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, signalling_at(4, signal.SIGINT, signal.SIGINT))
+    assert not (tmp_path / "checkpoints").exists()
+    run(tmp_path)
+    assert outcome(tmp_path) == straight
 
 
 # Faults

@@ -60,7 +60,8 @@ class Checkpoints:
         self.folder = folder / CHECKPOINTS
         self._identity, self._current = dict(identity), current
         self._tensors = tensors
-        self._saved = 0
+        self.saved = 0
+        """The step of the newest."""
 
     def resume(self) -> State:
         """Loads the newest checkpoint, if there is one, and clears away what a killed run left unfinished.
@@ -73,7 +74,7 @@ class Checkpoints:
             state = on_first(lambda: self._read_state(newest / STATE))
             self._load(newest)
         on_first(self._clear)
-        self._saved = state.step
+        self.saved = state.step
         return state
 
     def save(self, state: State) -> None:
@@ -88,7 +89,7 @@ class Checkpoints:
                 for name, tensors in self._tensors.items():
                     save_file({key: t.contiguous() for key, t in tensors.items()}, folder / f"{name}.safetensors")
             on_first(lambda: (folder / STATE).write_text(json.dumps(record)))
-        self._saved = state.step
+        self.saved = state.step
         on_first(lambda: self._prune(state.best_step))
 
     @contextlib.contextmanager
@@ -97,7 +98,7 @@ class Checkpoints:
         try:
             yield
         except UserError as error:
-            kept = f"the checkpoint of step {self._saved} is kept" if self._saved else "there is no checkpoint yet"
+            kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
             hint = f"{error.hint}; the same command then goes on from there"
             raise UserError(f"{error.message}; {kept}", hint) from error
 

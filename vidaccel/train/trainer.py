@@ -38,6 +38,7 @@ from vidaccel.train.muon import StackedMuon
 from vidaccel.train.objective import Loss, Objective
 from vidaccel.train.parallel import mean, on_first, rank, world
 from vidaccel.train.step import CaptureFailed, EagerStep, GraphStep, Outcome, eagerly, prepared, why_eager
+from vidaccel.train.stopping import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def train(
             scaled down by their own norm: two parts that work against each other are trained as if apart.
 
     Raises:
+        KeyboardInterrupt: it was asked to stop (stopping.py), and every step that was made is saved.
         UserError: the checkpoints belong to other settings or another model, one of their files is damaged, a new one
             cannot be written, or the model has not what `config` asks for.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
@@ -100,13 +102,19 @@ def train(
     model.train()
 
     make_step: EagerStep | GraphStep = EagerStep(model, loss, config, optimizers, seed)
-    course, last_good, by_products = Course(config, state), state.step, ByProducts()
+    course, last_good, by_products, outcome = Course(config, state), state.step, ByProducts(), None
     progress = Progress(title, total=config.steps, done=state.step, shown=rank() == 0)
-    with metrics, progress, contextlib.ExitStack() as preparations:
+    with stoppable() as stop, metrics, progress, contextlib.ExitStack() as preparations:
         if graph and isinstance(loss, Objective):
             preparations.enter_context(prepared(loss.velocities))
             make_step = GraphStep(model, loss, config, optimizers, seed)
         while not course.over(state.step):
+            if stop.asked and state.step != checkpoints.saved:
+                state.skipped += make_step.outcome().skipped if outcome is None else 0
+                with checkpoints.last_good_named():
+                    checkpoints.save(state)
+            if stop.asked:
+                break
             step, rate = state.step, learning_rate(config, state.step, course.share(state.step))
             try:
                 outcome = make_step(step, rate)

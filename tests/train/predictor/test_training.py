@@ -341,10 +341,18 @@ def test_other_grids_can_be_searched_and_stand_beside(world, tmp_path):
     assert [(on["steps"], on["shift"]) for on in read_run(tmp_path, "predictor/1")["searched_on"]] == [(4, 2), (6, 2)]
 
 
-def test_the_same_training_again_keeps_other_grids(world, tmp_path):
+def test_the_same_training_again_says_so_and_keeps_other_grids(world, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="vidaccel")
     own = train_predictor(settings(world), tmp_path)
     found = train_predictor(settings(world, stage="search", steps=6), tmp_path)
-    assert train_predictor(settings(world), tmp_path) == own
+    run = (tmp_path / "run.json").read_bytes()
+    assert "already finished" not in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "search_schedules", None)
+        assert train_predictor(settings(world), tmp_path) == own
+    assert f"{tmp_path} stays as it is" in caplog.text and (tmp_path / "run.json").read_bytes() == run
+    (tmp_path / "README.md").write_text("mine")
+    assert train_predictor(settings(world), tmp_path) == own and (tmp_path / "README.md").read_text() != "mine"
     assert read_schedules(tmp_path / "schedule.json") == own + found
     verify_files(tmp_path, read_run(tmp_path, "predictor/1"))
 

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, check_output, read_run, sha256_file, write_run
+from vidaccel.artefacts import (
+    CHECKPOINTS,
+    RUN_FILE,
+    check_output,
+    read_run,
+    say_finished,
+    sha256_file,
+    write_json,
+    write_run,
+)
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.collect.bank import Bank
 from vidaccel.config import loader as configuration
@@ -168,6 +177,8 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
             run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"] = before["searched_on"]
+                if on_first(partial(_is_done, task, output, before, run)):
+                    return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
         schedules = _search(task, output)
         if config.stage != "search":
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
@@ -386,6 +397,19 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         searched_on=[*others, task.sampling.record() | {"prompts": task.config.search_prompts}],
         compared=run.get("compared", []),
     )
+
+
+def _is_done(task: PredictorTask, output: Path, before: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether `before`, the run.json that was there, is of this very run, searched to its end; it is then put back."""
+    searched = task.sampling.record() | {"prompts": task.config.search_prompts}
+    if any(before[key] != run[key] for key in ("config", "seed", "parents")) or searched not in before["searched_on"]:
+        return False
+    files = {name: sha256_file(output / name) for name in (SCHEDULE_FILE, README) if (output / name).is_file()}
+    if len(files) < 2 or files.items() - before["files"].items():
+        return False
+    write_json(output / RUN_FILE, before)
+    say_finished(output)
+    return True
 
 
 def _autocast(task: PredictorTask, config: TrainConfig) -> torch.autocast:
