@@ -24,6 +24,7 @@ from vidaccel.errors import UserError
 from vidaccel.train import metrics as metrics_module
 from vidaccel.train.average import Average
 from vidaccel.train.objective import generator_for
+from vidaccel.train.step import autocast
 from vidaccel.train.trainer import TrainingFailed, learning_rate, train
 
 CONFIG = TrainConfig(
@@ -364,11 +365,27 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
         dtypes.add(output.dtype)
         return F.mse_loss(output.float(), x.sum(1, keepdim=True)), {}
 
-    model = tiny()
-    average = run(tmp_path, loss, replace(CONFIG, precision="bfloat16"), model)
-    assert dtypes == {torch.bfloat16}
+    def evaluate(model):
+        evaluated.add(model(torch.ones(1, 3)).dtype)
+        return 0.0
+
+    model, evaluated, sampled = tiny(), set(), set()
+    config = replace(CONFIG, precision="bfloat16", evaluate_every=5, sample_every=5)
+    average = run(
+        tmp_path, loss, config, model, evaluate=evaluate, sample=lambda _: sampled.add(model(torch.ones(1, 3)).dtype)
+    )
+    assert dtypes == evaluated == sampled == {torch.bfloat16}
     assert {p.dtype for p in (*model.parameters(), *average.parameters())} == {torch.float32}
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_where_activations_are_computed_again_no_copies_of_weights_are_kept(checkpointing):
+    layer, config = nn.Linear(2, 2), replace(CONFIG, precision="bfloat16", checkpointing=checkpointing)
+    with autocast(config, torch.device("cpu")):
+        transposed = [layer(torch.ones(1, 2)).grad_fn.next_functions[-1][0] for _ in range(2)]
+    casts = [each.next_functions[0][0] for each in transposed]
+    assert (casts[0] is casts[1]) != checkpointing
 
 
 # Averaged weights: evaluated, sampled, put away again

@@ -25,7 +25,7 @@ from vidaccel.bench.planned_model import planned_model
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, embedding_width
-from vidaccel.train.distill import EVALUATION_PASSES, GATE_SAMPLES, GATE_SHARE, LARGE, SHEET_PROMPTS
+from vidaccel.train.distill import EVALUATION_PASSES, GATE_SHARE, LARGE, SHEET_PROMPTS, gate_samples
 from vidaccel.train.methods import method_of
 from vidaccel.train.methods.base import Method
 from vidaccel.train.passes import Passes
@@ -63,7 +63,7 @@ def plan_distillation(
     steps, notes = steps_of(train, plan, sample)
     samples = steps * train.batch_size * train.accumulate
     parts = [sample.times(samples, f"training: {steps:,} steps, {samples:,} samples")]
-    parts += _evaluations(config, costs.full, target_passes, steps)
+    parts += _evaluations(config, costs.full, target_passes, steps, halves)
     parts += _gates(config, costs, method, halves, notes)
 
     blocks = costs.with_gradients(train.precision, weights=low_rank is None)
@@ -72,7 +72,7 @@ def plan_distillation(
     shared |= optimised(trained, train, adapted or costs.matrices())
     each = {"activations": float(train.batch_size * activations)}
     if halves:
-        each["bf16 copies"] = HALF * _copied(costs, train.checkpointing and low_rank is not None)
+        each["bf16 copies"] = HALF * _copied(costs, train.checkpointing)
     gathered = 2 * FLOAT32 * (GATHERED_BLOCKS * costs.block + costs.outside)
     clip = HALF * (costs.latent + costs.texts)
     clips = folder_size(config.features)
@@ -110,22 +110,22 @@ def _without_gradients(passes: Passes, full: PassFlops, halves: bool) -> Work:
     return Work("", free.flops, free.float32 + float32)
 
 
-def _evaluations(config: DistillConfig, full: PassFlops, target: Passes, steps: int) -> list[Work]:
-    """What the trainer does with averaged weights: outside of autocast, so in float32."""
+def _evaluations(config: DistillConfig, full: PassFlops, target: Passes, steps: int, halves: bool) -> list[Work]:
+    """What the trainer does with averaged weights."""
     train = config.train
     times = -(-steps // train.evaluate_every) if steps else 0
     samples = times * EVALUATION_PASSES * train.batch_size
-    one = _without_gradients(target._replace(student=target.student + 1), full, halves=False)
-    parts = [one.times(samples, f"evaluations: {samples:,} samples, in float32")]
+    one = _without_gradients(target._replace(student=target.student + 1), full, halves)
+    parts = [one.times(samples, f"evaluations: {samples:,} samples")]
     sheets = -(-steps // train.sample_every) if train.sample_every else 0
     videos = sheets * (len(config.prompts) or SHEET_PROMPTS)
     passes = videos * config.sample_steps
-    what = f"sample sheets: {videos} videos of {config.sample_steps} steps, in float32"
-    return [*parts, Work(what, 0.0, passes * full.total)]
+    what = f"sample sheets: {videos} videos of {config.sample_steps} steps"
+    return [*parts, work(what, passes * full.total, halves)]
 
 
 def _gates(config: DistillConfig, costs: Costs, method: Method, halves: bool, notes: list[str]) -> list[Work]:
-    count = GATE_SAMPLES if config.gate_samples is None else config.gate_samples
+    count = gate_samples(costs.weights) if config.gate_samples is None else config.gate_samples
     if (features := folder_size(config.features)) is not None:
         count = min(count, max(1, round(GATE_SHARE * features)))
     what = "clips"
@@ -140,6 +140,5 @@ def _gates(config: DistillConfig, costs: Costs, method: Method, halves: bool, no
 
 
 def _copied(costs: Costs, recomputed: bool) -> int:
-    """Weights of which autocast keeps a copy until a pass ends: trained ones all, frozen ones those that gradients go
-    through, a block's where activations are computed again."""
+    """Weights of which there is a copy until a pass ends: all, a block's where activations are computed again."""
     return costs.block if recomputed else costs.weights

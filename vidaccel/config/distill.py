@@ -73,8 +73,8 @@ class DistillConfig:
     embedding_rate: float = 1.0
     """Learning rate of the embeddings of r and g over that of everything else."""
     gate_samples: int | None = None
-    """Clips that are kept out of the training and that its gates are computed on; 0 computes none, null is 512 on CUDA
-    and none on a CPU, where they take longer than most trainings."""
+    """Clips that are kept out of the training and that its gates are computed on; 0 computes none, null is 512 on CUDA,
+    64 of a model of more than a billion parameters, and none on a CPU, where they take longer than most trainings."""
     gate_runs: int | None = None
     """Of them, those that the mean-velocity gap is taken on, which costs 350 passes each; null is all of them, and none
     of a model of more than a billion parameters."""

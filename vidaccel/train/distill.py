@@ -55,11 +55,13 @@ log = logging.getLogger(__name__)
 EVALUATION_PASSES = 4
 EVALUATION_INDEX = 10**9
 """Index of the first of them: further than any training goes."""
-GATE_SAMPLES, GATE_SHARE = 512, 0.02
-"""Clips that gates are computed on, and at most how many of a feature folder are kept out for them."""
+GATE_SAMPLES, LARGE_GATE_SAMPLES, GATE_SHARE = 512, 64, 0.02
+"""Clips that gates are computed on, of a large model too, and at most how many of a feature folder are kept out for
+them."""
 GATES_FILE = "gates.json"
 LARGE = 1_000_000_000
-"""Parameters above which the mean-velocity gap, which takes hundreds of passes a run, is computed only if asked for."""
+"""Parameters above which gates are computed on fewer clips, and the mean-velocity gap, which takes hundreds of passes a
+run, only if asked for."""
 SHEET_PROMPTS = 4
 """Of a sheet for which the user names none."""
 
@@ -190,6 +192,11 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[ShardFolde
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
+def gate_samples(parameters: int) -> int:
+    """Clips that gates of a model of so many are computed on, where nobody says."""
+    return LARGE_GATE_SAMPLES if parameters > LARGE else GATE_SAMPLES
+
+
 def _in_memory(
     loaded: LoadedPipeline,
     config: DistillConfig,
@@ -199,7 +206,8 @@ def _in_memory(
 ) -> Clips:
     """`data` in the device's memory where settings say so, and clips that are kept out of it for the gates."""
     cuda = target.type == "cuda" and world() == 1
-    count = (GATE_SAMPLES if cuda else 0) if config.gate_samples is None else config.gate_samples
+    parameters = sum(p.numel() for p in denoisers_of(loaded.pipe, loaded.family)[0].parameters())
+    count = (gate_samples(parameters) if cuda else 0) if config.gate_samples is None else config.gate_samples
     if not count and config.gate_samples is None:
         log.info("how much of its stage the student learns is not computed here: gate_samples=64 does, on 64 clips")
     if world() > 1 and (config.bank == "on" or count):

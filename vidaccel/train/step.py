@@ -30,6 +30,14 @@ WARM_UP = 3
 """Runs before a graph is captured: libraries set themselves up, and compiled blocks compile."""
 
 
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """What a training's passes run under. Where activations are computed again, weights are cast again too: autocast
+    would keep a copy of all that are trained, whole ones of sharded ones, until the pass ends."""
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=not config.checkpointing
+    )
+
+
 class Outcome(NamedTuple):
     """Of a step, and how many were not finite since the outcome before."""
 
@@ -86,7 +94,7 @@ class EagerStep:
         for part in range(config.accumulate):
             index = (step * config.accumulate + part) * world() + rank()
             seed_dropout(self.seed, index)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with autocast(config, self._device):
                 generator = generator_for(self.seed, index, drawing_device(self.loss, self.model))
                 value, measured = self.loss(self.model, index, generator)
             (value / config.accumulate).backward()

@@ -37,7 +37,7 @@ from vidaccel.train.metrics import ByProducts, Metrics, check_trackers
 from vidaccel.train.muon import StackedMuon
 from vidaccel.train.objective import Loss, Objective
 from vidaccel.train.parallel import mean, on_first, rank, world
-from vidaccel.train.step import CaptureFailed, EagerStep, GraphStep, Outcome, eagerly, prepared, why_eager
+from vidaccel.train.step import CaptureFailed, EagerStep, GraphStep, Outcome, autocast, eagerly, prepared, why_eager
 from vidaccel.train.stopping import stoppable
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ def train(
     Args:
         settings: what else shapes the run, as JSON can hold it; a checkpoint of other settings is not continued.
         recorded: of the settings in a checkpoint: what they are called now, where an earlier version wrote it.
-        evaluate: of the model with averaged weights, without gradients; lower is better. Called every `evaluate_every`
-            steps, in every process, and averaged over them. The best checkpoint is kept.
+        evaluate: of the model with averaged weights, without gradients, in the training's precision; lower is better.
+            Called every `evaluate_every` steps, in every process, and averaged over them. The best checkpoint is kept.
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place,
             after the checkpoint of that step. If it fails a warning says so, and training goes on.
         rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
@@ -87,6 +87,7 @@ def train(
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
     _check(model, trained, config)
     graph = _is_graph(model, loss, config, title)
     optimizers = _optimizers(trained, config, rates, graph)
@@ -145,7 +146,7 @@ def train(
             value, norm, good = outcome.loss, outcome.norm, outcome.good
             line = {"step": state.step, "loss": value, "grad_norm": norm, "lr": rate, **outcome.measured}
             if good and evaluate and due(config.evaluate_every):
-                with average.in_place(), eagerly():
+                with average.in_place(), eagerly(), autocast(config, device):
                     line["evaluation"] = mean([evaluate(model)])[0]
                 if line["evaluation"] < state.best:
                     state.best, state.best_step = line["evaluation"], state.step
@@ -156,7 +157,7 @@ def train(
                 if good and (due(config.save_every) or state.best_step == state.step):
                     checkpoints.save(state)
             if good and sample and due(config.sample_every):
-                with average.in_place(), eagerly():
+                with average.in_place(), eagerly(), autocast(config, device):
                     by_products.make(lambda: sample(state.step), f"the samples of step {state.step}")
             if good:
                 last_good = state.step

@@ -64,6 +64,7 @@ from vidaccel.train.predictor.served import (
 )
 from vidaccel.train.predictor.task import PredictorTask, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
+from vidaccel.train.step import autocast
 from vidaccel.train.trainer import train
 
 log = logging.getLogger(__name__)
@@ -254,7 +255,7 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     restrict = config.restrict or trained_on or sampling.grid.widest
     grid = sampling.grid.tensor.to(task.device)
     pairs = Pairs(student, task.trunk, Reuse(), task.samples, config, grid, sampling.guidance, restrict, config.seed)
-    with _autocast(task, config.mse):
+    with autocast(config.mse, task.device):
         first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
         entering = _entering(task, first)
     predictor = new_predictor(
@@ -410,7 +411,3 @@ def _is_done(task: PredictorTask, output: Path, before: dict[str, Any], run: dic
     write_json(output / RUN_FILE, before)
     say_finished(output)
     return True
-
-
-def _autocast(task: PredictorTask, config: TrainConfig) -> torch.autocast:
-    return torch.autocast(task.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
