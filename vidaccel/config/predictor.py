@@ -111,6 +111,8 @@ class PredictorConfig:
     large, are then not all that is learnt."""
     guidance: float | None = None
     """Scale g that the predictor learns to work at, for a student that embeds it; null is the student's own."""
+    negative_prompt: str | None = None
+    """Of `multistep`: what two passes of its runs lead away from; null is the model's own."""
     guidance_range: list[float] | None = None
     """[low, high] of scales drawn uniformly in its place, for a predictor that is to serve many."""
     steps: int | None = None
@@ -157,6 +159,8 @@ class PredictorConfig:
             rule = "is for forecaster=multistep, in place of budgets"
             alone = self.forecaster == "multistep" and budgets is None
             require(alone, "full_steps", self.full_steps, rule)
+        for_two = self.negative_prompt is None or self.forecaster == "multistep"
+        require(for_two, "negative_prompt", self.negative_prompt, "is for forecaster=multistep: others make one pass")
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs != "data"
         require(both, "history", self.history, "needs pairs=trajectory or served: noised clips have one full step")

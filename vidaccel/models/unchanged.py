@@ -79,7 +79,9 @@ def active_adapters(transformer: nn.Module, family: DiTFamily) -> str | None:
                     continue
                 found = True
                 digest.update(f"{index}.{name}:{float(layer.scaling[adapter]):.6g}".encode())
-                for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
-                    numbers = part.weight.detach().flatten()[:NUMBERS].to("cpu", torch.bfloat16)
+                for parts in (getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})):
+                    if adapter not in parts:  # an adapter of another kind is known by its place and scale
+                        continue
+                    numbers = parts[adapter].weight.detach().flatten()[:NUMBERS].to("cpu", torch.bfloat16)
                     digest.update(numbers.view(torch.int16).numpy().tobytes())
     return digest.hexdigest() if found else None

@@ -31,6 +31,7 @@ from vidaccel.train.predictor.multistep import (
     told_apart,
     train_multistep,
 )
+from vidaccel.train.predictor.multistep import runs_of as sampled_runs
 from vidaccel.train.predictor.runs import Runs
 
 STEPS = 5
@@ -267,6 +268,18 @@ def test_a_teacher_of_two_passes_over_a_range_of_guidance(world, tmp_path):
     assert result.exit_code == 2 and "guidance=6" in result.stderr
 
 
+def test_a_negative_prompt_is_that_of_the_runs(world):
+    config = PredictorConfig(
+        student=str(world / "teacher"), features=str(world / "features"), forecaster="multistep", runs=8
+    )
+    loaded = load_pipeline(world / "teacher")
+    (own, _, _), (sampler, _, _) = (
+        sampled_runs(each, loaded) for each in (config, replace(config, negative_prompt="a green square"))
+    )
+    assert (own.negative_prompt, sampler.negative_prompt) == ("", "a green square")
+    assert not torch.equal(own.empty["prompt_embeds"], sampler.empty["prompt_embeds"])
+
+
 MISTAKES = {
     "fewer runs than unknowns": (["runs=4"], "4 runs for 5 unknowns"),
     "nothing to try on": (["checked_prompts=0"], "checked_prompts"),
@@ -277,6 +290,10 @@ MISTAKES = {
     "full steps beyond the grid": (["full_steps=[0,7]"], "7"),
     "a negative ridge": (["ridge=-1"], "from 0 up"),
     "another forecaster's full steps": (["forecaster=taylor", "full_steps=[0,2]"], "is for forecaster=multistep"),
+    "another forecaster's negative prompt": (
+        ["forecaster=taylor", "negative_prompt=dull"],
+        "is for forecaster=multistep",
+    ),
     "no such forecaster": (["forecaster=oracle"], "is learned or multistep"),
     "a folder of something else": (["-o", "FEATURES"], "features/1"),
 }

@@ -265,7 +265,7 @@ def runs_of(
         UserError: there are no two captions, or the model cannot be sampled so.
     """
     high = max(config.guidance_range) if config.guidance_range else config.guidance
-    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas")
+    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt")
     named = {name: getattr(config, name) for name in names}
     wanted = config.runs + config.checked_prompts
     asked = CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)

@@ -75,6 +75,7 @@ STAGES = ("mse", "adversarial")
 NOT_SHAPING = {
     "student",
     "lora",
+    "negative_prompt",
     "timesteps",
     "sigmas",
     "stage",
