@@ -74,7 +74,7 @@ def active_adapters(transformer: nn.Module, family: DiTFamily) -> str | None:
             merged = set(getattr(layer, "merged_adapters", ()))
             if not hasattr(layer, "active_adapters") or layer.disable_adapters:
                 continue
-            for adapter in set(layer.active_adapters) - merged:
+            for adapter in sorted(set(layer.active_adapters) - merged):
                 if adapter not in getattr(layer, "scaling", {}) or not layer.scaling[adapter]:
                     continue
                 found = True
