@@ -91,7 +91,7 @@ def _rows(path: Path, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Lin
                     f"{path} has the columns {', '.join(map(str, row))}, and none of {key}s",
                     f"call one of them {', '.join(COLUMNS[key][:-1])} or {COLUMNS[key][-1]}",
                 )
-        found.append((f"{path}, {place}", {key: row[name] for key, name in chosen.items()}))
+        found.append((f"{path}, {place}", {key: row[name] for key, name in chosen.items() if name}))
     return found
 
 

@@ -261,7 +261,7 @@ def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | No
 
 def _shifted(own: Any, shift: float) -> Any:
     if isinstance(own, ListedScheduler):
-        return GridScheduler(own.config.num_train_timesteps, shift)
+        return GridScheduler(cast(Any, own.config).num_train_timesteps, shift)
     key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
     if key is None or own.config.get("use_dynamic_shifting"):
         why = "takes it from the size of the video" if key else "knows none"
