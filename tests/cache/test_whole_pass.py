@@ -12,12 +12,14 @@ from tests.cache.test_attach import FAMILIES, call, short
 from tests.students import student
 from tests.tiny import SIZE, tiny_pipeline
 from vidaccel.bench.measures.counting import held_bytes
-from vidaccel.cache.attach import attach
+from vidaccel.cache.attach import Attachment, attach
+from vidaccel.cache.policy import FullSteps
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.whole_pass import WholePass, scalars_on
 from vidaccel.errors import UserError
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
+from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.grid import Grid, GridScheduler
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
@@ -47,10 +49,11 @@ def attached(pipe, full_steps=FULL, force=True, **changes) -> WholePass:
 
 
 class ByHand:
-    """The forecasts written out for one transformer: a hook of its forward that puts them in place of what it gives."""
+    """The forecasts written out for one transformer: a hook of its forward that puts them in place of what it gives,
+    to which a share `w` of that is added."""
 
-    def __init__(self, transformer, passes):
-        self.transformer, self.passes, self.calls = transformer, passes, 0
+    def __init__(self, transformer, passes, w=0.0):
+        self.transformer, self.passes, self.calls, self.w = transformer, passes, 0, w
         self.xs, self.us = [{} for _ in range(passes)], [{} for _ in range(passes)]
 
     def __enter__(self):
@@ -66,10 +69,10 @@ class ByHand:
         xs[step], us[step] = kwargs["hidden_states"][:, : output[0].shape[1]], output[0]
         if step == 2:
             a1, a2, b, c1, c2 = SECOND
-            return (a1 * us[1] + a2 * us[0] + b * xs[2] + c1 * xs[1] + c2 * xs[0],)
+            return (self.w * us[2] + a1 * us[1] + a2 * us[0] + b * xs[2] + c1 * xs[1] + c2 * xs[0],)
         if step == 4:
             a1, a2, a3, b, c1, c2, c3 = LAST
-            sum_of_us = a1 * us[3] + a2 * us[1] + a3 * us[0]
+            sum_of_us = self.w * us[4] + a1 * us[3] + a2 * us[1] + a3 * us[0]
             return (sum_of_us + b * xs[4] + c1 * xs[3] + c2 * xs[1] + c3 * xs[0],)
         return None
 
@@ -84,6 +87,37 @@ def test_predicted_steps_are_the_sums_that_are_written_out(pipe, guidance):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (scalars.full_passes, scalars.predicted_passes) == (3 * passes, 2 * passes)
     assert not torch.equal(found, call(pipe, steps=STEPS, guidance=guidance))
+
+
+def on_top(pipe, rows) -> WholePass:
+    """Scalars with these numbers on top of reuse of the trunk's tokens, in a network's place."""
+    family = family_of_pipeline(type(pipe).__name__)
+    attachment = Attachment(pipe, family, Reuse(), FullSteps(FULL, STEPS))
+    return WholePass(pipe, family, replace(SCALARS, coefficients=rows, network=True), network=attachment)
+
+
+def test_on_top_of_a_network_its_answer_is_one_more_term(pipe):
+    """None of it is scalars alone, all of it and nothing else the network alone, and some of it the sum by hand."""
+    weighted = lambda w, rest=1.0: {step: (w, *(rest * n for n in row)) for step, row in SCALARS.coefficients.items()}  # noqa: E731
+    family, guidance = family_of_pipeline(type(pipe).__name__), {"steps": STEPS, "guidance": 4.0}
+    alone = Attachment(pipe, family, Reuse(), FullSteps(FULL, STEPS))
+    with alone:
+        network = call(pipe, **guidance)
+        with ByHand(pipe.transformer, 2, w=0.3):
+            some = call(pipe, **guidance)
+    with attached(pipe):
+        scalars = call(pipe, **guidance)
+    plain, entered = call(pipe, **guidance), []
+    handle = pipe.transformer.register_forward_hook(lambda *_: entered.append(1))
+    for expected, rows in ((network, weighted(1.0, 0.0)), (scalars, weighted(0.0)), (some, weighted(0.3))):
+        with on_top(pipe, rows) as made:
+            torch.testing.assert_close(call(pipe, **guidance), expected, rtol=1e-4, atol=1e-5)
+            assert not any(made.remembered)
+        assert (made.full_passes, made.predicted_passes) == (6, 4)
+        assert not torch.allclose(expected, plain, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert len(entered) == 3 * 2 * STEPS
+    assert torch.equal(call(pipe, **guidance), plain) and scalars_on(pipe.transformer) is None
 
 
 def test_predicted_steps_enter_nothing_of_the_transformer_and_leave_it_as_it_was(pipe):

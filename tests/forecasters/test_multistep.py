@@ -10,6 +10,7 @@ import torch
 from vidaccel.errors import UserError
 from vidaccel.forecasters.checkpoint import kind_of
 from vidaccel.forecasters.multistep import (
+    SCALARS_FILE,
     FittedList,
     Multistep,
     MultistepConfig,
@@ -107,6 +108,30 @@ def test_fits_that_cannot_be_are_refused(drawn):
         fit_coefficients([u], [0 * x], x, u)
 
 
+def test_a_networks_answer_is_one_more_term_the_first(drawn):
+    us, xs, x, network = [drawn()], [drawn()], drawn(), drawn()
+    found = multistep_velocity(torch.tensor([0.5, -0.25, 2.0, 3.0]), us, xs, x, network)
+    torch.testing.assert_close(found, 0.5 * network - 0.25 * us[0] + 2 * x + 3 * xs[0])
+    with pytest.raises(ValueError, match="1 velocities and 2 latents and a network"):
+        multistep_velocity(torch.ones(3), us, xs, x, network)
+    wanted = torch.tensor([0.3, -0.7, 0.2, 1.5])
+    us, xs, x, network = [drawn(8, 2, 1, 3, 3)], [drawn(8, 2, 1, 3, 3)], drawn(8, 2, 1, 3, 3), drawn(8, 2, 1, 3, 3)
+    found = fit_coefficients(us, xs, x, multistep_velocity(wanted, us, xs, x, network), 0, network)
+    torch.testing.assert_close(found.float(), wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_those_on_top_of_a_network_lie_in_its_folder(tmp_path):
+    assert Multistep.on_top_of(tmp_path) is None
+    rows = {step: (0.5, *row) for step, row in scalars().coefficients.items()}
+    made = multistep(lists=(scalars(coefficients=rows, network=True),))
+    made.save_pretrained(tmp_path, SCALARS_FILE)
+    found = Multistep.on_top_of(tmp_path)
+    assert found is not None and found.config == made.config and kind_of(tmp_path) == "predictor"
+    multistep().save_pretrained(tmp_path, SCALARS_FILE)
+    with pytest.raises(UserError, match="no others"):
+        Multistep.on_top_of(tmp_path)
+
+
 def test_a_folder_holds_all_of_it(tmp_path):
     made = multistep()
     made.save_pretrained(tmp_path)
@@ -124,6 +149,8 @@ SPOILT = {
     "a step without numbers": ({"coefficients": {"2": [0, 0, 0, 0, 0]}}, "are not the 5 steps"),
     "too few numbers": ({"coefficients": {"2": [0, 0, 0], "4": [0] * 7}}, "step 2 has 3 coefficients"),
     "numbers that are none": ({"coefficients": {"2": [0, 0, 0, 0, 0], "4": [float("nan")] * 7}}, "not finite"),
+    "a network elsewhere": ({"network": True, "coefficients": {"2": [0] * 6, "4": [0] * 8}}, "scalars.json"),
+    "a network without numbers": ({"network": True}, "step 2 has 5 coefficients"),
     "no grid": ({"times": None, "shift": None}, "without a grid"),
     "a list that is none": ({"lists": [3]}, "mapping"),
 }

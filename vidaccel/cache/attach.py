@@ -10,7 +10,7 @@ last step, before the video is decoded. CPU offload may be enabled before or aft
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +77,9 @@ def attach(
         force: take a predictor that was trained for another student or on another step grid, or scalars that were
             fitted to another student or other guidance; their grid and full steps cannot be forced.
 
+    A trained predictor is served under the scalars that were fitted on top of it where they have its full steps; where
+    they have not, it serves alone.
+
     Returns:
         What takes it off again: by `detach()` or at the end of a `with` block. The pipeline is then as it was.
 
@@ -124,16 +127,24 @@ def _attached(
         else:
             for transformer in denoisers_of(pipe, family):
                 forecaster.check_fits(transformer, family, student, force)
+            if named and forecaster.scalars is not None:
+                forecaster.scalars.check_fits(family.name, student, force)
     chosen = _schedule(predictor, *which)
     if isinstance(forecaster, Multistep):
         return _under_scalars(pipe, family, forecaster, chosen, force)
-    if isinstance(forecaster, Predictor) and forecaster is not predictor:
-        forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
+    scalars = None
+    if isinstance(forecaster, Predictor):
+        scalars = forecaster.scalars
+        if scalars is not None and scalars.find(chosen.full_steps, chosen.steps, chosen.times) is None:
+            scalars = None
+        if forecaster is not predictor:
+            forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
     bound = _bound_to(forecaster, chosen, force)
     shift = shift_of(pipe.scheduler, family)
     if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
         bound.check(Grid.shifted(chosen.steps, shift))
-    return Attachment(pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps), bound)
+    attached = partial(Attachment, pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps), bound)
+    return _under_scalars(pipe, family, scalars, chosen, force, attached) if scalars else attached()
 
 
 @dataclass(frozen=True)
@@ -314,8 +325,10 @@ def _under_scalars(
     multistep: Multistep,
     chosen: Schedule,
     force: bool,
+    beneath: Callable[[], Attachment] | None = None,
 ) -> WholePass:
-    """The pipeline under the scalars of these full steps; `UserError` unless they were fitted to its grid."""
+    """The pipeline under the scalars of these full steps, where they are on top of a network with what attaches that
+    beneath; `UserError` unless they were fitted to its grid."""
     check_sampler(pipe.scheduler)
     scalars = multistep.list_for(chosen.full_steps, chosen.steps, chosen.times)
     remedy = "vidaccel train-predictor forecaster=multistep shift={shift:g}"
@@ -330,7 +343,8 @@ def _under_scalars(
         bound.check(running_grid(pipe.scheduler, family))
 
     check_guidance = (lambda guidance: None) if force else multistep.check_guidance
-    return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass)
+    network = beneath() if beneath else None
+    return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass, network)
 
 
 def _forecaster(

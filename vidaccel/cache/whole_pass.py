@@ -6,6 +6,9 @@ module's call, as `StaticEmbedder` does, because CPU offload puts a transformer'
 Hooks of PyTorch's kind run in either pass, so that whoever counts passes counts these; weights that are offloaded stay
 where they are.
 
+Scalars on top of a network are the exception: a predicted pass then enters the transformer as the network's own does,
+which is attached beneath (attach.py), and what that gives is one more term of the answer.
+
 Passes of a step are told apart by their order, which is the same in every step of a generation.
 
 B batch, C channels, T frames, H and W latent pixels
@@ -14,7 +17,7 @@ B batch, C channels, T frames, H and W latent pixels
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -49,6 +52,13 @@ def check_sampler(scheduler: Any) -> None:
         raise UserError(f"scalars are fitted to steps of flow-match Euler, and the pipeline's are the {name}'s", hint)
 
 
+class Network(Protocol):
+    """A network that is attached to the transformers under the same full steps, as `Attachment` is."""
+
+    def detach(self) -> None:
+        """Take it off; a second call does nothing."""
+
+
 class WholePass:
     """A pipeline whose transformers are under fitted scalars, until `detach()`; also a context manager."""
 
@@ -60,6 +70,7 @@ class WholePass:
         check_grid: Callable[[], None] = lambda: None,
         check_guidance: Callable[[float], None] = lambda guidance: None,
         two_pass: bool = True,
+        network: Network | None = None,
     ):
         """
         Args:
@@ -67,9 +78,7 @@ class WholePass:
             check_grid: called when a generation begins, which it may refuse.
             check_guidance: told the scale of a generation before its first predicted step, and may refuse it.
             two_pass: whether guidance in two passes is served.
-
-        Raises:
-            UserError: a transformer is attached already, or a cache of diffusers is enabled on it.
+            network: what answers beneath, for scalars on top of one; taken off with this.
         """
         self.policy, self.leaving = FullSteps(scalars.full_steps, scalars.steps), ExitStack()
         """Which steps are full; and what is undone after the transformers are let go."""
@@ -82,7 +91,7 @@ class WholePass:
         self._timesteps: Tensor | None = None
         self._index, self._place = 0, 0
         self._scheduler = pipe.scheduler  # the last one that was checked
-        require_free(pipe, family)
+        self._network = network
         self._calls = [_Call(self, transformer) for transformer in denoisers_of(pipe, family)]
         self._release = keep_transformers(pipe, family)
 
@@ -93,6 +102,8 @@ class WholePass:
             self._release()
         while self._calls:
             self._calls.pop().remove()
+        if self._network is not None:
+            self._network.detach()
         self.leaving.close()
 
     def __enter__(self) -> "WholePass":
@@ -119,10 +130,14 @@ class WholePass:
                 output = call.full(args, kwargs)
                 self._keep(place, Left(x, _velocity(output).detach()))
                 self.full_passes += 1
+            elif self._scalars.network:
+                self.predicted_passes += 1  # before hooks on the end of the pass, which ask
+                network = _velocity(call.full(args, kwargs))  # as the network that is attached beneath answers it
+                output = _as_output(self._forecast(step, place, x, network), kwargs)
             else:
                 u = self._forecast(step, place, x)
                 self.predicted_passes += 1  # before hooks on the end of the pass, which ask
-                output = call.answered(u, args, kwargs)
+                output = call.answered(_as_output(u, kwargs), args, kwargs)
         except BaseException:
             self._timesteps = None
             self.remembered.clear()
@@ -153,13 +168,14 @@ class WholePass:
         self.remembered[place] = [Left(x, left.u), *self.remembered[place]][: self._scalars.history]
 
     @torch.no_grad()
-    def _forecast(self, step: Step, place: int, x: Tensor) -> Tensor:
+    def _forecast(self, step: Step, place: int, x: Tensor, network: Tensor | None = None) -> Tensor:
         """The velocity of a predicted step."""
         if place >= len(self.remembered):
             raise RuntimeError(f"pass {place} of predicted step {step.index} has no full pass to look back on")
         known = self.remembered[place]
         x = x[:, : known[0].u.shape[1]]
-        return self._scalars.velocity(step.index, [each.u for each in known], [each.x for each in known], x)
+        us, xs = zip(*((each.u, each.x) for each in known), strict=True)
+        return self._scalars.velocity(step.index, us, xs, x, network)
 
     def _check_generation(self, transformer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse guidance that the scalars were not fitted for, when the first step, which is full, is over."""
@@ -226,10 +242,9 @@ class _Call:
     def full(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return (self._compiled or call_of(self.transformer))(*args, **kwargs)
 
-    def answered(self, u: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call whose hooks run and whose forward, whatever has taken its place, is this velocity."""
+    def answered(self, answer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call whose hooks run and whose forward, whatever has taken its place, gives this."""
         own = vars(self.transformer).get("forward")
-        answer = (u,) if kwargs.get("return_dict") is False else _Output(u)
         self.transformer.forward = lambda *args, **kwargs: answer
         try:
             return call_of(self.transformer)(*args, **kwargs)
@@ -253,6 +268,11 @@ class _Output:
 
     def __getitem__(self, index: int) -> Tensor:
         return (self.sample,)[index]
+
+
+def _as_output(u: Tensor, kwargs: dict[str, Any]) -> Any:
+    """As a transformer that is called so gives a velocity."""
+    return (u,) if kwargs.get("return_dict") is False else _Output(u)
 
 
 def _velocity(output: Any) -> Tensor:

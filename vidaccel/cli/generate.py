@@ -220,17 +220,18 @@ def _report(
 
 
 def _predictor_hash(predictor: str | None) -> dict[str, str]:
-    """SHA-256 of a trained predictor's weights, or of fitted scalars."""
+    """SHA-256 of a trained predictor's weights and of what was fitted on top of them, or of fitted scalars."""
     from vidaccel.artefacts import sha256_file
     from vidaccel.forecasters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, kind_of
+    from vidaccel.forecasters.multistep import SCALARS_FILE
     from vidaccel.forecasters.registry import attachable
     from vidaccel.models.loading import local_path
 
     if predictor is None or predictor in attachable():
         return {}
     folder = local_path(predictor)
-    file = CONFIG_FILE if kind_of(folder) == "multistep" else WEIGHTS_FILE
-    return {f"predictor/{file}": sha256_file(folder / file)}
+    names = (CONFIG_FILE,) if kind_of(folder) == "multistep" else (WEIGHTS_FILE, SCALARS_FILE)
+    return {f"predictor/{name}": sha256_file(folder / name) for name in names if (folder / name).exists()}
 
 
 def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:

@@ -52,10 +52,14 @@ class PredictorConfig:
     which answer the whole pass; the model may be a teacher of two passes), or `reuse`, `taylor` or `linear`, of which
     there is nothing to train: their schedules are searched."""
     runs: int = 64
-    """Of `multistep`: the model's own runs that scalars are fitted to."""
+    """The model's own runs that scalars are fitted to, of `multistep` or on top of a network."""
+    scalars: bool | None = None
+    """Of `learned`: fit scalars on top of the network when it is trained, to `runs` runs, with its answer as one more
+    term; a list of full steps keeps them where they are better than the network alone. Null is for `pairs=served`, and
+    of `stage=search` for a predictor that has some."""
     checked_prompts: int = 16
-    """Prompts of their own on which lists of full steps are run as they serve. With `multistep` at least 1; else 0
-    takes the estimated best without running it."""
+    """Prompts of their own on which lists of full steps are run as they serve. With scalars at least 1; else 0 takes
+    the estimated best without running it."""
     tried: int = 5
     """How many lists of each budget are run so, those of the lowest estimated cost; the best is kept."""
     budgets: list[int] | None = None
@@ -63,7 +67,7 @@ class PredictorConfig:
     full_steps: list[int] | None = None
     """Of `multistep`: the one list to fit, in place of a search."""
     ridge: float = 1e-4
-    """Of `multistep`: penalty on the square of a coefficient, as a share of what it multiplies, squared and summed."""
+    """Of scalars: penalty on the square of a coefficient, as a share of what it multiplies, squared and summed."""
     stage: str = "all"
     """`all` (train, then search schedules) or `search` (search schedules for the predictor that is there already)."""
     features: str | None = None
@@ -149,7 +153,8 @@ class PredictorConfig:
         require_clip_size(self)
         for key in ("runs", "tried"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        least = int(self.forecaster == "multistep")
+        require(not self.scalars or self.forecaster == "learned", "scalars", True, "is for forecaster=learned")
+        least = int(self.forecaster == "multistep" or bool(self.scalars))
         require(self.checked_prompts >= least, "checked_prompts", self.checked_prompts, f"must be at least {least}")
         require(0 <= self.ridge < math.inf, "ridge", self.ridge, "is a number from 0 up")
         budgets = self.budgets

@@ -37,8 +37,13 @@ of one full step, whatever the time since; the family's embedders run on its ste
 served with what they gave on the full step. It starts from random fusions and copies of the trunk's last blocks: the
 paper says of neither how it starts.
 
+Scalars that were fitted with the network's answer as one more term (multistep.py) may lie beside its weights; attached
+to a pipeline, the network then serves under them wherever they have its list of full steps.
+
 B batch, N tokens, D width
 """
+
+from pathlib import Path
 
 import diffusers
 import torch
@@ -52,6 +57,7 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, call_block, named_outputs
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.forecasters.checkpoint import CORRECTION, Checkpointed, NetworkConfig
+from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
 from vidaccel.models.conditioning import embedding_width
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like
@@ -134,6 +140,8 @@ class Predictor(Checkpointed, nn.Module):
         self.fusions = nn.ModuleDict({name: fusion(config.width) for name in fusions})
         self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in measured})
         self.blocks = _blocks(config).to_empty(device="cpu")
+        self.scalars: Multistep | None = None
+        """What was fitted with its answer as one more term; the network serves alone where there is nothing."""
 
     @property
     def recomputes(self) -> bool:
@@ -144,6 +152,19 @@ class Predictor(Checkpointed, nn.Module):
     def make(cls, making: Making) -> "Predictor":
         """The one in `making.folder`."""
         return cls.from_pretrained(making.folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        super().save_pretrained(folder)
+        if self.scalars is None:
+            (Path(folder) / SCALARS_FILE).unlink(missing_ok=True)
+        else:
+            self.scalars.save_pretrained(folder, SCALARS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Predictor":
+        made = super().from_pretrained(folder)
+        made.scalars = Multistep.on_top_of(folder)
+        return made
 
     @staticmethod
     def costs(trunk: PlannedTrunk) -> ForecasterCosts:

@@ -7,8 +7,14 @@ one model, one grid and one list of full steps, fitted to the model's own runs s
 (train/predictor/multistep.py). A step that is predicted so costs no pass of the transformer, embedders and head
 included. The forecast is linear, so that with guidance in two passes the same numbers serve each of the two.
 
+On top of a network (`FittedList.network`) its own answer u_P, which costs a shallow pass, is one more term, the first:
+
+    u = w u_P + sum_j a_j u_j + b x + sum_j c_j x_j
+
     folder/config.json      what it is for, and the numbers: `MultistepConfig`
     folder/schedule.json    the lists of full steps by budget and grid
+
+Those on top of a network lie in its own folder (`SCALARS_FILE`).
 
 B batch, C channels, T frames, H and W latent pixels, K full steps that are looked back on
 """
@@ -31,6 +37,8 @@ from vidaccel.forecasters.checkpoint import CONFIG_FILE
 from vidaccel.models.grid import Grid
 
 FORMAT = "multistep/1"
+SCALARS_FILE = "scalars.json"
+"""Of a predictor's folder: what config.json is of a folder of scalars alone."""
 HISTORY = 3
 """Full steps that are looked back on."""
 RIDGE = 1e-4
@@ -40,22 +48,31 @@ ROUNDING = 0.02
 """Share by which a guidance scale may lie outside the range that was fitted: some are read off rounded latents."""
 
 
-def multistep_velocity(coefficients: Tensor, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor) -> Tensor:
+def multistep_velocity(
+    coefficients: Tensor, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, network: Tensor | None = None
+) -> Tensor:
     """The forecast of a predicted step, [B, C, T, H, W] in the dtype of the velocities; differentiable in everything.
 
     Args:
-        coefficients: [2 K + 1]: a_1 ... a_K, b, c_1 ... c_K.
+        coefficients: [2 K + 1]: a_1 ... a_K, b, c_1 ... c_K; with a network's answer its w before them.
         us: K velocities of the last full steps, newest first.
         xs: the K latents that those steps started from.
         x: the latent that the predicted step starts from.
+        network: what a network gives at this step, if its answer is among the terms.
     """
-    terms = (*us, x, *xs)
+    terms = _terms(us, xs, x, network)
     if len(us) != len(xs) or len(coefficients) != len(terms):
-        raise ValueError(f"{len(coefficients)} coefficients for {len(us)} velocities and {len(xs) + 1} latents")
+        what = f"{len(us)} velocities and {len(xs) + 1} latents"
+        raise ValueError(f"{len(coefficients)} coefficients for {what}{'' if network is None else ' and a network'}")
     total = torch.zeros_like(x, dtype=torch.float32)
     for weight, term in zip(coefficients.to(x.device, torch.float32), terms, strict=True):
         total = total + weight * term.float()
     return total.to(us[0].dtype)
+
+
+def _terms(us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, network: Tensor | None) -> tuple[Tensor, ...]:
+    """What the numbers of a step multiply, in their order."""
+    return (*(() if network is None else (network,)), *us, x, *xs)
 
 
 def reuse_coefficients(looked_back_on: int) -> Tensor:
@@ -64,19 +81,25 @@ def reuse_coefficients(looked_back_on: int) -> Tensor:
 
 
 def fit_coefficients(
-    us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, target: Tensor, ridge: float = RIDGE
+    us: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    x: Tensor,
+    target: Tensor,
+    ridge: float = RIDGE,
+    network: Tensor | None = None,
 ) -> Tensor:
-    """[2 K + 1] float64 of least squared error to `target`, by the normal equations in float64, a run at a time.
+    """[2 K + 1] float64, with a network's answer one more, of least squared error to `target`, by the normal equations
+    in float64, a run at a time.
 
     Args:
-        us, xs, x: as `multistep_velocity` takes them, of N runs: [N, C, T, H, W].
+        us, xs, x, network: as `multistep_velocity` takes them, of N runs: [N, C, T, H, W].
         target: the velocities [N, C, T, H, W] to come near to.
         ridge: penalty on the square of a coefficient, as a share of the sum of squares of what it multiplies.
 
     Raises:
         UserError: there are fewer runs than unknowns, they are not finite, or they do not determine the numbers.
     """
-    terms, runs = (*us, x, *xs), len(x)
+    terms, runs = _terms(us, xs, x, network), len(x)
     if runs < len(terms):
         raise UserError(f"{runs} runs for {len(terms)} unknowns", f"take runs={len(terms)} or more")
     gram = torch.zeros(len(terms), len(terms), dtype=torch.float64)
@@ -107,7 +130,8 @@ class FittedList:
     full_steps: tuple[int, ...]
     """Positions of the full steps, rising from 0."""
     coefficients: dict[int, tuple[float, ...]]
-    """[2 K + 1] of each predicted step, by its position; K is the number of full steps before it, at most `history`."""
+    """[2 K + 1] of each predicted step, by its position; K is the number of full steps before it, at most `history`.
+    On top of a network its weight comes first."""
     steps: int
     """Steps of the grid."""
     shift: float | None = None
@@ -118,6 +142,8 @@ class FittedList:
     """Of the final latents as served, on the runs that it was tried on, as a share of those of full steps."""
     history: int = HISTORY
     """Full steps that are looked back on."""
+    network: bool = False
+    """Whether the answer of a network is one more term, whose folder this is in."""
 
     def __post_init__(self) -> None:
         grid = Grid.recorded(self.steps, self.shift, self.times)
@@ -134,7 +160,7 @@ class FittedList:
             )
         for step, row in numbers.items():
             known = min(self.history, sum(before < step for before in full))
-            if not known or len(row) != 2 * known + 1 or not all(map(math.isfinite, row)):
+            if not known or len(row) != 2 * known + 1 + self.network or not all(map(math.isfinite, row)):
                 raise ValueError(f"step {step} has {len(row)} coefficients, or some are not finite")
 
     @property
@@ -144,9 +170,11 @@ class FittedList:
         assert grid is not None  # or it would not have been made
         return grid
 
-    def velocity(self, step: int, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor) -> Tensor:
+    def velocity(
+        self, step: int, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, network: Tensor | None = None
+    ) -> Tensor:
         """`multistep_velocity` of a predicted step, by its position."""
-        return multistep_velocity(torch.tensor(self.coefficients[step]), us, xs, x)
+        return multistep_velocity(torch.tensor(self.coefficients[step]), us, xs, x, network)
 
 
 @dataclass(frozen=True)
@@ -192,9 +220,9 @@ class Multistep:
     def costs(trunk: PlannedTrunk) -> ForecasterCosts:
         return ForecasterCosts(HISTORY, answers_pass=True)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json; schedule.json and run.json are for the command that made the folder."""
-        write_json(Path(folder) / CONFIG_FILE, {"format": FORMAT} | asdict(self.config))
+    def save_pretrained(self, folder: str | Path, name: str = CONFIG_FILE) -> None:
+        """Write config.json, or `SCALARS_FILE` beside a network; all else is for the command that made the folder."""
+        write_json(Path(folder) / name, {"format": FORMAT} | asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Multistep":
@@ -202,15 +230,30 @@ class Multistep:
         folder = Path(folder)
         if (folder / RUN_FILE).exists():
             verify_files(folder, read_run(folder, FORMAT))
+        return cls._read(folder, CONFIG_FILE, "vidaccel train-predictor forecaster=multistep")
+
+    @classmethod
+    def on_top_of(cls, folder: str | Path) -> "Multistep | None":
+        """Those on top of the network in its folder, whose hashes are the network's to verify; None if it has none.
+        `UserError`, naming the folder, if they are not whole."""
+        if not (Path(folder) / SCALARS_FILE).exists():
+            return None
+        return cls._read(Path(folder), SCALARS_FILE, "vidaccel train-predictor")
+
+    @classmethod
+    def _read(cls, folder: Path, name: str, command: str) -> "Multistep":
         try:
-            content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+            content: dict[str, Any] = json.loads((folder / name).read_bytes())
             if (made_as := content.pop("format", None)) != FORMAT:
                 raise ValueError(f"its format is {made_as}, not {FORMAT}")
-            return cls(MultistepConfig(**content))
+            config = MultistepConfig(**content)
+            if any(made.network != (name == SCALARS_FILE) for made in config.lists):
+                raise ValueError(f"lists on top of a network are in the {SCALARS_FILE} of its folder, and no others")
+            return cls(config)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
             raise UserError(
                 f"{folder} holds no fitted scalars: {' '.join(str(error).split())}",
-                "give the path of a finished `vidaccel train-predictor forecaster=multistep` folder",
+                f"give the path of a finished `{command}` folder",
             ) from error
 
     def check_fits(self, family: str, student: Set[str] | None, force: bool = False) -> None:
@@ -232,13 +275,18 @@ class Multistep:
                 "force=true",
             )
 
-    def list_for(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> FittedList:
-        """The numbers for these full steps, on the grid of these times where they are said; `UserError`, naming those
-        that there are, if there are none."""
+    def find(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> FittedList | None:
+        """The numbers for these full steps, on the grid of these times where they are said, if there are some."""
         for made in self.config.lists:
             same = made.full_steps == tuple(full_steps) and made.steps == steps
             if same and (times is None or made.grid.fits(times)):
                 return made
+        return None
+
+    def list_for(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> FittedList:
+        """As `find`; `UserError`, naming those that there are, if there are none."""
+        if (made := self.find(full_steps, steps, times)) is not None:
+            return made
         known = "; ".join(f"{' '.join(map(str, made.full_steps))} of {made.steps}" for made in self.config.lists)
         asked = f"{' '.join(map(str, full_steps))} of {steps}"
         where = "" if times is None else f" on the grid of {Grid(tuple(times))}"

@@ -27,7 +27,9 @@ from vidaccel.train.predictor.multistep import (
     estimated_costs,
     fit_lists,
     measured_growth,
+    newest_alone,
     relative_error,
+    served_final,
     told_apart,
     train_multistep,
 )
@@ -130,6 +132,50 @@ def test_the_share_of_reuse_is_0_for_exact_scalars_and_none_where_reuse_errs_in_
     made = [each for each, _ in fit_lists(runs, [(0, 2), (0, 1, 2, 3, 4)], fitted=9, ridge=1e-10)]
     shares = {tuple(said["full_steps"]): said["of_reuse"] for said in compared(runs.part(slice(9, None)), made)}
     assert shares == {(0, 2): pytest.approx(0, abs=1e-3), (0, 1, 2, 3, 4): None}
+
+
+class Network:
+    """In a network's place beneath: its answer is some function of the state and the time."""
+
+    def __init__(self, answer):
+        self._answer = answer
+
+    def full(self, runs, step, x, before):
+        return runs.velocity(step, x), ((step, *before),)
+
+    def answer(self, runs, step, x, left):
+        ((newest, *_),) = left
+        assert newest < step
+        return self._answer(x, runs.times[step])
+
+
+def test_on_top_of_an_exact_network_there_is_no_error_and_it_is_all_that_counts():
+    runs = runs_of(wavy, count=40)
+    for made, _ in fit_lists(runs, [(0, 2), (0, 1, 3)], fitted=32, ridge=1e-10, beneath=Network(wavy)):
+        assert made.network and made.error == pytest.approx(0, abs=1e-3)
+        for row in made.coefficients.values():
+            assert row[0] == pytest.approx(1, abs=1e-2) and max(map(abs, row[1:])) < 1e-2
+
+
+def test_scalars_on_top_are_never_worse_than_each_alone_on_the_runs_that_they_are_fitted_to():
+    """Where one step is predicted, the last; with more of them each is fitted to its own state."""
+    runs, full = runs_of(wavy, count=24), (0, 1, 2, 3)
+    off = Network(lambda x, t: wavy(x, t) + torch.sin(5 * x) / 9)
+    part, own = runs.part(slice(16)), runs.states[-1][:16]
+    ((both, _),) = fit_lists(runs, [full], fitted=16, ridge=1e-6, beneath=off)
+    ((alone, _),) = fit_lists(runs, [full], fitted=16, ridge=1e-6)
+    squared = lambda made, beneath=None: float((served_final(part, made, beneath) - own).square().sum())  # noqa: E731
+    joint, network = squared(both, off), squared(newest_alone(both, network=True), off)
+    assert 0 < joint < 0.9 * min(squared(alone), network)
+    assert squared(newest_alone(alone)) > squared(alone)
+
+
+def test_what_is_served_is_what_was_fitted():
+    runs, off = runs_of(wavy, count=24), Network(lambda x, t: wavy(x, t) + 0.1)
+    for beneath in (None, off):
+        for made, final in fit_lists(runs, [(0, 2), (0, 1, 3)], fitted=16, beneath=beneath):
+            served = served_final(runs.part(slice(16, None)), made, beneath)
+            torch.testing.assert_close(served, final, rtol=1e-4, atol=1e-5)
 
 
 def test_estimates_are_exact_where_only_the_last_stretch_is_predicted():

@@ -187,7 +187,10 @@ def settings(world, family="wan", **changes) -> PredictorConfig:
     stage = TrainConfig(steps=4, batch_size=2, learning_rate=1e-3, warmup=0, ema_decay=0.5, log_every=1, save_every=1)
     own = {"student": str(world(family) / "student"), "features": str(world(family) / "features"), "blocks": 1}
     return PredictorConfig(
-        **own | {"pairs": "served", "search_prompts": 1, "mse": stage, "adversarial": NO_STAGE} | changes
+        **own
+        | {"pairs": "served", "search_prompts": 1, "mse": stage, "adversarial": NO_STAGE}
+        | {"runs": 8, "checked_prompts": 2, "tried": 1}
+        | changes
     )
 
 

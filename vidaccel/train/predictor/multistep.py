@@ -53,7 +53,7 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
 from vidaccel.train.predictor.lists import run_lists
-from vidaccel.train.predictor.runs import Runs, own_runs
+from vidaccel.train.predictor.runs import Beneath, Left, Runs, own_runs
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -72,13 +72,28 @@ class Served:
     """Of the last full steps, newest first."""
     coefficients: Mapping[int, Tensor] | None = None
     """Of the predicted steps so far."""
+    left: Left = ()
+    """What the network beneath looks back on, if there is one."""
+
+
+def _full_step(runs: Runs, state: Served, step: int, beneath: Beneath | None) -> Served:
+    if beneath is None:
+        u, left = runs.velocity(step, state.x), ()
+    else:
+        u, left = beneath.full(runs, step, state.x, state.left)
+    us, xs = ((new, *old)[:HISTORY] for new, old in ((u, state.us), (state.x, state.xs)))
+    return replace(state, x=runs.after(step, state.x, u), us=us, xs=xs, left=left)
 
 
 def fit_lists(
-    runs: Runs, lists: Sequence[tuple[int, ...]], fitted: int, ridge: float = RIDGE
+    runs: Runs,
+    lists: Sequence[tuple[int, ...]],
+    fitted: int,
+    ridge: float = RIDGE,
+    beneath: Beneath | None = None,
 ) -> list[tuple[FittedList, Tensor]]:
     """Scalars for each list of full steps, fitted as served to the first `fitted` runs, with the final latents
-    [N - fitted, ...] that they lead to on the others.
+    [N - fitted, ...] that they lead to on the others. With a network beneath its answer is one more term.
 
     Raises:
         UserError: as `fit_coefficients` does.
@@ -86,27 +101,27 @@ def fit_lists(
     grid, made = runs.sampler.grid, []
 
     def full(state: Served, step: int) -> Served:
-        u = runs.velocity(step, state.x)
-        us, xs = ((new, *old)[:HISTORY] for new, old in ((u, state.us), (state.x, state.xs)))
         progress.advance()
-        return Served(runs.after(step, state.x, u), us, xs, state.coefficients)
+        return _full_step(runs, state, step, beneath)
 
     def predicted(state: Served, step: int) -> Served:
         dt = float(runs.times[step] - runs.times[step + 1])
         us, xs = ([each[:fitted] for each in kept] for kept in (state.us, state.xs))
         x = state.x[:fitted]
         target = (x.float() - runs.states[step + 1][:fitted].float()) / dt
-        numbers = fit_coefficients(us, xs, x, target, ridge)
-        u = multistep_velocity(numbers, state.us, state.xs, state.x)
-        known = {**(state.coefficients or {}), step: numbers}
-        return Served(runs.after(step, state.x, u), state.us, state.xs, known)
+        network = beneath.answer(runs, step, state.x, state.left) if beneath else None
+        numbers = fit_coefficients(us, xs, x, target, ridge, None if network is None else network[:fitted])
+        u = multistep_velocity(numbers, state.us, state.xs, state.x, network)
+        return replace(
+            state, x=runs.after(step, state.x, u), coefficients={**(state.coefficients or {}), step: numbers}
+        )
 
     nodes = {each[: k + 1] for each in lists for k in range(len(each))}
     with Progress("lists as served", total=len(nodes)) as progress:
         for each, state in run_lists(lists, grid.steps, Served(runs.states[0]), full, predicted):
             numbers = {step: tuple(row.tolist()) for step, row in (state.coefficients or {}).items()}
             error = relative_error(state.x[fitted:], runs.states[-1][fitted:]) if fitted < len(runs) else None
-            found = FittedList(each, numbers, grid.steps, grid.shift, grid.times, error)
+            found = FittedList(each, numbers, grid.steps, grid.shift, grid.times, error, network=beneath is not None)
             made.append((found, state.x[fitted:]))
     return made
 
@@ -118,20 +133,30 @@ def relative_error(x: Tensor, own: Tensor, whole: Tensor | None = None) -> float
     return math.sqrt(float((apart / (own if whole is None else whole).double().flatten(1).square().sum(1)).mean()))
 
 
+def served_final(runs: Runs, made: FittedList, beneath: Beneath | None = None) -> Tensor:
+    """Final latents [N, C, T, H, W] of runs that are served by these numbers, with a network beneath where they have
+    one."""
+    state = Served(runs.states[0])
+    for step in range(made.steps):
+        if step in made.full_steps:
+            state = _full_step(runs, state, step, beneath)
+        else:
+            network = beneath.answer(runs, step, state.x, state.left) if beneath else None
+            u = made.velocity(step, state.us, state.xs, state.x, network)
+            state = replace(state, x=runs.after(step, state.x, u))
+    return state.x
+
+
+def newest_alone(made: FittedList, network: bool = False) -> FittedList:
+    """The list with numbers that give the last full step's velocity again, or the network's answer as it is."""
+    rows = {step: (1.0, *[0.0] * (len(row) - made.network + network - 1)) for step, row in made.coefficients.items()}
+    return replace(made, coefficients=rows, network=network)
+
+
 def compared(runs: Runs, lists: Sequence[FittedList]) -> list[dict[str, Any]]:
     """What run.json says of lists that were tried on these runs: the error as served, and its share of that of reuse,
     which gives the last full step's velocity again."""
-
-    def full(state: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
-        u = runs.velocity(step, state[0])
-        return runs.after(step, state[0], u), u
-
-    def predicted(state: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
-        return runs.after(step, *state), state[1]
-
-    begin = runs.states[0], runs.velocities[0]
-    served = run_lists([each.full_steps for each in lists], len(runs.velocities), begin, full, predicted)
-    reuse = {full_steps: relative_error(x, runs.states[-1]) for full_steps, (x, _) in served}
+    reuse = {each.full_steps: relative_error(served_final(runs, newest_alone(each)), runs.states[-1]) for each in lists}
     return [
         {
             "steps": each.steps,

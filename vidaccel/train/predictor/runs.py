@@ -7,15 +7,18 @@ N runs, S steps, C channels, T frames, H and W latent pixels
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.errors import UserError
+from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
 from vidaccel.train.objective import generator_for
@@ -58,21 +61,26 @@ class Runs:
         """[S + 1]"""
         return self.sampler.grid.tensor
 
-    @torch.no_grad()
     def velocity(self, step: int, x: Tensor) -> Tensor:
         """What the model gives at a step that begins with x [N, C, T, H, W] in place of `states[step]`."""
         if x is self.states[step]:
             return self.velocities[step]
+        return torch.cat([give() for give in self.passes(step, x)])
+
+    def passes(self, step: int, x: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """The passes that this takes, some runs at a time, each made when it is called."""
         device, times = self.sampler.device, self.times
-        parts = []
         for first in range(0, len(x), self.batch_size):
             rows = slice(first, first + self.batch_size)
             part = x[rows].to(device)
             t, r = (times[i].to(device).expand(len(part)) for i in (step, step + 1))
             text = {name: tensor[rows].to(device) for name, tensor in self.text.items()}
             g = None if self.g is None else self.g[rows].to(device)
-            parts.append(self.sampler.guided(part, t, text, r=r, g=g).cpu())
-        return torch.cat(parts)
+            yield partial(self._give, part, t, text, r, g)
+
+    @torch.no_grad()
+    def _give(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
+        return self.sampler.guided(x, t, text, r=r, g=g).cpu()
 
     def after(self, step: int, x: Tensor, u: Tensor) -> Tensor:
         """The state that a step with velocity u leads to, as the sampler takes it; its own where it is its own."""
@@ -80,6 +88,44 @@ class Runs:
             return self.states[step + 1]
         dt = self.times[step] - self.times[step + 1]
         return (x.float() - dt * u).to(x.dtype)
+
+
+Left = tuple[tuple[Cached, ...], ...]
+"""What full steps have left, newest first, for each batch of runs; tokens on the CPU."""
+
+
+@dataclass(frozen=True)
+class Beneath:
+    """A network in the place of a model's trunk, asked at the states of runs."""
+
+    trunk: Trunk
+    """Of the model that the runs are of, attached."""
+    forecaster: Forecaster
+
+    def full(self, runs: Runs, step: int, x: Tensor, before: Left) -> tuple[Tensor, Left]:
+        """The model's velocities [N, C, T, H, W] at a step from x, and what that leaves."""
+        us, left = [], []
+        for index, give in enumerate(runs.passes(step, x)):
+            with self.trunk.full(runs.times[step]):
+                us.append(give())
+            (cached, *_) = self.trunk.memory()
+            self.trunk.reset()
+            earlier = before[index] if before else ()
+            left.append((_moved(cached, torch.device("cpu")), *earlier)[: self.forecaster.history])
+        return (runs.velocities[step] if x is runs.states[step] else torch.cat(us)), tuple(left)
+
+    def answer(self, runs: Runs, step: int, x: Tensor, left: Left) -> Tensor:
+        """The network's velocities [N, C, T, H, W] at a step from x."""
+        us = []
+        for give, memory in zip(runs.passes(step, x), left, strict=True):
+            here = tuple(_moved(cached, runs.sampler.device) for cached in memory)
+            with self.trunk.predicted(self.forecaster, runs.times[step], here):
+                us.append(give())
+        return torch.cat(us)
+
+
+def _moved(cached: Cached, device: torch.device) -> Cached:
+    return cached._replace(tokens={name: tokens.to(device) for name, tokens in cached.tokens.items()})
 
 
 def own_runs(

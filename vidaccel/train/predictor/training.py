@@ -1,12 +1,14 @@
 """`vidaccel train-predictor` from end to end: a student and data in, a predictor's folder with its schedules out.
 
 folder/config.json, model.safetensors   the predictor
+folder/scalars.json                     fitted on top of the network (on_top.py), where that is wanted and pays
 folder/schedule.json                    the best full steps for each budget, on each grid that was searched
 folder/checkpoints/mse, adversarial     resume state and metrics of the two stages; of served runs (served.py) the first
 folder/trajectories                     of the student, where it learns from them and was given none (trajectories.py)
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -34,10 +36,12 @@ from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
+from vidaccel.errors import UserError
 from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
@@ -50,6 +54,7 @@ from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
+from vidaccel.train.predictor.on_top import fit_on_top
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.search import NOISE_INDEX, PROBE, search_schedules
 from vidaccel.train.predictor.served import (
@@ -85,6 +90,13 @@ NOT_SHAPING = {
     "on_damage",
     "seed",
     "search_prompts",
+    "scalars",
+    "runs",
+    "checked_prompts",
+    "tried",
+    "budgets",
+    "full_steps",
+    "ridge",
     *CLIP_SIZE,
     *STAGES,
 }
@@ -174,18 +186,68 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     with task.trunk:
         if run is None:
             before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
+            on_top = Multistep.on_top_of(output) if before and config.scalars is not False else None
             torch.manual_seed(config.seed)
             (_train_served if config.pairs == "served" else _train)(task, output)
             run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"] = before["searched_on"]
+                if on_top is not None:
+                    _save_on_top(output, on_top)
+                    run["fitted"] = before["fitted"]
                 if on_first(partial(_is_done, task, output, before, run)):
                     return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
         schedules = _search(task, output)
         if config.stage != "search":
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
+        if _wants_scalars(config, output):
+            schedules = _fit_on_top(task, output, run, schedules)
     on_first(lambda: _finish(task, output, run, schedules))
     return schedules
+
+
+def _wants_scalars(config: PredictorConfig, output: Path) -> bool:
+    """As it is set; else for a network that was trained as it is served, and one that has some."""
+    if config.scalars is None:
+        there = Multistep.on_top_of(output) is not None if config.stage == "search" else config.pairs == "served"
+        return there and config.checked_prompts > 0
+    return config.scalars
+
+
+def _fit_on_top(task: PredictorTask, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> list[Schedule]:
+    """Fit scalars on top of the predictor in `output`, into it; the schedules with those that these serve best."""
+    grid, predictor = task.sampling.grid, serving_predictor(task, output)
+    trained = lists_of(task) if task.config.pairs == "served" else []
+    try:
+        found, scalars = fit_on_top(task, predictor, schedules, trained)
+    except UserError as error:
+        if task.config.scalars:
+            raise
+        log.warning("no scalars on top of the network: %s; %s", error.message, error.hint)
+        return schedules
+    _save_on_top(output, scalars)
+    others = [each for each in run.get("fitted", []) if each["steps"] != grid.steps]
+    run["fitted"] = [*others, *(each.record() for each in found)]
+    best = {
+        len(each.made.full_steps): Schedule(
+            grid.steps, each.made.full_steps, "search", grid.shift, each.error, grid.times
+        )
+        for each in found
+    }
+    return [best.get(schedule.budget, schedule) for schedule in schedules]
+
+
+def _save_on_top(output: Path, scalars: Multistep | None) -> None:
+    """Beside the predictor's weights, in place of what is there."""
+
+    def write() -> None:
+        (output / RUN_FILE).unlink(missing_ok=True)
+        if scalars is None:
+            (output / SCALARS_FILE).unlink(missing_ok=True)
+        else:
+            scalars.save_pretrained(output, SCALARS_FILE)
+
+    on_first(write)
 
 
 def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, output: Path) -> list[Compared]:
@@ -312,9 +374,15 @@ def _trained(name: str, task: PredictorTask, model: nn.Module, loss: Loss, outpu
         seed=task.config.seed + STAGES.index(name),
         title=f"predictor, {name}",
         settings=shaping,
-        recorded=partial(configuration.as_recorded_now, now=shaping, schema=PredictorConfig),
+        recorded=partial(_recorded, now=shaping),
         rates={"discriminator": task.config.discriminator.learning_rate / config.learning_rate},
     )
+
+
+def _recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What shaped a stage that was begun, without what earlier versions took for such."""
+    known = configuration.as_recorded_now(recorded, now, PredictorConfig)
+    return {key: value for key, value in known.items() if key in now or key not in NOT_SHAPING}
 
 
 def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
@@ -398,6 +466,7 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         parents=run["parents"],
         searched_on=[*others, task.sampling.record() | {"prompts": task.config.search_prompts}],
         compared=run.get("compared", []),
+        fitted=run.get("fitted", []),
     )
 
 
@@ -406,7 +475,9 @@ def _is_done(task: PredictorTask, output: Path, before: dict[str, Any], run: dic
     searched = task.sampling.record() | {"prompts": task.config.search_prompts}
     if any(before[key] != run[key] for key in ("config", "seed", "parents")) or searched not in before["searched_on"]:
         return False
-    files = {name: sha256_file(output / name) for name in (SCHEDULE_FILE, README) if (output / name).is_file()}
+    files = {
+        name: sha256_file(output / name) for name in (SCHEDULE_FILE, README, SCALARS_FILE) if (output / name).is_file()
+    }
     if len(files) < 2 or files.items() - before["files"].items():
         return False
     write_json(output / RUN_FILE, before)
