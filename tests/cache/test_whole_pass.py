@@ -256,6 +256,18 @@ def test_the_scale_of_two_passes_is_read_off_the_first_step(pipe, scale):
         assert told[1:] == [1.0]
 
 
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+def test_numbers_that_change_with_guidance_are_those_of_the_scale_that_is_served(wan, scale):
+    double = {step: tuple(2 * n for n in row) for step, row in SCALARS.coefficients.items()}
+    changing = replace(SCALARS, guidance_range=(1.0, 7.0), at_highest=double)
+    factor = 1 + (scale - 1) / 6
+    rows = {step: tuple(factor * n for n in row) for step, row in SCALARS.coefficients.items()}
+    with attached(wan, lists=(replace(SCALARS, coefficients=rows),)):
+        expected = call(wan, steps=STEPS, guidance=scale)
+    with attached(wan, lists=(changing,)):
+        torch.testing.assert_close(call(wan, steps=STEPS, guidance=scale), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_two_passes_are_refused_where_the_scalars_are_for_one(wan):
     with attached(wan, two_pass=False), pytest.raises(UserError, match="makes two"):
         call(wan, steps=STEPS)

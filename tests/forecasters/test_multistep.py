@@ -120,6 +120,34 @@ def test_a_networks_answer_is_one_more_term_the_first(drawn):
     torch.testing.assert_close(found.float(), wanted, atol=1e-6, rtol=1e-6)
 
 
+def test_numbers_that_change_with_guidance_lie_on_a_line_within_its_range(drawn):
+    rows = scalars().coefficients
+    made = scalars(
+        guidance_range=(1.0, 5.0), at_highest={step: tuple(2 * n for n in row) for step, row in rows.items()}
+    )
+    constant = torch.tensor(rows[2])
+    for scale, factor in ((1.0, 1.0), (2.0, 1.25), (5.0, 2.0), (9.0, 2.0), (0.5, 1.0), (None, 1.5)):
+        torch.testing.assert_close(made.numbers(2, scale), factor * constant)
+        assert torch.equal(scalars().numbers(2, scale), constant)
+    scales = torch.tensor([1.0, 5.0])
+    torch.testing.assert_close(made.numbers(2, scales), torch.stack([constant, 2 * constant], 1))
+    us, xs, x = [drawn(), drawn()], [drawn(), drawn()], drawn()
+    together = made.velocity(2, us, xs, x, guidance=scales)
+    for i, scale in enumerate((1.0, 5.0)):
+        alone = made.velocity(2, [u[i : i + 1] for u in us], [x[i : i + 1] for x in xs], x[i : i + 1], guidance=scale)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_numbers_that_change_with_guidance_are_found(drawn):
+    us, xs, x = [drawn(8, 2, 1, 3, 3)], [drawn(8, 2, 1, 3, 3)], drawn(8, 2, 1, 3, 3)
+    wanted, share = torch.tensor([[0.3, -0.7, 0.2], [1.5, -1.0, 0.4]]), torch.linspace(0, 1, 8)
+    rows = wanted[0][:, None] + share * (wanted[1] - wanted[0])[:, None]
+    target = multistep_velocity(rows, us, xs, x)
+    torch.testing.assert_close(
+        fit_coefficients(us, xs, x, target, 0, None, share).float(), wanted, atol=1e-6, rtol=1e-6
+    )
+
+
 def test_those_on_top_of_a_network_lie_in_its_folder(tmp_path):
     assert Multistep.on_top_of(tmp_path) is None
     rows = {step: (0.5, *row) for step, row in scalars().coefficients.items()}
@@ -151,6 +179,7 @@ SPOILT = {
     "numbers that are none": ({"coefficients": {"2": [0, 0, 0, 0, 0], "4": [float("nan")] * 7}}, "not finite"),
     "a network elsewhere": ({"network": True, "coefficients": {"2": [0] * 6, "4": [0] * 8}}, "scalars.json"),
     "a network without numbers": ({"network": True}, "step 2 has 5 coefficients"),
+    "half of what changes with guidance": ({"at_highest": {"2": [0] * 5, "4": [0] * 7}}, "go together"),
     "no grid": ({"times": None, "shift": None}, "without a grid"),
     "a list that is none": ({"lists": [3]}, "mapping"),
 }
@@ -162,7 +191,7 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path, spoilt):
     multistep().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     for key, value in changes.items():
-        where = content["lists"][0] if key in content["lists"][0] else content
+        where = content if key in content else content["lists"][0]
         if value is ...:
             del where[key]
         else:

@@ -91,6 +91,7 @@ class WholePass:
         self._timesteps: Tensor | None = None
         self._index, self._place = 0, 0
         self._scheduler = pipe.scheduler  # the last one that was checked
+        self._scale: float | None = None
         self._network = network
         self._calls = [_Call(self, transformer) for transformer in denoisers_of(pipe, family)]
         self._release = keep_transformers(pipe, family)
@@ -175,7 +176,7 @@ class WholePass:
         known = self.remembered[place]
         x = x[:, : known[0].u.shape[1]]
         us, xs = zip(*((each.u, each.x) for each in known), strict=True)
-        return self._scalars.velocity(step.index, us, xs, x, network)
+        return self._scalars.velocity(step.index, us, xs, x, network, self._scale)
 
     def _check_generation(self, transformer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse guidance that the scalars were not fitted for, when the first step, which is full, is over."""
@@ -184,9 +185,9 @@ class WholePass:
             raise UserError("the scalars are for a student's mean velocities", "leave instantaneous=true out")
         if not self._two_pass and len(self.remembered) > 1:
             raise UserError("the scalars are for guidance in one pass a step, and the pipeline makes two", "fit others")
-        guidance = self._guidance(transformer, hook, x, kwargs)
-        if guidance is not None:
-            self._check_guidance(guidance)
+        self._scale = self._guidance(transformer, hook, x, kwargs)
+        if self._scale is not None:
+            self._check_guidance(self._scale)
 
     def _guidance(
         self, transformer: nn.Module, hook: StepHook | None, x: Tensor, kwargs: dict[str, Any]

@@ -21,7 +21,7 @@ B batch, C channels, T frames, H and W latent pixels, K full steps that are look
 
 import json
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def multistep_velocity(
     """The forecast of a predicted step, [B, C, T, H, W] in the dtype of the velocities; differentiable in everything.
 
     Args:
-        coefficients: [2 K + 1]: a_1 ... a_K, b, c_1 ... c_K; with a network's answer its w before them.
+        coefficients: [2 K + 1], or [2 K + 1, B] where they differ: a_1 ... a_K, b, c_1 ... c_K; with a network's answer
+            its w before them.
         us: K velocities of the last full steps, newest first.
         xs: the K latents that those steps started from.
         x: the latent that the predicted step starts from.
@@ -66,7 +67,7 @@ def multistep_velocity(
         raise ValueError(f"{len(coefficients)} coefficients for {what}{'' if network is None else ' and a network'}")
     total = torch.zeros_like(x, dtype=torch.float32)
     for weight, term in zip(coefficients.to(x.device, torch.float32), terms, strict=True):
-        total = total + weight * term.float()
+        total = total + weight.reshape(-1, *[1] * (x.ndim - 1)) * term.float()
     return total.to(us[0].dtype)
 
 
@@ -87,19 +88,24 @@ def fit_coefficients(
     target: Tensor,
     ridge: float = RIDGE,
     network: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """[2 K + 1] float64, with a network's answer one more, of least squared error to `target`, by the normal equations
-    in float64, a run at a time.
+    in float64, a run at a time. With shares [2, 2 K + 1]: what they go from to what they go to.
 
     Args:
         us, xs, x, network: as `multistep_velocity` takes them, of N runs: [N, C, T, H, W].
+        share: of each run, [N] in [0, 1]: how far its numbers have gone from the one set to the other.
         target: the velocities [N, C, T, H, W] to come near to.
         ridge: penalty on the square of a coefficient, as a share of the sum of squares of what it multiplies.
 
     Raises:
         UserError: there are fewer runs than unknowns, they are not finite, or they do not determine the numbers.
     """
-    terms, runs = _terms(us, xs, x, network), len(x)
+    terms, runs = list(_terms(us, xs, x, network)), len(x)
+    if share is not None:
+        there = share.reshape(-1, *[1] * (x.ndim - 1)).to(x)
+        terms = [*((1 - there) * term for term in terms), *(there * term for term in terms)]
     if runs < len(terms):
         raise UserError(f"{runs} runs for {len(terms)} unknowns", f"take runs={len(terms)} or more")
     gram = torch.zeros(len(terms), len(terms), dtype=torch.float64)
@@ -120,7 +126,7 @@ def fit_coefficients(
         found = torch.full_like(moment, math.nan)
     if not found.isfinite().all():
         raise UserError(f"the fit is singular at ridge={ridge:g}", f"take a larger one, such as ridge={RIDGE:g}")
-    return found
+    return found if share is None else found.reshape(2, -1)
 
 
 @dataclass(frozen=True)
@@ -144,16 +150,30 @@ class FittedList:
     """Full steps that are looked back on."""
     network: bool = False
     """Whether the answer of a network is one more term, whose folder this is in."""
+    guidance_range: tuple[float, float] | None = None
+    """Where they change with the scale of guidance: the lowest, which `coefficients` are for, and the highest."""
+    at_highest: dict[int, tuple[float, ...]] | None = None
+    """Those at the highest, likewise by position; between the two they lie on a line."""
 
     def __post_init__(self) -> None:
         grid = Grid.recorded(self.steps, self.shift, self.times)
         if grid is None:
             raise ValueError("a list without a grid")
-        numbers = {int(step): tuple(map(float, row)) for step, row in self.coefficients.items()}
         full = tuple(self.full_steps)
         object.__setattr__(self, "times", grid.times)
         object.__setattr__(self, "full_steps", full)
-        object.__setattr__(self, "coefficients", numbers)
+        object.__setattr__(self, "coefficients", self._checked(self.coefficients))
+        if (self.guidance_range is None) != (self.at_highest is None):
+            raise ValueError("numbers at the highest scale of guidance and the range of it go together")
+        if self.guidance_range is not None and self.at_highest is not None:
+            low, high = map(float, self.guidance_range)
+            object.__setattr__(self, "guidance_range", (low, high))
+            object.__setattr__(self, "at_highest", self._checked(self.at_highest))
+            if not low < high:
+                raise ValueError(f"numbers that change with guidance from {low:g} to {high:g}")
+
+    def _checked(self, rows: Mapping[Any, Sequence[float]]) -> dict[int, tuple[float, ...]]:
+        numbers, full = {int(step): tuple(map(float, row)) for step, row in rows.items()}, self.full_steps
         if sorted({*full, *numbers}) != list(range(self.steps)) or len(full) + len(numbers) != self.steps:
             raise ValueError(
                 f"full steps {list(full)} and fitted ones {sorted(numbers)} are not the {self.steps} steps"
@@ -162,6 +182,7 @@ class FittedList:
             known = min(self.history, sum(before < step for before in full))
             if not known or len(row) != 2 * known + 1 + self.network or not all(map(math.isfinite, row)):
                 raise ValueError(f"step {step} has {len(row)} coefficients, or some are not finite")
+        return numbers
 
     @property
     def grid(self) -> Grid:
@@ -170,11 +191,36 @@ class FittedList:
         assert grid is not None  # or it would not have been made
         return grid
 
+    def numbers(self, step: int, guidance: float | Tensor | None = None) -> Tensor:
+        """Those of a predicted step: [2 K + 1], or for scales [B] of guidance that they change with [2 K + 1, B].
+        Outside their range they are those of its nearest end, and in its middle where no scale is said."""
+        lowest = torch.tensor(self.coefficients[step])
+        if self.guidance_range is None or self.at_highest is None:
+            return lowest
+        scale = sum(self.guidance_range) / 2 if guidance is None else guidance
+        share = share_of(torch.as_tensor(scale, dtype=torch.float32), self.guidance_range)
+        lowest, highest = (
+            each.reshape(-1, *[1] * share.ndim) for each in (lowest, torch.tensor(self.at_highest[step]))
+        )
+        return lowest + share.to(lowest.device) * (highest - lowest)
+
     def velocity(
-        self, step: int, us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, network: Tensor | None = None
+        self,
+        step: int,
+        us: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        x: Tensor,
+        network: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
-        """`multistep_velocity` of a predicted step, by its position."""
-        return multistep_velocity(torch.tensor(self.coefficients[step]), us, xs, x, network)
+        """`multistep_velocity` of a predicted step, by its position, for a scale of guidance or scales [B]."""
+        return multistep_velocity(self.numbers(step, guidance), us, xs, x, network)
+
+
+def share_of(guidance: Tensor, guidance_range: tuple[float, float]) -> Tensor:
+    """How far scales lie along a range, from 0 at its lowest to 1 at its highest and no further."""
+    low, high = guidance_range
+    return ((guidance - low) / (high - low)).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from vidaccel.forecasters.multistep import (
     MultistepConfig,
     fit_coefficients,
     multistep_velocity,
+    share_of,
 )
 from vidaccel.locks import locked
 from vidaccel.models.calling import guidance_in_force, video_size
@@ -99,6 +100,8 @@ def fit_lists(
         UserError: as `fit_coefficients` does.
     """
     grid, made = runs.sampler.grid, []
+    span = _varied(runs, fitted, beneath is not None)
+    share = None if span is None or runs.g is None else share_of(runs.g, span)
 
     def full(state: Served, step: int) -> Served:
         progress.advance()
@@ -110,8 +113,10 @@ def fit_lists(
         x = state.x[:fitted]
         target = (x.float() - runs.states[step + 1][:fitted].float()) / dt
         network = beneath.answer(runs, step, state.x, state.left) if beneath else None
-        numbers = fit_coefficients(us, xs, x, target, ridge, None if network is None else network[:fitted])
-        u = multistep_velocity(numbers, state.us, state.xs, state.x, network)
+        known = None if network is None else network[:fitted], None if share is None else share[:fitted]
+        numbers = fit_coefficients(us, xs, x, target, ridge, *known)
+        there = numbers if share is None else (numbers[0] + share[:, None] * (numbers[1] - numbers[0])).mT
+        u = multistep_velocity(there, state.us, state.xs, state.x, network)
         return replace(
             state, x=runs.after(step, state.x, u), coefficients={**(state.coefficients or {}), step: numbers}
         )
@@ -119,11 +124,26 @@ def fit_lists(
     nodes = {each[: k + 1] for each in lists for k in range(len(each))}
     with Progress("lists as served", total=len(nodes)) as progress:
         for each, state in run_lists(lists, grid.steps, Served(runs.states[0]), full, predicted):
-            numbers = {step: tuple(row.tolist()) for step, row in (state.coefficients or {}).items()}
+            rows = (state.coefficients or {}).items()
+            numbers, *highest = (
+                {step: tuple(both.reshape(-1, both.shape[-1])[end].tolist()) for step, both in rows}
+                for end in ((0,) if share is None else (0, 1))
+            )
             error = relative_error(state.x[fitted:], runs.states[-1][fitted:]) if fitted < len(runs) else None
             found = FittedList(each, numbers, grid.steps, grid.shift, grid.times, error, network=beneath is not None)
+            if highest:
+                found = replace(found, guidance_range=span, at_highest=highest[0])
             made.append((found, state.x[fitted:]))
     return made
+
+
+def _varied(runs: Runs, fitted: int, network: bool) -> tuple[float, float] | None:
+    """The scales between which numbers are fitted that change with guidance, where runs differ in it and are twice as
+    many as the unknowns that there then are."""
+    if runs.g is None or fitted < 4 * (2 * HISTORY + 1 + network):
+        return None
+    low, high = float(runs.g.min()), float(runs.g.max())
+    return (low, high) if low < high else None
 
 
 def relative_error(x: Tensor, own: Tensor, whole: Tensor | None = None) -> float:
@@ -142,7 +162,7 @@ def served_final(runs: Runs, made: FittedList, beneath: Beneath | None = None) -
             state = _full_step(runs, state, step, beneath)
         else:
             network = beneath.answer(runs, step, state.x, state.left) if beneath else None
-            u = made.velocity(step, state.us, state.xs, state.x, network)
+            u = made.velocity(step, state.us, state.xs, state.x, network, runs.g)
             state = replace(state, x=runs.after(step, state.x, u))
     return state.x
 
@@ -150,7 +170,7 @@ def served_final(runs: Runs, made: FittedList, beneath: Beneath | None = None) -
 def newest_alone(made: FittedList, network: bool = False) -> FittedList:
     """The list with numbers that give the last full step's velocity again, or the network's answer as it is."""
     rows = {step: (1.0, *[0.0] * (len(row) - made.network + network - 1)) for step, row in made.coefficients.items()}
-    return replace(made, coefficients=rows, network=network)
+    return replace(made, coefficients=rows, network=network, guidance_range=None, at_highest=None)
 
 
 def compared(runs: Runs, lists: Sequence[FittedList]) -> list[dict[str, Any]]:
