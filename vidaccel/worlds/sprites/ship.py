@@ -24,7 +24,7 @@ from vidaccel.errors import UserError
 from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.checkpoint import FORMAT as PREDICTOR
 from vidaccel.forecasters.multistep import FORMAT as SCALARS
-from vidaccel.forecasters.multistep import Multistep
+from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
 from vidaccel.models.loading import read_model
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
@@ -109,13 +109,15 @@ def ship_predictor(predictor: Path, results: Path | None, output: Path, remark: 
     stages = [stage for stage in STAGES if run["config"][stage]["steps"] != 0]
     made_by = {f"predictor, {stage}": (command, run, predictor / CHECKPOINTS / stage / METRICS) for stage in stages}
     with atomic_folder(output) as folder:
-        for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE):
-            shutil.copy(predictor / name, folder / name)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE, SCALARS_FILE):
+            if name != SCALARS_FILE or (predictor / name).exists():
+                shutil.copy(predictor / name, folder / name)
         steps = " and ".join(str(grid["steps"]) for grid in run["searched_on"])
         searched = f"Schedules were searched on grids of {steps} steps."
         card = _card("sprites/predictor", INSTEAD, made_by, _scores(results, "with a predictor"), [searched, remark])
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _finish(folder, run, PREDICTOR, run["parents"], searched_on=run["searched_on"])
+        told = {key: run[key] for key in ("searched_on", "fitted") if key in run}
+        _finish(folder, run, PREDICTOR, run["parents"], **told)
 
 
 def ship_scalars(scalars: Path, output: Path, remark: str = "") -> None:
