@@ -13,6 +13,7 @@ from tests.students import STARTED, save, trained
 from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, read_run, sha256_file, verify_files, write_json, write_run
 from vidaccel.bench.rows import Row, blank_run
 from vidaccel.cache.schedule import Schedule, write_schedules
+from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
@@ -58,12 +59,14 @@ def made(tmp_path_factory) -> Path:
 
 
 def save_predictor(folder: Path, student: LoadedPipeline) -> None:
-    """An untrained one for 4 steps, with a schedule, as if the first stage alone had been trained."""
+    """An untrained one for 4 steps, with a schedule and numbers on top, as if its first stage had been trained."""
     transformer, family = student.pipe.transformer, student.family
     tokens = torch.randn(1, 8, embedding_width(transformer, family))
     cached = dict.fromkeys(family.block_lists[-1].returns, tokens)
     made_for = {"steps": 4, "shift": 2.0, "student": student_hash(student)}
     network = new_predictor(transformer, family, cached, cached, 1, **made_for)
+    on_top = FittedList((0, 2), {1: (0.5, 0.5, 0.0, 0.0), 3: (0.5, 0.5, *[0.0] * 4)}, 4, 2.0, error=0.1, network=True)
+    network.scalars = Multistep(MultistepConfig(family.name, student_hash(student), (1.0, 4.0), False, (on_top,)))
     network.save_pretrained(folder)
     write_schedules(folder / "schedule.json", [Schedule(4, (0, 2), "search", 2.0, 0.1)])
     save_metrics(folder / CHECKPOINTS / "mse", step=5, seconds=60.0, loss=0.5, skipped=0)
@@ -135,6 +138,7 @@ def test_the_predictor_goes_with_it(made):
     own = load_pipeline(made / "shipped" / "student")
     config = GenerateConfig(predictor=str(made / "shipped" / "predictor"), budget=2, steps=4)
     with predicted_steps(own, config) as attachment:
+        assert isinstance(attachment, WholePass)  # the scalars on top of it have come along
         made = generate(own, [PROMPT], config, [0], attachment)
     assert (made.passes, made.predicted) == (4, 2)
 
