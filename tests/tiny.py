@@ -3,8 +3,10 @@
 `tiny_pipeline(name)` holds nothing that a download would bring: word-level tokenizers are made here from `VOCABULARY`.
 """
 
+import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -18,14 +20,19 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -37,13 +44,16 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
-from vidaccel.families.registry import family_of_pipeline
+from vidaccel.compat.diffusers import do_without_ftfy
+from vidaccel.families.registry import FAMILIES, family_of_pipeline
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 COLOURS = ("red", "green", "blue", "black", "white")
 VOCABULARY = (*SPECIAL, *COLOURS, "a", "circle", "square", "moving", "right", "left", "on", "and", ".", ",")
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
 """The smallest interesting video: two latent frames."""
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+"""What the videos of image to video begin with."""
 HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
 """HunyuanVideoPipeline cuts its own template after 95 tokens, which only Llama's tokenizer makes of it."""
 
@@ -66,6 +76,17 @@ def guided(pipe: DiffusionPipeline, scale: float, prompt: str | list[str] = "") 
     negative = [""] * len(prompt) if isinstance(prompt, list) else ""
     more = {"negative_prompt": negative} if rule.embedded_argument else {}
     return CALLS.get(family.name, {}) | {rule.cfg_argument: scale} | more
+
+
+def called(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a call of a tiny pipeline says of the video, where it takes that: its size, the image it begins with."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in (SIZE | {"image": Image.fromarray(IMAGE)}).items() if name in known}
+
+
+def image_of(family: str) -> np.ndarray | None:
+    """What `vidaccel.sampling.generate` has to be given for a family."""
+    return IMAGE if FAMILIES[family].conditions else None
 
 
 def word_tokenizer(max_length: int = 77, chat_prefix: int = 0) -> PreTrainedTokenizerFast:
@@ -223,7 +244,30 @@ def wan() -> DiffusionPipeline:
     )
 
 
-BUILDERS = {"hunyuan_video": hunyuan_video, "hunyuan_video_15": hunyuan_video_15, "wan": wan}
+def wan_i2v() -> DiffusionPipeline:
+    parts = wan().components
+    del parts["transformer_2"]
+    config = parts["transformer"].config
+    size = {"height": 32, "width": 32}
+    parts["transformer"] = WanTransformer3DModel.from_config(
+        config, in_channels=2 * config.in_channels + 4, image_dim=16, added_kv_proj_dim=24
+    )
+    parts["image_encoder"] = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    )
+    parts["image_processor"] = CLIPImageProcessorPil(size=size, crop_size=size)
+    do_without_ftfy(WanImageToVideoPipeline)
+    return WanImageToVideoPipeline(**parts)
+
+
+BUILDERS = {"hunyuan_video": hunyuan_video, "hunyuan_video_15": hunyuan_video_15, "wan": wan, "wan_i2v": wan_i2v}
 
 
 def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:

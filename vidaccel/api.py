@@ -26,19 +26,30 @@ if TYPE_CHECKING:
 
     from vidaccel.cache.schedule import Schedule
     from vidaccel.collect.job import Plan
+    from vidaccel.data.images import Source
 
 log = logging.getLogger(__name__)
 
 
 @overload
 def generate(
-    prompt: str, config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
+    prompt: str,
+    config: GenerateConfig | str | None = None,
+    *,
+    image: "Source | None" = None,
+    device: str = "auto",
+    **overrides: Any,
 ) -> "np.ndarray": ...
 
 
 @overload
 def generate(
-    prompt: Sequence[str], config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
+    prompt: Sequence[str],
+    config: GenerateConfig | str | None = None,
+    *,
+    image: "Source | Sequence[Source] | None" = None,
+    device: str = "auto",
+    **overrides: Any,
 ) -> "list[np.ndarray]": ...
 
 
@@ -46,23 +57,26 @@ def generate(
     prompt: str | Sequence[str],
     config: GenerateConfig | str | None = None,
     *,
+    image: "Source | Sequence[Source] | None" = None,
     device: str = "auto",
     **overrides: Any,
 ) -> "np.ndarray | list[np.ndarray]":
     """The frames of a video of the prompt, uint8 [T, H, W, 3]; a list of such for a sequence of prompts.
 
     Without `config` it is the shipped student with its predictor; with `model=` alone, that model as it is. Prompt i is
-    made of the settings' `seed` + i.
+    made of the settings' `seed` + i. A model of image to video begins with `image`: a file or an image of pillow, or as
+    many as there are prompts.
 
     Raises:
-        UserError: model, predictor, machine and settings do not go together.
+        UserError: model, predictor, image, machine and settings do not go together.
     """
     from vidaccel.session import session
 
     if config is None:
         config = default_conf(overrides)
     settings = settings_of("generate", config, dict.fromkeys(withdrawn(overrides)) | overrides)
-    with session(settings, device) as ready:
+    images = () if image is None else image if isinstance(image, list | tuple) else (image,)
+    with session(settings, device, images=images) as ready:
         videos = [made.frames[0] for made in ready.videos([prompt] if isinstance(prompt, str) else prompt)]
     return videos[0] if isinstance(prompt, str) else videos
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vidaccel.cache.attach import Attachment, attach
@@ -20,7 +21,7 @@ from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import call_arguments, guidance_in_force, sampled_as, unknown_words
+from vidaccel.models.calling import call_arguments, check_image, guidance_in_force, sampled_as, unknown_words
 from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text
@@ -110,10 +111,11 @@ def generate(
     config: GenerateConfig,
     seeds: list[int],
     attachment: Attachment | WholePass | None = None,
+    image: np.ndarray | None = None,
 ) -> Generated:
     """Run the pipeline on a batch of prompts, each from the noise of its own seed, and time its stages.
 
-    `attachment` is what `predicted_steps` gave, for the count.
+    `attachment` is what `predicted_steps` gave, for the count; `image` as of `run_pipeline`.
 
     Raises:
         UserError: settings the model cannot follow, or a result that is not finite.
@@ -121,7 +123,7 @@ def generate(
     steps = loaded.default("steps") if config.steps is None else config.steps
     scale, two_pass = guidance_in_force(loaded, config.guidance, config.two_pass)
     passes = _Passes(loaded, steps * (1 + (two_pass and scale > 1)), attachment)
-    frames, started, ended = run_pipeline(loaded, prompts, seeds, config, passes)
+    frames, started, ended = run_pipeline(loaded, prompts, seeds, config, passes, image=image)
     if not np.isfinite(frames).all():
         raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
@@ -137,6 +139,7 @@ def run_pipeline(
     config: GenerateConfig,
     watching: AbstractContextManager,
     output_type: str = "np",
+    image: np.ndarray | None = None,
 ) -> tuple[np.ndarray | Tensor, float, float]:
     """The pipeline's own generation of a batch of prompts, each from the noise of its own seed.
 
@@ -147,18 +150,22 @@ def run_pipeline(
         config: sampling settings and the video's size.
         watching: entered for the time of the call.
         output_type: "np" for frames [B, T, H, W, 3] from 0 to 1, "latent" for what the pipeline would decode.
+        image: uint8 [H, W, 3] of the videos' size that all of them begin with, for a model that wants one.
 
     Returns:
         (videos, when the call began, when it had ended), times as `time.perf_counter` gives them.
 
     Raises:
-        UserError: settings that the model cannot follow.
+        UserError: settings that the model cannot follow, or an image where it takes none, or none where it does.
     """
+    check_image(loaded.family, image is not None)
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
     arguments = call_arguments(loaded, steps=config.steps, negative_prompt=config.negative_prompt, **size, **guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    if image is not None:
+        arguments["image"] = Image.fromarray(image)
     loaded.pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
@@ -167,7 +174,7 @@ def run_pipeline(
         on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
         watching,
     ):
-        videos = loaded.pipe(list(prompts), generator=generators, output_type=output_type, **arguments).frames
+        videos = loaded.pipe(prompt=list(prompts), generator=generators, output_type=output_type, **arguments).frames
     return videos, started, time.perf_counter()
 
 

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from PIL.Image import Image
+
 from vidaccel.cache.attach import Attachment
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
-from vidaccel.models.calling import guidance_in_force, warn_of_guidance
+from vidaccel.data.images import Source, fitted, read_image
+from vidaccel.errors import UserError
+from vidaccel.models.calling import check_image, guidance_in_force, warn_of_guidance
 from vidaccel.models.grid import Grid, ListedScheduler, shift_of
-from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.loading import LoadedPipeline, ModelFiles, load_pipeline, read_model, resolve_device
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
@@ -32,43 +37,77 @@ class Session:
     attachment: Attachment | WholePass | None
     seconds: float
     """That loading took."""
+    images: Sequence[np.ndarray] = ()
+    """What the videos begin with, one each or one for all, uint8 [H, W, 3] of their size."""
+    fitted: Sequence[str] = ()
+    """What was done to each image."""
 
     def videos(self, prompts: Sequence[str]) -> Iterator[Generated]:
-        """One video a prompt; video i is made of seed `config.seed + i`."""
+        """One video a prompt; video i is made of seed `config.seed + i`, and begins with image i where there are any.
+
+        Raises:
+            UserError: a prompt that no tokenizer takes, or another number of images.
+        """
         check_prompts(prompts)
+        if len(self.images) > 1 and len(self.images) != len(prompts):
+            raise UserError(
+                f"{len(self.images)} images were given for {len(prompts)} prompts", "give one each, or one for all"
+            )
         for prompt in prompts:
             warn_of_unknown_words(self.loaded, prompt)
         cuts = TextCuts()
         for i, prompt in enumerate(prompts):
+            image = self.images[i % len(self.images)] if self.images else None
             with cuts.noticed(self.loaded.pipe):
-                made = generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment)
+                made = generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment, image)
             yield made
 
 
+def fitted_images(
+    files: ModelFiles, config: GenerateConfig, images: Sequence[Source]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Images of the size of the video that `config` asks this model for, and what was done to each.
+
+    Raises:
+        UserError: one cannot be taken, or the model takes none or needs one.
+    """
+    check_image(files.contents.family, bool(images))
+    height, width = (getattr(config, name) or files.default(name) for name in ("height", "width"))
+    names = ["the image" if isinstance(image, Image) else str(image) for image in images]
+    made = [fitted(read_image(image), height, width, name) for image, name in zip(images, names, strict=True)]
+    return [array for array, _ in made], [said for _, said in made]
+
+
 @contextmanager
-def session(config: GenerateConfig, device: str, warm_up: str | None = None) -> Iterator[Session]:
+def session(
+    config: GenerateConfig, device: str, warm_up: str | None = None, images: Sequence[Source] = ()
+) -> Iterator[Session]:
     """The model that `config` names, for the time of a `with` block.
 
     With a prompt to `warm_up` on, a step of it is made beforehand, or a whole video where blocks are compiled, so that
-    the seconds of the videos that follow are those of a machine at work.
+    the seconds of the videos that follow are those of a machine at work. `images` are what videos begin with, one for
+    each or one for all.
 
     Raises:
         UserError: model, predictor, machine and settings do not go together.
     """
     started = time.perf_counter()
     runtime.check(config, resolve_device(device))
-    loaded = load_pipeline(config.model, device=device, dtype=config.dtype, lora=config.lora or ())
+    files = read_model(config.model)
+    pictures, said = fitted_images(files, config, images)
+    loaded = load_pipeline(files, device=device, dtype=config.dtype, lora=config.lora or ())
     ran = runtime.prepare(loaded, config)
     seconds = time.perf_counter() - started
     log.info("sampled with %s", said_sampling(loaded, config))
     warn_of_guidance(loaded, config.guidance)
+    first = pictures[0] if pictures else None
     if warm_up is not None:
         listed = config.timesteps or config.sigmas or isinstance(loaded.pipe.scheduler, ListedScheduler)
-        generate(loaded, [warm_up], config if listed else replace(config, steps=1), [config.seed])
+        generate(loaded, [warm_up], config if listed else replace(config, steps=1), [config.seed], image=first)
     with predicted_steps(loaded, config) as attachment:
         if warm_up is not None and config.compile:
-            generate(loaded, [warm_up], config, [config.seed], attachment)
-        yield Session(config, loaded, ran, attachment, seconds)
+            generate(loaded, [warm_up], config, [config.seed], attachment, first)
+        yield Session(config, loaded, ran, attachment, seconds, pictures, said)
 
 
 def said_sampling(loaded: LoadedPipeline, config: GenerateConfig) -> str:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, UniPCMultistepSc
 
 import vidaccel
 from tests.students import for_diffusers, student
-from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
+from tests.tiny import BUILDERS, called, guided, tiny_pipeline
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.trunk import Mode, Trunk
@@ -36,9 +36,9 @@ STEPS = 4
 
 def call(pipe, prompt="a red circle", steps=STEPS, guidance=4.0, seed=0, **more):
     """The latents of a generation, with true CFG in two passes unless guidance is 1."""
-    arguments = {"num_inference_steps": steps, "output_type": "latent", **SIZE, **more}
+    arguments = {"num_inference_steps": steps, "output_type": "latent", **called(pipe), **more}
     arguments |= guided(pipe, guidance, prompt)
-    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
+    return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

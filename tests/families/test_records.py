@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.tiny import BUILDERS, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, called, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.fused import FusedBlock
@@ -28,7 +28,7 @@ def pipes() -> dict[str, diffusers.DiffusionPipeline]:
 
 def generate(pipe: diffusers.DiffusionPipeline, family: DiTFamily, **arguments: object) -> None:
     """One denoising step, not decoded."""
-    pipe("a red circle", num_inference_steps=1, output_type="latent", **SIZE, **arguments)
+    pipe(prompt="a red circle", num_inference_steps=1, output_type="latent", **called(pipe), **arguments)
 
 
 def test_every_family_has_a_tiny_pipeline():

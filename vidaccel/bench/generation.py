@@ -55,8 +55,10 @@ def timed_generation(
     seeds: Sequence[int],
     guidance: float | None = None,
     decode: bool = True,
+    image: np.ndarray | None = None,
 ) -> TimedGeneration:
-    """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed.
+    """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed, and all
+    begin with `image`, uint8 [H, W, 3] of their size, where the model begins with one.
 
     Raises:
         FloatingPointError: the videos are not finite.
@@ -76,7 +78,8 @@ def timed_generation(
         width=width,
     )
     clock = Clock(loaded)
-    videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, "np" if decode else "latent")
+    how = "np" if decode else "latent"
+    videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, how, image)
     latents = clock.latents.float().cpu()
     if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
         raise FloatingPointError("the video is not finite")

@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vidaccel.bench.baselines.registry import switched_on
-from vidaccel.bench.generation import timed_generation
+from vidaccel.bench.generation import Size, timed_generation
 from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, pick, read_schedules
 from vidaccel.config.benchmark import FROM_FOLDERS, BenchmarkConfig, MethodConfig
+from vidaccel.data.images import fitted, images_in, read_image
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.base import Forecaster, Making
@@ -46,6 +48,7 @@ class Models:
         self._pipelines: dict[str, LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._made: dict[tuple, Forecaster] = {}
+        self._images: list[np.ndarray] | None = None
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
         """What the row runs on; `place` puts it on the device.
@@ -73,6 +76,19 @@ class Models:
                 "compare models of one family",
             )
         return loaded
+
+    def image(self, index: int, size: Size) -> np.ndarray | None:
+        """What the videos of prompt `index` begin with, fitted to theirs; None where no images are named.
+
+        Raises:
+            UserError: an image cannot be taken, or there are not as many as prompts.
+        """
+        if self.config.images is None:
+            return None
+        if self._images is None:
+            files = images_in(self.config.images, len(self.config.prompts))
+            self._images = [read_image(file) for file in files]
+        return fitted(self._images[index], *size[1:], f"image {index} of {self.config.images}")[0]
 
     def place(self, method: MethodConfig) -> bool:
         """Put what the row runs on the device, and all else off it; whether anything had to be brought.
@@ -220,7 +236,10 @@ class Models:
         """Make the row's videos of prompts and noise that are measured nowhere."""
         prompts, size = fitting_prompts(self.config), self.config.videos[0]
         seeds = [self.config.seed + CALIBRATION_SEED + i for i in range(len(prompts))]
-        timed_generation(loaded, method, size, prompts, seeds, self.config.guidance, decode=False)
+        apart = range(len(prompts)) if self.config.images else [None]  # of images, a call takes one
+        for i in apart:
+            which, image = (slice(None), None) if i is None else (slice(i, i + 1), self.image(i, size))
+            timed_generation(loaded, method, size, prompts[which], seeds[which], self.config.guidance, False, image)
 
     def _schedule(self, method: MethodConfig) -> dict[str, Any]:
         if method.budget is None:

@@ -27,7 +27,7 @@ from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_fami
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.families.base import BlockList
-from vidaccel.families.walk import call_block, named_arguments
+from vidaccel.families.walk import call_block, conditions_of, named_arguments
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import DTYPES, resolve_device
@@ -136,6 +136,11 @@ class Model:
             extents = [self.streams[size] if size in self.streams else config[size] for size in tensor.shape]
             make = torch.ones if tensor.argument in masks else torch.randn
             text[tensor.stored] = make(1, *extents, **options)
+        for condition in conditions_of(self.transformer, self.family):
+            extents = [config.in_channels - channels, *shape[2:]]
+            if condition.tokens and condition.width_config:
+                extents = [self.streams[condition.tokens], config[condition.width_config]]
+            text[condition.stored] = torch.randn(1, *extents, **options)
         scale = torch.full((1,), GUIDANCE, device=self.device) if self.velocity.embeds("g") else None
         half = torch.full((1,), 0.5, device=self.device)
         return {"x": torch.randn(shape, **options), "t": half, "text": text, "g": scale}

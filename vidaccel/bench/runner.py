@@ -47,7 +47,7 @@ from vidaccel.config.loader import to_dict
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
 from vidaccel.locks import locked
-from vidaccel.models.calling import check_sizes
+from vidaccel.models.calling import check_image, check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
 
@@ -147,8 +147,11 @@ class Benchmark:
     def _check_baseline(self, method: MethodConfig) -> None:
         """Without a baseline there is nothing to compare with: `UserError` if it cannot make the videos."""
         loaded = self.models.pipeline(method)
+        check_image(loaded.family, self.config.images is not None)
         for size in self.config.videos:
             check_sizes(loaded, **dict(zip(SIZE, size, strict=True)))
+            for index in range(len(self.config.prompts)):
+                self.models.image(index, size)
 
     def _count(self) -> None:
         todo = [row for row in self.rows.without_error if row.counts is None]
@@ -204,7 +207,7 @@ class Benchmark:
                 self._generate(row, [self.timed_prompts[0]], [self.config.seed], loaded, decode=False)
                 self._warmed_up.add(row.id)
             for i, prompt in enumerate(self.timed_prompts):
-                made = self._generate(row, [prompt], [self.config.seed + i], loaded)
+                made = self._generate(row, [prompt], [self.config.seed + i], loaded, first=i)
                 spent["text"].append(made.text_seconds)
                 spent["denoise"].append(made.denoise_seconds)
                 spent["decode"].append(made.decode_seconds)
@@ -218,7 +221,7 @@ class Benchmark:
             for i, prompt in itertools.cycle(enumerate(self.timed_prompts)):
                 if sum(spent["denoise"]) >= self.config.timed_seconds:
                     break
-                made = self._generate(row, [prompt], [self.config.seed + i], loaded, decode=False)
+                made = self._generate(row, [prompt], [self.config.seed + i], loaded, decode=False, first=i)
                 spent["denoise"].append(made.denoise_seconds)
         stages = {stage: mean(seconds) if seconds else None for stage, seconds in spent.items()}
         row.rounds.append(stages | {"end_to_end": sum(seconds or 0 for seconds in stages.values())})
@@ -227,7 +230,8 @@ class Benchmark:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
         same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance", "as_called")}
         loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
-        timed_generation(loaded, one_step, size, self.timed_prompts[:1], [self.config.seed], self.config.guidance)
+        prompt, image = self.timed_prompts[:1], self.models.image(0, size)
+        timed_generation(loaded, one_step, size, prompt, [self.config.seed], self.config.guidance, image=image)
 
     def _announce(self) -> None:
         """Say how long scoring may take, and what difference it will be able to see."""
@@ -328,7 +332,7 @@ class Benchmark:
         process judges."""
         prompts, seeds = [self.scored_prompts[i] for i in indices], [self._scored_seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
-            made = self._generate(row, prompts, seeds, loaded)
+            made = self._generate(row, prompts, seeds, loaded, first=indices.start)
         assert made.frames is not None
         references = counterparts.references(self.rows.without_error)
         compared = [each for each in references if counterparts.compared_with(row, each)]
@@ -364,12 +368,20 @@ class Benchmark:
 
     def _batch_size(self, row: Row) -> int:
         together = not one_at_a_time(row.method) and self.models.pipeline(row.method).family.batched_autoencoder
-        return self.config.batch_size if together else 1
+        return self.config.batch_size if together and not self.config.images else 1
 
     def _generate(
-        self, row: Row, prompts: list[str], seeds: list[int], loaded: LoadedPipeline, decode: bool = True
+        self,
+        row: Row,
+        prompts: list[str],
+        seeds: list[int],
+        loaded: LoadedPipeline,
+        decode: bool = True,
+        first: int = 0,
     ) -> TimedGeneration:
-        return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode)
+        """`first` is the place of the first prompt among those of the configuration, whose image is taken."""
+        image = self.models.image(first, row.size)
+        return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode, image)
 
     def _attempt(self, row: Row, work: Callable[[], None], written: bool = True) -> None:
         """Do a piece of a row's work, unless it has ended the process before; then all that is known is written, into

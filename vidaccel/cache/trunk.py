@@ -128,8 +128,10 @@ class Trunk:
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
             self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
+        modules = dict(self.transformer.named_modules())
         for path in self.family.static_embedders:
-            self._undo.append(StaticEmbedder(self, path, self.transformer.get_submodule(path)).remove)
+            if path in modules:  # that of an image is missing from models without one
+                self._undo.append(StaticEmbedder(self, path, modules[path]).remove)
         forget_listed_hooks(self.transformer)
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)

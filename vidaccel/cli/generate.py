@@ -51,6 +51,13 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The png, jpg or webp that an image-to-video model begins with.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="A folder of such images, one for each line of --prompts, in the order of their names."),
+    ] = None,
     conf: Annotated[
         str | None,
         typer.Option(
@@ -92,12 +99,13 @@ def generate(
     config = settings("generate", conf or default_conf(given), overrides, print_conf, explain)
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
+    pictures = _images(image, images, len(texts), many=prompts is not None)
 
     if config.compare_to is not None and not compare:
         raise UserError(f"compare_to={config.compare_to} came without --compare", "add --compare, or leave it out")
     _check_outputs(files, sheet)
     make = _compare if compare else _make
-    report = make(config, texts, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
+    report = make(config, texts, pictures, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
 
@@ -112,7 +120,13 @@ def _check_outputs(files: list[Path], sheet: Path | None) -> None:
 
 
 def _make(
-    config: GenerateConfig, texts: list[str], files: list[Path], sheet: Path | None, device: str, say: Callable
+    config: GenerateConfig,
+    texts: list[str],
+    images: list[Path],
+    files: list[Path],
+    sheet: Path | None,
+    device: str,
+    say: Callable,
 ) -> dict[str, Any]:
     """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
@@ -120,8 +134,10 @@ def _make(
     from vidaccel.session import session
 
     videos = []
-    with session(config, device) as ready:
+    with session(config, device, images=images) as ready:
         seconds = {"load": ready.seconds}
+        for line in ready.fitted:
+            say(line)
         for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
@@ -137,7 +153,13 @@ def _make(
 
 
 def _compare(
-    config: GenerateConfig, texts: list[str], files: list[Path], sheet: Path | None, device: str, say: Callable
+    config: GenerateConfig,
+    texts: list[str],
+    images: list[Path],
+    files: list[Path],
+    sheet: Path | None,
+    device: str,
+    say: Callable,
 ) -> dict[str, Any]:
     """Each video in both ways in one file; what `--json` prints."""
     quiet_libraries()
@@ -146,14 +168,16 @@ def _compare(
     from vidaccel.session import session
 
     full = full_way(config)
-    with session(config, device, warm_up=texts[0]) as ready:
+    with session(config, device, warm_up=texts[0], images=images) as ready:
+        for line in ready.fitted:
+            say(line)
         quick = list(ready.videos(texts))
         seconds = _added({"load": ready.seconds}, *(made.seconds for made in quick))
         report = _report(ready, texts, files, sheet, quick[0], seconds)
         full, fps = as_fast(full, config, ready.loaded, quick[0]), ready.loaded.default("fps")
     del ready
     gc.collect()  # a loaded pipeline knows itself, and the device may have no room for two
-    with session(full, device, warm_up=texts[0]) as ready:
+    with session(full, device, warm_up=texts[0], images=images) as ready:
         both = [Compared(*pair) for pair in zip(quick, ready.videos(texts), strict=True)]
     for each, file in zip(both, files, strict=True):
         write_video(each.frames(), file, fps)
@@ -202,6 +226,7 @@ def _report(
         "files": [str(file) for file in files],
         "sheet": str(sheet) if sheet else None,
         "prompts": texts,
+        "images": list(ready.fitted),
         "seed": config.seed,
         "steps": made.steps,
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
@@ -257,6 +282,17 @@ def _prompts(free: list[str], file: Path | None) -> list[str]:
         check_prompts(free)
         return [free[0].strip()]
     return prompts_in(file)
+
+
+def _images(image: Path | None, folder: Path | None, count: int, many: bool) -> list[Path]:
+    if folder is None:
+        return [] if image is None else [image]
+    if image is not None or not many:
+        what = "--image as well" if image is not None else "one prompt"
+        raise UserError(f"--images {folder} came with {what}", "give --image FILE, or --images FOLDER --prompts FILE")
+    from vidaccel.data.images import images_in
+
+    return list(images_in(folder, count))
 
 
 def _outputs(output: Path | None, count: int, many: bool) -> list[Path]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidaccel.collect.encode import LATENT
+from vidaccel.collect.encode import IMAGE, LATENT
 from vidaccel.collect.source import EncodedSource
 from vidaccel.data.order import index_at
 from vidaccel.data.shards import ShardFolder
@@ -33,7 +33,7 @@ class Bank:
     latents: Tensor
     """[N, C, T, H, W] in the transformer's units."""
     texts: Text
-    """By stored name [M, ...]."""
+    """By stored name [M, ...]; conditions as well, in banks of one caption a clip."""
     which: Tensor
     """[N, k] rows of `texts`."""
 
@@ -97,11 +97,13 @@ class Bank:
         held = {
             name: torch.empty(len(features), *t.shape, dtype=t.dtype, device="cpu")
             for name, t in features[0][0].items()
+            if name != IMAGE
         }
         with Progress("loading clips", total=len(features)) as bar:
             for index in range(len(features)):
-                for name, tensor in features[index][0].items():
-                    held[name][index] = tensor
+                sample, _ = features[index]
+                for name, tensors in held.items():
+                    tensors[index] = sample[name]
                 bar.advance()
         latents = held.pop(LATENT).to(device)
         texts = {name: text.to(device) for name, text in cut_texts(held, family).items()}

@@ -1,7 +1,9 @@
-"""Clips and captions as a family's transformer sees them: latents in its units, text tensors by their stored names.
+"""Clips and captions as a family's transformer sees them: latents in its units, text tensors and conditions by their
+stored names.
 
 Nothing here knows how a family encodes text: the pipeline's own `encode_prompt` does it, with the values its `__call__`
-would have passed. The units of a latent are what each pipeline undoes before it decodes.
+would have passed. Nor what it makes of an image: its own call is run up to the first pass of the transformer, where
+that is read off. The units of a latent are what each pipeline undoes before it decodes.
 
 B batch, C channels, T frames, H and W pixels or latent pixels, L text tokens
 """
@@ -10,18 +12,23 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.base import TextTensor
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.walk import conditions_of, denoisers_of
+from vidaccel.models.calling import call_arguments, check_image, sampled_as
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 
 LATENT = "latent"
 """Name of the latent beside the text tensors' stored names."""
+IMAGE = "image"
+"""Name of what a video begins with, uint8 [3, H, W], beside the conditions that are made of it."""
 
 
 @torch.no_grad()
@@ -53,6 +60,71 @@ def text_settings(loaded: LoadedPipeline) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+class _Reached(Exception):
+    """The transformer's first pass."""
+
+
+def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text: Text, num_frames: int) -> Text:
+    """What the pipeline would feed its transformer besides the text, bit for bit: [B, ...] by stored name, in the
+    transformer's dtype, on the pipeline's device.
+
+    Args:
+        loaded: a pipeline with conditions.
+        images: what each video begins with, uint8 [H, W, 3] of its size.
+        text: of each video, as `encode_texts` gives it; texts are not encoded again.
+        num_frames: of each video.
+    """
+    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
+    known = inspect.signature(type(loaded.pipe).__call__).parameters
+    given: dict[str, Any] = {}
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.update(kwargs)
+        raise _Reached
+
+    conditions, made = conditions_of(transformer, loaded.family), []
+    for i, image in enumerate(images):
+        size = {"num_frames": num_frames, "height": image.shape[0], "width": image.shape[1]}
+        arguments = call_arguments(loaded, steps=1, guidance=1.0, two_pass=False, **size)
+        arguments |= {each.name: text[each.stored][i : i + 1] for each in loaded.family.text_tensors}
+        arguments |= {"image": Image.fromarray(image), "output_type": "latent", "generator": torch.Generator()}
+        hook = transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        try:
+            with sampled_as(loaded, guidance=1.0, two_pass=False):
+                loaded.pipe(**{name: value for name, value in arguments.items() if name in known})
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        channels = given["hidden_states"][:, transformer.config.out_channels :]
+        made.append({each.stored: given[each.argument] if each.argument else channels for each in conditions})
+    return {each.stored: torch.cat([one[each.stored] for one in made]).detach() for each in conditions}
+
+
+def first_frames(videos: Tensor) -> list[np.ndarray]:
+    """Of videos [B, 3, T, H, W] in [-1, 1], uint8 [H, W, 3] each."""
+    frames = ((videos[:, :, 0].float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    return [as_array(frame) for frame in frames]
+
+
+def as_array(image: Tensor) -> np.ndarray:
+    """A stored image [3, H, W] as [H, W, 3]."""
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def encode_prompts(
+    loaded: LoadedPipeline, captions: Sequence[str], images: Sequence[np.ndarray] | None, num_frames: int
+) -> Text:
+    """Texts, and for a model that begins with an image its conditions. `images` as of `encode_conditions`.
+
+    Raises:
+        UserError: the model takes no image, or needs one.
+    """
+    check_image(loaded.family, images is not None)
+    text = encode_texts(loaded, captions)
+    return text if images is None else text | encode_conditions(loaded, images, text, num_frames)
+
+
 @torch.no_grad()
 def encode_videos(autoencoder: nn.Module, videos: Tensor, at_once: int = 1) -> Tensor:
     """Videos [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T', H', W'] in the transformer's units, float32.
@@ -73,23 +145,32 @@ def encode_videos(autoencoder: nn.Module, videos: Tensor, at_once: int = 1) -> T
 def encode_samples(
     loaded: LoadedPipeline, videos: Sequence[Tensor], records: Sequence[Mapping[str, Any]], dtype: str
 ) -> list[Sample]:
-    """Samples of kind `encoded`: a latent and the text tensors of each video [3, T, H, W] and its record's caption.
+    """Samples of kind `encoded`: a latent and the text tensors of each video [3, T, H, W] and its record's caption; of
+    a model that begins with an image its first frame, and the conditions that are made of it.
 
     Raises:
         UserError: a number is not finite in `dtype` (`float32`, `float16` or `bfloat16`), naming the sample.
     """
     at_once = len(videos) if loaded.family.batched_autoencoder else 1
-    tensors = {LATENT: encode_videos(loaded.pipe.vae, torch.stack(list(videos)), at_once)}
-    tensors |= encode_texts(loaded, [record["caption"] for record in records])
+    stacked = torch.stack(list(videos))
+    tensors = {LATENT: encode_videos(loaded.pipe.vae, stacked, at_once)}
+    images = first_frames(stacked) if loaded.family.conditions else None
+    tensors |= encode_prompts(loaded, [record["caption"] for record in records], images, stacked.shape[2])
+    tensors |= stored_images(images)
     return rows(loaded, tensors, records, dtype)
+
+
+def stored_images(images: Sequence[np.ndarray] | None) -> dict[str, Tensor]:
+    """As they are stored, [B, 3, H, W]; {} for none."""
+    return {} if images is None else {IMAGE: torch.stack([torch.from_numpy(each).permute(2, 0, 1) for each in images])}
 
 
 def rows(
     loaded: LoadedPipeline, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]], dtype: str
 ) -> list[Sample]:
-    """Batched tensors [B, ...] as B samples to store: on the CPU, masks as bool, everything else in `dtype`."""
-    masks = {text.stored for text in loaded.family.text_tensors if is_mask(text)}
-    stored = {name: t.to("cpu", torch.bool if name in masks else DTYPES[dtype]) for name, t in tensors.items()}
+    """Batched tensors [B, ...] as B samples to store: on the CPU, masks as bool, images in bytes, others in `dtype`."""
+    own = {text.stored: torch.bool for text in loaded.family.text_tensors if is_mask(text)} | {IMAGE: torch.uint8}
+    stored = {name: t.to("cpu", own.get(name, DTYPES[dtype])) for name, t in tensors.items()}
     for name, tensor in stored.items():
         bad = [i for i in range(len(records)) if not torch.isfinite(tensor[i]).all()]
         if bad:
@@ -107,8 +188,9 @@ def is_mask(text: TextTensor) -> bool:
 
 
 def batch(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Stored samples stacked to [B, ...] for a transformer of this dtype, which takes its masks in it as well.
+    """Stored samples, without images, stacked to [B, ...] for a transformer of this dtype, which takes its masks in it
+    as well.
 
     Converted before they are stacked: autocast to bfloat16 refuses to stack float16. Sent to the device together.
     """
-    return {name: torch.stack([s[name].to(dtype) for s in samples]).to(device) for name in samples[0]}
+    return {name: torch.stack([s[name].to(dtype) for s in samples]).to(device) for name in samples[0] if name != IMAGE}

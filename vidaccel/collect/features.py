@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import read_run
-from vidaccel.collect.encode import LATENT, encode_texts, is_mask
+from vidaccel.collect.encode import IMAGE, LATENT, encode_texts, is_mask
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import conditions_of, denoisers_of, stored_inputs
 from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
 
 FORMAT = "features/1"
-NOT_TEXT = {LATENT, "times", "x", "velocity", "cache", "cache_text"}
-"""Tensors of a sample that are not made from its caption."""
+NOT_TEXT = {LATENT, IMAGE, "times", "x", "velocity", "cache", "cache_text"}
+"""Tensors of a sample that are made from neither its caption nor its image."""
 SAID = ("guidance", "negative_prompt")
 """Settings of collect-features that say how whoever is trained on the features is called, besides the videos' size."""
 log = logging.getLogger(__name__)
@@ -44,20 +45,41 @@ def open_features(
 
 
 def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
-    """Refuse samples whose latents or texts are not those that this model's transformer takes.
+    """Refuse samples whose latents, texts or conditions are not those that this model's transformer takes.
 
     Hashes say so sooner, but features that an older vidaccel made with a model of the hub have none.
     """
     tensors, empty = features[0][0], encode_texts(loaded, [""])
-    others = tensors.keys() - empty.keys() - NOT_TEXT or empty.keys() - tensors.keys()
+    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
+    check_conditions(features, loaded)
+    known = empty.keys() | set(stored_inputs(transformer, loaded.family))
+    others = tensors.keys() - known - NOT_TEXT or empty.keys() - tensors.keys()
     wanted = {text.stored: empty[text.stored].shape[-1] for text in loaded.family.text_tensors if not is_mask(text)}
-    wanted["latent"] = denoisers_of(loaded.pipe, loaded.family)[0].config.out_channels
+    wanted["latent"] = transformer.config.out_channels
     latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
     found = {name: tensors[name].shape[-1] for name in tensors.keys() & wanted} | {"latent": latent.shape[-4]}
     others = others or {name for name in wanted if found[name] != wanted[name]}
     if others:
         raise UserError(
             f"{features.folder} was made with another model: {', '.join(sorted(others))} do not fit {loaded.source}",
+            "collect features with this model, or train the one that they were made with",
+        )
+
+
+def check_conditions(features: ShardFolder, loaded: LoadedPipeline) -> None:
+    """Refuse features without what the model makes of an image, and those with more than it takes."""
+    every = {condition.stored for family in FAMILIES.values() for condition in family.conditions} | {IMAGE}
+    conditions = conditions_of(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family)
+    wanted = {condition.stored for condition in conditions} | ({IMAGE} if conditions else set())
+    found = set(features[0][0])
+    if missing := sorted(wanted - found):
+        raise UserError(
+            f"{features.folder} has no {', '.join(missing)}, which {loaded.source} needs: it begins with an image",
+            "collect features with this model",
+        )
+    if surplus := sorted((every & found) - wanted):
+        raise UserError(
+            f"{features.folder} has {', '.join(surplus)}, which {loaded.source} does not take",
             "collect features with this model, or train the one that they were made with",
         )
 

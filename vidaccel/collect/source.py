@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidaccel.collect.encode import encode_samples
+from vidaccel.collect.encode import encode_samples, first_frames
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.clips import ClipFolder
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.data.shards import Sample
 from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.calling import check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import WORLDS, world
@@ -101,6 +102,13 @@ class EncodedSource:
     def at(self, position: int, seed: int) -> int:
         """As `ShardFolder.at`."""
         return index_at(position, len(self), seed)
+
+
+def images_of(source: ClipSource, indices: Sequence[int], family: DiTFamily) -> list[np.ndarray] | None:
+    """First frames of those clips, uint8 [H, W, 3] each, for a family that begins with an image; else None."""
+    if not family.conditions:
+        return None
+    return [first_frames(source[i][0][None])[0] for i in indices]
 
 
 def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:

@@ -6,16 +6,18 @@ times, from which the latent at the end follows. The trunk's tokens are stored o
 B runs, S steps, C channels, T frames, H and W latent pixels, N video and L text tokens, D width
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.trunk import Trunk
-from vidaccel.collect.encode import encode_texts, rows, text_settings
+from vidaccel.collect.encode import encode_prompts, encode_texts, rows, stored_images, text_settings
 from vidaccel.collect.job import Job
-from vidaccel.collect.source import ClipSource, size_of
+from vidaccel.collect.source import ClipSource, images_of, size_of
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
@@ -57,10 +59,12 @@ class TrajectorySampler:
         self.grid = listed or own or own_grid(loaded.pipe.scheduler, loaded.family, self.steps)
         self.shift = self.grid.shift
 
-    def __call__(self, captions: list[str], seeds: list[int]) -> dict[str, Tensor]:
-        """x and velocity [B, S, C, T, H, W] and text tensors [B, ...]; if wanted, `cache` [B, S, N, D] and, where the
-        blocks give out text as well, `cache_text` [B, S, L, D]."""
-        text = encode_texts(self.loaded, captions)
+    def __call__(
+        self, captions: Sequence[str], seeds: Sequence[int], images: Sequence[np.ndarray] | None = None
+    ) -> dict[str, Tensor]:
+        """x and velocity [B, S, C, T, H, W], text tensors and conditions [B, ...]; if wanted, `cache` [B, S, N, D] and,
+        where the blocks give out text as well, `cache_text` [B, S, L, D]. `images` as of `encode_prompts`."""
+        text = encode_prompts(self.loaded, captions, images, self.size["num_frames"])
         g = None if self.g is None else torch.full([len(seeds)], self.g, device=self.transformer.device)
         trunk = Trunk(self.transformer, self.loaded.family)
         kept: dict[str, list[Tensor]] = {}
@@ -103,7 +107,9 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
     def compute(indices: list[int]) -> list[Sample]:
         captions, seeds = [source.record(i)["caption"] for i in indices], [config.seed + i for i in indices]
         records = [{"caption": c, "seed": seed} | sampled for c, seed in zip(captions, seeds, strict=True)]
-        samples = rows(loaded, sampler(captions, seeds), records, config.store)
+        images = images_of(source, indices, loaded.family)
+        tensors = sampler(captions, seeds, images) | stored_images(images)
+        samples = rows(loaded, tensors, records, config.store)
         return [({"times": sampler.grid.tensor} | tensors, record) for tensors, record in samples]
 
     settings = {

@@ -1,6 +1,10 @@
 """Private parts of diffusers."""
 
+import inspect
+import logging
+import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +17,19 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,
 )
 from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+def do_without_ftfy(pipeline: type[DiffusionPipeline]) -> None:
+    """Let a pipeline class take prompts as they are where ftfy, which mends broken Unicode, is not installed: some
+    (WanImageToVideoPipeline in 0.42.1) call it all the same, where others of them do without."""
+    module = sys.modules[pipeline.__module__]
+    clean = getattr(module, "basic_clean", None)
+    if clean is None or hasattr(module, "ftfy") or "is_ftfy_available()" in inspect.getsource(clean):
+        return
+    log.info("%s: ftfy is not installed, so broken Unicode in prompts is not mended", pipeline.__name__)
+    vars(module)["ftfy"] = SimpleNamespace(fix_text=lambda text: text)
 
 
 def hook_registry(module: nn.Module) -> HookRegistry | None:

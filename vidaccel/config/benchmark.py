@@ -253,6 +253,8 @@ class BenchmarkConfig(RuntimeConfig):
     """What scores videos beyond their likeness to the baseline's: `sprites`, for models of the shipped world."""
     prompts: list[str] = field(default_factory=list)
     """Prompts; where there are none the scorer's world has its own."""
+    images: str | None = None
+    """Of image to video: a folder of what the videos begin with, one for each of `prompts`, in the order of names."""
     seed: int = 0
     """Of the first prompt's noise; prompt i gets seed + i."""
     guidance: float | None = None

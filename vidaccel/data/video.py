@@ -130,7 +130,7 @@ def read_video(
     needed, inverse = np.unique(indices, return_inverse=True)
     frames = source.decode(path, listing, needed.tolist())
     with contextlib.closing(frames):
-        return np.stack([_cover(frame, height, width, listing.pixel_aspect) for frame in frames])[inverse]
+        return np.stack([cover(frame, height, width, listing.pixel_aspect) for frame in frames])[inverse]
 
 
 def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
@@ -175,7 +175,7 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _cover(frame: np.ndarray, height: int, width: int, pixel_aspect: float) -> np.ndarray:
+def cover(frame: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
     """The largest centred part of frame [H, W, 3] that has the shape height : width on screen, scaled to it."""
     source_height, source_width = frame.shape[:2]
     crop_width = min(source_width, source_height * width / height / pixel_aspect)

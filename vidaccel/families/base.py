@@ -94,6 +94,21 @@ class BlankInput:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """An input that the pipeline makes of the image that a video begins with; the same in every pass."""
+
+    stored: str
+    """Its name in a feature folder, and beside text tensors wherever those travel by name."""
+    argument: str | None = None
+    """The transformer's forward argument that takes it, tokens [B, N, E]; None for the channels [B, C, T, H, W] that
+    stand behind the latent's."""
+    tokens: str | None = None
+    """Stream of those tokens (costs.py)."""
+    width_config: str | None = None
+    """Transformer config key of their width, which is null in checkpoints without them."""
+
+
+@dataclass(frozen=True)
 class SamplingDefaults:
     """The family's published sampling settings, for a model folder that brings none of its own."""
 
@@ -161,6 +176,10 @@ class DiTFamily:
     """Whether the autoencoder takes several videos at once."""
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
+    conditions: tuple[Condition, ...] = ()
+    """What is made of the call argument `image`, for pipelines that have one."""
+    sized_by_image: bool = False
+    """Whether the call takes no height and width: `video_processor` chooses among sizes of its own by the image's."""
     fused: str | None = None
     """Module with the fused forms of its blocks (fused.py says what such a module holds); None if there is none."""
     needs_mask: bool = False

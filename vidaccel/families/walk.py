@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vidaccel.families.base import BlockList, DiTFamily
+from vidaccel.families.base import BlockList, Condition, DiTFamily
 
 
 def denoisers_of(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
@@ -20,6 +20,17 @@ def denoisers_of(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
 def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList, nn.Module]]:
     """The blocks of the trunk, in the order in which they run, each with the list it is of."""
     return [(kind, block) for kind in family.block_lists for block in getattr(transformer, kind.name)]
+
+
+def conditions_of(transformer: nn.Module, family: DiTFamily) -> list[Condition]:
+    """Those that this transformer takes."""
+    config = transformer.config
+    return [each for each in family.conditions if each.width_config is None or config[each.width_config] is not None]
+
+
+def stored_inputs(transformer: nn.Module, family: DiTFamily) -> list[str]:
+    """Names in a feature folder of all that a transformer is given besides latents and numbers: texts, conditions."""
+    return [each.stored for each in (*family.text_tensors, *conditions_of(transformer, family))]
 
 
 def named_arguments(kind: BlockList, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 
 from vidaccel.errors import UserError, nearest
-from vidaccel.families.base import SamplingDefaults
+from vidaccel.families.base import DiTFamily, SamplingDefaults
 from vidaccel.families.walk import denoisers_of, patch_of
 
 if TYPE_CHECKING:  # which imports this
@@ -75,6 +75,8 @@ def call_arguments(
         )
 
     arguments = {"num_inference_steps": steps, **sizes}
+    if loaded.family.sized_by_image:  # which is of that size
+        del arguments["height"], arguments["width"]
     if rule.cfg_argument:
         arguments[rule.cfg_argument] = guidance if two_pass else 1.0
     if rule.embedded_argument:
@@ -182,6 +184,30 @@ def neighbours(value: int, step: int, first: int) -> list[int]:
 def check_sizes(loaded: "LoadedPipeline", *, num_frames: int, height: int, width: int) -> None:
     """`UserError` naming the nearest valid values unless the pipeline can make a video of this size."""
     refuse_misfits(loaded.family.title, size_steps(loaded), num_frames=num_frames, height=height, width=width)
+    if loaded.family.sized_by_image:
+        own = sized_by_image(loaded.pipe, height, width)
+        if own != (height, width):
+            while own != (size := sized_by_image(loaded.pipe, *own)):  # rounded, an image may lead past its own size
+                own = size
+            raise UserError(
+                f"height={height} width={width} does not fit: this {loaded.family.title} chooses its size by its image",
+                f"nearest that it chooses: height={own[0]} width={own[1]}",
+            )
+
+
+def sized_by_image(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the video that the pipeline makes of an image of these."""
+    return pipe.video_processor.calculate_default_height_width(height=height, width=width, target_size=pipe.target_size)
+
+
+def check_image(family: DiTFamily, given: bool) -> None:
+    """`UserError` for an image that the family's pipelines do not take, and for none where they begin with one."""
+    if given and not family.conditions:
+        raise UserError(
+            f"an image was given, and {family.title} makes videos of text alone", "leave it out, or take another model"
+        )
+    if family.conditions and not given:
+        raise UserError(f"{family.title} begins its videos with an image, and none was given", "give one: --image FILE")
 
 
 def refuse_misfits(title: str, size_steps: tuple[int, int], *, num_frames: int, height: int, width: int) -> None:

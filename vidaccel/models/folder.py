@@ -17,6 +17,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
 from vidaccel import artefacts, students
@@ -52,6 +54,8 @@ class Component:
         """The file that its class reads its config from."""
         if issubclass(self.cls, diffusers.ConfigMixin):
             return self.cls.config_name
+        if issubclass(self.cls, ImageProcessingMixin):
+            return IMAGE_PROCESSOR_NAME
         return "config.json" if self.is_module else "tokenizer_config.json"
 
     @property

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 
 from vidaccel.artefacts import RUN_FILE, own_files, read_run, refuse_unfinished, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
+from vidaccel.compat.diffusers import do_without_ftfy
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
@@ -91,7 +92,7 @@ class LoadedPipeline:
 
 
 def load_pipeline(
-    model: str | Path,
+    model: "str | Path | ModelFiles",
     *,
     device: str = "cpu",
     dtype: str = "auto",
@@ -104,7 +105,7 @@ def load_pipeline(
 
     Args:
         model: a diffusers pipeline folder, plain or a student's; a folder of a transformer or an adapter (lora/) whose
-            run.json names its "pipeline"; a hub id; or sprites/<name> for a shipped model.
+            run.json names its "pipeline"; a hub id; sprites/<name> for a shipped model; or what `read_model` gave.
         device: "cpu", "cuda", or "auto" (cuda if there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (as stored on cuda, float32 on a CPU).
         given: modules to take instead of loading them, by component name, such as those of a pipeline in memory.
@@ -119,7 +120,7 @@ def load_pipeline(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
     adapters = [Adapter.parsed(each) for each in lora]
-    files = read_model(model)
+    files = model if isinstance(model, ModelFiles) else read_model(model)
     modules = dict(given or {})
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
     for component in files.contents.components.values():
@@ -225,6 +226,10 @@ class ModelFiles:
     """As in `LoadedPipeline`."""
     hashes: Mapping[str, str]
     """As in `LoadedPipeline`."""
+
+    def default(self, name: str) -> Any:
+        """As of a `LoadedPipeline`."""
+        return self.call.get(name, getattr(self.contents.family.defaults, name))
 
 
 def read_model(model: str | Path) -> ModelFiles:
@@ -357,4 +362,6 @@ def _assemble(contents: ModelFolder, modules: dict[str, torch.nn.Module]) -> Dif
     with reading(contents.path, "its tokenizer or scheduler is broken: copy or download the folder again"):
         if scheduler.folder.parent != contents.path:
             modules = modules | {"scheduler": scheduler.cls.from_pretrained(scheduler.folder)}
-        return getattr(diffusers, contents.pipeline).from_pretrained(contents.path, local_files_only=True, **modules)
+        cls = getattr(diffusers, contents.pipeline)
+        do_without_ftfy(cls)
+        return cls.from_pretrained(contents.path, local_files_only=True, **modules)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import conditions_of
 from vidaccel.models.conditioning import Conditioning
 
 Text = dict[str, Tensor]
-"""Text tensors with a batch dimension, by the `stored` names of the family's record."""
+"""Text tensors and conditions with a batch dimension, by the `stored` names of the family's record."""
 
 
 class Velocity(nn.Module):
@@ -49,9 +50,18 @@ class Velocity(nn.Module):
         for blank in self.family.blank_inputs:
             width = self.transformer.config[blank.width_config]
             arguments[blank.argument] = x.new_zeros(len(x), blank.tokens, width)
+        channels = x
+        for condition in conditions_of(self.transformer, self.family):
+            given = text[condition.stored].to(x.dtype)
+            if condition.argument is None:
+                channels = torch.cat([x, given], dim=1)
+            else:
+                arguments[condition.argument] = given
         timestep = (1000 * t).to(x.dtype)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
-            return self.transformer(hidden_states=self._padded(x), timestep=timestep, **arguments, return_dict=False)[0]
+            return self.transformer(
+                hidden_states=self._padded(channels), timestep=timestep, **arguments, return_dict=False
+            )[0]
 
     def _native(self, number: str) -> bool:
         key = getattr(self.family, f"{number}_config")
@@ -73,8 +83,9 @@ def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
 def guided_velocity(velocity: Velocity, x: Tensor, t: Tensor, text: Text, empty: Text, g: Tensor) -> Tensor:
     """Two-pass guidance v_uncond + g (v_cond - v_uncond) at x [B, C, T, H, W], t [B], for a scale g [B] each.
 
-    `empty` is the unconditional text, one for all or one a sample; the model embeds no scale itself.
+    `empty` is the unconditional text, one for all or one a sample, without conditions, which are those of `text`; the
+    model embeds no scale itself.
     """
-    unconditional = {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in empty.items()}
+    unconditional = text | {name: tensor.expand(len(x), *tensor.shape[1:]) for name, tensor in empty.items()}
     conditional, unconditional = velocity(x, t, text), velocity(x, t, unconditional)
     return unconditional + per_sample(g, x) * (conditional - unconditional)

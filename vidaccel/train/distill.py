@@ -20,7 +20,7 @@ from torch import nn
 
 from vidaccel.artefacts import RUN_FILE, check_output, sha256_file, write_json
 from vidaccel.collect.bank import Bank, world_bank
-from vidaccel.collect.encode import LATENT, encode_texts
+from vidaccel.collect.encode import IMAGE, LATENT, as_array, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config import loader as configuration
@@ -329,11 +329,13 @@ def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
 
 
 def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | EncodedSource, file: Path) -> None:
-    """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side. Every
-    process makes them, one writes."""
+    """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side; they begin
+    with images of the first samples where they begin with any. Every process makes them, one writes."""
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
-    own = GenerateConfig()
-    videos = [generate(copy, [prompt], own, [config.seed + i]).frames[0] for i, prompt in enumerate(prompts)]
+    own, videos = GenerateConfig(), []
+    for i, prompt in enumerate(prompts):
+        image = as_array(data[i % len(data)][0][IMAGE]) if copy.family.conditions else None
+        videos.append(generate(copy, [prompt], own, [config.seed + i], image=image).frames[0])
     if rank() == 0:
         contact_sheet(videos, file, labels=list(prompts))
 

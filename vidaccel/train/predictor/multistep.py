@@ -19,17 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file, write_run
 from vidaccel.cache.policy import check_full_steps
 from vidaccel.cache.schedule import Schedule, candidates, read_schedules, write_schedules
-from vidaccel.collect.encode import LATENT
-from vidaccel.collect.features import open_features
-from vidaccel.collect.source import open_source
+from vidaccel.collect.encode import IMAGE, LATENT, as_array
+from vidaccel.collect.features import check_conditions, open_features
+from vidaccel.collect.source import images_of, open_source
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
@@ -58,6 +59,9 @@ from vidaccel.train.predictor.runs import Beneath, Left, Runs, own_runs
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
+T = TypeVar("T")
+Prompt = tuple[str, np.ndarray | None]
+"""A caption, and the image that its video begins with, uint8 [H, W, 3], where there is one."""
 SMALLEST = 1e-8
 """Ridge of the estimates: enough to solve, too little to count."""
 
@@ -268,14 +272,15 @@ def train_multistep(config: PredictorConfig, output: Path, device: str = "auto")
 def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
     started = datetime.now(UTC)
     loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision, lora=config.lora or ())
-    sampler, captions, span = runs_of(config, loaded)
+    sampler, prompts, span = runs_of(config, loaded)
+    captions, images = [caption for caption, _ in prompts], [image for _, image in prompts if image is not None]
     steps = sampler.steps
     if config.full_steps is not None:
         check_full_steps(config.full_steps, steps)
     if config.budgets and config.budgets[-1] > steps:
         raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
     log.info("%d runs of %d steps, guidance from %g to %g", len(captions), steps, *span)
-    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size)
+    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size, images or None)
     if config.full_steps is not None:
         lists = [tuple(config.full_steps)]
     else:
@@ -303,8 +308,8 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
 
 def runs_of(
     config: PredictorConfig, loaded: LoadedPipeline
-) -> tuple[TrajectorySampler, list[str], tuple[float, float]]:
-    """How the model is sampled, captions of the runs to fit to and then of those to try on, and the range of guidance.
+) -> tuple[TrajectorySampler, list[Prompt], tuple[float, float]]:
+    """How the model is sampled, prompts of the runs to fit to and then of those to try on, and the range of guidance.
 
     Raises:
         UserError: there are no two captions, or the model cannot be sampled so.
@@ -316,24 +321,29 @@ def runs_of(
     asked = CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
     if config.features is None:
         source = open_source(loaded, asked)
-        captions = [source.record(i)["caption"] for i in range(min(wanted, len(source)))]
+        chosen = range(min(wanted, len(source)))
+        captions, images = [source.record(i)["caption"] for i in chosen], images_of(source, chosen, loaded.family)
     else:
         features = open_features(config.features, None, loaded.hashes, config.on_damage)
         count = min(wanted, len(features))
-        captions = [features[i][1]["caption"] for i in range(count)]
-        first = features[0][0]
+        samples = [features[i] for i in range(count)]
+        captions = [record["caption"] for _, record in samples]
+        check_conditions(features, loaded)
+        images = [as_array(tensors[IMAGE]) for tensors, _ in samples] if loaded.family.conditions else None
+        first = samples[0][0]
         shape = first[LATENT].shape if LATENT in first else first["x"].shape
         asked = replace(asked, **video_size(loaded, shape))
-    captions = told_apart(captions, config.runs, config.checked_prompts)
+    prompts: list[Prompt] = list(zip(captions, images or [None] * len(captions), strict=True))
+    prompts = told_apart(prompts, config.runs, config.checked_prompts)
     sampler = TrajectorySampler(loaded, asked)
     if sampler.steps < 2:
         raise UserError("a model of one step has nothing to predict from", "set steps to 2 or more")
-    return sampler, captions, _span(config, loaded, sampler)
+    return sampler, prompts, _span(config, loaded, sampler)
 
 
-def told_apart(captions: Sequence[str], fitted: int, tried: int) -> list[str]:
-    """`fitted` captions to fit to and then `tried` others: where there are fewer, a share of them each, again and again
-    with other noise. `UserError` if there is but one."""
+def told_apart(captions: Sequence[T], fitted: int, tried: int) -> list[T]:
+    """`fitted` captions, with what goes with them, to fit to and then `tried` others: where there are fewer, a share of
+    them each, again and again with other noise. `UserError` if there is but one."""
     count = len(captions)
     if count < 2:
         raise UserError("scalars are fitted on one caption and tried on another, and there are no two", "give more")

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vidaccel.cache.trunk import Trunk
-from vidaccel.collect.encode import encode_texts
+from vidaccel.collect.encode import encode_prompts
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.errors import UserError
 from vidaccel.forecasters.base import Cached, Forecaster
@@ -134,8 +135,11 @@ def own_runs(
     seed: int,
     guidance_range: tuple[float, float],
     batch_size: int,
+    images: Sequence[np.ndarray] | None = None,
 ) -> Runs:
     """Full runs on these captions, run i from the noise of seed + i, with scales drawn uniformly from the range.
+
+    `images` are those of `encode_prompts`.
 
     Raises:
         UserError: a run is not finite.
@@ -149,7 +153,8 @@ def own_runs(
     with Progress("the model's own runs", total=math.ceil(count / batch_size)) as progress:
         for first in range(0, count, batch_size):
             rows = slice(first, min(first + batch_size, count))
-            text = encode_texts(sampler.loaded, list(captions[rows]))
+            shown = None if images is None else images[rows]
+            text = encode_prompts(sampler.loaded, list(captions[rows]), shown, sampler.size["num_frames"])
             noise = sampler.noise([seed + i for i in range(rows.start, rows.stop)])
             scales = None if g is None else g[rows].to(noise.device)
 

@@ -26,6 +26,7 @@ from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.encode import LATENT, batch
 from vidaccel.errors import UserError
+from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
@@ -124,7 +125,8 @@ def _noised(task: PredictorTask, first: int, count: int, index: int) -> Iterator
     generator = generator_for(config.seed, index)
     for start in range(0, count, config.mse.batch_size):
         chosen = samples[start : start + config.mse.batch_size]
-        text = [{tensor.stored: sample[tensor.stored] for tensor in student.family.text_tensors} for sample in chosen]
+        names = stored_inputs(student.transformer, student.family)
+        text = [{name: sample[name] for name in names} for sample in chosen]
         shape = chosen[0]["x"].shape[1:] if "x" in chosen[0] else chosen[0][LATENT].shape
         noise = torch.randn((len(chosen), *shape), generator=generator).to(task.device, student.transformer.dtype)
         scale = task.sampling.guidance if student.embeds("g") else None

@@ -25,6 +25,7 @@ from vidaccel.collect.bank import Bank, cut_texts
 from vidaccel.collect.encode import LATENT, batch, encode_texts
 from vidaccel.collect.source import EncodedSource
 from vidaccel.errors import UserError
+from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
@@ -178,7 +179,7 @@ def check_lists(lists: Sequence[Sequence[int]], steps: int) -> list[FullSteps]:
 
 @dataclass(frozen=True)
 class Starts:
-    """What runs begin with: texts [M, ...] by stored name, and the shape [C, T, H, W] of noise."""
+    """What runs begin with: texts and conditions [M, ...] by stored name, and the shape [C, T, H, W] of noise."""
 
     texts: Text
     shape: tuple[int, ...]
@@ -195,15 +196,14 @@ class Starts:
         count = min(most, len(data))
         first = data[0][0]
         shape = first["x"].shape[1:] if "x" in first else first[LATENT].shape
-        if isinstance(data, EncodedSource):  # which would encode clips as well
+        if isinstance(data, EncodedSource) and not task.loaded.family.conditions:  # it would encode clips as well
             captions = [data.source.record(i)["caption"] for i in range(count)]
             parts = [encode_texts(task.loaded, captions[i : i + AT_ONCE]) for i in range(0, count, AT_ONCE)]
             texts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         else:
-            names = [tensor.stored for tensor in task.loaded.family.text_tensors]
-            texts = batch(
-                [{name: data[i][0][name] for name in names} for i in range(count)], task.device, torch.float32
-            )
+            names = stored_inputs(task.student.transformer, task.loaded.family)
+            samples = [data[i][0] for i in range(count)]
+            texts = batch([{name: each[name] for name in names} for each in samples], task.device, torch.float32)
         return cls(cut_texts(texts, task.loaded.family), tuple(shape))
 
     def apart(self, count: int) -> tuple["Starts", "Starts"]:

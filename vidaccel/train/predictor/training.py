@@ -31,6 +31,7 @@ from vidaccel.artefacts import (
 )
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.collect.bank import Bank
+from vidaccel.collect.encode import IMAGE, as_array
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.generate import GenerateConfig
@@ -158,13 +159,19 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
 def _made_by_name(task: PredictorTask) -> Forecaster:
     """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
     pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
-    captions = [task.samples[i][1]["caption"] for i in range(min(config.search_prompts, len(task.data)))]
+    chosen = [task.samples[i] for i in range(min(config.search_prompts, len(task.data)))]
+    captions = [record["caption"] for _, record in chosen]
     times = None if grid.shift is not None else list(grid.times)
     sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, sigmas=times, guidance=task.sampling.guidance)
     seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
 
     def generate() -> None:
-        run_pipeline(task.loaded, captions, seeds, sampling, nullcontext(), "latent")
+        if not family.conditions:
+            run_pipeline(task.loaded, captions, seeds, sampling, nullcontext(), "latent")
+            return
+        for (tensors, record), seed in zip(chosen, seeds, strict=True):  # a call takes one image
+            image = as_array(tensors[IMAGE])
+            run_pipeline(task.loaded, [record["caption"]], [seed], sampling, nullcontext(), "latent", image)
 
     making = Making(pipe, family, full_steps=range(0, grid.steps, PROBE), generate=generate)
     forecaster = forecaster_class(config.forecaster).make(making)

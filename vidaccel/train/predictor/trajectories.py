@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vidaccel.artefacts import RUN_FILE, TRAJECTORIES, sha256_file
-from vidaccel.collect.encode import LATENT
-from vidaccel.collect.features import open_features
+from vidaccel.collect.encode import IMAGE, LATENT
+from vidaccel.collect.features import check_conditions, open_features
 from vidaccel.collect.job import collect, plan
 from vidaccel.collect.source import open_source
 from vidaccel.collect.trajectories import trajectory_job
@@ -26,13 +28,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Captions:
-    """Those of the first encoded clips: a source of trajectories, which needs no videos."""
+    """Those of the first encoded clips: a source of trajectories, which needs of videos the first frame at most."""
 
     features: ShardFolder
     count: int
 
     def __len__(self) -> int:
         return min(self.count, len(self.features))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """A video of the one frame that is stored."""
+        tensors, record = self.features[index]
+        return tensors[IMAGE][:, None] / 127.5 - 1, record
 
     def record(self, index: int) -> dict[str, Any]:
         return self.features[index][1]
@@ -70,6 +77,7 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
         source = open_source(loaded, asked)
     else:
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
+        check_conditions(features, loaded)
         source = Captions(features, config.clips)
         asked = replace(asked, **video_size(loaded, features[0][0][LATENT].shape))
     job = trajectory_job(loaded, source, asked)
