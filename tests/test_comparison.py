@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.students import save, save_teacher, trained
-from tests.tiny import BUILDERS
+from tests.tiny import TEXT_TO_VIDEO
 from vidaccel.api import generate
 from vidaccel.cli.main import app
 from vidaccel.models.loading import load_pipeline
@@ -34,7 +34,7 @@ def with_student(family: str) -> None:
     save(Path("student"), loaded, trained(loaded), config={"teacher": "cfg", "method": "mean_velocity"})
 
 
-@pytest.mark.parametrize("family", sorted(BUILDERS))
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_a_forecast_beside_the_same_model_in_full(family):
     save_teacher(Path("model"), family)
     words = ["model=model", "predictor=reuse", "full_steps=[0,3]", "guidance=4", "--seed", "2"]
@@ -68,7 +68,7 @@ def test_every_step_in_full_is_no_error():
     assert made["compared"]["latent_error"] == [0.0]
 
 
-@pytest.mark.parametrize("family", sorted(BUILDERS))
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 @pytest.mark.parametrize("predicted", [[], ["predictor=taylor", "full_steps=[0,2]"]], ids=["student", "predicted"])
 def test_a_student_beside_the_model_that_it_stands_in_for(family, predicted):
     with_student(family)

@@ -15,6 +15,7 @@ from diffusers import (
     ClassifierFreeGuidance,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
@@ -37,6 +38,9 @@ from transformers import (
     LlamaModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -54,6 +58,14 @@ SIZE = {"num_frames": 5, "height": 32, "width": 32}
 """The smallest interesting video: two latent frames."""
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 """What the videos of image to video begin with."""
+IMAGE_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
 """HunyuanVideoPipeline cuts its own template after 95 tokens, which only Llama's tokenizer makes of it."""
 
@@ -217,6 +229,15 @@ def hunyuan_video_15(use_meanflow: bool = False) -> DiffusionPipeline:
     )
 
 
+def hunyuan_video_15_i2v(use_meanflow: bool = False) -> DiffusionPipeline:
+    parts = hunyuan_video_15(use_meanflow).components
+    config = parts["transformer"].config
+    parts["transformer"] = HunyuanVideo15Transformer3DModel.from_config(config, task_type="i2v", target_size=32)
+    parts["image_encoder"] = SiglipVisionModel(SiglipVisionConfig(**IMAGE_ENCODER))
+    parts["feature_extractor"] = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return HunyuanVideo15ImageToVideoPipeline(**parts)
+
+
 def wan() -> DiffusionPipeline:
     width, latent = 32, 4
     return WanPipeline(
@@ -252,28 +273,27 @@ def wan_i2v() -> DiffusionPipeline:
     parts["transformer"] = WanTransformer3DModel.from_config(
         config, in_channels=2 * config.in_channels + 4, image_dim=16, added_kv_proj_dim=24
     )
-    parts["image_encoder"] = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
-    )
+    parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**IMAGE_ENCODER))
     parts["image_processor"] = CLIPImageProcessorPil(size=size, crop_size=size)
     do_without_ftfy(WanImageToVideoPipeline)
     return WanImageToVideoPipeline(**parts)
 
 
-BUILDERS = {"hunyuan_video": hunyuan_video, "hunyuan_video_15": hunyuan_video_15, "wan": wan, "wan_i2v": wan_i2v}
+BUILDERS = {
+    "hunyuan_video": hunyuan_video,
+    "hunyuan_video_15": hunyuan_video_15,
+    "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
+    "wan": wan,
+    "wan_i2v": wan_i2v,
+}
+TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].conditions)
+"""Families whose videos begin with no image."""
 
 
 def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:
     """A random pipeline of a family in float32 on the CPU, the same for the same seed.
 
-    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (hunyuan_video_15). The caller's
+    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (HunyuanVideo-1.5's). The caller's
     random state is left alone.
     """
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.students import save, save_teacher, trained
-from tests.tiny import BUILDERS
+from tests.tiny import TEXT_TO_VIDEO
 from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import fitted
 from vidaccel.cache.schedule import every, write_schedules
@@ -36,7 +36,7 @@ def rows() -> dict[str, dict]:
     return {run["method"]: run for run in json.loads(Path("out/results.json").read_text())["runs"]}
 
 
-@pytest.mark.parametrize("family", sorted(BUILDERS))
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_what_can_be_had_without_training(family):
     """Nothing is said of the model but where it is; it is made for 6 steps of 5 frames of 32 x 32."""
     save_teacher(Path("mine"), family)

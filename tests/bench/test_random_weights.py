@@ -18,6 +18,8 @@ from vidaccel.families.walk import named_outputs
 
 TEXTS = {
     "hunyuan_video_15": {"prompt": 12, "glyphs": 8, "image": 729},
+    "hunyuan_video_15_i2v": {"prompt": 12, "glyphs": 8, "image": 4},
+    "wan_i2v": {"prompt": 512, "image": 5},
 }
 """Lengths of texts, where there are more than the prompt's or not 16."""
 METHODS = {

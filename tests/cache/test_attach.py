@@ -48,7 +48,7 @@ def pipe(request):
 
 def short(pipe):
     """With fewer tokens beside those of the video: HunyuanVideo-1.5 pads text to 1256 and an image to 729."""
-    if type(pipe).__name__ == "HunyuanVideo15Pipeline":
+    if type(pipe).__name__.startswith("HunyuanVideo15"):
         pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 16, 4
     return pipe
 

@@ -5,7 +5,7 @@ import torch
 
 import vidaccel
 from tests.cache.test_attach import STEPS, call, predictor_for, short
-from tests.tiny import BUILDERS, tiny_pipeline
+from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
 
 DEEPER = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 4}}
 """As many kinds of place in the trunk as a real model has: a first, other and last block, of either list."""
@@ -13,7 +13,7 @@ GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
 """Of a family that is not here only that no generation after the first makes more."""
 
 
-@pytest.mark.parametrize("name, history", [*((name, 1) for name in sorted(BUILDERS)), ("wan", 2)])
+@pytest.mark.parametrize("name, history", [*((name, 1) for name in TEXT_TO_VIDEO), ("wan", 2)])
 def test_compiled_blocks_have_static_graphs(name, history):
     """One more for a predictor of two full steps, which has had only one when it is first asked."""
     pipe = short(tiny_pipeline(name))

@@ -27,7 +27,13 @@ def inputs(velocity, seed=0):
             text[tensor.stored] = torch.arange(6) < torch.tensor([[5], [3]])
         else:
             text[tensor.stored] = torch.randn((2, 32) if tensor.stored == "pooled" else (2, 6, 32), generator=draw)
-    x = torch.randn(2, velocity.transformer.config.out_channels, 2, 4, 4, generator=draw)
+    config = velocity.transformer.config
+    for condition in velocity.family.conditions:
+        channels = config.in_channels - config.out_channels, 2, 4, 4
+        text[condition.stored] = torch.randn(2, *((5, 16) if condition.argument else channels), generator=draw)
+    if velocity.family.name == "wan_i2v":  # whose blocks take all but the last 512 tokens for the image's
+        text["prompt_embeds"] = torch.randn(2, 512, 32, generator=draw)
+    x = torch.randn(2, config.out_channels, 2, 4, 4, generator=draw)
     return x, torch.tensor([0.5, 0.7]), text
 
 

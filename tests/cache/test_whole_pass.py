@@ -8,9 +8,9 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from tests.cache.test_attach import FAMILIES, call, short
+from tests.cache.test_attach import call, short
 from tests.students import student
-from tests.tiny import SIZE, tiny_pipeline
+from tests.tiny import SIZE, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.bench.measures.counting import held_bytes
 from vidaccel.cache.attach import Attachment, attach
 from vidaccel.cache.policy import FullSteps
@@ -29,7 +29,7 @@ SECOND, LAST = (0.7, 0.2, 0.05, -0.05, 0.02), (0.9, 0.1, -0.1, 0.03, 0.0, 0.01, 
 SCALARS = FittedList(FULL, {2: SECOND, 4: LAST}, STEPS, shift=SHIFT)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TEXT_TO_VIDEO)
 def pipe(request):
     pipe = short(tiny_pipeline(request.param))
     pipe.scheduler = GridScheduler(shift=SHIFT)

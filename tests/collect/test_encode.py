@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import BUILDERS, CALLS, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, CALLS, SIZE, called, tiny_pipeline
 from vidaccel.collect.encode import batch, encode_samples, encode_texts, encode_videos
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
@@ -42,7 +42,8 @@ def fed(loaded: LoadedPipeline, prompts: list[str], guidance: float) -> list[dic
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [""] * len(prompts)
     set_guidance(loaded, guidance=guidance)
-    loaded.pipe(prompts, output_type="latent", generator=torch.Generator(), **arguments)
+    arguments |= called(loaded.pipe)
+    loaded.pipe(prompt=prompts, output_type="latent", generator=torch.Generator(), **arguments)
     hook.remove()
     return seen
 
@@ -82,7 +83,8 @@ def test_the_pipeline_decodes_what_was_encoded(family, models):
     latents = encode_videos(pipe.vae, videos(1))
     set_guidance(loaded, two_pass=False)
     zero = pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    frames = pipe("a", latents=latents, output_type="pt", **call_arguments(loaded, steps=1, two_pass=False)).frames
+    arguments = call_arguments(loaded, steps=1, two_pass=False) | called(pipe)
+    frames = pipe(prompt="a", latents=latents, output_type="pt", **arguments).frames
     zero.remove()
     posterior = pipe.vae.encode(videos(1)).latent_dist.mean
     decoded = pipe.video_processor.postprocess_video(pipe.vae.decode(posterior).sample, output_type="pt")
@@ -107,7 +109,8 @@ def test_samples_hold_latent_and_text_of_each_clip(family, models):
     assert [record for _, record in samples] == records
     torch.testing.assert_close(stacked.pop("latent"), encode_videos(loaded.pipe.vae, videos()))
     texts = encode_texts(loaded, CAPTIONS[:2])
-    assert stacked.keys() == texts.keys()
+    conditions = [each.stored for each in loaded.family.conditions]
+    assert stacked.keys() == {*texts, *conditions} and ("image" in samples[0][0]) == bool(conditions)
     for name, tensor in texts.items():
         assert torch.equal(stacked[name], tensor)
         assert (samples[0][0][name].dtype == torch.bool) == ("mask" in name)

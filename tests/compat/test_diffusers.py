@@ -1,12 +1,29 @@
 """Each private part of diffusers that is used, by its name: what fails here has moved in an upgrade."""
 
+import sys
+
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
 from tests.tiny import tiny_pipeline
 from vidaccel.compat import diffusers as compat
+
+
+def test_do_without_ftfy_takes_prompts_as_they_are(monkeypatch):
+    """Of the pipeline that calls it all the same; the other does without by itself."""
+    mended, own = (sys.modules[cls.__module__] for cls in (WanImageToVideoPipeline, WanPipeline))
+    for module in (mended, own):
+        monkeypatch.delattr(module, "ftfy", raising=False)
+        monkeypatch.setattr(module, "is_ftfy_available", lambda: False)
+    with pytest.raises(NameError, match="ftfy"):
+        mended.prompt_clean("a")
+    for cls in (WanImageToVideoPipeline, WanPipeline):
+        compat.do_without_ftfy(cls)
+    assert mended.prompt_clean(" a  cat ") == own.prompt_clean(" a  cat ") == "a cat"
+    assert not hasattr(own, "ftfy")
 
 
 @pytest.fixture

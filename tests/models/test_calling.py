@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import BUILDERS, CALLS, HUNYUAN_CALL, SIZE, tiny_pipeline, word_tokenizer
+from tests.tiny import CALLS, HUNYUAN_CALL, SIZE, TEXT_TO_VIDEO, tiny_pipeline, word_tokenizer
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import call_arguments, check_sizes, neighbours, set_guidance, size_steps, unknown_words
@@ -22,7 +22,7 @@ def load(family: str, call: dict | None = None, **options: bool) -> LoadedPipeli
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, LoadedPipeline]:
-    return {family: load(family) for family in BUILDERS}
+    return {family: load(family) for family in TEXT_TO_VIDEO}
 
 
 def passes(loaded: LoadedPipeline, steps: int = 2, **settings: object) -> int:
@@ -35,7 +35,7 @@ def passes(loaded: LoadedPipeline, steps: int = 2, **settings: object) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_two_passes_a_step_with_guidance_and_one_without(family, pipelines):
     loaded = pipelines[family]
     assert passes(loaded) == 4
@@ -84,7 +84,7 @@ def test_the_guiders_scale_is_set_and_its_other_settings_are_kept():
     assert (loaded.pipe.guider.guidance_scale, loaded.pipe.guider.guidance_rescale) == (3.0, 0.5)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_a_given_value_wins_over_the_models_own_and_that_over_the_familys(family, pipelines):
     loaded = pipelines[family]
     defaults = loaded.family.defaults
@@ -125,7 +125,7 @@ def test_extra_settings_of_a_model_reach_its_pipeline_or_are_refused(pipelines):
         ({"guidance": float("nan")}, "1 is no guidance"),
     ],
 )
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_values_out_of_range_say_what_would_be_valid(family, setting, hint, pipelines):
     with pytest.raises(UserError) as caught:
         call_arguments(pipelines[family], **(SIZE | setting))
@@ -143,7 +143,7 @@ def test_neighbours_are_valid_and_none_is_nearer(value, step, first):
     assert (found == [value]) == (value in valid)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_the_size_rules_are_those_of_the_pipeline(family, pipelines):
     loaded = pipelines[family]
     assert size_steps(loaded) == (4, 16)
@@ -153,7 +153,7 @@ def test_the_size_rules_are_those_of_the_pipeline(family, pipelines):
     assert frames.shape == (9, 16, 48, 3)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_unknown_words_are_named_once_and_in_order(family, pipelines):
     pipe = pipelines[family].pipe
     assert unknown_words(pipe, "A purple circle, moving zigzag, on purple.") == ["purple", "zigzag"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.students import save, save_teacher, trained
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, tiny_pipeline
+from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE, called, tiny_pipeline
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
@@ -48,9 +48,9 @@ def video(loaded: LoadedPipeline) -> np.ndarray:
         loaded.call.update(HUNYUAN_CALL)
     loaded.pipe.set_progress_bar_config(disable=True)
     set_guidance(loaded)
-    arguments = call_arguments(loaded, steps=2, **SIZE)
+    arguments = called(loaded.pipe) | call_arguments(loaded, steps=2, **SIZE)
     generator = torch.Generator().manual_seed(0)
-    return loaded.pipe("a red circle moving right", generator=generator, output_type="np", **arguments).frames[0]
+    return loaded.pipe(prompt="a red circle moving right", generator=generator, output_type="np", **arguments).frames[0]
 
 
 @pytest.mark.parametrize("family", BUILDERS)

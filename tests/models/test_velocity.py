@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
+from tests.tiny import BUILDERS, called, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
@@ -75,8 +75,8 @@ def one_pass(name, **options):
     family = family_of_pipeline(type(pipe).__name__)
     seen = Recorder(pipe.transformer)
     embedded = {family.guidance.embedded_argument: 6.0} if family.guidance.embedded_argument else {}
-    call = SIZE | guided(pipe, 1.0) | embedded
-    pipe("a red circle", num_inference_steps=2, output_type="latent", generator=torch.Generator(), **call)
+    call = called(pipe) | guided(pipe, 1.0) | embedded
+    pipe(prompt="a red circle", num_inference_steps=2, output_type="latent", generator=torch.Generator(), **call)
     return pipe, family, seen
 
 
@@ -84,6 +84,10 @@ def inputs(pipe, family, kwargs):
     """The arguments of `Velocity` that mean the same as those of a transformer's pass."""
     channels = pipe.transformer.config.out_channels
     text = {tensor.stored: kwargs[tensor.argument] for tensor in family.text_tensors}
+    for condition in family.conditions:
+        text[condition.stored] = kwargs[condition.argument or "hidden_states"]
+        if condition.argument is None:
+            text[condition.stored] = text[condition.stored][:, channels:]
     return kwargs["hidden_states"][:, :channels], kwargs["timestep"] / 1000, text
 
 

@@ -20,7 +20,7 @@ from vidaccel.runtime.compiled import CompiledForward, compile_blocks
 from vidaccel.runtime.fuse import fuse
 from vidaccel.runtime.text_padding import trim_text
 
-BY_CLASS = {family.transformer: family for family in FAMILIES.values()}
+BY_CLASS = {family.transformer: family for family in FAMILIES.values() if not family.conditions}
 GRAPHS = {hunyuan_video: 3, hunyuan_video_15: 1, wan: 1}
 """One a kind of block, but the first of HunyuanVideo's single-stream blocks gets whole tensors, the others slices."""
 

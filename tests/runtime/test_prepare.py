@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 
 from tests.students import student
-from tests.tiny import BUILDERS, HUNYUAN_CALL, SIZE
+from tests.tiny import HUNYUAN_CALL, SIZE, TEXT_TO_VIDEO
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError
@@ -61,7 +61,7 @@ def state(transformer: nn.Module) -> dict:
     }
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_the_default_is_the_stock_model(saved, family):
     loaded = load_pipeline(saved(family))
     before = state(loaded.pipe.transformer)
@@ -180,7 +180,7 @@ def test_fp8_goes_with_bfloat16(saved, monkeypatch):
     assert "bfloat16" in error.message and error.hint == "set dtype=bfloat16"
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_int8_is_for_the_linear_layers_that_tokens_go_through(saved, family):
     pytest.importorskip("torchao", reason="the extra `quant` is not installed")
     loaded = load_pipeline(saved(family))

@@ -22,7 +22,7 @@ from vidaccel.forecasters.learned import new_predictor
 from vidaccel.runtime.fuse import fuse
 from vidaccel.runtime.text_padding import cut, trim_text
 
-BY_CLASS = {family.transformer: family for family in FAMILIES.values()}
+BY_CLASS = {family.transformer: family for family in FAMILIES.values() if not family.conditions}
 
 
 def trimmed(model, need=None):

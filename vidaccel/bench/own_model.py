@@ -16,7 +16,7 @@ from vidaccel.cache.schedule import read_schedules
 from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import FAMILIES
+from vidaccel.families.registry import FAMILIES, PIPELINES
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.folder import read_json
@@ -231,7 +231,10 @@ def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _family_of(transformer: str, config: BenchmarkConfig) -> DiTFamily:
-    for family in FAMILIES.values():
+    """Of the families with that transformer the one of the folder's pipeline, which a student's folder may not name."""
+    index = local_path(config.model or "") / "model_index.json"
+    own = PIPELINES.get(read_json(index)["_class_name"]) if index.exists() else None
+    for family in FAMILIES.values() if own is None else [own]:
         if family.transformer == transformer:
             if family.name != config.family:
                 log.info("family=%s, which %s is of", family.name, config.model)

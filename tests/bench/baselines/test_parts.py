@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from tests.cache.toy import TOY, Toy
-from tests.tiny import BUILDERS, SIZE, guided, tiny_pipeline
+from tests.tiny import SIZE, TEXT_TO_VIDEO, guided, tiny_pipeline
 from vidaccel.bench.baselines.delta_dit import DeltaDiT
 from vidaccel.bench.baselines.fora import Fora
 from vidaccel.bench.baselines.teacache import Calibration, TeaCache, relative_change
@@ -173,7 +173,7 @@ def call(pipe, steps: int = 4) -> torch.Tensor:
     return pipe("a red circle", generator=torch.Generator().manual_seed(0), **arguments).frames
 
 
-@pytest.fixture(scope="module", params=sorted(BUILDERS))
+@pytest.fixture(scope="module", params=TEXT_TO_VIDEO)
 def pipe(request):
     return tiny_pipeline(request.param)
 

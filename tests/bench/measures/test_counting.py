@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import BUILDERS, CALLS, SIZE, tiny_pipeline
+from tests.tiny import CALLS, SIZE, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.counting import FORMULAS, Observer, held_bytes
@@ -38,7 +38,7 @@ def run(loaded: LoadedPipeline, **settings):
     return timed_generation(loaded, method, tuple(SIZE.values()), ["a red circle"], [0])
 
 
-@pytest.fixture(scope="module", params=sorted(BUILDERS))
+@pytest.fixture(scope="module", params=TEXT_TO_VIDEO)
 def model(request):
     """(loaded, rows of each stream, FLOPs of a pass by kind, cache bytes by kind)."""
     loaded = tiny_loaded(request.param)

@@ -1,11 +1,14 @@
 """FLOPs by formula: by hand, and against PyTorch's counter on real forward passes, to the last FLOP."""
 
+from inspect import signature
+
+import diffusers
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import CALLS, SIZE, tiny_pipeline
+from tests.tiny import CALLS, called, tiny_pipeline
 from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import (
     attention_flops,
@@ -99,11 +102,11 @@ def one_pass(request):
     """(transformer, family, rows, counter) of one pass of a tiny pipeline."""
     family = request.param
     pipe = tiny_pipeline(family.name)
-    extra = CALLS.get(family.name, {})
+    extra = dict(CALLS.get(family.name, {}))
     if family.guidance.guider:
         pipe.guider = pipe.guider.new(guidance_scale=1.0, enabled=False)
     elif not family.guidance.embedded_argument:
-        extra = {"guidance_scale": 1.0}
+        extra = extra | {"guidance_scale": 1.0}
     given, tokens = {}, {}
     transformer = pipe.transformer
     transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
@@ -111,9 +114,11 @@ def one_pass(request):
     first = transformer.get_submodule(family.block_lists[0].name)[0]
     # A block may be given its last arguments by name, or not at all.
     first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False)))
-    counter = counted(lambda: pipe("a red circle", num_inference_steps=1, output_type="latent", **SIZE, **extra))
+    extra |= called(pipe)
+    counter = counted(lambda: pipe(prompt="a red circle", num_inference_steps=1, output_type="latent", **extra))
     video, text = (tokens[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
     texts = {"prompt": "encoder_hidden_states", "glyphs": "encoder_hidden_states_2", "image": "image_embeds"}
+    texts |= {each.tokens: each.argument for each in family.conditions if each.argument}
     lengths = {name: given[argument].shape[1] for name, argument in texts.items() if argument in given}
     assert sum(lengths.values()) == text
     return transformer, family, {"one": 1, "video": video, "text": text, "all": video + text, **lengths}, counter
@@ -137,8 +142,12 @@ def test_a_whole_pass_is_what_pytorch_counts(one_pass):
 
 @EVERY_FAMILY
 def test_a_full_size_block_is_what_pytorch_counts(family):
-    texts = {"prompt": 77, "glyphs": 13, "image": 29} if family.name == "hunyuan_video_15" else {"prompt": 77}
-    model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts))
+    streams = {stream for _, stream in family.costs.layers} - {"one", "video", "text", "all"}
+    texts = {"prompt": 512 if "image" in streams else 77, "glyphs": 13, "image": 29}  # Wan's blocks count 512 as text
+    texts = {stream: texts[stream] for stream in streams}
+    known = signature(getattr(diffusers, family.transformer).__init__).parameters
+    image = {"image_dim": 1280, "added_kv_proj_dim": 5120} if family.conditions and "image_dim" in known else {}
+    model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts, transformer=image))
     rows = {"one": 1, "video": 1500, "text": sum(texts.values()), "all": 1500 + sum(texts.values()), **texts}
     found = block_flops(model, family, rows)
     for block_list in family.block_lists:

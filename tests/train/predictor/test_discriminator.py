@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import BUILDERS, CALLS, tiny_pipeline
+from tests.tiny import CALLS, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.collect.encode import encode_texts
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.errors import UserError
@@ -122,7 +122,7 @@ def test_a_frozen_pass_has_the_same_logits_and_no_gradient_for_the_discriminator
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEXT_TO_VIDEO)
 def test_features_are_the_video_tokens_of_the_blocks_and_leave_no_trace(name):
     velocity, x, text = student(name)
     blocks = blocks_of(velocity.transformer, velocity.family)
