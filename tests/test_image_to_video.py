@@ -138,7 +138,7 @@ def test_predictors_learn_and_are_searched_and_served(chain, tmp_path):
     vidaccel.train_predictor(replace(small, pairs="served"), tmp_path / "served", device="cpu")
     linear = replace(small, forecaster="linear", stage="search", budgets=[2])
     vidaccel.train_predictor(linear, tmp_path / "linear", device="cpu")
-    fitted = PredictorConfig(**settings, forecaster="multistep", runs=4)
+    fitted = PredictorConfig(**settings, forecaster="multistep", runs=5)
     vidaccel.train_predictor(fitted, tmp_path / "scalars", device="cpu")
     image = ["--image", chain / "images" / "a.png"]
     for predictor in ("trajectory", "served", "scalars"):
