@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from tests.tiny import BUILDERS
+from tests.tiny import TEXT_TO_VIDEO
 from vidaccel.models import decoding
 from vidaccel.models.decoding import speed_up
 from vidaccel.models.loading import load_pipeline
@@ -21,7 +21,7 @@ def taken(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_an_autoencoder_that_was_loaded_gives_the_frames_of_diffusers(family, saved, taken):
     loaded = load_pipeline(saved(family))
     vae = loaded.pipe.vae

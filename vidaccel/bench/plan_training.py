@@ -22,7 +22,7 @@ from vidaccel.bench.sizes import meta_transformer, new_transformer, rows
 from vidaccel.config.plan import PlanConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
-from vidaccel.families.walk import blocks_of, patch_of
+from vidaccel.families.walk import blocks_of, conditions_of, patch_of
 
 FLOAT32, HALF = 4, 2
 GATHERED_BLOCKS = 2
@@ -129,10 +129,15 @@ class Costs:
 
     @property
     def texts(self) -> int:
-        """Numbers in the text tensors of a caption."""
+        """Numbers in the text tensors of a caption, and in what is made of an image."""
         config: Any = self.transformer.config
-        shapes = (tensor.shape for tensor in self.family.text_tensors)
-        return sum(math.prod(self.rows[n] if n in self.rows else config[n] for n in shape) for shape in shapes)
+        shapes = [tensor.shape for tensor in self.family.text_tensors]
+        conditions = conditions_of(self.transformer, self.family)
+        shapes += [(each.tokens, each.width_config) for each in conditions if each.tokens and each.width_config]
+        found = sum(math.prod(self.rows[n] if n in self.rows else config[n] for n in shape) for shape in shapes)
+        if any(each.argument is None for each in conditions):  # as many channels again as stand behind the latent's
+            found += self.latent * (config.in_channels - config.out_channels) // config.out_channels
+        return found
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -139,8 +139,8 @@ def _with_transformer(folder: Path) -> Path:
 
 
 def stored_beside(folder: Path) -> dict[str, int]:
-    """Bytes of the weights of text encoders and autoencoder, as they lie there."""
-    parts = {"text encoder": "text_encoder*", "autoencoder": "vae"}
+    """Bytes of the weights of encoders of text and images and of the autoencoder, as they lie there."""
+    parts = {"text encoder": "text_encoder*", "image encoder": "image_encoder", "autoencoder": "vae"}
     found = {
         name: sum(file.stat().st_size for part in folder.glob(pattern) for file in part.glob("*.safetensors"))
         for name, pattern in parts.items()
