@@ -14,21 +14,23 @@ from typer.testing import CliRunner
 
 import vidaccel
 from tests.students import save_teacher
-from tests.tiny import BUILDERS, SIZE, TEXT_TO_VIDEO
+from tests.tiny import BUILDERS, IMAGE, SIZE, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.cli.main import app
-from vidaccel.collect.encode import as_array, batch
+from vidaccel.collect.encode import as_array, batch, encode_prompts
 from vidaccel.collect.features import check_conditions
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.clips import write_clips
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES as RECORDS
 from vidaccel.models.calling import call_arguments
-from vidaccel.models.loading import load_pipeline
-from vidaccel.sampling import run_pipeline
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.sampling import generate, run_pipeline
 from vidaccel.train.distill import student_of, velocity_of
 
 FAMILIES = sorted(set(BUILDERS) - set(TEXT_TO_VIDEO))
@@ -225,13 +227,26 @@ def test_features_and_models_have_the_same_conditions(chain, tmp_path):
         check_conditions(features, plain)
 
 
+def test_an_image_kept_in_the_first_frame_is_attached_to_and_not_trained_on():
+    """As by Wan 2.2 TI2V-5B, which has neither channels nor tokens for it, but a time for each token."""
+    parts = tiny_pipeline("wan_i2v").components
+    config, channels = parts["transformer"].config, parts["vae"].config.z_dim
+    parts["transformer"] = type(parts["transformer"]).from_config(
+        config, in_channels=channels, image_dim=None, added_kv_proj_dim=None
+    )
+    pipe = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    loaded = LoadedPipeline(pipe, RECORDS["wan_i2v"], "mine", SIZE, {})
+    config = GenerateConfig(steps=2, guidance=1.0)
+    plain = generate(loaded, ["a red circle"], config, [0], image=IMAGE).latents
+    with vidaccel.attach(pipe, predictor="reuse", steps=2, full_steps=[0, 1]):
+        assert torch.equal(generate(loaded, ["a red circle"], config, [0], image=IMAGE).latents, plain)
+    with pytest.raises(UserError, match="mine keeps its image in the first frame"):
+        encode_prompts(loaded, ["a red circle"], [IMAGE], SIZE["num_frames"])
+
+
 def test_a_size_that_the_pipeline_would_not_choose_is_refused():
     """HunyuanVideo-1.5 takes a size from its image: 64 x 32 pixels lie nearest to its own 32 x 16."""
-    from tests.tiny import tiny_pipeline
-    from vidaccel.config.generate import GenerateConfig
-    from vidaccel.families.registry import FAMILIES as RECORDS
-    from vidaccel.models.loading import LoadedPipeline
-
     name = "hunyuan_video_15_i2v"
     loaded = LoadedPipeline(tiny_pipeline(name), RECORDS[name], "here", SIZE, {})
     assert {"height", "width"}.isdisjoint(call_arguments(loaded))

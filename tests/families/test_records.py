@@ -262,7 +262,8 @@ def test_native_embeddings_are_built_when_their_config_key_is_true():
 @EVERY_FAMILY
 def test_defaults_are_the_pipelines_own_where_it_has_some(family, pipes):
     calls = signature(type(pipes[family.name]).__call__).parameters
-    own = {name: calls[name].default for name in ("num_frames", "height", "width") if calls[name].default is not None}
+    sizes = ("num_frames",) if family.sized_by_image else ("num_frames", "height", "width")
+    own = {name: calls[name].default for name in sizes if calls[name].default is not None}
     own["steps"] = calls["num_inference_steps"].default
     if "guidance_scale" in calls:
         own["guidance"] = calls["guidance_scale"].default

@@ -73,6 +73,9 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         images: what each video begins with, uint8 [H, W, 3] of its size.
         text: of each video, as `encode_texts` gives it; texts are not encoded again.
         num_frames: of each video.
+
+    Raises:
+        UserError: the model has no channels for an image, and keeps it clean in the first frame (Wan 2.2 TI2V-5B).
     """
     transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     known = inspect.signature(type(loaded.pipe).__call__).parameters
@@ -97,6 +100,11 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         finally:
             hook.remove()
         channels = given["hidden_states"][:, transformer.config.out_channels :]
+        if not channels.numel():
+            raise UserError(
+                f"{loaded.source} keeps its image in the first frame of the latents",
+                "only models with further channels for it are collected from and trained, such as Wan 2.1's",
+            )
         made.append({each.stored: given[each.argument] if each.argument else channels for each in conditions})
     return {each.stored: torch.cat([one[each.stored] for one in made]).detach() for each in conditions}
 
