@@ -75,7 +75,7 @@ def generate(
     if config is None:
         config = default_conf(overrides)
     settings = settings_of("generate", config, dict.fromkeys(withdrawn(overrides)) | overrides)
-    images = () if image is None else image if isinstance(image, list | tuple) else (image,)
+    images: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
     with session(settings, device, images=images) as ready:
         videos = [made.frames[0] for made in ready.videos([prompt] if isinstance(prompt, str) else prompt)]
     return videos[0] if isinstance(prompt, str) else videos

@@ -125,7 +125,8 @@ class Model:
         return self.predictor(arguments, self.trunk.memory(), self.inputs["t"])
 
     def _inputs(self, costs: SizeCosts) -> dict[str, Any]:
-        config, frames, height, width = self.transformer.config, *costs.size
+        config: Any = self.transformer.config
+        frames, height, width = costs.size
         frame_step, pixel_step = self.config.compression
         channels = config.out_channels or config.in_channels
         shape = 1, channels, (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step

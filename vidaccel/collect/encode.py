@@ -10,7 +10,7 @@ B batch, C channels, T frames, H and W pixels or latent pixels, L text tokens
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,8 +77,8 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
     Raises:
         UserError: the model has no channels for an image, and keeps it clean in the first frame (Wan 2.2 TI2V-5B).
     """
-    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
-    known = inspect.signature(type(loaded.pipe).__call__).parameters
+    transformer, pipe = denoisers_of(loaded.pipe, loaded.family)[0], cast(Any, loaded.pipe)
+    known = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {}
 
     def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -94,12 +94,12 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         hook = transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
             with sampled_as(loaded, guidance=1.0, two_pass=False):
-                loaded.pipe(**{name: value for name, value in arguments.items() if name in known})
+                pipe(**{name: value for name, value in arguments.items() if name in known})
         except _Reached:
             pass
         finally:
             hook.remove()
-        channels = given["hidden_states"][:, transformer.config.out_channels :]
+        channels = given["hidden_states"][:, cast(Any, transformer).config.out_channels :]
         if not channels.numel():
             raise UserError(
                 f"{loaded.source} keeps its image in the first frame of the latents",

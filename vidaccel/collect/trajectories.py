@@ -60,7 +60,7 @@ class TrajectorySampler:
         self.shift = self.grid.shift
 
     def __call__(
-        self, captions: Sequence[str], seeds: Sequence[int], images: Sequence[np.ndarray] | None = None
+        self, captions: Sequence[str], seeds: list[int], images: Sequence[np.ndarray] | None = None
     ) -> dict[str, Tensor]:
         """x and velocity [B, S, C, T, H, W], text tensors and conditions [B, ...]; if wanted, `cache` [B, S, N, D] and,
         where the blocks give out text as well, `cache_text` [B, S, L, D]. `images` as of `encode_prompts`."""

@@ -52,7 +52,7 @@ def _upright(image: Image.Image, name: str) -> np.ndarray:
     upright = ImageOps.exif_transpose(image)
     if "transparency" in upright.info or upright.getbands()[-1] in "Aa":
         upright = upright.convert("RGBA")
-        if upright.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(upright)[..., 3].min() < 255:
             raise UserError(f"{name} is transparent in parts", "save it on the background that is meant")
     return np.asarray(upright.convert("RGB"))
 

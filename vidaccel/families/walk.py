@@ -24,7 +24,7 @@ def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList
 
 def conditions_of(transformer: nn.Module, family: DiTFamily) -> list[Condition]:
     """Those that this transformer takes."""
-    config = transformer.config
+    config: Any = transformer.config
     return [each for each in family.conditions if each.width_config is None or config[each.width_config] is not None]
 
 
