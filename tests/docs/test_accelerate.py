@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.docs.pages import ROOT, blocks, commands
@@ -32,6 +33,8 @@ OTHER = (
 )
 MADE = {
     "plain.mp4": "6 steps, 12 passes, guidance 4",
+    "turn.mp4": "photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
+    "turns": "photos/photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
     "every3.mp4": "6 steps, 4 full + 8 predicted passes",
     "both.mp4": "right path/to/Wan2.1-T2V-1.3B-Diffusers, 6 steps, 12 passes",
     "cfg.mp4": "50 steps, 50 passes",
@@ -43,9 +46,14 @@ MADE = {
 
 @pytest.fixture
 def _reader(tmp_path, monkeypatch):
-    """A folder with the model, the clips and the YAML files that the page names."""
+    """A folder with the models, the clips, images and prompts, and the YAML files that the page names."""
     monkeypatch.chdir(tmp_path)
     save_teacher(Path("path/to/Wan2.1-T2V-1.3B-Diffusers"), "wan")
+    save_teacher(Path("path/to/Wan2.1-I2V-14B-480P-Diffusers"), "wan_i2v")
+    Path("photos").mkdir()
+    for photo in ("photo.jpg", "photos/photo.jpg"):
+        Image.new("RGB", (60, 40), "red").save(photo)
+    Path("prompts.txt").write_text("a red circle\n")
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 40, 48, 3), dtype=np.uint8)
     write_clips("path/to/clips", zip(frames, ("a red circle", "blue", "a green circle"), strict=True), fps=16)
     for code in blocks(PAGE):

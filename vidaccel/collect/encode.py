@@ -88,7 +88,7 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
     conditions, made = conditions_of(transformer, loaded.family), []
     for i, image in enumerate(images):
         size = {"num_frames": num_frames, "height": image.shape[0], "width": image.shape[1]}
-        arguments = call_arguments(loaded, steps=1, guidance=1.0, two_pass=False, **size)
+        arguments = call_arguments(loaded, guidance=1.0, two_pass=False, **size)
         arguments |= {each.name: text[each.stored][i : i + 1] for each in loaded.family.text_tensors}
         arguments |= {"image": Image.fromarray(image), "output_type": "latent", "generator": torch.Generator()}
         hook = transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
