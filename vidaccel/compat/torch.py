@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, MutableMapping
 from types import MethodType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,9 @@ def convolved(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def convolved_by_onednn(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by oneDNN, whatever PyTorch would choose; it has no public name."""
-    return torch.mkldnn_convolution(input, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    """The same by oneDNN, whatever PyTorch would choose, of a convolution that pads by numbers; it has no public name."""
+    padding = cast("tuple[int, ...]", conv.padding)
+    return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, conv.groups)
 
 
 class KeepsFloat32(nn.Module):

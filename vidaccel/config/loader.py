@@ -183,7 +183,7 @@ def with_current_names(settings: Mapping[str, Any], schema: type, where: str | N
         if is_dataclass(inner):
             current[key] = with_current_names(value, inner, where)
         elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
-            each = get_args(inner)[1]
+            each = cast(type, get_args(inner)[1])
             current[key] = {
                 name: with_current_names(row, each, where) if isinstance(row, Mapping) else row
                 for name, row in value.items()
@@ -269,7 +269,7 @@ def _check_keys(chosen: dict, schema: type, where: str) -> None:
         elif isinstance(value, list) and "list[list[" in str(hints[key]) and any(type(part) is int for part in value):
             raise UserError(f"{where}: {key}={value} is no list of lists", f"write {key}=[{value}]")
         elif get_origin(hints[key]) is dict and is_dataclass(row := get_args(hints[key])[1]):
-            _check_rows(key, value, row, where)
+            _check_rows(key, value, cast(type, row), where)
 
 
 def _check_rows(group: str, rows: Any, schema: type, where: str) -> None:

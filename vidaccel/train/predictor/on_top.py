@@ -74,13 +74,15 @@ def fit_on_top(
         UserError: there are fewer runs than unknowns, or the fit is singular.
     """
     config, steps = task.config, task.sampling.grid.steps
-    sampler, captions, span = runs_of(config, task.loaded)
+    sampler, prompts, span = runs_of(config, task.loaded)
     if sampler.empty or sampler.grid.times != task.sampling.grid.times:
         why = "makes two passes a step" if sampler.empty else "is sampled on a grid that no shift makes"
         log.warning("no scalars are fitted on top of the network: the model %s", why)
         return [], None
+    captions = [caption for caption, _ in prompts]
+    images = [image for _, image in prompts if image is not None]
     log.info("scalars on top of the network: %d runs, guidance from %g to %g", len(captions), *span)
-    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size)
+    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size, images or None)
     budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))
