@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.students import save, save_teacher, trained
-from tests.tiny import TEXT_TO_VIDEO
+from tests.tiny import FLOW, TEXT_TO_VIDEO
 from vidaccel.api import generate
 from vidaccel.cli.main import app
 from vidaccel.models.loading import load_pipeline
@@ -68,7 +68,7 @@ def test_every_step_in_full_is_no_error():
     assert made["compared"]["latent_error"] == [0.0]
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 @pytest.mark.parametrize("predicted", [[], ["predictor=taylor", "full_steps=[0,2]"]], ids=["student", "predicted"])
 def test_a_student_beside_the_model_that_it_stands_in_for(family, predicted):
     with_student(family)

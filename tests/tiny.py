@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
@@ -20,6 +25,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -99,6 +106,24 @@ def called(pipe: DiffusionPipeline) -> dict[str, Any]:
 def image_of(family: str) -> np.ndarray | None:
     """What `vidaccel.sampling.generate` has to be given for a family."""
     return IMAGE if FAMILIES[family].conditions else None
+
+
+def calls_of_a_step(pipe: DiffusionPipeline, passes: int = 2) -> int:
+    """How often a pipeline calls its transformer for so many passes a step: once where both are a doubled batch."""
+    return 1 if family_of_pipeline(type(pipe).__name__).guidance.doubled else passes
+
+
+def passes_of(pipe: DiffusionPipeline, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a transformer's calls were given, by pass: with the prompt first, where two are a doubled batch."""
+    if calls_of_a_step(pipe) == 2:
+        return given
+    parts = []
+    for call in given:
+        halves = {name: value.chunk(2) for name, value in call.items() if isinstance(value, torch.Tensor)}
+        doubled = len(call["hidden_states"]) > 1 and pipe.guidance_scale > 1
+        kept = [{name: half[side] for name, half in halves.items()} for side in (1, 0)] if doubled else [call]
+        parts += [call | half for half in kept]
+    return parts
 
 
 def word_tokenizer(max_length: int = 77, chat_prefix: int = 0) -> PreTrainedTokenizerFast:
@@ -279,15 +304,101 @@ def wan_i2v() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts)
 
 
+def cogvideox() -> DiffusionPipeline:
+    """With rotations, as the 5B model has them, and half its compression of time: two groups of latent frames."""
+    width, latent = 32, 4
+    return CogVideoXPipeline(
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(VOCABULARY), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+        ),
+        tokenizer=word_tokenizer(max_length=226),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=latent,
+            out_channels=latent,
+            time_embed_dim=12,
+            text_embed_dim=width,
+            num_layers=2,
+            sample_width=90,
+            sample_height=60,
+            use_rotary_positional_embeddings=True,
+        ),
+        vae=AutoencoderKLCogVideoX(
+            latent_channels=latent,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            temporal_compression_ratio=2,
+            sample_height=32,
+            sample_width=32,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+        ),
+    )
+
+
+def ltx_video() -> DiffusionPipeline:
+    """Without the `shift_terminal` of its scheduler, which makes nothing finite of a single step (diffusers 0.42)."""
+    width, latent = 32, 4
+    return LTXPipeline(
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(VOCABULARY), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+        ),
+        tokenizer=word_tokenizer(max_length=128),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=latent,
+            out_channels=latent,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            num_layers=2,
+            caption_channels=width,
+        ),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=latent,
+            block_out_channels=(8, 8),
+            down_block_types=("LTXVideoDownBlock3D",) * 2,
+            decoder_block_out_channels=(8, 8),
+            layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            spatio_temporal_scaling=(True, True),
+            decoder_spatio_temporal_scaling=(True, True),
+            decoder_inject_noise=(False,) * 3,
+            upsample_residual=(False, False),
+            upsample_factor=(1, 1),
+            timestep_conditioning=True,
+            patch_size=2,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_image_seq_len=1024,
+            base_shift=0.95,
+            max_shift=2.05,
+        ),
+    )
+
+
 BUILDERS = {
+    "cogvideox": cogvideox,
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_15": hunyuan_video_15,
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
+    "ltx_video": ltx_video,
     "wan": wan,
     "wan_i2v": wan_i2v,
 }
 TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].conditions)
 """Families whose videos begin with no image."""
+FLOW = [name for name in TEXT_TO_VIDEO if FAMILIES[name].predicts == "flow"]
+"""Those of them that students and grids are for."""
 
 
 def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:

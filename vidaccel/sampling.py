@@ -20,8 +20,15 @@ from vidaccel.cache.attach import Attachment, attach
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
-from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import call_arguments, check_image, guidance_in_force, sampled_as, unknown_words
+from vidaccel.families.walk import as_latents, denoisers_of, passes_of_call
+from vidaccel.models.calling import (
+    call_arguments,
+    check_image,
+    guidance_in_force,
+    latent_size,
+    sampled_as,
+    unknown_words,
+)
 from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text
@@ -47,7 +54,7 @@ class Generated:
     """uint8 [B, T, H, W, 3]."""
     steps: int
     passes: int
-    """Forward passes of the transformer as they happened, predicted ones included."""
+    """Forward passes of the transformer as they happened, predicted ones included; a doubled batch is two."""
     predicted: int
     """Those of them in which a predictor stood in for its blocks."""
     pass_seconds: float
@@ -128,7 +135,7 @@ def generate(
         raise UserError("the video is not finite", "try dtype=float32; if that fails too, the weights are broken")
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
-    latents = passes.latents.float().cpu()
+    latents = final_latents(loaded, passes.latents, frames.shape[1:4])
     return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents)
 
 
@@ -176,6 +183,13 @@ def run_pipeline(
     ):
         videos = loaded.pipe(prompt=list(prompts), generator=generators, output_type=output_type, **arguments).frames
     return videos, started, time.perf_counter()
+
+
+def final_latents(loaded: LoadedPipeline, left: Tensor, size: Sequence[int]) -> Tensor:
+    """What the last step of a video of `size` (T, H, W) left, as latents [B, C, T, H, W], float32 on the CPU."""
+    num_frames, height, width = size
+    latent = latent_size(loaded, num_frames=num_frames, height=height, width=width)
+    return as_latents(loaded.family, left, latent).float().cpu()
 
 
 def eight_bits(frames: np.ndarray) -> np.ndarray:
@@ -226,10 +240,10 @@ class _Passes:
     """Counts and times the denoisers' forward passes with hooks, keeps the last step's latents, and shows a bar."""
 
     latents: Tensor
-    """[B, C, T, H, W], after the step before."""
+    """After the step before, in the pipeline's own layout."""
 
     def __init__(self, loaded: LoadedPipeline, total: int, attachment: Attachment | WholePass | None):
-        self._pipe, self._denoisers = loaded.pipe, denoisers_of(loaded.pipe, loaded.family)
+        self._pipe, self._family, self._denoisers = loaded.pipe, loaded.family, denoisers_of(loaded.pipe, loaded.family)
         self._bar = Progress("denoising", total=total)
         self._attachment = attachment
         self.full: list[float] = []
@@ -269,8 +283,9 @@ class _Passes:
         self.last = time.perf_counter()
         # The attachment's own hook on the end of a pass was there before this one.
         before, self._seen = self._seen, self._attachment.predicted_passes if self._attachment else 0
+        passes = passes_of_call(self._pipe, self._family)
         if self._seen > before:
-            self.predicted += 1
+            self.predicted += passes
         else:
-            self.full.append(self.last - self._begun)
-        self._bar.advance()
+            self.full += [(self.last - self._begun) / passes] * passes
+        self._bar.advance(passes)

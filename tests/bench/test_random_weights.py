@@ -15,6 +15,7 @@ from vidaccel.cli.main import app
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import named_outputs
+from vidaccel.models.calling import compression_of
 
 TEXTS = {
     "hunyuan_video_15": {"prompt": 12, "glyphs": 8, "image": 729},
@@ -36,7 +37,7 @@ def config_of(family: str, **changes) -> BenchmarkConfig:
     """The tiny pipeline's transformer."""
     pipe = tiny_pipeline(family)
     settings = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
-    compression = [pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial]
+    compression = list(compression_of(pipe, FAMILIES[family]))
     fixed = {
         "text_tokens": TEXTS.get(family, {"prompt": 16}),
         "sizes": [[5, 32, 32]],

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.docs.pages import ROOT, blocks
-from tests.tiny import SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import FLOW, SIZE, tiny_pipeline
 from vidaccel.cli.main import app
 from vidaccel.data.clips import write_clips
 from vidaccel.models.loading import load_pipeline
@@ -50,7 +50,7 @@ def test_it_is_eight_lines():
     assert done == [*trained, "generate", "generate", "benchmark", "tar"]
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 def test_every_command_of_it_runs(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_pipeline(family).save_pretrained("path/to/model")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.tiny import CALLS, HUNYUAN_CALL, SIZE, TEXT_TO_VIDEO, tiny_pipeline, word_tokenizer
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import passes_of_call
 from vidaccel.models.calling import call_arguments, check_sizes, neighbours, set_guidance, size_steps, unknown_words
 from vidaccel.models.conditioning import new_conditioning
 from vidaccel.models.grid import GridScheduler
@@ -26,13 +27,15 @@ def pipelines() -> dict[str, LoadedPipeline]:
 
 
 def passes(loaded: LoadedPipeline, steps: int = 2, **settings: object) -> int:
-    """How often one generation calls the transformer."""
+    """Passes of the transformer in one generation."""
     calls = []
-    hook = loaded.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = loaded.pipe.transformer.register_forward_pre_hook(
+        lambda *_: calls.append(passes_of_call(loaded.pipe, loaded.family))
+    )
     set_guidance(loaded, **settings)
     loaded.pipe("a red circle", output_type="latent", **call_arguments(loaded, steps=steps, **SIZE, **settings))
     hook.remove()
-    return len(calls)
+    return sum(calls)
 
 
 @pytest.mark.parametrize("family", TEXT_TO_VIDEO)
@@ -117,9 +120,9 @@ def test_extra_settings_of_a_model_reach_its_pipeline_or_are_refused(pipelines):
     [
         ({"num_frames": 16}, "13 or 17"),
         ({"num_frames": 0}, "nearest valid: 1"),
-        ({"height": 50}, "48 or 64"),
-        ({"width": 7}, "nearest valid: 16"),
-        ({"width": -32}, "nearest valid: 16"),
+        ({"height": 95}, " or 96"),
+        ({"width": 7}, "nearest valid: {size}"),
+        ({"width": -32}, "nearest valid: {size}"),
         ({"steps": 0}, "1 step"),
         ({"guidance": 0.5}, "1 is no guidance"),
         ({"guidance": float("nan")}, "1 is no guidance"),
@@ -129,6 +132,7 @@ def test_extra_settings_of_a_model_reach_its_pipeline_or_are_refused(pipelines):
 def test_values_out_of_range_say_what_would_be_valid(family, setting, hint, pipelines):
     with pytest.raises(UserError) as caught:
         call_arguments(pipelines[family], **(SIZE | setting))
+    hint = hint.format(size=pipelines[family].family.size_multiple)
     assert next(iter(setting)) in caught.value.message and hint in caught.value.hint
 
 
@@ -146,11 +150,12 @@ def test_neighbours_are_valid_and_none_is_nearer(value, step, first):
 @pytest.mark.parametrize("family", TEXT_TO_VIDEO)
 def test_the_size_rules_are_those_of_the_pipeline(family, pipelines):
     loaded = pipelines[family]
-    assert size_steps(loaded) == (4, 16)
-    check_sizes(loaded, num_frames=1, height=16, width=48)
-    arguments = call_arguments(loaded, steps=1, two_pass=False, num_frames=9, height=16, width=48)
+    size = loaded.family.size_multiple
+    assert size_steps(loaded) == (4, size) and size in (16, 32)
+    check_sizes(loaded, num_frames=1, height=size, width=3 * size)
+    arguments = call_arguments(loaded, steps=1, two_pass=False, num_frames=9, height=size, width=3 * size)
     frames = loaded.pipe("a red circle", output_type="np", **arguments).frames[0]
-    assert frames.shape == (9, 16, 48, 3)
+    assert frames.shape == (9, size, 3 * size, 3)
 
 
 @pytest.mark.parametrize("family", TEXT_TO_VIDEO)

@@ -10,14 +10,14 @@ import torch
 
 import vidaccel
 from tests.students import save, save_teacher, student, trained
-from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import FLOW, tiny_pipeline
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.own_call import loaded_of
 from vidaccel.sampling import eight_bits, generate
 
-FAMILIES = TEXT_TO_VIDEO
+FAMILIES = FLOW
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tiny import BUILDERS, called, guided, tiny_pipeline
+from tests.tiny import BUILDERS, SIZE, called, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
+from vidaccel.families.walk import as_latents, as_taken
+from vidaccel.models.calling import latent_size
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
 from vidaccel.models.grid import GridScheduler, current_step, shift_of, step_grid
-from vidaccel.models.velocity import Velocity, guided_velocity, per_sample
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.velocity import Velocity, guided_velocity, per_sample, velocity_of
 
 
 def test_a_number_of_each_sample_is_broadcast_over_it():
@@ -82,13 +85,17 @@ def one_pass(name, **options):
 
 def inputs(pipe, family, kwargs):
     """The arguments of `Velocity` that mean the same as those of a transformer's pass."""
-    channels = pipe.transformer.config.out_channels
+    channels, size = pipe.transformer.config.out_channels, latent_size(LoadedPipeline(pipe, family, "", {}, {}), **SIZE)
     text = {tensor.stored: kwargs[tensor.argument] for tensor in family.text_tensors}
+    hidden = as_latents(family, kwargs["hidden_states"], size)
     for condition in family.conditions:
-        text[condition.stored] = kwargs[condition.argument or "hidden_states"]
-        if condition.argument is None:
-            text[condition.stored] = text[condition.stored][:, channels:]
-    return kwargs["hidden_states"][:, :channels], kwargs["timestep"] / 1000, text
+        text[condition.stored] = kwargs[condition.argument] if condition.argument else hidden[:, channels:]
+    return hidden[:, :channels], kwargs["timestep"] / 1000, text
+
+
+def velocity_in(pipe, family, conditioning=None):
+    """As the pipeline calls it."""
+    return velocity_of(LoadedPipeline(pipe, family, "", {}, {}, conditioning))
 
 
 @torch.no_grad()
@@ -96,7 +103,7 @@ def inputs(pipe, family, kwargs):
 def test_gives_what_the_transformer_gave_in_its_pipeline(name):
     pipe, family, seen = one_pass(name)
     x, t, text = inputs(pipe, family, seen.kwargs)
-    assert torch.equal(Velocity(pipe.transformer, family)(x, t, text), seen.output)
+    assert torch.equal(as_taken(family, velocity_in(pipe, family)(x, t, text)), seen.output)
 
 
 @torch.no_grad()
@@ -116,8 +123,8 @@ def test_an_embedded_scale_reaches_the_transformer():
 def test_added_embeddings_start_at_nothing_and_then_matter(name):
     pipe, family, seen = one_pass(name)
     x, t, text = inputs(pipe, family, seen.kwargs)
-    expected = seen.output
-    student = Velocity(pipe.transformer, family, new_conditioning(pipe.transformer, family, ("r", "g")))
+    expected = velocity_in(pipe, family)(x, t, text)
+    student = velocity_in(pipe, family, new_conditioning(pipe.transformer, family, ("r", "g")))
     g = torch.full_like(t, 4.0)
     assert torch.equal(student(x, t, text, r=t / 2, g=g), expected)
     for embedder in student.conditioning.embedders.values():

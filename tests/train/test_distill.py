@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.students import contents, save_teacher
-from tests.tiny import TEXT_TO_VIDEO
+from tests.tiny import FLOW
 from tests.train.test_trainer import outcome
 from tests.train.torchrun import under_torchrun
 from vidaccel.artefacts import sha256_file, write_run
@@ -142,7 +142,7 @@ def test_guidance_is_distilled_by_the_two_pass_formula():
     assert float(cfg_loss(exact, teacher, x, t, g, text, empty)) == 0
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 @pytest.mark.parametrize("method", ["cfg", "mean_velocity"])
 def test_a_student_starts_equal_to_its_teacher(world, distilled, family, method):
     config = settings(world, family, method=method)
@@ -177,7 +177,7 @@ def test_a_few_step_teacher_keeps_its_r_when_guidance_is_distilled(world, tmp_pa
 # behaviour
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 def test_a_cfg_student_generates_in_one_pass_with_any_scale(distilled, family):
     loaded = load_pipeline(distilled(family))
     made = [generate(loaded, ["a red circle"], GenerateConfig(guidance=g), [0]) for g in (None, 1.0, 7.0)]
@@ -196,7 +196,7 @@ def test_training_brings_a_student_towards_guidance(world, tmp_path):
     assert lines[0]["evaluation"] < 0.8 * first["evaluation"], (first, after)
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 def test_a_few_step_student_of_a_cfg_student(world, distilled, family, tmp_path):
     cfg = distilled(family)
     config = settings(world, family, method="mean_velocity", teacher=str(cfg), sample_steps=2)
@@ -256,7 +256,7 @@ def test_a_training_goes_on_from_an_earlier_student(world, distilled, tmp_path):
         distill(settings(world, "hunyuan_video"), tmp_path / "further", "cpu")
 
 
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", FLOW)
 def test_sheets_have_the_size_of_what_is_learnt_from(world, family, tmp_path, monkeypatch):
     """Not that of the model, which may not fit: one frame of 64 x 32 pixels, or what 4 x 2 latent ones decode to."""
     teacher, _ = world(family)

@@ -21,7 +21,7 @@ from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.sampling import eight_bits, run_pipeline
+from vidaccel.sampling import eight_bits, final_latents, run_pipeline
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video in pixels."""
@@ -80,7 +80,7 @@ def timed_generation(
     clock = Clock(loaded)
     how = "np" if decode else "latent"
     videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, how, image)
-    latents = clock.latents.float().cpu()
+    latents = final_latents(loaded, clock.latents, size)
     if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
         raise FloatingPointError("the video is not finite")
     made = eight_bits(videos) if decode else None
@@ -112,6 +112,7 @@ class Clock:
     """When denoising began and ended, and what came out, in a `with` block around one generation."""
 
     first = 0.0
+    _taken = 0
 
     def __init__(self, loaded: LoadedPipeline):
         self._pipe, self._stack = loaded.pipe, ExitStack()
@@ -126,7 +127,8 @@ class Clock:
         def timed(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             self.latents = result[0]
-            if scheduler.step_index == len(scheduler.timesteps):
+            self._taken += 1
+            if self._taken == len(scheduler.timesteps):
                 self.last = self._now(result[0])
             return result
 

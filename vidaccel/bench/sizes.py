@@ -82,11 +82,14 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
     _check_texts(family, config.text_tokens)
     frame_step, pixel_step = config.compression
     patch = patch_of(model)
-    size_steps = frame_step, math.lcm(family.size_multiple, pixel_step * patch[1], pixel_step * patch[2])
+    size_steps = (
+        frame_step * family.latent_frame_step,
+        math.lcm(family.size_multiple, pixel_step * patch[1], pixel_step * patch[2]),
+    )
     frames, height, width = size
     refuse_misfits(family.title, size_steps, num_frames=frames, height=height, width=width)
     latent = (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
-    video = math.prod(extent // step for extent, step in zip(latent, patch, strict=True))
+    video = math.prod(-(-extent // step) for extent, step in zip(latent, patch, strict=True))
     text = sum(config.text_tokens.values())
     return {"one": 1, "video": video, "text": text, "all": video + text, **config.text_tokens}
 

@@ -31,7 +31,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.walk import denoisers_of, passes_of_call
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, kind_of
@@ -39,7 +39,7 @@ from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.grid import Grid, current_step, on_grid, running_grid, shift_of
+from vidaccel.models.grid import Grid, on_grid, running_grid, shift_of, step_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.own_call import keep_transformers, loaded_of
 from vidaccel.models.unchanged import Sample, changed, stored_sample, trunk_sample
@@ -219,7 +219,7 @@ class Attachment:
 
     def _choose(self, trunk: Trunk) -> Mode:
         """The mode of the pass that is about to begin."""
-        step = current_step(self._pipe.scheduler)
+        step = step_of(self._pipe)
         self._follow(self._pipe.scheduler.timesteps, step.index)
         context = trunk.open.name
         if context is None:
@@ -234,7 +234,8 @@ class Attachment:
         self._seen.add(context)
         full = self.policy(step, context) or step.index == self._first  # which has nothing to look back on
         forecaster = None if full else self._forecaster
-        return Mode(forecaster, torch.tensor(step.t), context=context, final=step.index == step.count - 1)
+        passes = passes_of_call(self._pipe, self._family)
+        return Mode(forecaster, torch.tensor(step.t), None, context, step.index == step.count - 1, passes)
 
     def _follow(self, timesteps: Tensor, index: int) -> None:
         """Start anew with a generation, which has timesteps of its own, and count anew with a step."""

@@ -26,6 +26,7 @@ class TrunkPass:
     t: Tensor | None
     context: str
     final: bool
+    passes: int = 1
     left: Tokens = field(default_factory=dict)
     """Set by the last block if it runs."""
     held: dict[str, Any] = field(default_factory=dict)

@@ -68,6 +68,8 @@ def _further_transformer(pipe: DiffusionPipeline, family: DiTFamily) -> str | No
 
 
 def _no_position(pipe: DiffusionPipeline, family: DiTFamily) -> str | None:
+    if family.predicts != "flow" and not hasattr(pipe.scheduler, "step_index"):
+        return None  # the pipeline says it (`step_of`)
     try:
         current_step(_begun(pipe.scheduler))
     except (AttributeError, IndexError) as error:

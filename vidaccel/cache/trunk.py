@@ -69,6 +69,8 @@ class Mode:
     """Context of the pass where the caller of the transformer opened none."""
     final: bool = False
     """Whether it is the context's last: what is remembered of it is freed when the pass ends."""
+    passes: int = 1
+    """How many it counts as."""
 
 
 class Trunk:
@@ -184,7 +186,7 @@ class Trunk:
             memory = self.memory(context) if mode.memory is None else mode.memory
             if not memory:
                 raise RuntimeError(f'a predicted pass before any full pass in context "{context}"')
-        self.current_pass = TrunkPass(mode.forecaster, memory, mode.t, context, mode.final)
+        self.current_pass = TrunkPass(mode.forecaster, memory, mode.t, context, mode.final, mode.passes)
         if getattr(transformer, "gradient_checkpointing", False):
             self._bind_checkpoints(self.current_pass)
 
@@ -201,9 +203,9 @@ class Trunk:
     def _keep(self, current_pass: TrunkPass) -> None:
         """Count a pass that went well, and remember what it left."""
         if current_pass.forecaster is None:
-            self.full_passes += 1
+            self.full_passes += current_pass.passes
         else:
-            self.predicted_passes += 1
+            self.predicted_passes += current_pass.passes
         if current_pass.final:
             self.remembered.forget(current_pass.context)
         elif current_pass.left:

@@ -30,7 +30,7 @@ from vidaccel.compat.diffusers import hook_registry
 from vidaccel.compat.torch import call_of, compiled_call, set_compiled_call
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of, denoisers_of
+from vidaccel.families.walk import blocks_of, denoisers_of, passes_of_call
 from vidaccel.forecasters.multistep import FittedList
 from vidaccel.models.grid import Step, current_step
 from vidaccel.models.own_call import keep_transformers
@@ -123,6 +123,7 @@ class WholePass:
                 f"a sampling begins at step {step.index}, and the scalars are for whole ones", "take predictor=taylor"
             )
         place, self._place = self._place, self._place + 1
+        passes = passes_of_call(self._pipe, self._family)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if step.index == 1 and place == 0:
             self._check_generation(call.transformer, x, kwargs)
@@ -130,14 +131,14 @@ class WholePass:
             if full:
                 output = call.full(args, kwargs)
                 self._keep(place, Left(x, _velocity(output).detach()))
-                self.full_passes += 1
+                self.full_passes += passes
             elif self._scalars.network:
-                self.predicted_passes += 1  # before hooks on the end of the pass, which ask
+                self.predicted_passes += passes  # before hooks on the end of the pass, which ask
                 network = _velocity(call.full(args, kwargs))  # as the network that is attached beneath answers it
                 output = _as_output(self._forecast(step, place, x, network), kwargs)
             else:
                 u = self._forecast(step, place, x)
-                self.predicted_passes += 1  # before hooks on the end of the pass, which ask
+                self.predicted_passes += passes  # before hooks on the end of the pass, which ask
                 output = call.answered(_as_output(u, kwargs), args, kwargs)
         except BaseException:
             self._timesteps = None
@@ -183,17 +184,21 @@ class WholePass:
         hook = step_hook_of(transformer)
         if hook is not None and hook.instantaneous:
             raise UserError("the scalars are for a student's mean velocities", "leave instantaneous=true out")
-        if not self._two_pass and len(self.remembered) > 1:
+        if not self._two_pass and self._passes() > 1:
             raise UserError("the scalars are for guidance in one pass a step, and the pipeline makes two", "fit others")
         self._scale = self._guidance(transformer, hook, x, kwargs)
         if self._scale is not None:
             self._check_guidance(self._scale)
 
+    def _passes(self) -> int:
+        """Of a step of the generation under way."""
+        return len(self.remembered) * passes_of_call(self._pipe, self._family)
+
     def _guidance(
         self, transformer: nn.Module, hook: StepHook | None, x: Tensor, kwargs: dict[str, Any]
     ) -> float | None:
         """The scale that the generation under way is guided with."""
-        if len(self.remembered) == 1:
+        if self._passes() == 1:
             if hook is not None and hook.embeds_guidance:
                 return hook.guidance
             key, argument = self._family.g_config, self._family.g_argument
@@ -202,7 +207,11 @@ class WholePass:
                 return 1.0
             return float(kwargs[argument].flatten()[0]) / 1000
         # No pipeline tells its scale in the same way: it is read off the step that was taken from two known passes.
-        (first,), (second,) = (kept[:1] for kept in self.remembered[:2])
+        lasts = [kept[0] for kept in self.remembered]
+        if len(lasts) == 1:  # of a doubled batch
+            lasts = [Left(*halves) for halves in zip(lasts[0].x.chunk(2), lasts[0].u.chunk(2), strict=True)]
+            x = x.chunk(2)[0]
+        first, second = lasts[:2]
         times = self._pipe.scheduler.sigmas[:2].tolist()
         taken = (first.x.float() - x[:, : first.u.shape[1]].float()) / (times[0] - times[1])
         apart = (first.u.float() - second.u.float()).flatten()

@@ -137,17 +137,18 @@ def encode_prompts(
 def encode_videos(autoencoder: nn.Module, videos: Tensor, at_once: int = 1) -> Tensor:
     """Videos [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T', H', W'] in the transformer's units, float32.
 
-    The posterior's mean, centred and scaled by the autoencoder's own statistics where it has them (Wan), else times its
-    scaling factor (both HunyuanVideos). `at_once` videos go through the autoencoder together: memory limits that, and
-    small ones alone are four times slower on a CPU (PyTorch then takes its unoptimised convolution).
+    The posterior's mean, centred and scaled by the autoencoder's own statistics where it has them (in its configuration
+    or among its weights), and times its scaling factor. `at_once` videos go through the autoencoder together: memory
+    limits that, and small ones alone are four times slower on a CPU (PyTorch then takes its unoptimised convolution).
     """
     parts = videos.to(autoencoder.device, autoencoder.dtype).split(at_once)
     mean = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts]).float()
-    config = autoencoder.config
-    if config.get("latents_mean") is None:
+    config, buffers = autoencoder.config, dict(autoencoder.named_buffers())
+    statistics = [config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std")]
+    if statistics[0] is None:
         return mean * config.scaling_factor
-    centre, spread = (mean.new_tensor(config[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-    return (mean - centre) / spread
+    centre, spread = (torch.as_tensor(each).to(mean).view(-1, 1, 1, 1) for each in statistics)
+    return (mean - centre) * config.get("scaling_factor", 1.0) / spread
 
 
 def encode_samples(

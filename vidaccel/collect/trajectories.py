@@ -22,10 +22,10 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import guidance_in_force, unwanted
-from vidaccel.models.grid import Grid, own_grid
+from vidaccel.models.calling import guidance_in_force, latent_size, unwanted
+from vidaccel.models.grid import Grid, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import Velocity, guided_velocity
+from vidaccel.models.velocity import guided_velocity, velocity_of
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import sample
 
@@ -37,10 +37,11 @@ class TrajectorySampler:
     """A model, the grid and guidance it is sampled with, and the size of what it makes."""
 
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
+        require_flow(loaded.family, "our sampling loop")
         transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         self.loaded, self.config, self.transformer = loaded, config, transformer
         self.device = next(transformer.parameters()).device
-        self.velocity = Velocity(transformer, loaded.family, loaded.conditioning)
+        self.velocity = velocity_of(loaded)
         embeds = self.velocity.embeds("g")
         self.guidance, two_pass = guidance_in_force(loaded, config.guidance, False if embeds else None)
         self.negative_prompt = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
@@ -80,10 +81,7 @@ class TrajectorySampler:
 
     def noise(self, seeds: list[int]) -> Tensor:
         """[B, C, T, H, W], as the pipeline draws it for generators of these seeds."""
-        pipe, (frames, height, width) = self.loaded.pipe, self.size.values()
-        spatial = pipe.vae_scale_factor_spatial
-        shape = (1, self.transformer.config.out_channels, (frames - 1) // pipe.vae_scale_factor_temporal + 1)
-        shape = (*shape, height // spatial, width // spatial)
+        shape = (1, self.transformer.config.out_channels, *latent_size(self.loaded, **self.size))
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(drawn).to(self.transformer.device, self.transformer.dtype)
 

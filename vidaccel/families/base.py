@@ -6,7 +6,9 @@ arguments. A record holds strings and numbers only, so that reading one costs no
 `tests/families/test_records.py` checks each of them against the real classes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from vidaccel.families.costs import FamilyCosts
 
@@ -59,6 +61,8 @@ class Guidance:
     """Call argument that takes the scale embedded in a single pass; None where the family has no such embedding."""
     guider: str | None = None
     """Attribute of the pipeline that holds a diffusers guider; None where a call argument sets the scale."""
+    doubled: bool = False
+    """Whether the two passes are one call of a doubled batch, [without the prompt; with it]; it counts as two."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,19 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class SizedInput:
+    """An input that follows from nothing but the size of the video."""
+
+    argument: str
+    """The transformer's forward argument that takes it."""
+    sizes: tuple[str, ...] = ()
+    """What it is made of, one number or a tuple of several: `frames`, `height` and `width` of the latents, `seconds` of
+    a latent frame, `pixels` along a side of a latent pixel."""
+    function: str | None = None
+    """Or what makes it of the transformer, the latents' (T, H, W) and a device: "module:name"."""
+
+
+@dataclass(frozen=True)
 class SamplingDefaults:
     """The family's published sampling settings, for a model folder that brings none of its own."""
 
@@ -124,9 +141,9 @@ class SamplingDefaults:
     """Pixels."""
     fps: float
     """Frames a second."""
-    shift: float
+    shift: float | None
     """Shift s of the flow-match step grid s k / (1 + (s - 1) k), k from 1 to 0, for samplers of our own; the pipeline's
-    scheduler keeps the one in its config."""
+    scheduler keeps the one in its config. None for what predicts no flow."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,23 @@ class DiTFamily:
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
     costs: FamilyCosts
     """What its parts work on, from which FLOPs and memory follow."""
+    predicts: str = "flow"
+    """What the transformer gives: `flow` velocities, or `v` of a diffusion process, whose models are run, cached and
+    planned, and not trained from."""
+    latents: str = "BCTHW"
+    """How the transformer takes latents and gives velocities: BCTHW, BTCHW, or `tokens`, [B, T H W, C]."""
+    sized_inputs: tuple[SizedInput, ...] = ()
+    """What `forward` is told of the video's size."""
+    compression: tuple[int, int] = (4, 8)
+    """Frames of a latent frame and pixels along a side of a latent pixel, of the published autoencoder."""
+    latent_frame_step: int = 1
+    """Latent frames come as 1 and a multiple of this many more: the autoencoder decodes others to other lengths."""
+    compression_attributes: tuple[str, str] = ("vae_scale_factor_temporal", "vae_scale_factor_spatial")
+    """Attributes of the pipeline that hold those of its own."""
+    frame_rate: str | None = None
+    """Call argument that takes the frames a second."""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments that its authors call the pipeline with."""
     rotary: str | None = None
     """Dotted path of the embedder whose output depends on nothing but the size of the latents."""
     static_embedders: tuple[str, ...] = ()

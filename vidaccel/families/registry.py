@@ -2,14 +2,17 @@
 
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.cogvideox import COGVIDEOX
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
+from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.wan import WAN
 from vidaccel.families.wan_i2v import WAN_I2V
 
 FAMILIES: dict[str, DiTFamily] = {
-    family.name: family for family in (HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_I2V, WAN, WAN_I2V)
+    family.name: family
+    for family in (COGVIDEOX, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_I2V, LTX_VIDEO, WAN, WAN_I2V)
 }
 """Every family by name."""
 

@@ -3,7 +3,7 @@
 B batch, N tokens, D width
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -59,8 +59,35 @@ def as_output(kind: BlockList, tokens: Mapping[str, Tensor]) -> Tensor | tuple[T
     return left if len(left) > 1 else left[0]
 
 
+def as_taken(family: DiTFamily, x: Tensor) -> Tensor:
+    """Latents [B, C, T, H, W] as the family's transformer takes them."""
+    match family.latents:
+        case "tokens":
+            return x.flatten(2).mT
+        case "BTCHW":
+            return x.transpose(1, 2)
+    return x
+
+
+def as_latents(family: DiTFamily, given: Tensor, size: Sequence[int]) -> Tensor:
+    """What is shaped as the family's transformer takes and gives it, as [B, C, *size], where size is (T, H, W)."""
+    if family.latents == "tokens":
+        return given.mT.unflatten(2, tuple(size))
+    return as_taken(family, given)
+
+
+def passes_of_call(pipe: DiffusionPipeline, family: DiTFamily) -> int:
+    """Forward passes that one call of a transformer is, in the generation under way: a doubled batch is two."""
+    return 2 if family.guidance.doubled and pipe.guidance_scale > 1 else 1
+
+
 def patch_of(transformer: nn.Module) -> tuple[int, int, int]:
     """Latent frames, height and width of a video token."""
     config = transformer.config
     patch = config.patch_size
-    return (config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
+    return (config.patch_size_t or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def width(transformer: nn.Module) -> int:
+    """D of a transformer's tokens."""
+    return transformer.config.num_attention_heads * transformer.config.attention_head_dim

@@ -20,8 +20,8 @@ from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, refuse_unfinishe
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import width
 from vidaccel.forecasters.registry import FORECASTERS
-from vidaccel.models.conditioning import embedding_width
 from vidaccel.models.grid import Grid
 
 FORMAT = "predictor/1"
@@ -131,10 +131,10 @@ class Checkpointed:
             student: its `student_hash`, or all of its `student_hashes`; None is one that is not known.
             force: take another student than it was trained for. Another family or width cannot be forced.
         """
-        made, width = self.config, embedding_width(transformer, family)
-        if (made.family, made.width) != (family.name, width):
+        made, own = self.config, width(transformer)
+        if (made.family, made.width) != (family.name, own):
             raise UserError(
-                f"the predictor is for {made.family} of width {made.width}, and this is {family.name} of width {width}",
+                f"the predictor is for {made.family} of width {made.width}, and this is {family.name} of width {own}",
                 "take the predictor that was trained for this model",
             )
         known = {student} if isinstance(student, str) else student or set()

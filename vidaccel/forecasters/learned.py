@@ -54,11 +54,10 @@ from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import blocks_of, call_block, named_outputs
+from vidaccel.families.walk import blocks_of, call_block, named_outputs, width
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.forecasters.checkpoint import CORRECTION, Checkpointed, NetworkConfig
 from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
-from vidaccel.models.conditioning import embedding_width
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like
 
@@ -255,8 +254,7 @@ def new_predictor(
     if not 1 <= blocks <= len(trunk):
         raise UserError(f"a predictor of {blocks} blocks", f"the trunk's last list has {len(trunk)}: take 1 to that")
     settings = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    width = embedding_width(transformer, family)
-    predictor = Predictor(NetworkConfig(family.name, width, blocks, kind.returns, settings, **made_for))
+    predictor = Predictor(NetworkConfig(family.name, width(transformer), blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(plain_weights(original))
         for name in kind.residual_layers if predictor.config.architecture == CORRECTION else ():

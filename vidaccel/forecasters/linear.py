@@ -17,7 +17,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of, named_arguments, named_outputs
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens
-from vidaccel.models.grid import current_step
+from vidaccel.models.grid import step_of
 
 
 class LinearMap(nn.Module):
@@ -101,7 +101,7 @@ def predicted_passes(
     def leave(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         nonlocal cached
         left = named_outputs(last_kind, output)
-        if current_step(pipe.scheduler).index in full_steps:
+        if step_of(pipe).index in full_steps:
             cached = left
         else:
             found.append(({name: entering[name] for name in left}, cached, left))

@@ -84,6 +84,8 @@ def call_arguments(
     if two_pass:
         # HunyuanVideo's pipeline takes an absent one for "no guidance".
         arguments["negative_prompt"] = unwanted(loaded) if negative_prompt is None else negative_prompt
+    if loaded.family.frame_rate:
+        arguments[loaded.family.frame_rate] = loaded.default("fps")
     return arguments | _extra_arguments(pipe, loaded)
 
 
@@ -165,14 +167,26 @@ def size_steps(loaded: "LoadedPipeline") -> tuple[int, int]:
     """(f, s): this pipeline makes f k + 1 frames of a height and width that are multiples of s pixels, k = 0, 1, ..."""
     pipe, family = loaded.pipe, loaded.family
     *_, width = patch_of(denoisers_of(pipe, family)[0])
-    return pipe.vae_scale_factor_temporal, math.lcm(family.size_multiple, width * pipe.vae_scale_factor_spatial)
+    frames, pixels = compression_of(pipe, family)
+    return frames * family.latent_frame_step, math.lcm(family.size_multiple, width * pixels)
+
+
+def compression_of(pipe: DiffusionPipeline, family: DiTFamily) -> tuple[int, int]:
+    """Frames of a latent frame, and pixels along a side of a latent pixel."""
+    frames, pixels = (getattr(pipe, name) for name in family.compression_attributes)
+    return frames, pixels
 
 
 def video_size(loaded: "LoadedPipeline", latent: Sequence[int]) -> dict[str, int]:
     """num_frames, height and width of the video that a latent of this shape [..., T, H, W] decodes to."""
-    (frames, height, width), spatial = latent[-3:], loaded.pipe.vae_scale_factor_spatial
-    frames = (frames - 1) * loaded.pipe.vae_scale_factor_temporal + 1
-    return {"num_frames": frames, "height": height * spatial, "width": width * spatial}
+    (frames, height, width), (frame_step, pixels) = latent[-3:], compression_of(loaded.pipe, loaded.family)
+    return {"num_frames": (frames - 1) * frame_step + 1, "height": height * pixels, "width": width * pixels}
+
+
+def latent_size(loaded: "LoadedPipeline", *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of the latent of such a video."""
+    frame_step, pixels = compression_of(loaded.pipe, loaded.family)
+    return (num_frames - 1) // frame_step + 1, height // pixels, width // pixels
 
 
 def neighbours(value: int, step: int, first: int) -> list[int]:
@@ -243,6 +257,7 @@ def _given(value: Any, loaded: "LoadedPipeline", name: str) -> Any:
 def _extra_arguments(pipe: DiffusionPipeline, loaded: "LoadedPipeline") -> dict[str, Any]:
     """The model's own settings that are not ours but the pipeline's, such as prompt_template."""
     extra = {name: value for name, value in loaded.call.items() if name not in OWN_SETTINGS}
+    extra = dict(loaded.family.call) | extra
     known = inspect.signature(type(pipe).__call__).parameters.keys() - {"self"}
     for name in extra:
         if name not in known:

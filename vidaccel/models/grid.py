@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import family_of_pipeline
 
 TOLERANCE = 0.1
 """How far, in steps, a time may lie from its place on a grid. UniPC's lie up to 0.001 S from those of a shift."""
@@ -178,6 +179,35 @@ def current_step(scheduler: Any) -> Step:
     return Step(index, len(scheduler.timesteps), t, r)
 
 
+def step_of(pipe: DiffusionPipeline) -> Step:
+    """The step that a pipeline is about to take.
+
+    The schedulers of diffusion models that predict v do not count: it is where the timesteps have the one that the
+    pipeline is at, and its times are shares of the training's.
+    """
+    scheduler = pipe.scheduler
+    if hasattr(scheduler, "step_index"):
+        return current_step(scheduler)
+    times = [*_shares(scheduler), 0.0]
+    now = pipe.current_timestep
+    index = 0 if now is None else scheduler.timesteps.tolist().index(now.item())
+    return Step(index, len(times) - 1, times[index], times[index + 1])
+
+
+def _shares(scheduler: Any) -> list[float]:
+    """Timesteps, which may end at 0, as times in (0, 1]."""
+    return [(timestep + 1) / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps.tolist()]
+
+
+def require_flow(family: DiTFamily, what: str) -> None:
+    """`UserError` for `what` unless the family predicts flow velocities."""
+    if family.predicts != "flow":
+        raise UserError(
+            f"{family.title} predicts {family.predicts} of a diffusion process, and {what} is for flow velocities",
+            "what works with it: generate, predictor=reuse or taylor, encoded features, and benchmark",
+        )
+
+
 def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
     """Shift of the step grid that a pipeline's scheduler has, else the family's; None if no shift makes its grid."""
     if any(scheduler.config.get(option) for option in OTHER_GRIDS):
@@ -213,12 +243,15 @@ def own_grid(scheduler: Any, family: DiTFamily, steps: int) -> Grid:
 
 
 def running_grid(scheduler: Any, family: DiTFamily) -> Grid:
-    """The grid of the generation that a pipeline has begun, by the times that its scheduler has set.
+    """The grid of the generation that a pipeline has begun, by the times that its scheduler has set; those of
+    `step_of` for a diffusion model.
 
     Raises:
         UserError: they are no times of flow matching, or not those that the model is told.
     """
     hint = "sample with a flow-matching scheduler and its own times, or with predictor=reuse and full steps of your own"
+    if family.predicts != "flow":
+        return Grid((*_shares(scheduler), 0.0))
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         raise UserError(f"the {_named(scheduler)} has no times of flow matching", hint)
@@ -246,10 +279,11 @@ def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | No
     own.
 
     Raises:
-        UserError: its scheduler has no fixed shift.
+        UserError: its scheduler has no fixed shift, or its model predicts no flow.
     """
     own = pipe.scheduler
     if grid is not None:
+        require_flow(family_of_pipeline(type(pipe).__name__), "a list of times")
         pipe.scheduler = ListedScheduler.of(grid, own)
     elif shift is not None:
         pipe.scheduler = _shifted(own, shift)

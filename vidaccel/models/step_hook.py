@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidaccel.compat.diffusers import hook_registry
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.walk import denoisers_of, passes_of_call
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import current_step
 
@@ -35,7 +35,7 @@ class StepHook(ModelHook):
         """Scale g of the passes to come, for a conditioning that embeds it."""
         self.instantaneous = False
         """r = t at every step: a student of mean velocities then gives the instantaneous ones."""
-        self._pipe, self._conditioning = pipe, conditioning
+        self._pipe, self._family, self._conditioning = pipe, family, conditioning
         self._transformer = denoisers_of(pipe, family)[0]
         native = bool(family.r_config and self._transformer.config[family.r_config])
         self._r_argument = family.r_argument if native else None
@@ -74,7 +74,8 @@ class StepHook(ModelHook):
 
     def _refuse_second_pass(self, timesteps: Tensor, index: int) -> None:
         """A generation has a tensor of timesteps of its own, so the first step after an aborted one is not a second."""
-        if self._last is not None and self._last[0] is timesteps and self._last[1] == index:
+        second = self._last is not None and self._last[0] is timesteps and self._last[1] == index
+        if second or passes_of_call(self._pipe, self._family) > 1:
             raise UserError(
                 "the pipeline makes two passes a step, and this student embeds its guidance in one",
                 "leave the pipeline's own guidance out, or off (guidance_scale=1.0), and set the scale of what "

@@ -7,25 +7,50 @@ B batch, C channels, T frames, H and W latent pixels
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import conditions_of
+from vidaccel.families.walk import as_latents, as_taken, conditions_of, denoisers_of
+from vidaccel.models.calling import compression_of
 from vidaccel.models.conditioning import Conditioning
+
+if TYPE_CHECKING:  # which imports calling
+    from vidaccel.models.loading import LoadedPipeline
 
 Text = dict[str, Tensor]
 """Text tensors and conditions with a batch dimension, by the `stored` names of the family's record."""
 
 
+@dataclass(frozen=True)
+class LatentScale:
+    """What latents stand for in a video."""
+
+    seconds: float
+    """Of a latent frame."""
+    pixels: int
+    """Along a side of a latent pixel."""
+
+
 class Velocity(nn.Module):
     """Mean velocity over [r, t]; the instantaneous one for a model without r, or where r is not given."""
 
-    def __init__(self, transformer: nn.Module, family: DiTFamily, conditioning: Conditioning | None = None):
-        """`conditioning` is attached to the transformer, where it takes the place of any other."""
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: DiTFamily,
+        conditioning: Conditioning | None = None,
+        scale: LatentScale | None = None,
+    ):
+        """`conditioning` is attached to the transformer, where it takes the place of any other; the scale is that of
+        the family's published pipeline unless given."""
         super().__init__()
         self.transformer, self.family, self.conditioning = transformer, family, conditioning
+        self.scale = scale or LatentScale(family.compression[0] / family.defaults.fps, family.compression[1])
         if conditioning is not None:
             conditioning.attach(transformer, family)
 
@@ -50,6 +75,7 @@ class Velocity(nn.Module):
         for blank in self.family.blank_inputs:
             width = self.transformer.config[blank.width_config]
             arguments[blank.argument] = x.new_zeros(len(x), blank.tokens, width)
+        arguments |= self._sized(x)
         channels = x
         for condition in conditions_of(self.transformer, self.family):
             given = text[condition.stored].to(x.dtype)
@@ -59,13 +85,27 @@ class Velocity(nn.Module):
                 arguments[condition.argument] = given
         timestep = (1000 * t).to(x.dtype)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
-            return self.transformer(
-                hidden_states=self._padded(channels), timestep=timestep, **arguments, return_dict=False
-            )[0]
+            taken = as_taken(self.family, self._padded(channels))
+            given = self.transformer(hidden_states=taken, timestep=timestep, **arguments, return_dict=False)[0]
+        return as_latents(self.family, given, x.shape[2:])
 
     def _native(self, number: str) -> bool:
         key = getattr(self.family, f"{number}_config")
         return bool(key and self.transformer.config[key])
+
+    def _sized(self, x: Tensor) -> dict[str, Any]:
+        """The inputs that follow from the size of latents x."""
+        sizes = dict(zip(("frames", "height", "width"), x.shape[2:], strict=True)) | vars(self.scale)
+        given = {}
+        for each in self.family.sized_inputs:
+            if each.function:
+                module, name = each.function.split(":")
+                made = getattr(import_module(module), name)(self.transformer, tuple(x.shape[2:]), x.device)
+            else:
+                made = tuple(sizes[name] for name in each.sizes)
+                made = made if len(made) > 1 else made[0]
+            given[each.argument] = made
+        return given
 
     def _padded(self, x: Tensor) -> Tensor:
         """With zeros for the channels of an image condition."""
@@ -73,6 +113,13 @@ class Velocity(nn.Module):
         if not missing:
             return x
         return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
+
+
+def velocity_of(loaded: "LoadedPipeline") -> Velocity:
+    """The pipeline's transformer, with what is attached to it and told of sizes as the pipeline tells it."""
+    frames, pixels = compression_of(loaded.pipe, loaded.family)
+    scale = LatentScale(frames / loaded.default("fps"), pixels)
+    return Velocity(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family, loaded.conditioning, scale)
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
-from vidaccel.models.grid import GridScheduler, fixed_shift
+from vidaccel.models.grid import GridScheduler, fixed_shift, require_flow
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, local_path, read_model, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.sampling import generate
 from vidaccel.train.gates import HeldOut, Measured
@@ -303,18 +303,13 @@ def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
 
 
 def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
+    require_flow(loaded.family, "distillation")
     if len(loaded.family.denoisers) > 1:
         raise UserError(
             f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
             "distil a family with one: this vidaccel does not train several together",
         )
     method.check_teacher(loaded, velocity_of(loaded))
-
-
-def velocity_of(loaded: LoadedPipeline) -> Velocity:
-    """u(x, r, t) of a loaded pipeline's transformer."""
-    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
-    return Velocity(transformer, loaded.family, loaded.conditioning)
 
 
 def _blocks(transformer: nn.Module, family: DiTFamily) -> list[nn.Module]:
@@ -381,7 +376,7 @@ def _gathered(student: Velocity, config: DistillConfig) -> Velocity | None:
     own, family = student.conditioning, student.family
     with torch.device("meta"):
         transformer = getattr(diffusers, family.transformer).from_config(student.transformer.config)
-        whole = Velocity(transformer, family, Conditioning(own.config) if own else None)
+        whole = Velocity(transformer, family, Conditioning(own.config) if own else None, student.scale)
     if config.train.lora_rank:
         from vidaccel.train import lora
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import CALLS, SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import CALLS, SIZE, TEXT_TO_VIDEO, calls_of_a_step, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.measures.counting import FORMULAS, Observer, held_bytes
@@ -33,6 +33,11 @@ def tiny_loaded(family: str) -> LoadedPipeline:
     return LoadedPipeline(tiny_pipeline(family), FAMILIES[family], family, call, {})
 
 
+def contexts(loaded: LoadedPipeline) -> int:
+    """Of the two passes of guidance: one each, or one of a doubled batch."""
+    return calls_of_a_step(loaded.pipe)
+
+
 def run(loaded: LoadedPipeline, **settings):
     method = MethodConfig(**{"steps": STEPS, "two_pass": True} | settings)
     return timed_generation(loaded, method, tuple(SIZE.values()), ["a red circle"], [0])
@@ -45,10 +50,14 @@ def model(request):
     transformer, family, given, tokens = loaded.pipe.transformer, loaded.family, {}, {}
     names = family.block_lists[0].arguments
     first = transformer.get_submodule(family.block_lists[0].name)[0]
+
+    def note(block, args, kwargs):
+        tokens.update(dict(zip(names, args, strict=False)) | kwargs)
+
     handles = [
         transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True),
         # A block may be given its last arguments by name, or not at all.
-        first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False))),
+        first.register_forward_pre_hook(note, with_kwargs=True),
     ]
     run(loaded, steps=1)
     for handle in handles:
@@ -91,19 +100,19 @@ def test_a_reused_trunk_leaves_embedders_and_head(model):
         run(loaded)
     assert [each.flops for each in seen.passes] == [costs[k] for k in ("full", "reuse", "full", "reuse") for _ in "cu"]
     assert seen.full_steps == [0, 2]
-    assert seen.held == 2 * (sum(cache["reuse"]) + TIME)  # a context for each of the two passes of guidance
+    assert seen.held == 2 * sum(cache["reuse"]) + contexts(loaded) * TIME
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_a_predictor_costs_what_is_planned(model, kernels):
     loaded, _, costs, cache = model
-    tokens = {name: torch.randn(1, 8, 24) for name in loaded.family.block_lists[-1].returns}
+    tokens = {name: torch.randn(1, 8, width(loaded.pipe.transformer)) for name in loaded.family.block_lists[-1].returns}
     predictor = new_predictor(loaded.pipe.transformer, loaded.family, tokens, tokens, blocks=2).eval()
     predictor.kernels = kernels
     with attach(loaded, predictor=predictor, steps=STEPS, full_steps=[0, 2]), Observer(loaded) as seen:
         run(loaded)
     assert {each.flops for each in seen.passes if each.step in (1, 3)} == {costs["predictor"]}
-    assert seen.held == 2 * (sum(cache["predictor"]) + TIME)
+    assert seen.held == 2 * sum(cache["predictor"]) + contexts(loaded) * TIME
 
 
 @pytest.mark.parametrize("cache", ["fora", "taylorseer"])

@@ -113,7 +113,9 @@ def one_pass(request):
     names = family.block_lists[0].arguments
     first = transformer.get_submodule(family.block_lists[0].name)[0]
     # A block may be given its last arguments by name, or not at all.
-    first.register_forward_pre_hook(lambda _, args: tokens.update(zip(names, args, strict=False)))
+    first.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.update(dict(zip(names, args, strict=False)) | kwargs), with_kwargs=True
+    )
     extra |= called(pipe)
     counter = counted(lambda: pipe(prompt="a red circle", num_inference_steps=1, output_type="latent", **extra))
     video, text = (tokens[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))

@@ -21,7 +21,7 @@ from vidaccel.compat.diffusers import hook_registry, hook_states
 from vidaccel.config.benchmark import MethodConfig
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of
-from vidaccel.models.grid import current_step
+from vidaccel.models.grid import step_of
 from vidaccel.models.loading import LoadedPipeline
 
 ONE_AT_A_TIME = ("first_block", "seacache")
@@ -133,7 +133,7 @@ def _told_of_steps(pipe: DiffusionPipeline, transformer: nn.Module) -> Iterator[
     open_context = transformer.cache_context
 
     def told(name: str, **known: Any) -> AbstractContextManager[None]:
-        step = current_step(pipe.scheduler)
+        step = step_of(pipe)
         where = {"step_index": step.index, "sigma": step.t, "num_inference_steps": step.count}
         return open_context(name, **where | known)
 

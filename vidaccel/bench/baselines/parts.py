@@ -21,7 +21,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.grid import Step, current_step
+from vidaccel.models.grid import Step, step_of
 from vidaccel.models.loading import LoadedPipeline
 
 NAME = "vidaccel_parts"
@@ -123,7 +123,7 @@ class PartsCache:
         self._undo.append(take_off)
 
     def _begin(self, transformer: nn.Module, inputs: tuple) -> None:
-        self.step = current_step(self.pipe.scheduler)
+        self.step = step_of(self.pipe)
         key = transformer, self.open.name
         if self.step.index == 0:
             self._memory.pop(key, None)

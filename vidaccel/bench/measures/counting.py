@@ -22,8 +22,8 @@ from vidaccel.cache.whole_pass import scalars_on
 from vidaccel.compat.cache_dit import kept_by
 from vidaccel.compat.diffusers import attention_backends, hook_registry
 from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, storage_key
-from vidaccel.families.walk import denoisers_of
-from vidaccel.models.grid import current_step
+from vidaccel.families.walk import denoisers_of, passes_of_call
+from vidaccel.models.grid import step_of
 from vidaccel.models.loading import LoadedPipeline
 
 
@@ -34,7 +34,7 @@ class CountedPass:
     step: int
     """Of the sampler, from 0."""
     flops: int
-    """Of the whole batch."""
+    """Of the whole batch; of its half where the two passes of guidance are one call."""
     held: int
     """Bytes that caches kept when it had ended."""
 
@@ -44,7 +44,7 @@ class Observer:
 
     def __init__(self, loaded: LoadedPipeline):
         self.passes: list[CountedPass] = []
-        self._pipe = loaded.pipe
+        self._pipe, self._family = loaded.pipe, loaded.family
         self._denoisers = denoisers_of(loaded.pipe, loaded.family)
         self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         self._corrected = 0
@@ -105,12 +105,14 @@ class Observer:
         return self._counter.get_total_flops() + self._corrected
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self._before, self._step = self._total(), current_step(self._pipe.scheduler).index
+        self._before, self._step = self._total(), step_of(self._pipe).index
 
     def _end(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        grid = self._pipe.scheduler.timesteps, self._pipe.scheduler.sigmas
+        scheduler = self._pipe.scheduler
+        grid = scheduler.timesteps, getattr(scheduler, "sigmas", scheduler.timesteps)
         held = sum(held_bytes(each, but=grid) for each in self._denoisers)
-        self.passes.append(CountedPass(self._step, self._total() - self._before, held))
+        passes = passes_of_call(self._pipe, self._family)
+        self.passes += [CountedPass(self._step, (self._total() - self._before) // passes, held)] * passes
 
 
 def _attention(query: Sequence[int], key: Sequence[int], *others: Any, out_shape: Any = None, **options: Any) -> int:

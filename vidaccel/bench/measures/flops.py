@@ -17,7 +17,7 @@ from torch import nn
 
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.costs import Attentions, Layers
-from vidaccel.families.walk import blocks_of
+from vidaccel.families.walk import blocks_of, width
 from vidaccel.forecasters.base import PlannedTrunk
 from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 
@@ -52,16 +52,11 @@ class BlockFlops(NamedTuple):
     attention: int
 
 
-def width(model: nn.Module) -> int:
-    """D of a transformer."""
-    return model.config.num_attention_heads * model.config.attention_head_dim
-
-
 def layer_flops(module: nn.Module, streams: Layers, rows: Mapping[str, int]) -> list[LayerFlops]:
     """Of each Linear and patch convolution: 2 a weight and row."""
     found = []
     for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv3d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             stream = next(stream for pattern, stream in streams if fnmatchcase(name, pattern))
             found.append(LayerFlops(name, stream, 2 * layer.weight.numel() * rows[stream]))
     return found
@@ -141,7 +136,7 @@ def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: 
         for path, attentions in costs.attentions.items()
         if not path.startswith(left_out)
     )
-    return sum(layer.flops for layer in layers if not layer.name.startswith(left_out)) + attention
+    return sum(layer.flops for layer in layers if not f"{layer.name}.".startswith(left_out)) + attention
 
 
 def _without_blocks(model: nn.Module, family: DiTFamily) -> nn.ModuleDict:

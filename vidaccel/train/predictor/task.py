@@ -23,9 +23,9 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.grid import Grid, own_grid
+from vidaccel.models.grid import Grid, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
 
 
@@ -80,6 +80,7 @@ def task_of(
     Raises:
         UserError: no predictor can be trained for this student, or on these data, or not as asked.
     """
+    require_flow(loaded.family, "the training of a predictor")
     if len(loaded.family.denoisers) > 1:
         raise UserError(
             f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
@@ -87,7 +88,7 @@ def task_of(
         )
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     transformer = denoisers_of(loaded.pipe, loaded.family)[0]
-    student = Velocity(transformer, loaded.family, loaded.conditioning).requires_grad_(False).eval()
+    student = velocity_of(loaded).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, provenance = opened or _open_data(loaded, config)
     grid = Grid.listed(config.timesteps, config.sigmas) or (made.grid if made else None)

@@ -1,0 +1,312 @@
+"""Everything that vidaccel does, on a tiny text-to-video pipeline of every family: what is not refused works.
+
+`ABILITIES` are the columns of the table in docs/families.md, which is made of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vidaccel
+from tests.students import save_teacher
+from tests.tiny import SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from vidaccel.bench.plan import plan
+from vidaccel.bench.random_weights import time_random_weights
+from vidaccel.cache.schedule import Schedule
+from vidaccel.cache.trunk import Trunk
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.training import TrainConfig
+from vidaccel.data.shards import ShardFolder
+from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import denoisers_of
+from vidaccel.forecasters.reuse import Reuse
+from vidaccel.models.calling import compression_of
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.train.objective import generator_for
+from vidaccel.train.predictor import training
+from vidaccel.train.predictor.loss import PredictorLoss
+from vidaccel.train.predictor.task import task_of
+
+CAPTIONS = ("a red circle", "a blue square")
+SHIFT = 3.0
+TRAIN = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "save_every": 9, "log_every": 1}
+PAGE = Path(vidaccel.__file__).parents[1] / "docs" / "families.md"
+
+
+class Clips:
+    """Two random videos, in the place of a folder's."""
+
+    fingerprint = {"data": "random"}
+
+    def __len__(self) -> int:
+        return len(CAPTIONS)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        shape = 3, SIZE["num_frames"], SIZE["height"], SIZE["width"]
+        return torch.rand(shape, generator=torch.Generator().manual_seed(index)) * 2 - 1, self.record(index)
+
+    def record(self, index: int) -> dict[str, Any]:
+        return {"caption": CAPTIONS[index], "fps": 8}
+
+
+@dataclass
+class Model:
+    """A tiny model and what is made of it, each when it is first asked for."""
+
+    family: DiTFamily
+    folder: Path
+
+    @cached_property
+    def teacher(self) -> Path:
+        return save_teacher(self.folder / "teacher", self.family.name)
+
+    @cached_property
+    def loaded(self) -> LoadedPipeline:
+        return load_pipeline(self.teacher)
+
+    @cached_property
+    def features(self) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vidaccel.collect.kinds.open_source", lambda loaded, config: Clips())
+            vidaccel.collect_features("clips", self.folder / "features", model=str(self.teacher), store="float32")
+        return self.folder / "features"
+
+    @cached_property
+    def cfg(self) -> Path:
+        return self.distilled("cfg", self.teacher)
+
+    @cached_property
+    def student(self) -> Path:
+        return self.distilled("mean_velocity", self.cfg)
+
+    @cached_property
+    def predictor(self) -> Path:
+        self.trained("learned", self.student)
+        return self.folder / "learned"
+
+    def trained(self, forecaster: str, student: Path) -> list[Schedule]:
+        settings = {"student": str(student), "features": str(self.features), "blocks": 1, "search_prompts": 1}
+        stages = {"mse": TRAIN, "adversarial": TRAIN | {"steps": 0}}
+        config = PredictorConfig(forecaster=forecaster)
+        return vidaccel.train_predictor(config, self.folder / forecaster, **settings, **stages)
+
+    def distilled(self, method: str, teacher: Path) -> Path:
+        made = {"teacher": str(teacher), "features": str(self.features), "sample_steps": 3, "shift": SHIFT}
+        vidaccel.distill("cfg", self.folder / method, method=method, train=TRAIN, **made)
+        return self.folder / method
+
+
+def latents(loaded: LoadedPipeline, **more: Any) -> Tensor:
+    """Of a generation as its model is made to be called."""
+    settings = {"num_inference_steps": 3, "output_type": "latent", **more}
+    return loaded.pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).frames
+
+
+# what it does
+
+
+def generates(model: Model) -> None:
+    frames = vidaccel.generate("a red circle", model=str(model.teacher), steps=2)
+    assert frames.shape == (SIZE["num_frames"], SIZE["height"], SIZE["width"], 3) and frames.std() > 0
+
+
+def runs_predicted_steps(model: Model) -> None:
+    """Nothing but full steps are the pipeline's own, bit for bit; detached it is as it was; predicted ones are not."""
+    plain = latents(model.loaded)
+    with vidaccel.attach(model.loaded, predictor="reuse", steps=3, full_steps=[0, 1, 2]) as attachment:
+        assert torch.equal(latents(model.loaded), plain)
+        assert (attachment.full_passes, attachment.predicted_passes) == (6, 0)
+    for predictor in ("reuse", "taylor"):
+        with vidaccel.attach(model.loaded, predictor=predictor, steps=3, full_steps=[0, 1]) as attachment:
+            predicted = latents(model.loaded)
+        assert predicted.isfinite().all() and not torch.equal(predicted, plain)
+        assert (attachment.full_passes, attachment.predicted_passes) == (4, 2)
+    assert torch.equal(latents(model.loaded), plain)
+
+
+def reuses_exactly(model: Model) -> None:
+    """On the same input, reuse gives what the trunk gave: embedders and head are those of the model."""
+    given: dict[str, Any] = {}
+    transformer = denoisers_of(model.loaded.pipe, model.family)[0]
+    hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    latents(model.loaded)
+    hook.remove()
+    with torch.no_grad(), Trunk(transformer, model.family) as trunk:
+        with trunk.full(0.5):
+            full = transformer(**given)[0]
+        with trunk.predicted(Reuse(), 0.5):
+            assert torch.equal(transformer(**given)[0], full)
+
+
+def collects(model: Model) -> None:
+    tensors, record = ShardFolder(model.features)[1]
+    assert record["caption"] == CAPTIONS[1]
+    assert tensors.keys() == {"latent", *(text.stored for text in model.family.text_tensors)}
+
+
+def distils_guidance(model: Model) -> None:
+    """One pass a step, whose guidance is told."""
+    student = load_pipeline(model.cfg)
+    calls: list[int] = []
+    student.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert latents(student).isfinite().all() and len(calls) == 3
+    student.guidance = 7.0
+    assert student.hook.guidance == 7.0
+
+
+def distils_steps(model: Model) -> None:
+    assert set(load_pipeline(model.student).conditioning.config.embeds) == {"r", "g"}
+    assert vidaccel.generate("a red circle", model=str(model.student)).std() > 0
+
+
+def trains_predictors(model: Model) -> None:
+    """The predictor of a student serves it, by schedules that were searched; on one batch its loss falls tenfold."""
+    student = load_pipeline(model.student)
+    with vidaccel.attach(student, predictor=str(model.predictor), budget=2) as attachment:
+        assert latents(student).isfinite().all()
+    assert (attachment.full_passes, attachment.predicted_passes) == (2, 1)
+    config = PredictorConfig(
+        student=str(model.student), features=str(model.features), blocks=1, mse=TrainConfig(**TRAIN)
+    )
+    task = task_of(student, config, None)
+    with task.trunk:
+        predictor, pairs = training._start(task)
+        loss, pair = PredictorLoss(task.student, task.trunk, predictor), pairs.draw(0, 2, 0, generator_for(0, 0))
+        optimizer, found = torch.optim.Adam(predictor.parameters(), lr=0.01), []
+        while len(found) < 60 and (not found or found[-1] > 0.09 * found[0]):
+            value = loss(pair)[0]
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            found.append(float(value.detach()))
+    assert found[-1] < 0.1 * found[0], found
+
+
+def searches(model: Model) -> None:
+    """Schedules of forecasters that need no training."""
+    assert [schedule.budget for schedule in model.trained("taylor", model.student)] == [1, 2, 3]
+
+
+def plans(model: Model) -> None:
+    results = plan(toy(model))
+    assert all(run["error"] is None and run["flops"] for run in results["runs"])
+    assert results["runs"][1]["speedup"]["ideal"] > 1
+
+
+def is_timed(model: Model) -> None:
+    results = time_random_weights(toy(model), "cpu")
+    assert all(run["denoise_seconds"]["rounds"] == 2 for run in results["runs"])
+
+
+def toy(model: Model) -> BenchmarkConfig:
+    """The tiny transformer as if it were a full-size one."""
+    methods = {"full": MethodConfig(weights="teacher", steps=3, two_pass=True)}
+    methods["predictor"] = MethodConfig(steps=3, full_steps=[0, 2])
+    pipe = tiny_pipeline(model.family.name)
+    streams = {stream for _, stream in model.family.costs.layers} - {"one", "video", "text", "all"}
+    return BenchmarkConfig(
+        family=model.family.name,
+        transformer={key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")},
+        compression=list(compression_of(pipe, model.family)),
+        text_tokens={stream: 729 if stream == "image" else 16 for stream in streams},
+        sizes=[list(SIZE.values())],
+        dtype="float32",
+        predictor_blocks=1,
+        rounds=2,
+        whole=True,
+        methods=methods,
+        baseline="full",
+    )
+
+
+ABILITIES: dict[str, Callable[[Model], None]] = {
+    "generate": generates,
+    "attach": runs_predicted_steps,
+    "reuse": reuses_exactly,
+    "collect-features": collects,
+    "distill method=cfg": distils_guidance,
+    "distill method=mean_velocity": distils_steps,
+    "train-predictor": trains_predictors,
+    "forecaster=taylor": searches,
+    "benchmark --plan": plans,
+    "--random-weights": is_timed,
+}
+"""Columns of the table."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Callable[[str], Model]:
+    made: dict[str, Model] = {}
+
+    def of(name: str) -> Model:
+        return made.setdefault(name, Model(FAMILIES[name], tmp_path_factory.mktemp(name)))
+
+    return of
+
+
+FLOW: dict[str, Callable[[Model], Any]] = {
+    "distill method=cfg": lambda model: model.cfg,
+    "distill method=mean_velocity": lambda model: model.distilled("mean_velocity", model.teacher),
+    "train-predictor": lambda model: model.trained("learned", model.teacher),
+    "forecaster=taylor": lambda model: model.trained("taylor", model.teacher),
+}
+"""Abilities that are for models which predict flow velocities, as they are asked of one that does not."""
+
+
+def works(family: DiTFamily, ability: str) -> bool:
+    return family.predicts == "flow" or ability not in FLOW
+
+
+@pytest.mark.parametrize("ability", ABILITIES)
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+def test_it_works_or_is_refused_with_the_reason(family, ability, models):
+    model = models(family)
+    if works(model.family, ability):
+        ABILITIES[ability](model)
+        return
+    with pytest.raises(UserError, match=f"{model.family.title} predicts v .* is for flow velocities"):
+        FLOW[ability](model)
+
+
+def table() -> list[str]:
+    """Rows of Markdown: which ability has been tried on which family."""
+    heads = ["", *(f"`{ability}`" for ability in ABILITIES)]
+    rows = [
+        [family.title, *("yes" if works(family, ability) else "no" for ability in ABILITIES)]
+        for family in map(FAMILIES.get, TEXT_TO_VIDEO)
+    ]
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def front() -> list[str]:
+    """The same in short, and which have fused kernels."""
+    columns = ("attach", "distill method=cfg", "train-predictor", "benchmark --plan")
+    lines = []
+    for name in TEXT_TO_VIDEO:
+        family = FAMILIES[name]
+        images = [f"`{each.pipelines[0]}`" for each in FAMILIES.values() if each.conditions and _alike(each, family)]
+        said = ["yes" if cell else "no" for cell in (*(works(family, name) for name in columns), family.fused)]
+        cells = [family.title, f"`{family.pipelines[0]}`", images[0] if images else "no", *said]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _alike(one: DiTFamily, other: DiTFamily) -> bool:
+    return one.transformer == other.transformer
+
+
+def test_the_pages_have_these_tables():
+    page = PAGE.read_text(encoding="utf-8").splitlines()
+    assert [line for line in page if line.startswith("|")] == table()
+    readme = PAGE.parents[1].joinpath("README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in readme if line.startswith("| ") and "Pipeline` |" in line] == front()
