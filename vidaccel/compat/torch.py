@@ -83,7 +83,7 @@ def convolved(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def convolved_by_onednn(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by oneDNN, whatever PyTorch would choose, of a convolution that pads by numbers; it has no public name."""
+    """The same by oneDNN, whatever PyTorch would choose, for numbers as padding; it has no public name."""
     padding = cast("tuple[int, ...]", conv.padding)
     return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, conv.groups)
 
