@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,13 +54,11 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
 from vidaccel.train.predictor.lists import run_lists
-from vidaccel.train.predictor.runs import Beneath, Left, Runs, own_runs
+from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
 T = TypeVar("T")
-Prompt = tuple[str, np.ndarray | None]
-"""A caption, and the image that its video begins with, uint8 [H, W, 3], where there is one."""
 SMALLEST = 1e-8
 """Ridge of the estimates: enough to solve, too little to count."""
 
@@ -273,14 +270,13 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     started = datetime.now(UTC)
     loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision, lora=config.lora or ())
     sampler, prompts, span = runs_of(config, loaded)
-    captions, images = [caption for caption, _ in prompts], [image for _, image in prompts if image is not None]
     steps = sampler.steps
     if config.full_steps is not None:
         check_full_steps(config.full_steps, steps)
     if config.budgets and config.budgets[-1] > steps:
         raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
-    log.info("%d runs of %d steps, guidance from %g to %g", len(captions), steps, *span)
-    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size, images or None)
+    log.info("%d runs of %d steps, guidance from %g to %g", len(prompts), steps, *span)
+    runs = own_runs(sampler, prompts, config.seed, span, config.mse.batch_size)
     if config.full_steps is not None:
         lists = [tuple(config.full_steps)]
     else:

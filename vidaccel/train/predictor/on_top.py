@@ -79,10 +79,8 @@ def fit_on_top(
         why = "makes two passes a step" if sampler.empty else "is sampled on a grid that no shift makes"
         log.warning("no scalars are fitted on top of the network: the model %s", why)
         return [], None
-    captions = [caption for caption, _ in prompts]
-    images = [image for _, image in prompts if image is not None]
-    log.info("scalars on top of the network: %d runs, guidance from %g to %g", len(captions), *span)
-    runs = own_runs(sampler, captions, config.seed, span, config.mse.batch_size, images or None)
+    log.info("scalars on top of the network: %d runs, guidance from %g to %g", len(prompts), *span)
+    runs = own_runs(sampler, prompts, config.seed, span, config.mse.batch_size)
     budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))

@@ -24,6 +24,8 @@ from vidaccel.progress import Progress
 from vidaccel.sampling import sample
 from vidaccel.train.objective import generator_for
 
+Prompt = tuple[str, np.ndarray | None]
+"""A caption, and the image that its video begins with, uint8 [H, W, 3], where there is one."""
 GUIDANCE_INDEX = 10**9 + 1
 """Of the generator that scales are drawn by: further than any training goes."""
 
@@ -131,21 +133,18 @@ def _moved(cached: Cached, device: torch.device) -> Cached:
 
 def own_runs(
     sampler: TrajectorySampler,
-    captions: Sequence[str],
+    prompts: Sequence[Prompt],
     seed: int,
     guidance_range: tuple[float, float],
     batch_size: int,
-    images: Sequence[np.ndarray] | None = None,
 ) -> Runs:
-    """Full runs on these captions, run i from the noise of seed + i, with scales drawn uniformly from the range.
-
-    `images` are those of `encode_prompts`.
+    """Full runs on these prompts, run i from the noise of seed + i, with scales drawn uniformly from the range.
 
     Raises:
         UserError: a run is not finite.
     """
     low, high = guidance_range
-    count = len(captions)
+    count = len(prompts)
     drawn = low + (high - low) * torch.rand(count, generator=generator_for(seed, GUIDANCE_INDEX))
     g = None if sampler.g is None else drawn
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sampler.steps)]
@@ -153,8 +152,9 @@ def own_runs(
     with Progress("the model's own runs", total=math.ceil(count / batch_size)) as progress:
         for first in range(0, count, batch_size):
             rows = slice(first, min(first + batch_size, count))
-            shown = None if images is None else images[rows]
-            text = encode_prompts(sampler.loaded, list(captions[rows]), shown, sampler.size["num_frames"])
+            captions = [caption for caption, _ in prompts[rows]]
+            images = [image for _, image in prompts[rows] if image is not None] or None
+            text = encode_prompts(sampler.loaded, captions, images, sampler.size["num_frames"])
             noise = sampler.noise([seed + i for i in range(rows.start, rows.stop)])
             scales = None if g is None else g[rows].to(noise.device)
 
