@@ -92,8 +92,7 @@ CHECKS = (
     Check(_missing_transformer, "load the whole pipeline"),
     Check(
         _further_transformer,
-        "predicted steps are for pipelines with one transformer, such as Wan 2.1 and Wan 2.2 TI2V-5B; run this one as "
-        "it is",
+        "predicted steps are for pipelines with one transformer; run this one as it is",
     ),
     Check(
         _draws_noise,
