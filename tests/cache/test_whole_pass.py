@@ -103,7 +103,7 @@ def test_on_top_of_a_network_its_answer_is_one_more_term(pipe):
     alone = Attachment(pipe, family, Reuse(), FullSteps(FULL, STEPS))
     with alone:
         network = call(pipe, **guidance)
-        with ByHand(pipe.transformer, 2, w=0.3):
+        with ByHand(pipe.transformer, calls_of_a_step(pipe), w=0.3):
             some = call(pipe, **guidance)
     with attached(pipe):
         scalars = call(pipe, **guidance)
@@ -116,7 +116,7 @@ def test_on_top_of_a_network_its_answer_is_one_more_term(pipe):
         assert (made.full_passes, made.predicted_passes) == (6, 4)
         assert not torch.allclose(expected, plain, rtol=1e-4, atol=1e-5)
     handle.remove()
-    assert len(entered) == 3 * 2 * STEPS
+    assert len(entered) == 3 * calls_of_a_step(pipe) * STEPS
     assert torch.equal(call(pipe, **guidance), plain) and scalars_on(pipe.transformer) is None
 
 

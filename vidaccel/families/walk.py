@@ -83,11 +83,12 @@ def passes_of_call(pipe: DiffusionPipeline, family: DiTFamily) -> int:
 
 def patch_of(transformer: nn.Module) -> tuple[int, int, int]:
     """Latent frames, height and width of a video token."""
-    config = transformer.config
+    config: Any = transformer.config
     patch = config.patch_size
     return (config.patch_size_t or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def width(transformer: nn.Module) -> int:
     """D of a transformer's tokens."""
-    return transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    config: Any = transformer.config
+    return config.num_attention_heads * config.attention_head_dim

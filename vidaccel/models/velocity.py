@@ -102,8 +102,8 @@ class Velocity(nn.Module):
                 module, name = each.function.split(":")
                 made = getattr(import_module(module), name)(self.transformer, tuple(x.shape[2:]), x.device)
             else:
-                made = tuple(sizes[name] for name in each.sizes)
-                made = made if len(made) > 1 else made[0]
+                values = [sizes[name] for name in each.sizes]
+                made = values[0] if len(values) == 1 else tuple(values)
             given[each.argument] = made
         return given
 
