@@ -179,7 +179,7 @@ def test_a_wrong_key_names_the_nearest_right_one(tmp_path, key, nearest):
     ("row", "message", "hint"),
     [
         ("{stepps: 3}", 'the row mine has no setting "stepps"', 'did you mean "steps"? A row may have: as_called,'),
-        ("{xyz: 3}", 'the row mine has no setting "xyz"', "choose from: as_called, budget"),
+        ("{xyz: 3}", 'the row mine has no setting "xyz"', "choose from: as_called, at_most, budget"),
         ("3", "the row mine is 3, not settings", "write mine: {steps: 20}"),
         ("{steps: many}", "methods.mine.steps: Value 'many'", "see `--print-conf`"),
     ],

@@ -22,7 +22,7 @@ def test_tables():
     assert 11.8 <= float(row[-1].removesuffix("x")) <= 12.0
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     said = " ".join(result.stdout.split())
-    assert "memory is the transformer's alone; " in said and " GB beside it" in said
+    assert "memory is the transformer's alone; " in said and " GB, autoencoder " in said and "beside it" in said
 
 
 def test_json(schema):
@@ -53,7 +53,7 @@ def test_print_conf():
     [
         (["--plan", "--conf", "hunyuan"], 'no configuration "hunyuan" for benchmark', 'did you mean "hunyuan_video"?'),
         (["--plan", "sizes=[[17, 64, 72]]"], "width=72 does not fit", "nearest valid: 64 or 80"),
-        (["--plan", "only=[zzz]"], 'there is no method "zzz"', "choose from: cfg-50"),
+        (["--plan", "only=[zzz]"], 'there is no method "zzz"', "choose from: cache-dit"),
         (["--plan", "fast"], '"fast" is neither a flag nor a key=value setting', "write settings as key=value"),
     ],
 )

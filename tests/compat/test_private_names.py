@@ -21,6 +21,7 @@ PUBLIC = {
     "_class_name": "a key of the config.json and model_index.json that diffusers writes: a format of files",
     "_name_or_path": "a key of the same files",
     "_asdict": "a documented method of named tuples",
+    "_replace": "another",
     "_keys": "the end of a key in what diffusers says of loading, missing_keys and the like",
     **dict.fromkeys(
         (

@@ -36,6 +36,11 @@ def test_set_compiled_call_stands_in_for_the_module_and_its_hooks():
     assert torch.equal(module(x), expected)
 
 
+def test_uncompiled_is_what_was_compiled():
+    module = nn.Linear(2, 2)
+    assert compat.uncompiled(torch.compile(module)) is module and compat.uncompiled(module) is module
+
+
 def test_compiled_call_is_what_compile_sets():
     module = nn.Linear(2, 2)
     assert compat.compiled_call(module) is None

@@ -54,7 +54,7 @@ def _reader(tmp_path, monkeypatch):
     for photo in ("photo.jpg", "photos/photo.jpg"):
         Image.new("RGB", (60, 40), "red").save(photo)
     Path("prompts.txt").write_text("a red circle\n")
-    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 40, 48, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 12, 40, 48, 3), dtype=np.uint8)
     write_clips("path/to/clips", zip(frames, ("a red circle", "blue", "a green circle"), strict=True), fps=16)
     for code in blocks(PAGE):
         if named := re.match(r"# (mine/\S+\.yaml)\n", code.text):

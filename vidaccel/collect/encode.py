@@ -50,7 +50,7 @@ def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
 def text_settings(loaded: LoadedPipeline) -> dict[str, Any]:
     """What the pipeline's call gives `encode_prompt` besides the prompt: its template, its length.
 
-    Where the model does not say, the defaults are those of `__call__`: `encode_prompt` has others (Wan: 226 tokens, not
+    Where the model does not say, the defaults are those of `__call__`: `encode_prompt` has others (226 tokens, say, not
     512).
     """
     known = inspect.signature(type(loaded.pipe).encode_prompt).parameters
@@ -75,7 +75,7 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         num_frames: of each video.
 
     Raises:
-        UserError: the model has no channels for an image, and keeps it clean in the first frame (Wan 2.2 TI2V-5B).
+        UserError: the model has no channels for an image, and keeps it clean in the first frame.
     """
     transformer, pipe = denoisers_of(loaded.pipe, loaded.family)[0], cast(Any, loaded.pipe)
     known = inspect.signature(type(pipe).__call__).parameters
@@ -103,7 +103,7 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         if not channels.numel():
             raise UserError(
                 f"{loaded.source} keeps its image in the first frame of the latents",
-                "only models with further channels for it are collected from and trained, such as Wan 2.1's",
+                "only models with further channels for it are collected from and trained",
             )
         made.append({each.stored: given[each.argument] if each.argument else channels for each in conditions})
     return {each.stored: torch.cat([one[each.stored] for one in made]).detach() for each in conditions}

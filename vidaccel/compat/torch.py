@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, MutableMapping
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ __all__ = [
     "set_recompile_limit",
     "storage_key",
     "tree_leaves",
+    "uncompiled",
 ]
 
 # What these operations are called where PyTorch counts operations, which knows neither.
@@ -65,6 +66,11 @@ def set_compiled_call(module: nn.Module, call: Callable | None) -> None:
     vars(module).pop("_compiled_call_impl", None)
     if call is not None:
         module._compiled_call_impl = call
+
+
+def uncompiled(module: Any) -> Any:
+    """What `torch.compile(module)` was made of; anything else is itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def call_of(module: nn.Module) -> Callable:

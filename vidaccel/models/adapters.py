@@ -107,9 +107,9 @@ def _converted(pipe: DiffusionPipeline, source: Any, **more: Any) -> tuple[dict[
     one; else they have to be in that layout already."""
     convert: Any = getattr(type(pipe), "lora_state_dict", None)
     if convert is None:
-        from diffusers import WanPipeline  # whose loader takes that layout as it is
+        from diffusers.loaders import SD3LoraLoaderMixin  # which takes that layout as it is
 
-        convert = cast(Any, WanPipeline).lora_state_dict
+        convert = cast(Any, SD3LoraLoaderMixin).lora_state_dict
         names = source if isinstance(source, Mapping) else safetensors_header(Path(source) / more["weight_name"])
         foreign = [name for name in names if not name.endswith(PARTS) or name.startswith("diffusion_model.")]
         if foreign:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
+from vidaccel.compat.torch import uncompiled
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
@@ -45,7 +46,7 @@ def keep_transformers(pipe: DiffusionPipeline, family: DiTFamily) -> Callable[[]
     stock, kept = _stock(pipe), {d.attribute: getattr(pipe, d.attribute) for d in family.denoisers}
 
     def set_part(self: DiffusionPipeline, name: str, value: Any) -> None:
-        if name in kept and getattr(value, "_orig_mod", value) is not getattr(kept[name], "_orig_mod", kept[name]):
+        if name in kept and uncompiled(value) is not uncompiled(kept[name]):
             raise UserError(
                 f"the {name} of this {stock.__name__} has a predictor attached, and another would run without it",
                 "detach it first, then replace the transformer, then attach again",
