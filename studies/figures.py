@@ -27,13 +27,15 @@ RESULTS = ROOT / "studies" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 HEADLINE = (
     "cfg-50",
-    "teacache-0.15",
     "student-8",
-    "student-teacache",
-    "predictor-6-searched",
+    "student-4",
+    "cache-dit-at-4",
+    "reuse-4-of-8-searched",
+    "scalars-4-of-8",
     "predictor-4-of-8-searched",
+    "predictor-3-of-8-searched",
 )
-"""Rows of sprites.json: the baseline, the best training-free ones of either model, a student, two predictors."""
+"""Rows of sprites.json: the baseline, a student, and ways to leave out half of its steps."""
 NO_PAIRS = "This file was measured before rows were compared in pairs: it orders nothing."
 MISSING = """\
 **Nothing has been measured yet**: there is no `studies/results/{name}.json`, and so there is no figure here.
@@ -100,7 +102,8 @@ def figures(name: str, results: Path, place: str) -> str:
 
 def _headline(found: dict[str, Any], runs: Sequence[dict[str, Any]], place: str) -> Iterator[str]:
     by_name = {run["method"]: run for run in runs}
-    columns = {name: cell for name, cell in COLUMNS.items() if name not in ("by FLOPs", "cache", *ADDED)}
+    left_out = ("by FLOPs", "full passes", "cache", "latent error")
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in left_out}
     yield _table([by_name[name] for name in HEADLINE], columns)
     if frontier(found) is not None:
         yield f"![Quality for so many full passes]({place}/sprites-frontier.png)"
