@@ -67,8 +67,9 @@ def _bytes(argument: Argument, model: nn.Module, rows: Mapping[str, int], dtype:
 
 
 def _shape(argument: Argument, model: nn.Module, rows: Mapping[str, int]) -> list[int]:
-    sizes = {**rows, "width": width(model), "head": model.config.attention_head_dim}
-    return [sizes.get(size, model.config.get(size, size)) for size in argument.shape]
+    config: Any = model.config
+    sizes = {**rows, "width": width(model), "head": config.attention_head_dim}
+    return [sizes.get(size, config.get(size, size)) for size in argument.shape]
 
 
 def _dtype(argument: Argument, of_model: torch.dtype) -> torch.dtype:
