@@ -233,8 +233,8 @@ def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
     beside them, decoding 1.5 and writing 0.25."""
     made, decoded, times = runner.timed_generation, [], itertools.cycle([0.5, 0.2, 0.3])
 
-    def timed(loaded, method, size, prompts, seeds, guidance, decode=True):
-        video = made(loaded, method, size, prompts, seeds, guidance, decode)
+    def timed(loaded, method, size, prompts, seeds, guidance, decode=True, **more):
+        video = made(loaded, method, size, prompts, seeds, guidance, decode, **more)
         if method.steps != 4 or not timing:  # another row, or one that nobody times
             return replace(video, text_seconds=0.0, denoise_seconds=1.0, seconds=1.0 + 5.0 * decode)
         decoded.append(decode)
@@ -489,11 +489,11 @@ def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
     calls, made, stop_at = [], runner.timed_generation, 12
 
-    def counted(loaded, method, *rest):
+    def counted(loaded, method, *rest, **more):
         calls.append(method)
         if len(calls) == stop_at:
             raise Stop
-        return made(loaded, method, *rest)
+        return made(loaded, method, *rest, **more)
 
     monkeypatch.setattr(runner, "timed_generation", counted)
     # 3 counts and the decoder, then rounds of 3: the twelfth call is in the middle of the third round
@@ -525,11 +525,11 @@ def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tm
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]")
     made = runner.timed_generation
 
-    def deadly(loaded, method, size, prompts, seeds, guidance, decode=True):
+    def deadly(loaded, method, size, prompts, seeds, guidance, decode=True, **more):
         at = "scoring" if len(prompts) > 1 else "timing" if decode else "counting"
         if method.steps == 4 and at == stage:
             raise Stop
-        return made(loaded, method, size, prompts, seeds, guidance, decode)
+        return made(loaded, method, size, prompts, seeds, guidance, decode, **more)
 
     monkeypatch.setattr(runner, "timed_generation", deadly)
     for _ in range(2):
@@ -560,11 +560,11 @@ def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monke
 def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stage):
     made, calls = runner.timed_generation, []
 
-    def greedy(loaded, method, *rest):
+    def greedy(loaded, method, *rest, **more):
         calls.append(method.steps)
         if method.steps == 4 and calls.count(4) > (stage == "timing"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return made(loaded, method, *rest)
+        return made(loaded, method, *rest, **more)
 
     monkeypatch.setattr(runner, "timed_generation", greedy)
     result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student,fora]")

