@@ -116,7 +116,7 @@ def test_what_cannot_be_compared_is_refused(words, said, monkeypatch):
     save_teacher(Path("model"), "wan")
     save_teacher(Path("other"), "hunyuan_video")
     monkeypatch.setattr("vidaccel.sampling.run_pipeline", None)  # nothing is made
-    monkeypatch.setattr("vidaccel.session.generate", lambda *args: None)
+    monkeypatch.setattr("vidaccel.session.generate", lambda *args, **more: None)
     result = run(*words)
     assert result.exit_code == 2 and said in result.stderr, result.output
     assert not Path("out.mp4").exists()

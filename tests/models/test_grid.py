@@ -143,7 +143,7 @@ def test_a_list_of_timesteps_or_sigmas_is_a_grid():
 def test_listed_times_run_as_they_are_whatever_a_pipeline_asks_for():
     grid = Grid.listed([1000, 757, 522], None)
     own = unipc()
-    pipe = SimpleNamespace(scheduler=own)
+    pipe = type("WanPipeline", (SimpleNamespace,), {})(scheduler=own)
     with on_grid(pipe, grid=grid):
         listed = pipe.scheduler
         for how in ({"num_inference_steps": 3}, {"sigmas": [1.0, 0.5, 0.2], "mu": 0.9}, {"timesteps": [9, 8, 7]}):
