@@ -233,8 +233,8 @@ def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
     beside them, decoding 1.5 and writing 0.25."""
     made, decoded, times = runner.timed_generation, [], itertools.cycle([0.5, 0.2, 0.3])
 
-    def timed(loaded, method, size, prompts, seeds, guidance, decode=True, **more):
-        video = made(loaded, method, size, prompts, seeds, guidance, decode, **more)
+    def timed(loaded, method, size, prompts, seeds, guidance, decode=True, image=None):
+        video = made(loaded, method, size, prompts, seeds, guidance, decode, image)
         if method.steps != 4 or not timing:  # another row, or one that nobody times
             return replace(video, text_seconds=0.0, denoise_seconds=1.0, seconds=1.0 + 5.0 * decode)
         decoded.append(decode)
@@ -525,11 +525,11 @@ def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tm
     words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]")
     made = runner.timed_generation
 
-    def deadly(loaded, method, size, prompts, seeds, guidance, decode=True, **more):
+    def deadly(loaded, method, size, prompts, seeds, guidance, decode=True, image=None):
         at = "scoring" if len(prompts) > 1 else "timing" if decode else "counting"
         if method.steps == 4 and at == stage:
             raise Stop
-        return made(loaded, method, size, prompts, seeds, guidance, decode, **more)
+        return made(loaded, method, size, prompts, seeds, guidance, decode, image)
 
     monkeypatch.setattr(runner, "timed_generation", deadly)
     for _ in range(2):
