@@ -66,6 +66,8 @@ def with_choices(config: BenchmarkConfig, results: Mapping[str, Any]) -> Benchma
         elif costs:
             best = min(costs, key=costs.__getitem__)
             log.info("%s: no value of its sweep costs at most %g full passes", name, row.at_most)
+        else:
+            log.warning("%s: no value was compared with its model's own full run, so it keeps its first", name)
         methods[name] = replace(row, settings=ways[best].settings, sweep={}, at_most=None)
     return replace(config, methods=methods)
 

@@ -83,4 +83,5 @@ def test_activations_are_those_that_live(settings_and_costs, recomputed):
     with LiveBytes() as live:
         model.velocity(**model.inputs).square().mean().backward()
     expected = kept_bytes(training_blocks(meta_transformer(settings), model.family, model.streams), recomputed)
-    assert 0.95 <= live.peak / expected < (2.8 if model.family.name in TEXTS else 1.35)
+    least = 0.95 if model.family.name == "cogvideox" and recomputed else 1  # its estimate is 2 % above what lives
+    assert least <= live.peak / expected < (2.8 if model.family.name in TEXTS else 1.35)
