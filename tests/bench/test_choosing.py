@@ -78,6 +78,12 @@ def test_where_all_cost_more_it_is_the_cheapest(caplog):
     assert "tea: no value of its sweep costs at most 2 full passes" in caplog.text
 
 
+def test_where_nothing_was_compared_it_is_said_and_the_first_value_stays(caplog):
+    blind = {"runs": [run | {"own_fidelity": None} for run in RESULTS["runs"]]}
+    assert choosing.with_choices(CONFIG, blind).methods["tea"].settings == TEA.settings
+    assert "tea: no value was compared with its model's own full run" in caplog.text
+
+
 def test_a_benchmark_chooses_before_it_reports(tmp_path, monkeypatch):
     made = []
 
