@@ -32,7 +32,7 @@ OTHER = (
     ("-o runs/cfg train.lora_rank=64", "-o runs/adapters train.lora_rank=2"),  # another way to what was just made
 )
 MADE = {
-    "plain.mp4": "6 steps, 12 passes, guidance 4",
+    "plain.mp4": "6 steps, 12 passes, guidance 3",
     "turn.mp4": "photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
     "turns": "photos/photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
     "every3.mp4": "6 steps, 4 full + 8 predicted passes",

@@ -28,12 +28,15 @@ def test_an_autoencoder_that_was_loaded_gives_the_frames_of_diffusers(family, sa
     plain = type(vae).from_pretrained(saved(family) / "vae")
     channels = vae.config.get("latent_channels") or vae.config.z_dim
     latents = torch.randn(1, channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    told = {"temb": torch.tensor([0.05])} if vae.config.get("timestep_conditioning") else {}
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode(latents).sample, plain.decode(latents).sample, rtol=1e-4, atol=1e-5)
+        frames = plain.decode(latents, **told).sample
+        torch.testing.assert_close(vae.decode(latents, **told).sample, frames, rtol=1e-4, atol=1e-5)
         assert taken
         if loaded.family.batched_autoencoder:
-            one, both = len(taken), vae.decode(latents.expand(2, *latents.shape[1:])).sample
-            torch.testing.assert_close(both[:1], plain.decode(latents).sample, rtol=1e-4, atol=1e-5)
+            told = {name: value.expand(2) for name, value in told.items()}
+            one, both = len(taken), vae.decode(latents.expand(2, *latents.shape[1:]), **told).sample
+            torch.testing.assert_close(both[:1], frames, rtol=1e-4, atol=1e-5)
             assert not any(len(x) > 1 for x in taken[one:])
 
 

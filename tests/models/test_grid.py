@@ -21,7 +21,7 @@ from vidaccel.models.grid import (
     step_grid,
 )
 
-WAN = FAMILIES["wan"]
+WAN, LTX_VIDEO = FAMILIES["wan"], FAMILIES["ltx_video"]
 
 
 def unipc(**options: object) -> UniPCMultistepScheduler:
@@ -118,11 +118,13 @@ def test_times_that_are_not_understood_are_refused(scheduler, why):
 
 
 def test_no_shift_makes_the_grids_of_some_options():
-    for option in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas"):
+    for option in ("use_karras_sigmas", "use_exponential_sigmas"):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **{option: True})
         assert shift_of(scheduler, WAN) is None
         with pytest.raises(UserError, match=rf"FlowMatchEulerDiscreteScheduler \({option}\)\nhint: set shift="):
             fixed_shift(scheduler, WAN)
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert shift_of(dynamic, LTX_VIDEO) is None and fixed_shift(dynamic, LTX_VIDEO) == LTX_VIDEO.defaults.shift == 7.8
     assert fixed_shift(GridScheduler(shift=2.0), WAN) == shift_of(GridScheduler(shift=2.0), WAN) == 2.0
 
 

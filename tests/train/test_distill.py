@@ -37,9 +37,6 @@ from vidaccel.train.methods.cfg import cfg_loss
 from vidaccel.train.methods.mean_velocity import derivative as derivative_module
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
-SHIFTED = [name for name in FLOW if name != "ltx_video"]
-"""Families that are sampled on a grid of their own; of LTX-Video's, which follows from the size, it is told in
-tests/families/test_every_family.py."""
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "ema_decay": 0.0, "log_every": 1}
 
@@ -145,7 +142,7 @@ def test_guidance_is_distilled_by_the_two_pass_formula():
     assert float(cfg_loss(exact, teacher, x, t, g, text, empty)) == 0
 
 
-@pytest.mark.parametrize("family", SHIFTED)
+@pytest.mark.parametrize("family", FLOW)
 @pytest.mark.parametrize("method", ["cfg", "mean_velocity"])
 def test_a_student_starts_equal_to_its_teacher(world, distilled, family, method):
     config = settings(world, family, method=method)
@@ -180,7 +177,7 @@ def test_a_few_step_teacher_keeps_its_r_when_guidance_is_distilled(world, tmp_pa
 # behaviour
 
 
-@pytest.mark.parametrize("family", SHIFTED)
+@pytest.mark.parametrize("family", FLOW)
 def test_a_cfg_student_generates_in_one_pass_with_any_scale(distilled, family):
     loaded = load_pipeline(distilled(family))
     made = [generate(loaded, ["a red circle"], GenerateConfig(guidance=g), [0]) for g in (None, 1.0, 7.0)]
@@ -199,7 +196,7 @@ def test_training_brings_a_student_towards_guidance(world, tmp_path):
     assert lines[0]["evaluation"] < 0.8 * first["evaluation"], (first, after)
 
 
-@pytest.mark.parametrize("family", SHIFTED)
+@pytest.mark.parametrize("family", FLOW)
 def test_a_few_step_student_of_a_cfg_student(world, distilled, family, tmp_path):
     cfg = distilled(family)
     config = settings(world, family, method="mean_velocity", teacher=str(cfg), sample_steps=2)
@@ -259,13 +256,13 @@ def test_a_training_goes_on_from_an_earlier_student(world, distilled, tmp_path):
         distill(settings(world, "hunyuan_video"), tmp_path / "further", "cpu")
 
 
-@pytest.mark.parametrize("family", SHIFTED)
+@pytest.mark.parametrize("family", FLOW)
 def test_sheets_have_the_size_of_what_is_learnt_from(world, family, tmp_path, monkeypatch):
-    """Not that of the model, which may not fit: one frame of 64 x 32 pixels, or what 4 x 2 latent ones decode to."""
+    """Not that of the model, which may not fit: one frame of 64 x 32 pixels, or what 8 x 4 latent ones decode to."""
     teacher, _ = world(family)
     loaded, sizes = load_pipeline(teacher), set()
-    features = write_features(tmp_path / "features", loaded, size=(1, 4, 2))
-    scale = loaded.pipe.vae_scale_factor_spatial
+    features = write_features(tmp_path / "features", loaded, size=(1, 8, 4))
+    scale = getattr(loaded.pipe, loaded.family.compression_attributes[1])
 
     def look(videos, file, labels):
         assert (tmp_path / "student" / "checkpoints" / "step-00000002" / "state.json").exists()
@@ -273,7 +270,7 @@ def test_sheets_have_the_size_of_what_is_learnt_from(world, family, tmp_path, mo
 
     monkeypatch.setattr(module, "contact_sheet", look)
     distill(settings(world, family, features=str(features)), tmp_path / "student")
-    assert sizes == {(1, 4 * scale, 2 * scale, 3)}
+    assert sizes == {(1, 8 * scale, 4 * scale, 3)}
 
 
 def test_a_sheet_that_fails_costs_a_warning(world, tmp_path, monkeypatch, caplog):

@@ -217,6 +217,7 @@ def _report(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """What `--json` prints, of one of the videos that were made."""
+    from vidaccel.forecasters.checkpoint import predictor_hashes
     from vidaccel.models.grid import Grid, shift_of
 
     config, loaded, attachment = ready.config, ready.loaded, ready.attachment
@@ -240,23 +241,8 @@ def _report(
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,
         "family": loaded.family.name,
-        "hashes": {**loaded.hashes, **_predictor_hash(config.predictor)},
+        "hashes": {**loaded.hashes, **predictor_hashes(config.predictor)},
     }
-
-
-def _predictor_hash(predictor: str | None) -> dict[str, str]:
-    """SHA-256 of a trained predictor's weights and of what was fitted on top of them, or of fitted scalars."""
-    from vidaccel.artefacts import sha256_file
-    from vidaccel.forecasters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, kind_of
-    from vidaccel.forecasters.multistep import SCALARS_FILE
-    from vidaccel.forecasters.registry import attachable
-    from vidaccel.models.loading import local_path
-
-    if predictor is None or predictor in attachable():
-        return {}
-    folder = local_path(predictor)
-    names = (CONFIG_FILE,) if kind_of(folder) == "multistep" else (WEIGHTS_FILE, SCALARS_FILE)
-    return {f"predictor/{name}": sha256_file(folder / name) for name in names if (folder / name).exists()}
 
 
 def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:

@@ -16,18 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, refuse_unfinished, verify_files, write_json
+from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, refuse_unfinished, sha256_file, verify_files, write_json
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import width
-from vidaccel.forecasters.registry import FORECASTERS
+from vidaccel.forecasters.registry import FORECASTERS, attachable
 from vidaccel.models.grid import Grid
+from vidaccel.models.loading import local_path
 
 FORMAT = "predictor/1"
 CORRECTION, PUBLISHED = ARCHITECTURES = ("correction", "published")
 """What a network may be: learned.py says how they differ."""
 CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
+SCALARS_FILE = "scalars.json"
+"""Of a predictor's folder: what config.json is of a folder of scalars alone (multistep.py)."""
 
 
 def kind_of(folder: str | Path) -> str:
@@ -39,6 +42,16 @@ def kind_of(folder: str | Path) -> str:
         return "predictor"
     kind = str(made_as).partition("/")[0]
     return kind if kind in FORECASTERS else "predictor"
+
+
+def predictor_hashes(predictor: str | None) -> dict[str, str]:
+    """SHA-256 of the files that decide what a predictor's folder, or a shipped one's name, answers; nothing for one
+    that has no files."""
+    if predictor is None or predictor in attachable():
+        return {}
+    folder = local_path(predictor)
+    names = (CONFIG_FILE,) if kind_of(folder) == "multistep" else (WEIGHTS_FILE, SCALARS_FILE)
+    return {f"predictor/{name}": sha256_file(folder / name) for name in names if (folder / name).exists()}
 
 
 @dataclass(frozen=True)

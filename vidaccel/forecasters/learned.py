@@ -56,8 +56,8 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, call_block, named_outputs, width
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
-from vidaccel.forecasters.checkpoint import CORRECTION, Checkpointed, NetworkConfig
-from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
+from vidaccel.forecasters.checkpoint import CORRECTION, SCALARS_FILE, Checkpointed, NetworkConfig
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like
 

@@ -33,12 +33,10 @@ from vidaccel.artefacts import RUN_FILE, read_run, verify_files, write_json
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.base import ForecasterCosts, Making, PlannedTrunk
-from vidaccel.forecasters.checkpoint import CONFIG_FILE
+from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCALARS_FILE
 from vidaccel.models.grid import Grid
 
 FORMAT = "multistep/1"
-SCALARS_FILE = "scalars.json"
-"""Of a predictor's folder: what config.json is of a folder of scalars alone."""
 HISTORY = 3
 """Full steps that are looked back on."""
 RIDGE = 1e-4

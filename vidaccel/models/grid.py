@@ -216,8 +216,11 @@ def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
 
 
 def fixed_shift(scheduler: Any, family: DiTFamily) -> float:
-    """`shift_of`, where something has to be trained on that grid; `UserError` if there is none."""
+    """`shift_of`, where something has to be trained on that grid, which the size of a video cannot change: there it is
+    the family's; `UserError` if there is none."""
     shift = shift_of(scheduler, family)
+    if shift is None and scheduler.config.get("use_dynamic_shifting"):
+        shift = family.defaults.shift
     if shift is None:
         raise UserError(f"no shift makes the step grid of this {_named(scheduler)}", "set shift=, such as shift=3")
     return shift

@@ -11,6 +11,7 @@ from vidaccel.collect.features import called_like
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.distill import DistillConfig
 from vidaccel.data.shards import ShardFolder
+from vidaccel.models.grid import fixed_shift, shift_of
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.train.methods.base import Data
 
@@ -45,6 +46,12 @@ def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher
             source = "the model" if name in told.call else f"{told.family.title}'s defaults"
         of.setdefault(source, []).append(f"{name}={value}")
     log.info("the student is made for %s", "; ".join(f"{' '.join(said)} (of {who})" for who, said in of.items()))
+    scheduler = teacher.pipe.scheduler
+    if config.shift is None and shift_of(scheduler, teacher.family) is None:
+        shift = fixed_shift(scheduler, teacher.family)
+        log.info(
+            "and for steps of shift=%g (of %s; the teacher's own follow the video's size)", shift, told.family.title
+        )
 
 
 def own_scale(config: DistillConfig, teacher: LoadedPipeline) -> float:

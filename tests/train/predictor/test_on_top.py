@@ -14,8 +14,8 @@ from vidaccel.artefacts import read_run, verify_files
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.cli.main import app
+from vidaccel.forecasters.checkpoint import SCALARS_FILE
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.forecasters.multistep import SCALARS_FILE
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.predictor.multistep import relative_error

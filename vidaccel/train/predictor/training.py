@@ -40,9 +40,9 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
-from vidaccel.forecasters.checkpoint import FORMAT, SCHEDULE_FILE, WEIGHTS_FILE
+from vidaccel.forecasters.checkpoint import FORMAT, SCALARS_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
-from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked

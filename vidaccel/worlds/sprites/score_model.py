@@ -10,6 +10,7 @@ from vidaccel.artefacts import differences, read_json, write_json
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import predictor_hashes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.progress import Progress
 from vidaccel.sampling import generate, predicted_steps
@@ -33,7 +34,11 @@ def score_model(
     Raises:
         UserError: it holds scores of other settings, which stay as they are, or the settings cannot be followed.
     """
-    settings = {"prompts": prompts, "config": configuration.to_dict(config), "hashes": dict(loaded.hashes)}
+    settings = {
+        "prompts": prompts,
+        "config": configuration.to_dict(config),
+        "hashes": {**loaded.hashes, **predictor_hashes(config.predictor)},
+    }
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
     with predicted_steps(loaded, config) as attachment:
@@ -61,6 +66,8 @@ def _begin(folder: Path, settings: dict) -> Path:
     record, scores = folder / "settings.json", folder / "marks.jsonl"
     if scores.exists() and scores.stat().st_size:
         begun = read_json(record, f"remove {scores} to score anew") if record.exists() else {}
+        if not any(name.startswith("predictor/") for name in begun.get("hashes", {})):  # of an earlier version
+            settings = settings | {"hashes": {k: v for k, v in settings["hashes"].items() if "predictor/" not in k}}
         if changed := differences(_compared(begun), _compared(settings)):
             raise UserError(
                 f"{folder} holds scores of other settings ({'; '.join(changed)})",

@@ -21,10 +21,10 @@ from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, atomic_folder, read_run, s
 from vidaccel.bench.reports.plots import kind_of
 from vidaccel.bench.reports.tables import passes_text
 from vidaccel.errors import UserError
-from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
+from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCALARS_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.checkpoint import FORMAT as PREDICTOR
 from vidaccel.forecasters.multistep import FORMAT as SCALARS
-from vidaccel.forecasters.multistep import SCALARS_FILE, Multistep
+from vidaccel.forecasters.multistep import Multistep
 from vidaccel.models.loading import read_model
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
