@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.students import contents, save_teacher
 from tests.tiny import FLOW
 from tests.train.test_trainer import outcome
-from tests.train.torchrun import under_torchrun
+from tests.train.torchrun import program
 from vidaccel.artefacts import sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import batch, encode_texts, rows
@@ -388,7 +388,7 @@ def test_two_processes_train_what_one_does(world, distilled, tmp_path):
     words = [f"teacher={own['teacher']}", f"features={world('wan')[1]}", "train.optimizer=adamw"]
     words += ["guidance_range=[1,8]", "mean_velocity.restrict=0.2", "mean_velocity.substeps=2"]
     words += [f"train.{key}={value}" for key, value in train.items()]
-    under_torchrun("distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words)
+    program("distill", "--conf", "sprites/restricted_meanflow", "-o", str(tmp_path / "two"), *words, count=2)
     for key in ("loss", "grad_norm"):
         one, two = (logged(tmp_path / name, key) for name in ("one", "two"))
         assert two[0] == pytest.approx(one[0], rel=1e-5)
@@ -412,8 +412,9 @@ def test_a_derivative_and_adapters_in_two_processes(world, distilled, tmp_path):
     ]
     given += [f"features={alone.features}", "mean_velocity.target=derivative"]
     Path(tmp_path / "own.yaml").write_text("{}")
-    done = under_torchrun("distill", "--conf", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "two"), *given)
-    assert done.stdout.count("the student; `vidaccel generate") == 1
+    own = str(tmp_path / "own.yaml")
+    printed = program("distill", "--conf", own, "-o", str(tmp_path / "two"), *given, count=2)
+    assert printed.count("the student; `vidaccel generate") == 1
     assert json.loads((tmp_path / "two" / "run.json").read_text())["config"]["mean_velocity"]["derivative"] == (
         "finite_difference"
     )

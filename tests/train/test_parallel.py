@@ -1,17 +1,15 @@
 """Training in two processes over gloo, started as torchrun starts them, by its environment.
 
-They are forked from a server that has torch loaded already; what they assert is asserted in both of them.
+What they assert is asserted in both of them.
 """
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,13 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 
 from tests.tiny import tiny_pipeline
 from tests.train.test_metrics import Notebook
 from tests.train.test_trainer import interrupting_at, metrics, small_disk
-from tests.train.torchrun import gloo_threads
+from tests.train.torchrun import in_two, start
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.train.lora import add_lora
@@ -51,7 +48,6 @@ from vidaccel.train.parallel import (
 )
 from vidaccel.train.trainer import train
 
-multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])  # FSDP imports the former, for seconds
 CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)
 
 
@@ -100,34 +96,6 @@ def outcome(folder: Path) -> dict:
 def content(path: Path) -> tuple[dict, dict]:
     with safe_open(path, "pt") as file:
         return file.metadata(), {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
-
-
-def start(function, *arguments):
-    """The world of two processes that runs `function`, on its way."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return start_processes(enter, (port, function, arguments), nprocs=2, join=False, start_method="forkserver")
-
-
-def enter(number: int, port: int, function, arguments) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    with processes():
-        assert (rank(), world()) == (number, 2)
-        function(*arguments)
-    assert not gloo_threads()
-
-
-def in_two(function, *arguments) -> None:
-    """Fails if they wait for each other: gloo itself gives up after half an hour."""
-    context, began = start(function, *arguments), time.monotonic()
-    while not context.join(timeout=10):
-        if time.monotonic() - began > 300:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"the two processes of {function.__name__} wait for each other")
 
 
 # Mathematics

@@ -1,13 +1,12 @@
 """Trainings and a scoring that commit 9cb9f0f began, and was stopped in, end where it would have ended them.
 
 Its state.json has settings by the names of then (`equal_share`, `longest`), and those of every method.
+Each goes on in a process of its own: what other tests did to torch in this one changes last bits, which an optimiser
+makes whole steps of.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+from tests.train.torchrun import program
 from vidaccel.cli.main import app
 
 EARLIER = Path(__file__).parents[1] / "artefacts_9cb9f0f"
@@ -27,15 +27,6 @@ def earlier(tmp_path, monkeypatch) -> Path:
     folder = shutil.copytree(EARLIER, tmp_path / "earlier")
     monkeypatch.chdir(folder)
     return folder
-
-
-def run(*words: str, program: str = "vidaccel") -> None:
-    """In a process of its own: what other tests did to torch in this one changes last bits, which an optimiser makes
-    whole steps of."""
-    root = str(EARLIER.parents[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-m", program, *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def metrics(file: Path) -> list[dict]:
@@ -58,7 +49,7 @@ def same_metrics(lines: list[dict], expected: list[dict]) -> None:
 def test_a_distillation_goes_on(earlier):
     file, expected = earlier / "distill-interrupted" / "metrics.jsonl", EXPECTED["distill-interrupted"]
     before = file.read_text()
-    run("distill", "--conf", "conf/distill.yaml", "-o", "distill-interrupted")
+    program("distill", "--conf", "conf/distill.yaml", "-o", "distill-interrupted")
     assert before.count("\n") == expected["lines_kept"] and file.read_text().startswith(before)  # with their seconds
     same_metrics(metrics(file), expected["metrics"])
     for name in ("transformer/diffusion_pytorch_model.safetensors", "conditioning/model.safetensors"):
@@ -70,7 +61,7 @@ def test_a_predictors_training_goes_on(earlier):
     files = {stage: earlier / "predictor-interrupted" / "checkpoints" / stage / "metrics.jsonl" for stage in stages}
     before = {stage: file.read_text() for stage, file in files.items()}
     assert [text.count("\n") for text in before.values()] == expected["lines_kept"]
-    run("train-predictor", "--conf", "conf/train-predictor.yaml", "-o", "predictor-interrupted")
+    program("train-predictor", "--conf", "conf/train-predictor.yaml", "-o", "predictor-interrupted")
     for stage, file in files.items():
         assert file.read_text().startswith(before[stage])
         same_metrics(metrics(file), expected[stage])
@@ -89,7 +80,7 @@ def test_scoring_goes_on(earlier):
     file = earlier / "score" / "marks.jsonl"
     before = file.read_text()
     words = ("predictor=sprites/predictor", "steps=8", "budget=4", "--prompts", "10", "-o", "score")
-    run("score", "sprites/student", *words, program="vidaccel.sprites")
+    program("score", "sprites/student", *words, module="vidaccel.sprites")
     assert file.read_text().splitlines()[:8] == before.splitlines()[:8]
     old = EXPECTED["score"]["last_marks"]["marks"]
     again = metrics(file)[-1]["marks"]

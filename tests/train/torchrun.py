@@ -1,26 +1,60 @@
-"""The program in two processes, as its users start it: torchrun, `-m vidaccel` and its words.
+"""Functions and programs in two processes over gloo, or one, as torchrun starts them: by its environment.
 
-As `-m tests.train.torchrun` it is `-m vidaccel` that then looks whether the group's threads ended with the group: one
-that is left may want the interpreter while that ends, which aborts a training that is done; once in many runs, and so
-in none that a test could wait for.
+They are forked from a server that has the packages loaded already, which takes seconds in each process otherwise.
 """
 
+import contextlib
+import multiprocessing
 import os
 import runpy
-import subprocess
+import socket
 import sys
+import tempfile
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+from vidaccel.train.parallel import processes, rank, world
+
 ROOT = Path(__file__).parents[2]
+LOADED = (
+    "torch._dynamo",  # FSDP imports it, for seconds
+    "tests.tiny",
+    "tests.train.test_parallel",
+    "vidaccel.cli.main",
+    "vidaccel.train.distill",
+    "vidaccel.train.predictor.training",
+)
+"""By the server."""
 
 
-def under_torchrun(*words: str) -> subprocess.CompletedProcess:
-    """Runs `vidaccel` with `words`; fails as one of the processes does."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run([*launch, *words], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+def start(function, *arguments):
+    """The world of two processes that runs `function`, on its way."""
+    return _start(2, _entered, function, arguments)
+
+
+def in_two(function, *arguments) -> None:
+    """Fails if they wait for each other: gloo itself gives up after half an hour."""
+    _wait(start(function, *arguments), function.__name__)
+
+
+def program(*words: str, module: str = "vidaccel", count: int = 1) -> str:
+    """What `python -m MODULE WORDS` prints in `count` processes; fails as one of them does.
+
+    Each looks at its end whether the group's threads ended with the group: one that is left may want the interpreter
+    while that ends, which aborts a training that is done; once in many runs, and so in none that a test could wait for.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        printed = Path(file.name)
+        try:
+            _wait(_start(count, _main, module, words, Path.cwd(), printed), module)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            pytest.fail(f"{error}\n{printed.read_text()}")
+        return printed.read_text()
 
 
 def gloo_threads() -> list[str]:
@@ -29,11 +63,50 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-if __name__ == "__main__":
-    sys.argv[0] = "vidaccel"
+def _start(count: int, function, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(list(LOADED))
+    with contextlib.chdir(ROOT):  # from where the server, if this starts it, finds what it loads
+        forkserver.ensure_running()
+    return start_processes(
+        _enter, (count, port, function, arguments), nprocs=count, join=False, start_method="forkserver"
+    )
+
+
+def _enter(number: int, count: int, port: int, function, arguments) -> None:
+    if count > 1:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    function(*arguments)
+    assert not gloo_threads()
+
+
+def _entered(function, arguments) -> None:
+    with processes():
+        assert (str(rank()), world()) == (os.environ["RANK"], 2)
+        function(*arguments)
+
+
+def _main(module: str, words: tuple[str, ...], folder: Path, printed: Path) -> None:
+    os.chdir(folder)
+    with printed.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv[:] = [module, *words]
     try:
-        runpy.run_module("vidaccel", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         if ended.code:
             raise
-    assert not gloo_threads()
+
+
+def _wait(context, name: str) -> None:
+    began = time.monotonic()
+    while not context.join(timeout=10):
+        if time.monotonic() - began > 300:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"the processes of {name} wait for each other")

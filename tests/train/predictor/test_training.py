@@ -12,7 +12,7 @@ from tests.students import contents
 from tests.students import student as save_tiny_student
 from tests.train.test_distill import write_features
 from tests.train.test_trainer import outcome
-from tests.train.torchrun import under_torchrun
+from tests.train.torchrun import program
 from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.job import collect
@@ -177,8 +177,9 @@ def test_two_processes_train_what_one_does(world, tmp_path, in_turn):
     split = replace(own, accumulate=2)
     train_predictor(settings(world, mse=split, adversarial=split, discriminator=judge), tmp_path / "one")
     (tmp_path / "two.yaml").write_text(to_yaml(settings(world, mse=own, adversarial=own, discriminator=judge)))
-    done = under_torchrun("train-predictor", "--conf", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "two"))
-    assert done.stdout.count("the predictor and these schedules") == 1
+    own = str(tmp_path / "two.yaml")
+    printed = program("train-predictor", "--conf", own, "-o", str(tmp_path / "two"), count=2)
+    assert printed.count("the predictor and these schedules") == 1
     for stage in module.STAGES:
         for one, two in zip(*(logged(tmp_path / name, stage) for name in ("one", "two")), strict=True):
             for key in one.keys() - {"seconds"}:
