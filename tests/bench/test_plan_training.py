@@ -13,8 +13,9 @@ from tests.train.test_distill import CAPTIONS, write_features
 from vidaccel.bench.plan import plan as plan_benchmark
 from vidaccel.bench.plan_distill import plan_distillation
 from vidaccel.bench.plan_predictor import plan_predictor
-from vidaccel.bench.plan_training import TrainingPlan
+from vidaccel.bench.plan_training import TrainingPlan, asked_size
 from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.distill import DistillConfig
 from vidaccel.config.loader import SCHEMAS, load
 from vidaccel.config.plan import GPUS, PlanConfig
 from vidaccel.errors import UserError
@@ -160,6 +161,12 @@ def test_a_real_training_at_toy_size(tmp_path):
     stored += sum(tensor_bytes(file) for file in (tmp_path / "student" / "conditioning").glob("*.safetensors"))
     assert made.disk["the student"] == pytest.approx(stored, rel=0.1)
     assert any(what.startswith(f"features of {len(CAPTIONS)} clips") for what in made.disk)
+
+
+def test_the_size_is_that_of_the_features(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"num_frames": 5, "height": 32, "width": None}}))
+    asked = asked_size(DistillConfig(features=str(tmp_path)))
+    assert asked == {"num_frames": 5, "height": 32, "width": None}
 
 
 def tensor_bytes(file: Path) -> int:

@@ -5,14 +5,16 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from vidaccel.cli.common import Debug, is_setting, reported, split_settings
+from vidaccel.cli.common import Debug, is_setting, quiet_libraries, reported, split_settings
 from vidaccel.errors import TrainingFailed, UserError
 
 
@@ -147,3 +149,18 @@ def test_a_setting_is_one_by_its_name(word):
 def test_settings_are_told_from_the_prompt():
     words = ["a red circle = round", "steps=3", "+a.b=c", "x = y", "seed="]
     assert split_settings(words) == (["a red circle = round", "x = y"], ["steps=3", "+a.b=c", "seed="])
+
+
+def test_norms_under_autocast_are_not_warned_of():
+    """Their float32 weights beside bfloat16 input: what comes out is what float32 gives, rounded."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch says it once a process
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            quiet_libraries()
+            x = torch.randn(4, 8, dtype=torch.bfloat16)
+            with torch.autocast("cpu", torch.bfloat16):
+                made = torch.nn.RMSNorm(8)(x)
+    finally:
+        torch.set_warn_always(before)
+    assert said == [] and torch.equal(made, torch.nn.RMSNorm(8)(x.float()).to(made.dtype))

@@ -39,7 +39,8 @@ def test_trains_searches_and_says_the_schedules(world):
     result = run(world, "--features", str(world / "features"), "-o", "predictor")
     assert result.exit_code == 0, result.output
     *lines, last, shared = result.stdout.splitlines()
-    assert last == "predictor: the predictor and these schedules"
+    use = f"vidaccel generate PROMPT model={world / 'student'} predictor=predictor budget=2 steps=4"
+    assert last == f"predictor: the predictor and these schedules; `{use}` runs it"
     assert shared == "to share: predictor without checkpoints/ and trajectories/"
     assert "info: step 2: loss " in result.stderr  # there is no terminal to show a bar
     schedules = read_schedules("predictor/schedule.json")
@@ -94,7 +95,8 @@ def test_schedules_of_forecasters_without_training(world, name):
     result = run(world, "--features", str(world / "features"), f"forecaster={name}", "budgets=[1,2]", "-o", "found")
     assert result.exit_code == 0, result.output
     *lines, last = result.stdout.splitlines()
-    assert last == "found: these schedules"
+    use = f"vidaccel generate PROMPT model={world / 'student'} predictor={name} schedule=found/schedule.json budget=1"
+    assert last == f"found: these schedules; `{use} steps=4` runs it"
     assert [line.partition(" of 4 steps full, expected error ")[0] for line in lines] == ["1", "2"]
     assert [schedule.budget for schedule in read_schedules("found/schedule.json")] == [1, 2]
     assert {path.name for path in Path("found").iterdir() if not path.name.startswith(".")} == {

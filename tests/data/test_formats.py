@@ -103,7 +103,7 @@ def test_more_frames_than_a_clip_has_are_not_made_up_from_longer_sound(tmp_path,
     write_video(counted(8), tmp_path / "a.mp4", 8)
     ffmpeg("-i", tmp_path / "a.mp4", "-f", "lavfi", "-i", "sine=duration=4", "-c:v", "copy", tmp_path / "b.mp4")
     assert frame_numbers(tmp_path / "b.mp4", fps=8, num_frames=8) == list(range(8))
-    assert reason(tmp_path / "b.mp4") == "too short: 1 s, where 9 frames at 8 fps need 1 s"
+    assert reason(tmp_path / "b.mp4") == "too short: 1 s, which are 8 of 9 frames at 8 fps"
 
 
 def test_many_frames(tmp_path):

@@ -86,7 +86,7 @@ def test_long_enough_or_not(tmp_path, num_frames, enough):
     if enough:
         assert len(frame_numbers(tmp_path / "a.mp4", fps=8, num_frames=num_frames)) == num_frames
     else:
-        with pytest.raises(BadClip, match="too short: 2.12 s, where 18 frames at 8 fps need 2.12 s"):
+        with pytest.raises(BadClip, match="too short: 2.12 s, which are 17 of 18 frames at 8 fps"):
             frame_numbers(tmp_path / "a.mp4", fps=8, num_frames=num_frames)
 
 

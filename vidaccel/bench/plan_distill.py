@@ -14,6 +14,7 @@ from vidaccel.bench.plan_training import (
     Held,
     TrainingPlan,
     Work,
+    asked_size,
     checkpoint_bytes,
     features_disk,
     folder_size,
@@ -43,8 +44,7 @@ def plan_distillation(
     Raises:
         UserError: nothing says how large the teacher is, or it makes no such videos.
     """
-    asked = {name: getattr(config, name) for name in ("num_frames", "height", "width")}
-    model = planned_model(config.teacher, plan, conf, named, asked)
+    model = planned_model(config.teacher, plan, conf, named, asked_size(config))
     costs, method, train = Costs(model), method_of(config.method), config.train
     settings = config.own_settings
     target_passes: Passes = method.passes(settings if settings is None else method.resolved(settings))

@@ -17,6 +17,7 @@ from vidaccel.bench.plan_training import (
     Held,
     TrainingPlan,
     Work,
+    asked_size,
     checkpoint_bytes,
     features_disk,
     folder_size,
@@ -47,8 +48,7 @@ def plan_predictor(
     config: PredictorConfig, plan: PlanConfig, conf: str | None = None, named: bool = False
 ) -> TrainingPlan:
     """What `vidaccel train-predictor` costs; arguments and errors as of `plan_distillation`."""
-    asked = {name: getattr(config, name) for name in ("num_frames", "height", "width")}
-    model = planned_model(config.student, plan, conf, named, asked)
+    model = planned_model(config.student, plan, conf, named, asked_size(config))
     costs = Costs(model, config.blocks, config.history)
     steps = config.steps or model.call.get("steps") or STEPS
     notes = [] if config.steps or "steps" in model.call else [f"the student makes {STEPS} steps (steps= says others)"]

@@ -13,13 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE
+from vidaccel.artefacts import RUN_FILE, read_json
 from vidaccel.bench.measures.flops import parameters, pass_flops, planned_trunk
 from vidaccel.bench.measures.memory import activation_bytes
 from vidaccel.bench.measures.training import BlockBytes, training_blocks
 from vidaccel.bench.planned_model import PlannedModel
 from vidaccel.bench.sizes import meta_transformer, new_transformer, rows
+from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.families.walk import blocks_of, conditions_of, patch_of
@@ -174,6 +176,15 @@ def features_disk(clips: int | None, samples: int, clip: int) -> dict[str, float
     """Bytes of encoded clips: of as many as there are, or as there would be if none were seen twice."""
     count = samples if clips is None else clips
     return {f"features of {count:,} clips{'' if clips else ', each seen once'}": clip * count}
+
+
+def asked_size(config: DistillConfig | PredictorConfig) -> dict[str, int | None]:
+    """num_frames, height and width of the settings, else what their features were collected with, where that is
+    there; None leaves it to the model."""
+    run = Path(config.features or "") / RUN_FILE
+    collected = read_json(run, "collect them again").get("config", {}) if config.features and run.is_file() else {}
+    names = ("num_frames", "height", "width")
+    return {name: collected.get(name) if getattr(config, name) is None else getattr(config, name) for name in names}
 
 
 def folder_size(features: str | None) -> int | None:

@@ -122,13 +122,14 @@ def _attached(
     if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
         named = isinstance(forecaster, Multistep) or forecaster.config.student is not None
         student = _student(loaded, pipe, family, force or not named)
+        called = loaded.source if loaded else pipe.name_or_path
         if isinstance(forecaster, Multistep):
-            forecaster.check_fits(family.name, student, force)
+            forecaster.check_fits(family.name, student, force, called)
         else:
             for transformer in denoisers_of(pipe, family):
-                forecaster.check_fits(transformer, family, student, force)
+                forecaster.check_fits(transformer, family, student, force, called)
             if named and forecaster.scalars is not None:
-                forecaster.scalars.check_fits(family.name, student, force)
+                forecaster.scalars.check_fits(family.name, student, force, called)
     chosen = _schedule(predictor, *which)
     if isinstance(forecaster, Multistep):
         return _under_scalars(pipe, family, forecaster, chosen, force)

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -212,10 +213,12 @@ class _LowerCaseLevel(logging.Formatter):
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' warnings and progress bars off the user's terminal."""
+    """Keep diffusers' and transformers' warnings and progress bars off the user's terminal, and one of torch's."""
     import diffusers
     import transformers
 
+    # Autocast leaves a norm float32 weights beside bfloat16 input, and the kernels that are not fused are as exact.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -177,6 +177,7 @@ def _compare(
         full, fps = as_fast(full, config, ready.loaded, quick[0]), ready.loaded.default("fps")
     del ready
     gc.collect()  # a loaded pipeline knows itself, and the device may have no room for two
+    log.info("beside it %s in full, of the same size and guided alike", full.model)
     with session(full, device, warm_up=texts[0], images=images) as ready:
         both = [Compared(*pair) for pair in zip(quick, ready.videos(texts), strict=True)]
     for each, file in zip(both, files, strict=True):

@@ -1,7 +1,7 @@
 """`vidaccel train-predictor`: what stands in for a student's trunk on most steps, and on which of them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,10 @@ from vidaccel.cli.common import (
     show_plan,
 )
 from vidaccel.config.defaults import default_conf
+from vidaccel.config.predictor import PredictorConfig
+
+if TYPE_CHECKING:  # which imports torch
+    from vidaccel.cache.schedule import Schedule
 
 
 @reported
@@ -68,6 +72,20 @@ def train_predictor(
         typer.echo(f"{of} steps full, expected error {schedule.expected_error:.3f}: {full}")
     if schedules:
         made = {"learned": "the predictor and ", "multistep": "the scalars and "}.get(config.forecaster, "")
-        typer.echo(f"{output}: {made}these schedules")
+        typer.echo(f"{output}: {made}these schedules; {_generating(config, output, schedules)} runs it")
         if config.forecaster == "learned":
             typer.echo(f"to share: {output} without checkpoints/ and trajectories/")
+
+
+def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule]") -> str:
+    """The `vidaccel generate` that uses what was made, with about a third of the steps in full."""
+    from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+
+    by_folder = config.forecaster in ("learned", "multistep")
+    words = [f"predictor={output}" if by_folder else f"predictor={config.forecaster} schedule={output / SCHEDULE_FILE}"]
+    schedule = schedules[len(schedules) // 3]
+    listed = {name: getattr(config, name) for name in ("timesteps", "sigmas") if getattr(config, name)}
+    grid = listed or {"steps": schedule.steps}
+    given = {name: getattr(config, name) for name in ("shift", "guidance") if getattr(config, name) is not None}
+    words += [f"{name}={value}" for name, value in ({"budget": schedule.budget} | grid | given).items()]
+    return f"`vidaccel generate PROMPT model={config.student} {' '.join(words)}`"

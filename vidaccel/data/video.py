@@ -147,9 +147,8 @@ def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[Module
     listing = _listed(source is webp, path.absolute(), float(wanted[-1]), key)
     begin = listing.times
     if wanted[-1] > begin[-1] and wanted[-1] >= listing.end:
-        raise BadClip(
-            f"too short: {listing.end:.3g} s, where {num_frames} frames at {fps:g} fps need {wanted[-1]:.3g} s"
-        )
+        held = int(((wanted <= begin[-1]) | (wanted < listing.end)).sum())
+        raise BadClip(f"too short: {listing.end:.3g} s, which are {held} of {num_frames} frames at {fps:g} fps")
     return source, listing, np.searchsorted((begin[1:] + begin[:-1]) / 2, wanted)
 
 

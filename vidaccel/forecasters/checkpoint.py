@@ -16,7 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, atomic_path, read_run, refuse_unfinished, sha256_file, verify_files, write_json
+from vidaccel.artefacts import (
+    RUN_FILE,
+    atomic_path,
+    read_json,
+    read_run,
+    refuse_unfinished,
+    sha256_file,
+    verify_files,
+    write_json,
+)
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
@@ -104,10 +113,37 @@ class NetworkConfig:
         return Grid.recorded(self.steps, self.shift, self.times)
 
 
+def of_another(
+    what: str, made_for: str, folder: Path | None, known: Set[str] | None, called: str | None, hint: str
+) -> UserError:
+    """That something serves one model and is not for this one, by the names of both, as far as they are known.
+
+    Args:
+        what: and what was done with it, such as "the predictor was trained for".
+        made_for: `student_hash` of the model that it serves.
+        folder: that it was read from, whose run.json names that model.
+        known: `student_hashes` of the other one; None if its weight files are not known.
+        called: the other one's folder or hub id.
+        hint: what to do.
+    """
+    run_file = (folder or Path()) / RUN_FILE
+    run = read_json(run_file, "copy the folder again") if folder and run_file.is_file() else {}
+    name = run.get("config", {}).get("student")
+    its = f"{name} ({made_for[:12]})" if name else made_for[:12]
+    if known is None:
+        return UserError(f"{what} {its}, and this is {called or 'one'}, whose weight files are not known", hint)
+    if name and called and Path(name).absolute() == Path(called).absolute():
+        return UserError(f"{what} {its} as it was then: its weights are others now", hint)
+    found = f"{what} {its}, and this is {called or 'another'}"
+    return UserError(found, f"take model={name}, or {hint}" if name else hint)
+
+
 class Checkpointed:
     """What a module with a `NetworkConfig` in `config` inherits to be saved and loaded."""
 
     config: NetworkConfig
+    folder: Path | None = None
+    """That it was loaded from."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; run.json is for the command that made the folder."""
@@ -131,10 +167,16 @@ class Checkpointed:
                 f"{folder} is no predictor: {' '.join(str(error).split())}",
                 "give the path of a finished `vidaccel train-predictor` folder",
             ) from error
+        module.folder = folder
         return module.eval()
 
     def check_fits(
-        self, transformer: nn.Module, family: DiTFamily, student: str | Set[str] | None = None, force: bool = False
+        self,
+        transformer: nn.Module,
+        family: DiTFamily,
+        student: str | Set[str] | None = None,
+        force: bool = False,
+        called: str | None = None,
     ) -> None:
         """`UserError` unless it was made for this transformer.
 
@@ -143,6 +185,7 @@ class Checkpointed:
             family: its record.
             student: its `student_hash`, or all of its `student_hashes`; None is one that is not known.
             force: take another student than it was trained for. Another family or width cannot be forced.
+            called: folder or hub id of this one, for the message.
         """
         made, own = self.config, width(transformer)
         if (made.family, made.width) != (family.name, own):
@@ -152,8 +195,6 @@ class Checkpointed:
             )
         known = {student} if isinstance(student, str) else student or set()
         if made.student is not None and made.student not in known and not force:
-            which = "a model whose weight files are not known" if student is None else "another one"
-            raise UserError(
-                f"the predictor was trained for the student {made.student[:12]}, and this is {which}",
-                "train one for this model, or see what it does with force=true",
-            )
+            hint = "train one for this model, or see what it does with force=true"
+            trained = "the predictor was trained for the student"
+            raise of_another(trained, made.student, self.folder, None if student is None else known, called, hint)

@@ -33,7 +33,7 @@ from vidaccel.artefacts import RUN_FILE, read_run, verify_files, write_json
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.base import ForecasterCosts, Making, PlannedTrunk
-from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCALARS_FILE
+from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCALARS_FILE, of_another
 from vidaccel.models.grid import Grid
 
 FORMAT = "multistep/1"
@@ -250,8 +250,8 @@ class MultistepConfig:
 class Multistep:
     """The fitted scalars of a folder."""
 
-    def __init__(self, config: MultistepConfig):
-        self.config = config
+    def __init__(self, config: MultistepConfig, folder: Path | None = None):
+        self.config, self.folder = config, folder
 
     @classmethod
     def make(cls, making: Making) -> "Multistep":
@@ -293,31 +293,28 @@ class Multistep:
             config = MultistepConfig(**content)
             if any(made.network != (name == SCALARS_FILE) for made in config.lists):
                 raise ValueError(f"lists on top of a network are in the {SCALARS_FILE} of its folder, and no others")
-            return cls(config)
+            return cls(config, folder)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
             raise UserError(
                 f"{folder} holds no fitted scalars: {' '.join(str(error).split())}",
                 f"give the path of a finished `{command}` folder",
             ) from error
 
-    def check_fits(self, family: str, student: Set[str] | None, force: bool = False) -> None:
+    def check_fits(self, family: str, student: Set[str] | None, force: bool = False, called: str | None = None) -> None:
         """`UserError` unless they were fitted to this model.
 
         Args:
             family: name of its record, which cannot be forced.
             student: all of its `student_hashes`; None is a model that is not known.
             force: take another student than they were fitted to.
+            called: folder or hub id of this one, for the message.
         """
         made = self.config
         if made.family != family:
             raise UserError(f"the scalars are for {made.family}, and this is {family}", "fit some for this model")
         if made.student not in (student or set()) and not force:
-            which = "a model whose weight files are not known" if student is None else "another one"
-            raise UserError(
-                f"the scalars were fitted to the model {made.student[:12]}, and this is {which}",
-                "fit some to this model (vidaccel train-predictor forecaster=multistep), or see what they do with "
-                "force=true",
-            )
+            hint = "fit some to this one (vidaccel train-predictor forecaster=multistep), or try them with force=true"
+            raise of_another("the scalars were fitted to the model", made.student, self.folder, student, called, hint)
 
     def find(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> FittedList | None:
         """The numbers for these full steps, on the grid of these times where they are said, if there are some."""

@@ -260,7 +260,10 @@ def test_what_it_says_and_that_it_comes_out_the_same_again(world, tmp_path):
     schedules = read_schedules(world / "scalars" / "schedule.json")
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"1 of 4 steps full, expected error {schedules[0].expected_error:.3f}: 0")
-    assert lines[-1] == f"{tmp_path / 'again'}: the scalars and these schedules"
+    use = f"vidaccel generate PROMPT model={world / 'student'} predictor={tmp_path / 'again'} budget=1 steps=4"
+    assert lines[-1] == f"{tmp_path / 'again'}: the scalars and these schedules; `{use}` runs it"
+    done = run(world, "-o", str(tmp_path / "again"))
+    assert done.exit_code == 0 and "already finished" in done.stderr and done.stdout == result.stdout
 
 
 def test_the_error_is_that_of_the_pipeline_as_it_serves(world):

@@ -316,7 +316,7 @@ def test_the_widest_interval_is_the_students_own_or_its_grids(world, tmp_path):
 # search
 
 
-def test_search_again_changes_the_schedules_and_what_vouches_for_them_only(world, trained, tmp_path):
+def test_search_again_changes_the_schedules_and_what_vouches_for_them_only(world, trained, tmp_path, caplog):
     before = contents(trained("wan"))
     config = settings(world, stage="search", search_prompts=1)
     copy = tmp_path / "copy"
@@ -329,6 +329,9 @@ def test_search_again_changes_the_schedules_and_what_vouches_for_them_only(world
     verify_files(copy, run)
     assert [on["prompts"] for on in run["searched_on"]] == [1] and run["config"]["search_prompts"] == 3
     assert read_schedules(copy / "schedule.json") == schedules
+    caplog.set_level("INFO", logger="vidaccel")
+    assert train_predictor(config, copy) == schedules and contents(copy) == after
+    assert "already finished" in caplog.text
     assert train_predictor(replace(config, search_prompts=3), copy) == read_schedules(trained("wan") / "schedule.json")
 
 
@@ -403,8 +406,10 @@ def test_features_of_another_student_are_refused(world, tmp_path):
 def test_schedules_are_not_searched_for_another_student(world, trained, tmp_path):
     other = save_tiny_student(tmp_path, "wan", ("r",))
     config = settings(world, student=str(other), guidance=1.0, stage="search")
-    with pytest.raises(UserError, match="trained for the student"):
+    with pytest.raises(UserError, match="trained for the student .*, and this is") as caught:
         train_predictor(config, trained("wan"))
+    own = settings(world).student
+    assert f"{own} (" in caught.value.message and str(other) in caught.value.message and own in caught.value.hint
 
 
 def test_a_family_with_two_denoisers_is_refused(world, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp
     small += ["runs=16", "checked_prompts=4", "tried=1"]  # of the scalars on top
     result = CliRunner().invoke(app, ["train-predictor", *small])
     assert result.exit_code == 0, result.output
-    assert "runs/predictor: the predictor and these schedules" in result.stdout.splitlines()
+    assert "runs/predictor: the predictor and these schedules; `vidaccel generate PROMPT" in result.stdout
     made = Predictor.from_pretrained("runs/predictor")
     assert made.config.student == student_hash(load_pipeline("sprites/student")) and made.history == 1
     assert "as served at" in result.stderr and not Path("runs/predictor/trajectories").exists()

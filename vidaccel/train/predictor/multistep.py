@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vidaccel.artefacts import RUN_FILE, check_output, read_run, sha256_file, write_run
+from vidaccel.artefacts import (
+    RUN_FILE,
+    check_output,
+    read_run,
+    say_finished,
+    sha256_file,
+    verify_files,
+    write_run,
+)
 from vidaccel.cache.policy import check_full_steps
 from vidaccel.cache.schedule import Schedule, candidates, read_schedules, write_schedules
 from vidaccel.collect.encode import IMAGE, LATENT, as_array
@@ -55,6 +63,7 @@ from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
+from vidaccel.train.predictor.task import SEARCHED, search_of
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -275,6 +284,13 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         check_full_steps(config.full_steps, steps)
     if config.budgets and config.budgets[-1] > steps:
         raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
+    data = {"captions": [caption for caption, _ in prompts], **_parents(config, loaded)}
+    asked = search_of(config, student_hash(loaded), data)
+    before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
+    if before.get(SEARCHED, {}).get(str(steps)) == asked:
+        verify_files(output, before)
+        say_finished(output)
+        return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == steps]
     log.info("%d runs of %d steps, guidance from %g to %g", len(prompts), steps, *span)
     runs = own_runs(sampler, prompts, config.seed, span, config.mse.batch_size)
     if config.full_steps is not None:
@@ -299,7 +315,7 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         tuple(best[budget] for budget in sorted(best)),
     )
     beside = compared(runs.part(slice(config.runs, None)), fitted.lists)
-    return _finish(config, output, loaded, sampler, fitted, beside, started)
+    return _finish(config, output, loaded, sampler, fitted, beside, asked, started)
 
 
 def runs_of(
@@ -371,6 +387,7 @@ def _finish(
     sampler: TrajectorySampler,
     fitted: MultistepConfig,
     beside: list[dict[str, Any]],
+    asked: str,
     started: datetime,
 ) -> list[Schedule]:
     """Write the folder, with what it had for other grids."""
@@ -386,7 +403,6 @@ def _finish(
     (output / RUN_FILE).unlink(missing_ok=True)
     Multistep(replace(fitted, lists=lists)).save_pretrained(output)
     write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
-    source = Path(loaded.source) / RUN_FILE
     on = {"steps": sampler.steps, "shift": sampler.shift, "guidance": list(fitted.guidance_range)}
     write_run(
         output,
@@ -395,11 +411,19 @@ def _finish(
         config=configuration.to_dict(config),
         seed=config.seed,
         started=started,
-        parents={"student": sha256_file(source)} if source.is_file() else {},
+        parents=_parents(config, loaded),
         searched_on=[*before["searched_on"], on | {"runs": config.runs, "prompts": config.checked_prompts}],
         compared=[*before["compared"], *beside],
+        **{SEARCHED: run.get(SEARCHED, {}) | {str(sampler.steps): asked}},
     )
     return schedules
+
+
+def _parents(config: PredictorConfig, loaded: LoadedPipeline) -> dict[str, str]:
+    """SHA-256 of the run.json of what scalars are made of, where it has one."""
+    folders = {"student": loaded.source} | ({"features": config.features} if config.features else {})
+    files = {role: Path(folder) / RUN_FILE for role, folder in folders.items()}
+    return {role: sha256_file(file) for role, file in files.items() if file.is_file()}
 
 
 def _kept(

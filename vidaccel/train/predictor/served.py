@@ -336,7 +336,7 @@ def serving_predictor(task: PredictorTask, folder: Path) -> Predictor:
     """The one that was saved there, run as the student's blocks are."""
     transformer = task.student.transformer
     predictor = Predictor.from_pretrained(folder).to(task.device)
-    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded))
+    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded), called=task.config.student)
     return predictor.run_like(transformer)
 
 

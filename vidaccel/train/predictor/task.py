@@ -4,6 +4,8 @@ A predictor is trained at one guidance scale, the one that the student is sample
 is a few per cent of the student, and every other scale is another function to learn.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from vidaccel.cache.trunk import Trunk
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
@@ -27,6 +30,9 @@ from vidaccel.models.grid import Grid, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
+
+SEARCHED = "searches"
+"""In run.json: `search_of` what was found, by the steps of its grid."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,19 @@ def task_of(
     history = made.history if made else looks_back.get(config.forecaster, config.history)
     trunk = Trunk(transformer, loaded.family, history)
     return PredictorTask(config, loaded, student, trunk, data, provenance, sampling)
+
+
+def search_of(config: PredictorConfig, student: str, data: object) -> str:
+    """SHA-256 of all that decides what a search finds, by which one that is asked for again is known as done.
+
+    Args:
+        config: its settings, as they are given.
+        student: `student_hash` of the model.
+        data: what tells its captions from others.
+    """
+    given = {key: value for key, value in configuration.to_dict(config).items() if key != "stage"}
+    text = json.dumps({"settings": given, "student": student, "data": data}, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity) -> float:

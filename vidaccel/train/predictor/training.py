@@ -26,6 +26,7 @@ from vidaccel.artefacts import (
     read_run,
     say_finished,
     sha256_file,
+    verify_files,
     write_json,
     write_run,
 )
@@ -68,7 +69,7 @@ from vidaccel.train.predictor.served import (
     serving_predictor,
     start_predictor,
 )
-from vidaccel.train.predictor.task import PredictorTask, task_of
+from vidaccel.train.predictor.task import SEARCHED, PredictorTask, search_of, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.step import autocast
 from vidaccel.train.trainer import train
@@ -132,14 +133,18 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
         started = datetime.now(UTC)
         loaded = load_pipeline(config.student, device=device, lora=config.lora or ())
         task = task_of(loaded, config, None)
-        with task.trunk:
-            schedules = search_schedules(task, _made_by_name(task))
         made_for = {"forecaster": config.forecaster, "student": student_hash(loaded)}
         before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
+        steps, asked = task.sampling.grid.steps, _asked(task, config)
+        if before and before.get(SEARCHED, {}).get(str(steps)) == asked:
+            verify_files(output, before)
+            say_finished(output)
+            return _found(task, output)
+        with task.trunk:
+            schedules = search_schedules(task, _made_by_name(task))
         same = all(before.get(key) == value for key, value in made_for.items())
-        others = (
-            [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != task.sampling.grid.steps] if same else []
-        )
+        others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if same else []
+        searched = {key: before[SEARCHED][key] for key in before.get(SEARCHED, {}) if same} | {str(steps): asked}
         (output / RUN_FILE).unlink(missing_ok=True)
         write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
         run = _described(task, config, started)
@@ -151,9 +156,20 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
             seed=config.seed,
             started=started,
             parents=run["parents"],
+            **{SEARCHED: searched},
             **made_for,
         )
         return schedules
+
+
+def _asked(task: PredictorTask, config: PredictorConfig) -> str:
+    """`search_of` the settings as they were given."""
+    return search_of(config, student_hash(task.loaded), task.provenance)
+
+
+def _found(task: PredictorTask, output: Path) -> list[Schedule]:
+    """The schedules that are there for the task's grid."""
+    return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
 
 
 def _made_by_name(task: PredictorTask) -> Forecaster:
@@ -198,17 +214,23 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
             (_train_served if config.pairs == "served" else _train)(task, output)
             run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
-                run["searched_on"] = before["searched_on"]
+                run["searched_on"], run[SEARCHED] = before["searched_on"], before.get(SEARCHED, {})
                 if on_top is not None:
                     _save_on_top(output, on_top)
                     run["fitted"] = before["fitted"]
                 if on_first(partial(_is_done, task, output, before, run)):
-                    return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
+                    return _found(task, output)
+        asked = _asked(task, config)
+        known = run.setdefault(SEARCHED, {})
+        if config.stage == "search" and known.get(str(task.sampling.grid.steps)) == asked:
+            on_first(lambda: say_finished(output))
+            return _found(task, output)
         schedules = _search(task, output)
         if config.stage != "search":
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
         if _wants_scalars(config, output):
             schedules = _fit_on_top(task, output, run, schedules)
+    known[str(task.sampling.grid.steps)] = asked
     on_first(lambda: _finish(task, output, run, schedules))
     return schedules
 
@@ -474,6 +496,7 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         searched_on=[*others, task.sampling.record() | {"prompts": task.config.search_prompts}],
         compared=run.get("compared", []),
         fitted=run.get("fitted", []),
+        **{SEARCHED: {key: asked for key, asked in run.get(SEARCHED, {}).items() if int(key) in budgets}},
     )
 
 
