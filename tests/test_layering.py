@@ -19,9 +19,11 @@ LAYERS = (
     "vidaccel.artefacts",
     "vidaccel.locks",
     "vidaccel.prompts",
+    "vidaccel.ranks",
     "vidaccel.progress",
     "vidaccel.numbers",
     "vidaccel.compat",
+    "vidaccel.processes",
     "vidaccel.worlds",  # the table of worlds, which imports them by name
     "vidaccel.forecasters.registry",  # the table of forecasters, likewise
     "vidaccel.config",

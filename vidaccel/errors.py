@@ -20,6 +20,10 @@ class UserError(Exception):
         return f"{self.message}\nhint: {self.hint}"
 
 
+class ProcessLost(RuntimeError):
+    """Another of the processes that torchrun started ended before its work was done, which ends this one too."""
+
+
 class TrainingFailed(RuntimeError):
     """Too many steps in a row had no finite loss or gradient. The last good checkpoint is kept."""
 

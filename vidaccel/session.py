@@ -42,8 +42,9 @@ class Session:
     fitted: Sequence[str] = ()
     """What was done to each image."""
 
-    def videos(self, prompts: Sequence[str]) -> Iterator[Generated]:
-        """One video a prompt; video i is made of seed `config.seed + i`, and begins with image i where there are any.
+    def videos(self, prompts: Sequence[str], which: Sequence[int] | None = None) -> Iterator[Generated]:
+        """One video a prompt, or of those prompts alone that are at `which` places; video i is made of seed
+        `config.seed + i`, and begins with image i where there are any.
 
         Raises:
             UserError: a prompt that no tokenizer takes, or another number of images.
@@ -53,13 +54,14 @@ class Session:
             raise UserError(
                 f"{len(self.images)} images were given for {len(prompts)} prompts", "give one each, or one for all"
             )
-        for prompt in prompts:
-            warn_of_unknown_words(self.loaded, prompt)
+        places = range(len(prompts)) if which is None else which
+        for i in places:
+            warn_of_unknown_words(self.loaded, prompts[i])
         cuts = TextCuts()
-        for i, prompt in enumerate(prompts):
+        for i in places:
             image = self.images[i % len(self.images)] if self.images else None
             with cuts.noticed(self.loaded.pipe):
-                made = generate(self.loaded, [prompt], self.config, [self.config.seed + i], self.attachment, image)
+                made = generate(self.loaded, [prompts[i]], self.config, [self.config.seed + i], self.attachment, image)
             yield made
 
 

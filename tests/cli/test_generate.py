@@ -209,9 +209,35 @@ def test_a_file_of_prompts_makes_a_folder_of_videos(models):
     Path("prompts.txt").write_text("a red circle\n\na green square\n")
     model = f"model={models['hunyuan_video']}"
     assert run("--prompts", "prompts.txt", model, "steps=2", "-o", "videos").exit_code == 0
-    assert sorted(p.name for p in Path("videos").iterdir()) == ["0000.mp4", "0001.mp4"]
+    assert sorted(p.name for p in Path("videos").iterdir()) == [".made", "0000.mp4", "0001.mp4"]
     assert run("a green square", model, "steps=2", "seed=1", "-o", "alone.mp4").exit_code == 0
     assert Path("alone.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
+
+
+def test_videos_of_prompts_are_made_once(models):
+    Path("prompts.txt").write_text("a red circle\na green square\na blue cross\n")
+    words = ("--prompts", "prompts.txt", f"model={models['hunyuan_video']}", "steps=1", "-o", "videos")
+    first, files = run(*words, "--json"), [Path(f"videos/000{i}.mp4") for i in range(3)]
+    straight = [file.read_bytes() for file in files]
+    files[0].unlink()
+    files[1].write_bytes(b"cut short")
+    again = run(*words)
+    assert "1 of 3 videos are there already" in again.stderr
+    assert [line.partition(":")[0] for line in again.stdout.splitlines()] == ["videos/0000.mp4", "videos/0001.mp4"]
+    assert [file.read_bytes() for file in files] == straight
+    reports = [json.loads(each.stdout) for each in (first, run(*words, "--json"))]
+    assert [{**report, "seconds": None} for report in reports] == [{**reports[0], "seconds": None}] * 2
+    assert len(run(*words, "seed=1").stdout.splitlines()) == 3
+    assert files[0].read_bytes() != straight[0]
+
+
+def test_what_many_processes_do_not_share_is_refused(models, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Path("prompts.txt").write_text("a red circle\n")
+    for words in (["a red circle"], ["a red circle", "--compare"], ["--prompts", "prompts.txt", "--sheet", "s.png"]):
+        refused = run(*words)
+        assert refused.exit_code == 2 and "is the work of one process, and torchrun started 2" in refused.stderr
+        assert not list(Path().glob("out*"))
 
 
 def test_gif_and_png_folder(models):

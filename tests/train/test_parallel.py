@@ -32,20 +32,9 @@ from tests.train.test_trainer import interrupting_at, metrics, small_disk
 from tests.train.torchrun import in_two, start
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.processes import on_all, on_first, processes, rank, world
 from vidaccel.train.lora import add_lora
-from vidaccel.train.parallel import (
-    full_state,
-    load_sharded,
-    mean,
-    on_all,
-    on_first,
-    processes,
-    rank,
-    save_sharded,
-    shard,
-    shared_folder,
-    world,
-)
+from vidaccel.train.parallel import full_state, load_sharded, mean, save_sharded, shard, shared_folder
 from vidaccel.train.trainer import train
 
 CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)

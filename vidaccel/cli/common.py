@@ -14,9 +14,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from vidaccel.artefacts import RUN_FILE, last_checkpoint, read_run, told
+from vidaccel.cli.together import LOST, one_of_many
 from vidaccel.config.defaults import CONFS, default_conf
 from vidaccel.config.plan import PlanConfig
-from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.errors import ProcessLost, TrainingFailed, UserError
+from vidaccel.ranks import refuse_many
 
 Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -49,23 +51,35 @@ def reported(command: Callable) -> Callable:
     """A command that ends with a line and a hint: with 2 for a user's mistake and for what the operating system says of
     a path, with 1 for a training that failed and for a fault of ours, and with 130 for Ctrl-C.
 
-    Only --debug shows a traceback.
+    Only --debug shows a traceback. More than one process of torchrun's is refused.
     """
+    return _reported(command, together=False)
 
+
+def shared(command: Callable) -> Callable:
+    """A `reported` command whose work torchrun's processes share, or refuse: what they all have to say is said once."""
+    return _reported(command, together=True)
+
+
+def _reported(command: Callable, together: bool) -> Callable:
     @functools.wraps(command)
     def run(*args, debug: bool = False, **kwargs):
         print_any_character()
         _log_to_stderr()
-        try:
-            return command(*args, debug=debug, **kwargs)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise  # which end as they should
-        except (Exception, KeyboardInterrupt) as error:
-            if debug:
-                raise
-            status, said = _ending(error, kwargs.get("output"))
-            typer.echo(said, err=True)
-            raise typer.Exit(status) from None
+        with one_of_many() as heard:
+            try:
+                if not together:
+                    refuse_many(f"`{command.__name__.replace('_', '-')}`")
+                return command(*args, debug=debug, **kwargs)
+            except (typer.Exit, typer.Abort, BrokenPipeError):
+                raise  # which end as they should
+            except (Exception, KeyboardInterrupt) as error:
+                if debug:
+                    raise
+                status, said = _ending(error, kwargs.get("output"))
+                if heard(said, isinstance(error, ProcessLost)):
+                    typer.echo(said, err=True)
+                raise typer.Exit(status) from None
 
     return run
 
@@ -76,6 +90,8 @@ def _ending(error: BaseException, output: Path | None) -> tuple[int, str]:
         return 130, _interrupted(output)
     if isinstance(error, TrainingFailed):
         return 1, f"error: {error}"
+    if isinstance(error, ProcessLost):
+        return 1, LOST
     user_error = told(error) if isinstance(error, OSError) else error
     if isinstance(user_error, UserError):
         return 2, f"error: {user_error}"

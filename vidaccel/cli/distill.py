@@ -16,14 +16,14 @@ from vidaccel.cli.common import (
     default_said,
     plan_settings,
     quiet_libraries,
-    reported,
     settings,
+    shared,
     show_plan,
 )
 from vidaccel.config.defaults import default_conf
 
 
-@reported
+@shared
 def distill(
     overrides: Settings = None,
     output: Annotated[

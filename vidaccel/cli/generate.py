@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vidaccel import __version__
+from vidaccel.artefacts import sha256_file
 from vidaccel.cli.common import (
     Debug,
     Device,
@@ -17,13 +19,14 @@ from vidaccel.cli.common import (
     PrintConf,
     is_setting,
     quiet_libraries,
-    reported,
     settings,
+    shared,
     split_settings,
 )
 from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
 from vidaccel.prompts import check_prompts, prompts_in
+from vidaccel.ranks import refuse_many, share
 
 if TYPE_CHECKING:  # which import torch
     from vidaccel.sampling import Generated
@@ -32,7 +35,7 @@ if TYPE_CHECKING:  # which import torch
 log = logging.getLogger(__name__)
 
 
-@reported
+@shared
 def generate(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT] [KEY=VALUE]...", help="The prompt, and settings to change.")
@@ -88,6 +91,10 @@ def generate(
 
     vidaccel generate "a cat on a surfboard" model=path/to/model predictor=taylor every=3 --compare
 
+    The videos of --prompts that are there already, made of the same, are not made again.
+
+    On many processes: torchrun --nproc-per-node=8 -m vidaccel generate --prompts FILE ...
+
     A word is a setting if it begins with the name of one and "=". "E=mc2" is a prompt.
     """
     free, overrides = _told_apart(words or [], prompt, prompts)
@@ -104,8 +111,13 @@ def generate(
     if config.compare_to is not None and not compare:
         raise UserError(f"compare_to={config.compare_to} came without --compare", "add --compare, or leave it out")
     _check_outputs(files, sheet)
-    make = _compare if compare else _make
-    report = make(config, texts, pictures, files, sheet, device, say=(lambda line: None) if as_json else typer.echo)
+    say: Callable[[str], None] = (lambda line: None) if as_json else typer.echo
+    if prompts is None or compare or sheet:
+        refuse_many("--compare" if compare else "--sheet" if sheet else "one video")
+        make = _compare if compare else _make
+        report = make(config, texts, pictures, files, sheet, device, say)
+    else:
+        report = _make_many(config, texts, pictures, files, device, say)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
 
@@ -130,26 +142,85 @@ def _make(
 ) -> dict[str, Any]:
     """Load the model, write one video a text, and the sheet; what `--json` prints."""
     quiet_libraries()
-    from vidaccel.data.video import contact_sheet, write_video
+    from vidaccel.data.video import contact_sheet
     from vidaccel.session import session
 
-    videos = []
+    videos, records = [], []
     with session(config, device, images=images) as ready:
-        seconds = {"load": ready.seconds}
         for line in ready.fitted:
             say(line)
         for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
-            started = time.perf_counter()
-            write_video(made.frames[0], file, ready.loaded.default("fps"))
-            seconds = _added(seconds, made.seconds, {"write": time.perf_counter() - started})
+            records.append(_written(ready, made, file))
             say(f"{file}: {made.summary()}")
-        report = _report(ready, texts, files, sheet, made, seconds)
+        report = _report(ready, texts, files, sheet, records)
     if sheet:
         contact_sheet(videos, sheet, labels=texts)
         say(f"{sheet}: {len(videos)} video{'s' if len(videos) > 1 else ''}, frames side by side")
     return report
+
+
+def _make_many(
+    config: GenerateConfig, texts: list[str], images: list[Path], files: list[Path], device: str, say: Callable
+) -> dict[str, Any]:
+    """As `_make`, of those videos that are not there yet, shared by torchrun's processes."""
+    quiet_libraries()
+    from vidaccel.data.notes import forget, note, noted
+    from vidaccel.processes import locked_by_first, on_first, processes, sharing, world
+    from vidaccel.session import session
+
+    folder = files[0].parent
+    with processes(), locked_by_first(folder), session(config, device, images=images) as ready:
+        made_of = _made_of(ready, texts, images)
+        todo = on_first(lambda: [i for i, file in enumerate(files) if noted(file, made_of[i]) is None])
+        if len(todo) < len(files):
+            log.info("%d of %d videos are there already", len(files) - len(todo), len(files))
+        for line in ready.fitted:
+            say(line)
+        mine = share().of(todo)
+        with sharing("videos", total=len(files), done=len(files) - len(todo)) as advance:
+            for i, made in zip(mine, ready.videos(texts, mine), strict=True):
+                forget(files[i])
+                note(files[i], made_of[i], _written(ready, made, files[i]))
+                say(f"{files[i]}: {made.summary()}")
+                advance()
+        if world() > 1:
+            say(f"{folder}: {len(files)} videos")
+        records = [noted(file, what) for file, what in zip(files, made_of, strict=True)]
+        return _report(ready, texts, files, None, [record for record in records if record])
+
+
+def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dict[str, Any]]:
+    """All that tells each video from another."""
+    from vidaccel.config.loader import to_dict
+
+    config = {name: value for name, value in to_dict(ready.config).items() if name not in ("seed", "compare_to")}
+    common = {"vidaccel": __version__, "config": config, "hashes": _hashes(ready)}
+    pictures = [sha256_file(image) for image in images] or [None]
+    return [
+        common | {"prompt": text, "seed": ready.config.seed + i, "image": pictures[i % len(pictures)]}
+        for i, text in enumerate(texts)
+    ]
+
+
+def _written(ready: "Session", made: "Generated", file: Path) -> dict[str, Any]:
+    """What is said of a video that this writes."""
+    from vidaccel.data.video import write_video
+
+    started = time.perf_counter()
+    write_video(made.frames[0], file, ready.loaded.default("fps"))
+    return _record(made, write=time.perf_counter() - started)
+
+
+def _record(made: "Generated", **seconds: float) -> dict[str, Any]:
+    return {
+        "steps": made.steps,
+        "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
+        "guidance": made.guidance,
+        "size": list(made.frames.shape[1:4]),
+        "seconds": made.seconds | seconds,
+    }
 
 
 def _compare(
@@ -172,8 +243,7 @@ def _compare(
         for line in ready.fitted:
             say(line)
         quick = list(ready.videos(texts))
-        seconds = _added({"load": ready.seconds}, *(made.seconds for made in quick))
-        report = _report(ready, texts, files, sheet, quick[0], seconds)
+        report = _report(ready, texts, files, sheet, [_record(made) for made in quick])
         full, fps = as_fast(full, config, ready.loaded, quick[0]), ready.loaded.default("fps")
     del ready
     gc.collect()  # a loaded pipeline knows itself, and the device may have no room for two
@@ -214,36 +284,41 @@ def _report(
     texts: list[str],
     files: list[Path],
     sheet: Path | None,
-    made: "Generated",
-    seconds: Mapping[str, float],
+    records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What `--json` prints, of one of the videos that were made."""
-    from vidaccel.forecasters.checkpoint import predictor_hashes
+    """What `--json` prints; of what is the same for all videos that of the last."""
     from vidaccel.models.grid import Grid, shift_of
 
     config, loaded, attachment = ready.config, ready.loaded, ready.attachment
     own = loaded.call if config.shift is None else {}
     listed = Grid.listed(config.timesteps, config.sigmas) or Grid.listed(own.get("timesteps"), own.get("sigmas"))
+    last, seconds = records[-1], _added({"load": ready.seconds}, *(record["seconds"] for record in records))
     return {
         "files": [str(file) for file in files],
         "sheet": str(sheet) if sheet else None,
         "prompts": texts,
         "images": list(ready.fitted),
         "seed": config.seed,
-        "steps": made.steps,
-        "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
+        "steps": last["steps"],
+        "passes": last["passes"],
         "full_steps": sorted(attachment.policy.full_steps) if attachment else None,
         "predictor": config.predictor,
         "shift": None if listed else config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "times": listed and list(listed.times),
-        "guidance": made.guidance,
+        "guidance": last["guidance"],
         "runtime": ready.runtime,
-        "size": list(made.frames.shape[1:4]),
+        "size": last["size"],
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "model": loaded.source,
         "family": loaded.family.name,
-        "hashes": {**loaded.hashes, **predictor_hashes(config.predictor)},
+        "hashes": _hashes(ready),
     }
+
+
+def _hashes(ready: "Session") -> dict[str, str]:
+    from vidaccel.forecasters.checkpoint import predictor_hashes
+
+    return {**ready.loaded.hashes, **predictor_hashes(ready.config.predictor)}
 
 
 def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:

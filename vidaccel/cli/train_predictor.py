@@ -16,8 +16,8 @@ from vidaccel.cli.common import (
     default_said,
     plan_settings,
     quiet_libraries,
-    reported,
     settings,
+    shared,
     show_plan,
 )
 from vidaccel.config.defaults import default_conf
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # which imports torch
     from vidaccel.cache.schedule import Schedule
 
 
-@reported
+@shared
 def train_predictor(
     overrides: Settings = None,
     output: Annotated[

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from vidaccel.artefacts import CHECKPOINTS, differences, explained
 from vidaccel.errors import UserError
-from vidaccel.train.parallel import check_fit, load_sharded, on_all, on_first, save_sharded, shared_folder, world
+from vidaccel.processes import on_all, on_first, world
+from vidaccel.train.parallel import check_fit, load_sharded, save_sharded, shared_folder
 
 KEPT = 2
 STATE = "state.json"

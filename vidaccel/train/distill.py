@@ -41,13 +41,14 @@ from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
+from vidaccel.processes import locked_by_first, processes, rank, world
 from vidaccel.sampling import generate
 from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.own_call import called_as_told, own_scale, say_sources, warn_of_scale, with_scales
-from vidaccel.train.parallel import full_state, locked_by_first, processes, rank, shard, world
+from vidaccel.train.parallel import full_state, shard
 from vidaccel.train.trainer import train
 
 log = logging.getLogger(__name__)

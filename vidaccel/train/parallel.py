@@ -1,65 +1,23 @@
-"""One training in many processes: torchrun's process group, sharded weights, and what the processes agree on.
+"""One training in many processes: weights sharded over them, and files that all of them write to.
 
 FSDP2 keeps 1/W of every parameter, its gradient and its moments on each of W processes and gathers a block's weights
 when it is called. A sharded parameter is a DTensor. With one process every function here does nothing, or plainly.
 """
 
 import contextlib
-import gc
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vidaccel.artefacts import atomic_folder
-from vidaccel.compat.torch import forget_groups
-from vidaccel.locks import locked
-
-Result = TypeVar("Result")
-_meshes: list[DeviceMesh] = []  # that sharded models lie on
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """The process group that torchrun's environment describes, for the time of the block; nothing without torchrun.
-
-    Tensors on the CPU go through gloo, those on a GPU through NCCL; process i of a machine uses its GPU i. What was
-    sharded in the block is to be left in it: the group ends with the last that holds it.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # Destroyed, it still has its threads until nothing refers to it, and DTensor's caches keep every mesh, with its
-        # groups. A thread of gloo's that lets go of a finished tensor while the interpreter ends aborts the process.
-        for mesh in _meshes:
-            forget_groups(mesh)
-        _meshes.clear()
-        gc.collect()
-
-
-def world() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+from vidaccel.processes import group_ends_with, on_all, on_first, world
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device | None = None) -> None:
@@ -73,7 +31,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device | 
     if world() == 1:
         return
     mesh = init_device_mesh((device or next(model.parameters()).device).type, (world(),))
-    _meshes.append(mesh)
+    group_ends_with(mesh)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
 
@@ -102,48 +60,6 @@ def mean(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return (total / world()).tolist()
-
-
-def on_first(function: Callable[[], Result]) -> Result:
-    """Calls `function` in process 0 alone; every process returns what it returned, or raises what it raised."""
-    if world() == 1:
-        return function()
-    outcome: list = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_all(function: Callable[[], Result]) -> Result:
-    """Calls `function` in every process and returns what it returned here, unless it failed in one of them: then every
-    process raises what the first of those raised. One that fails alone would leave the others waiting for it."""
-    if world() == 1:
-        return function()
-    result = failure = None
-    try:
-        result = function()
-    except Exception as error:
-        failure = error
-    failures = [None] * world()
-    dist.all_gather_object(failures, failure)
-    for error in failures:
-        if error is not None:
-            raise error
-    return result
-
-
-@contextlib.contextmanager
-def locked_by_first(folder: Path) -> Iterator[None]:
-    """`locked` for a folder that all processes write to: process 0 holds the lock for all."""
-    with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(locked(folder)))
-        yield
 
 
 @contextlib.contextmanager

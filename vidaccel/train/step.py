@@ -21,9 +21,10 @@ from vidaccel.compat.torch import compiled_call, recompile_limit, set_compiled_c
 from vidaccel.config.training import TrainConfig
 from vidaccel.families.walk import blocks_of
 from vidaccel.models.velocity import Velocity
+from vidaccel.processes import rank, world
 from vidaccel.runtime.compiled import RECOMPILE_LIMIT
 from vidaccel.train.objective import Batch, Loss, Objective, drawing_device, generator_for
-from vidaccel.train.parallel import mean, rank, world
+from vidaccel.train.parallel import mean
 
 log = logging.getLogger(__name__)
 WARM_UP = 3

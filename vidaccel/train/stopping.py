@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from vidaccel.train.parallel import world
+from vidaccel.processes import world
 
 log = logging.getLogger(__name__)
 

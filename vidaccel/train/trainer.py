@@ -30,13 +30,14 @@ from vidaccel.artefacts import CHECKPOINTS
 from vidaccel.compat.diffusers import can_checkpoint
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.processes import on_first, rank, world
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
 from vidaccel.train.checkpoints import Checkpoints, State, Tensors, flat, unflat
 from vidaccel.train.metrics import ByProducts, Metrics, check_trackers
 from vidaccel.train.muon import StackedMuon
 from vidaccel.train.objective import Loss, Objective
-from vidaccel.train.parallel import mean, on_first, rank, world
+from vidaccel.train.parallel import mean
 from vidaccel.train.step import CaptureFailed, EagerStep, GraphStep, Outcome, autocast, eagerly, prepared, why_eager
 from vidaccel.train.stopping import stoppable
 
@@ -104,7 +105,7 @@ def train(
 
     make_step: EagerStep | GraphStep = EagerStep(model, loss, config, optimizers, seed)
     course, last_good, by_products, outcome = Course(config, state), state.step, ByProducts(), None
-    progress = Progress(title, total=config.steps, done=state.step, shown=rank() == 0)
+    progress = Progress(title, total=config.steps, done=state.step)
     with stoppable() as stop, metrics, progress, contextlib.ExitStack() as preparations:
         if graph and isinstance(loss, Objective):
             preparations.enter_context(prepared(loss.velocities))

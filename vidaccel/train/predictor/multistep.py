@@ -61,6 +61,7 @@ from vidaccel.models.calling import guidance_in_force, video_size
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
+from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
 from vidaccel.train.predictor.task import SEARCHED, search_of
@@ -270,6 +271,7 @@ def train_multistep(config: PredictorConfig, output: Path, device: str = "auto")
     Raises:
         UserError: model and settings do not go together, there are fewer runs than unknowns, or the fit is singular.
     """
+    refuse_many("fitting scalars")
     check_output(output, FORMAT)
     with locked(output):
         return _fit_and_search(config, output, device)

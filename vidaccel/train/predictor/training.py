@@ -51,9 +51,11 @@ from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
+from vidaccel.processes import locked_by_first, on_first, processes, rank, world
+from vidaccel.ranks import refuse_many
 from vidaccel.sampling import run_pipeline
 from vidaccel.train.objective import Loss, generator_for
-from vidaccel.train.parallel import full_state, locked_by_first, on_first, processes, rank, shard, world
+from vidaccel.train.parallel import full_state, shard
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
 from vidaccel.train.predictor.on_top import fit_on_top
@@ -128,6 +130,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
 
 def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
     """Schedules of a forecaster that has nothing to train, into a folder that holds nothing else."""
+    refuse_many("a search without a training")
     check_output(output, SCHEDULES)
     with locked(output):
         started = datetime.now(UTC)

@@ -21,7 +21,7 @@ from vidaccel.data.shards import ShardFolder, kinds_in
 from vidaccel.errors import UserError
 from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.train.parallel import world
+from vidaccel.processes import world
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vidaccel.errors import UserError
 from vidaccel.models.velocity import per_sample
+from vidaccel.processes import world
 from vidaccel.train.methods.mean_velocity import jvp
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
-from vidaccel.train.parallel import world
 from vidaccel.train.passes import Passes
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
+from vidaccel.processes import world
 from vidaccel.train.flow_matching import noised
 from vidaccel.train.gates import MEAN_VELOCITY_PASSES, RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
 from vidaccel.train.methods.base import Distillation, Method
@@ -23,7 +24,6 @@ from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
 from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Interval, Target
 from vidaccel.train.objective import Batch, Loss, Objective, generator_for, in_batch, text_of
-from vidaccel.train.parallel import world
 from vidaccel.train.passes import Passes
 
 log = logging.getLogger(__name__)

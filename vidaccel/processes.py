@@ -1,0 +1,236 @@
+"""Many processes at one job: torchrun's process group, what they agree on, and work that each does a share of.
+
+What a share makes is a file, or what `on_all` and `gathered` pass on. Nobody waits for a process that has gone: each
+gives a sign of life through the group's store every few seconds, and who waits for the others watches for it. With one
+process everything here does nothing, or plainly.
+"""
+
+import contextlib
+import gc
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from vidaccel.compat.torch import forget_groups
+from vidaccel.errors import ProcessLost
+from vidaccel.locks import locked
+from vidaccel.progress import Progress
+from vidaccel.ranks import launched
+
+BEAT = 5.0
+"""Seconds between signs of life."""
+SILENT = 45.0
+"""Seconds without one after which a process is taken for lost."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_meshes: list[DeviceMesh] = []  # that sharded models lie on
+_jobs = itertools.count()
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """The process group that torchrun's environment describes, for the time of the block; nothing without torchrun, or
+    within such a block.
+
+    Tensors on the CPU go through gloo, those on a GPU through NCCL; process i of a machine uses its GPU i. What was
+    sharded in the block is to be left in it: the group ends with the last that holds it.
+
+    Raises:
+        ProcessLost: another of them has gone.
+    """
+    if launched() == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_the_network(error):
+            raise
+        raise ProcessLost(str(error)) from error
+    finally:
+        dist.destroy_process_group()
+        # Destroyed, it still has its threads until nothing refers to it, and DTensor's caches keep every mesh, with its
+        # groups. A thread of gloo's that lets go of a finished tensor while the interpreter ends aborts the process.
+        for mesh in _meshes:
+            forget_groups(mesh)
+        _meshes.clear()
+        gc.collect()
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def group_ends_with(mesh: DeviceMesh) -> None:
+    """Lets the process group's end take the mesh's groups with it."""
+    _meshes.append(mesh)
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def on_first(function: Callable[[], Result]) -> Result:
+    """Calls `function` in process 0 alone; every process returns what it returned, or raises what it raised."""
+    if world() == 1:
+        return function()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_all(function: Callable[[], Result]) -> Result:
+    """Calls `function` in every process and returns what it returned here, unless it failed in one of them: then every
+    process raises what the first of those raised. One that fails alone would leave the others waiting for it."""
+    if world() == 1:
+        return function()
+    result = failure = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    failures = [None] * world()
+    dist.all_gather_object(failures, failure)
+    for error in failures:
+        if error is not None:
+            raise error
+    return result
+
+
+def gathered(items: Sequence[Item], of: Callable[[Item], Result]) -> list[Result]:
+    """`of` each item, in their order, in every process; each process computes every `world()`-th.
+
+    Where models are sharded, `of` makes the same passes whatever the item: a process without one takes the last again.
+    """
+    if world() == 1:
+        return [of(item) for item in items]
+    rounds = -(-len(items) // world())
+    own = [of(items[min(i * world() + rank(), len(items) - 1)]) for i in range(rounds)]
+    every: list = [None] * world()
+    dist.all_gather_object(every, own)
+    return [every[i % world()][i // world()] for i in range(len(items))]
+
+
+@contextlib.contextmanager
+def locked_by_first(folder: Path) -> Iterator[None]:
+    """`locked` for a folder that all processes write to: process 0 holds the lock for all."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def sharing(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A job that every process does a share of, under one bar. Yields what is to be called for each piece that is done;
+    leaving the block waits until all have left it.
+
+    Raises:
+        ProcessLost: another process failed or has gone.
+    """
+    with Progress(title, total=total, done=done) as bar:
+        if world() == 1:
+            yield bar.advance
+            return
+        job = _Job(bar)
+        try:
+            yield job.advance
+            job.wait()
+        except BaseException:
+            job.fail()
+            raise
+        finally:
+            job.end()
+        on_all(lambda: None)  # the first to go may take the store with it
+
+
+def store(patience: float = SILENT) -> dist.TCPStore:
+    """A connection to the store through which torchrun's processes found each other, which `patience` s are tried."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience), wait_for_workers=False)
+
+
+def key(name: str) -> str:
+    """In the store; that of a run which torchrun started again is another."""
+    return f"vidaccel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
+
+
+class _Job:
+    """How far the processes are, and that they live, counted in the store."""
+
+    def __init__(self, bar: Progress):
+        self._bar, self._shown = bar, 0
+        self._name, self._store, self._over = next(_jobs), store(), threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        self._show(self._count("done", 1))
+        self._stop_if_failed()
+
+    def wait(self) -> None:
+        """Until all processes wait."""
+        waiting, pause = self._count("waiting", 1), 0.01
+        beats, since = [0] * world(), [time.monotonic()] * world()
+        while waiting < world():
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+            self._stop_if_failed()
+            self._show(self._count("done", 0))
+            for other in range(world()):
+                beat = self._count(f"beat/{other}", 0)
+                if beat != beats[other]:
+                    beats[other], since[other] = beat, time.monotonic()
+                elif time.monotonic() - since[other] > SILENT:
+                    raise ProcessLost(f"process {other} gives no sign of life")
+            waiting = self._count("waiting", 0)
+        self._show(self._count("done", 0))
+
+    def fail(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._count("failed", 1)
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _stop_if_failed(self) -> None:
+        if self._count("failed", 0):
+            raise ProcessLost("another process failed")
+
+    def _count(self, name: str, by: int) -> int:
+        return self._store.add(key(f"{self._name}/{name}"), by)
+
+    def _show(self, done: int) -> None:
+        self._bar.advance(done - self._shown)
+        self._shown = done
+
+    def _live(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone, as who waits finds out
+            self._count(f"beat/{rank()}", 1)
+            while not self._over.wait(BEAT):
+                self._count(f"beat/{rank()}", 1)
