@@ -19,7 +19,6 @@ from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.config.loader import settings_of
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
-from vidaccel.locks import locked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,11 +103,12 @@ def collect_features(
     from vidaccel.collect.job import plan as planned
     from vidaccel.collect.kinds import job_of
     from vidaccel.models.loading import load_pipeline
+    from vidaccel.processes import locked_by_first, processes
 
     if output is not None:
         check_output(Path(output), FORMAT)
     folder = None if output is None or dry_run else Path(output)
-    with locked(folder) if folder else nullcontext():
+    with processes(), locked_by_first(folder) if folder else nullcontext():
         job = job_of(
             load_pipeline(settings.model, device=device, dtype=settings.dtype, lora=settings.lora or ()), settings
         )

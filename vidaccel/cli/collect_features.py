@@ -14,12 +14,12 @@ from vidaccel.cli.common import (
     Settings,
     default_said,
     quiet_libraries,
-    reported,
     settings,
+    shared,
 )
 
 
-@reported
+@shared
 def collect_features(
     overrides: Settings = None,
     output: Annotated[
@@ -45,6 +45,8 @@ def collect_features(
     Size, frames, rate, guidance and negative prompt that are said here hold for all that is made of the features.
 
     The same command continues a run that was stopped.
+
+    On many processes: torchrun --nproc-per-node=8 -m vidaccel collect-features ...
     """
     config = settings("collect-features", conf, overrides or [], print_conf, explain)
     quiet_libraries()

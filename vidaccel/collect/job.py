@@ -1,5 +1,6 @@
 """The making of a feature folder: how large it will be, and its writing, whatever its kind."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.numbers import si
+from vidaccel.processes import gathered, on_first, world
 from vidaccel.progress import Progress
 
 CUTS_SHOWN = 3
@@ -93,7 +95,14 @@ def collect(job: Job, folder: Path) -> bool:
         batch_size=config.batch_size,
         title=f"collecting {config.kind}",
     )
+    cuts.counts = sum(gathered(range(world()), lambda _: cuts.counts), Counter())
     cuts.summarise()
+    return on_first(lambda: _described(job, folder, started))
+
+
+def _described(job: Job, folder: Path, started: datetime) -> bool:
+    """Whether the folder has its run.json; else it gets one."""
+    loaded, config = job.loaded, job.config
     if is_finished(folder, FORMAT):
         return True  # trainings know the folder by its run.json, whose times would be others
     model_run = Path(loaded.source) / RUN_FILE

@@ -30,7 +30,9 @@ from vidaccel.artefacts import check_writable, differences, explained, read_json
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
+from vidaccel.processes import on_first, sharing, world
 from vidaccel.progress import Progress
+from vidaccel.ranks import share
 
 INDEX_FILE = "index.json"
 _UNREADABLE = (OSError, ValueError, RecursionError, tarfile.TarError, SafetensorError)
@@ -87,7 +89,8 @@ def write_shards(
     """Write samples 0 ... `count` - 1 to `folder`, `per_shard` a shard, and then index.json.
 
     `compute` maps at most `batch_size` consecutive indices to their samples; tensors may be of any device and dtype.
-    What an earlier, killed run stored is kept and not computed again. `settings` (what JSON can hold) is all that the
+    What an earlier, killed run stored is kept and not computed again. Of many processes each writes whole shards, and
+    they may be as many as they were before or not. `settings` (what JSON can hold) is all that the
     samples depend on. run.json is left to the caller.
 
     Raises:
@@ -98,23 +101,36 @@ def write_shards(
         raise ValueError(f"{count=}, {per_shard=} and {batch_size=} must be at least 1")
     folder = Path(folder)
     check_writable(folder / INDEX_FILE)
-    _require_settings(folder, {"count": count, "per_shard": per_shard, "kind": kind, **settings})
-    _refuse_changed(folder)
-    (folder / INDEX_FILE).unlink(missing_ok=True)
     shards = {
         folder / f"shard-{number:05d}.tar": range(first, min(first + per_shard, count))
         for number, first in enumerate(range(0, count, per_shard))
     }
-    missing = {shard: _missing(shard, indices, batch_size) for shard, indices in shards.items()}
-    with Progress(title, total=count, done=count - sum(map(len, missing.values()))) as bar:
-        for shard, indices in missing.items():
+
+    def begin() -> list[range]:
+        _require_settings(folder, {"count": count, "per_shard": per_shard, "kind": kind, **settings})
+        _refuse_changed(folder)
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        return [_missing(shard, indices, batch_size) for shard, indices in shards.items()]
+
+    missing = dict(zip(shards, on_first(begin), strict=True))
+    unfinished = on_first(lambda: [shard for shard in shards if not shard.exists()])
+    if 0 < len(unfinished) < world():
+        log.info(
+            "%d processes share %d shards: more of them have work with a smaller per_shard", world(), len(unfinished)
+        )
+    with sharing(title, total=count, done=count - sum(map(len, missing.values()))) as advance:
+        for shard in share().of(unfinished):
+            indices = missing[shard]
             for first in indices[::batch_size]:
                 batch = range(first, min(first + batch_size, indices.stop))
                 _append(shard, batch, compute(list(batch)))
                 for _ in batch:
-                    bar.advance()
-            if not shard.exists():
-                _finish(shard)
+                    advance()
+            _finish(shard)
+    on_first(lambda: _write_index(folder, shards, kind))
+
+
+def _write_index(folder: Path, shards: Mapping[Path, range], kind: str) -> None:
     with Progress("hashing shards", total=len(shards)) as bar:
         entries = []
         for shard, indices in shards.items():

@@ -285,11 +285,6 @@ def collected_runs(world, folder: Path, features: Path) -> Path:
     return folder
 
 
-def test_several_processes_do_not_collect(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs_module, "world", lambda: 2)
-    assert "several processes do not collect" in refused(world, tmp_path, pairs="trajectory")
-
-
 def test_scales_are_drawn_from_a_range_only_when_asked(world):
     student = load_pipeline(world("wan") / "student", dtype="float32")
     for changes, low, high in (

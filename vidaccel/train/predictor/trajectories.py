@@ -18,10 +18,8 @@ from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.data.shards import ShardFolder, kinds_in
-from vidaccel.errors import UserError
 from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.processes import world
 
 log = logging.getLogger(__name__)
 
@@ -58,18 +56,12 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
     and of their size; a collection that was stopped is gone on with.
 
     Raises:
-        UserError: there are no captions, the features are damaged or another model's, or several processes would all
-            collect.
+        UserError: there are no captions, or the features are damaged or another model's.
     """
     if config.pairs != "trajectory" or config.stage == "search":
         return config
     if config.features is not None and kinds_in(config.features) == {"trajectory"}:
         return config
-    if world() > 1:
-        raise UserError(
-            "pairs=trajectory needs trajectories of the student, and several processes do not collect them",
-            f"vidaccel collect-features kind=trajectory model={config.student} -o DIR; then --features DIR",
-        )
     names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "guidance")
     sampled = {name: getattr(config, name) for name in names}
     asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
