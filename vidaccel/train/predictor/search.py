@@ -17,7 +17,8 @@ B prompts, S steps, C channels, T frames, H and W latent pixels
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +31,14 @@ from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
+from vidaccel.processes import gathered
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
 from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.task import PredictorTask
 
+Result = TypeVar("Result")
 NOISE_INDEX = 10**9
 """Of the generator that the noise is drawn by: further than any training goes."""
 PROBE = 3
@@ -63,11 +66,13 @@ def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedu
 def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
     """`stretch_costs` of the first prompts of the task's data, from noise of its seed, a training batch at a time."""
     count = min(task.config.search_prompts, len(task.data))
-    total: Tensor | int = 0
-    for noise, text, g in _noised(task, 0, count, NOISE_INDEX):
-        costs = stretch_costs(task.student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
-        total = total + len(noise) / count * costs
-    return total
+
+    def costs(noise: Tensor, text: Text, g: Tensor | None) -> Tensor:
+        found = stretch_costs(task.student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
+        return len(noise) / count * found
+
+    first, *others = _of_batches(task, 0, count, NOISE_INDEX, costs)
+    return sum(others, first)
 
 
 def served_errors(
@@ -77,11 +82,13 @@ def served_errors(
     full steps, on the prompts that follow those of `measured_costs`; {} if there are none."""
     first = min(task.config.search_prompts, len(task.data))
     count = min(task.config.checked_prompts, len(task.data) - first)
-    squares = dict.fromkeys(lists, 0.0)
-    for noise, text, g in _noised(task, first, count, NOISE_INDEX + 1):
-        for full, wrong in list_errors(task.student, task.trunk, forecaster, noise, text, task.sampling.grid, g, lists):
-            squares[full] += float(wrong.sum()) / count
-    return {full: math.sqrt(square) for full, square in squares.items()} if count else {}
+
+    def errors(noise: Tensor, text: Text, g: Tensor | None) -> dict[tuple[int, ...], float]:
+        found = list_errors(task.student, task.trunk, forecaster, noise, text, task.sampling.grid, g, lists)
+        return {full: float(wrong.sum()) / count for full, wrong in found}
+
+    each = _of_batches(task, first, count, NOISE_INDEX + 1, errors)
+    return {full: math.sqrt(sum(batch[full] for batch in each)) for full in dict.fromkeys(lists)} if each else {}
 
 
 @torch.no_grad()
@@ -116,6 +123,15 @@ def list_errors(
         start: tuple[Tensor, tuple[Cached, ...]] = noise, ()
         for each, (x, _) in run_lists(lists, grid.steps, start, full, predicted):
             yield each, _mean_square(x - own) / _mean_square(own)
+
+
+def _of_batches(
+    task: PredictorTask, first: int, count: int, index: int, of: Callable[[Tensor, Text, Tensor | None], Result]
+) -> list[Result]:
+    """`of` each batch of `_noised`, in their order; processes share the batches."""
+    drawn = enumerate(_noised(task, first, count, index))
+    numbers = range(math.ceil(count / task.config.mse.batch_size))
+    return gathered(numbers, lambda number: of(*next(batch for place, batch in drawn if place == number)))
 
 
 def _noised(task: PredictorTask, first: int, count: int, index: int) -> Iterator[tuple[Tensor, Text, Tensor | None]]:

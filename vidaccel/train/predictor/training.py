@@ -52,7 +52,6 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_devic
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.processes import locked_by_first, on_first, processes, rank, world
-from vidaccel.ranks import refuse_many
 from vidaccel.sampling import run_pipeline
 from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, shard
@@ -130,39 +129,46 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
 
 def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
     """Schedules of a forecaster that has nothing to train, into a folder that holds nothing else."""
-    refuse_many("a search without a training")
     check_output(output, SCHEDULES)
-    with locked(output):
+    with processes(), locked_by_first(output):
         started = datetime.now(UTC)
         loaded = load_pipeline(config.student, device=device, lora=config.lora or ())
         task = task_of(loaded, config, None)
-        made_for = {"forecaster": config.forecaster, "student": student_hash(loaded)}
-        before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
         steps, asked = task.sampling.grid.steps, _asked(task, config)
+        before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
         if before and before.get(SEARCHED, {}).get(str(steps)) == asked:
             verify_files(output, before)
-            say_finished(output)
-            return _found(task, output)
+            on_first(partial(say_finished, output))
+            return _found(task, output) if rank() == 0 else []
         with task.trunk:
             schedules = search_schedules(task, _made_by_name(task))
-        same = all(before.get(key) == value for key, value in made_for.items())
-        others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if same else []
-        searched = {key: before[SEARCHED][key] for key in before.get(SEARCHED, {}) if same} | {str(steps): asked}
-        (output / RUN_FILE).unlink(missing_ok=True)
-        write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
-        run = _described(task, config, started)
-        write_run(
-            output,
-            format=SCHEDULES,
-            command=COMMAND,
-            config=run["config"],
-            seed=config.seed,
-            started=started,
-            parents=run["parents"],
-            **{SEARCHED: searched},
-            **made_for,
-        )
-        return schedules
+        on_first(partial(_save_schedules, task, config, output, started, schedules))
+        return schedules if rank() == 0 else []
+
+
+def _save_schedules(
+    task: PredictorTask, config: PredictorConfig, output: Path, started: datetime, schedules: list[Schedule]
+) -> None:
+    """Beside those of other grids that are there for the same forecaster and student."""
+    made_for = {"forecaster": config.forecaster, "student": student_hash(task.loaded)}
+    before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
+    steps, same = task.sampling.grid.steps, all(before.get(key) == value for key, value in made_for.items())
+    others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if same else []
+    searched = {key: before[SEARCHED][key] for key in before.get(SEARCHED, {}) if same}
+    (output / RUN_FILE).unlink(missing_ok=True)
+    write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
+    run = _described(task, config, started)
+    write_run(
+        output,
+        format=SCHEDULES,
+        command=COMMAND,
+        config=run["config"],
+        seed=config.seed,
+        started=started,
+        parents=run["parents"],
+        **{SEARCHED: searched | {str(steps): _asked(task, config)}},
+        **made_for,
+    )
 
 
 def _asked(task: PredictorTask, config: PredictorConfig) -> str:

@@ -12,13 +12,14 @@ from typing import Annotated
 
 import typer
 
-from vidaccel.cli.common import Debug, Device, quiet_libraries, reported
+from vidaccel.cli.common import Debug, Device, quiet_libraries, reported, shared
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.clips import write_clips
 from vidaccel.errors import UserError
 from vidaccel.locks import locked
 from vidaccel.models.loading import load_pipeline
+from vidaccel.processes import locked_by_first, processes
 from vidaccel.worlds.sprites.captions import caption
 from vidaccel.worlds.sprites.make import make_model
 from vidaccel.worlds.sprites.render import render, to_uint8
@@ -71,7 +72,7 @@ def render_clips(
 
 
 @app.command()
-@reported
+@shared
 def score(
     model: Annotated[str, typer.Argument(help="A model folder, or sprites/teacher.")] = "sprites/teacher",
     overrides: Settings = None,
@@ -85,7 +86,7 @@ def score(
     """Score a model's videos of held-out prompts; settings are those of `vidaccel generate`."""
     quiet_libraries()
     config = configuration.load("generate", GenerateConfig, "teacher", [f"model={model}", *(overrides or [])])
-    with locked(output):
+    with processes(), locked_by_first(output):
         summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
     for name, score in summary.items():
         typer.echo(f"{name:24} {score['mean']:6.2f}  [{score['low']:.2f}, {score['high']:.2f}]")

@@ -1,18 +1,24 @@
-"""A model scored on held-out prompts of the sprites world, resumable: marks.jsonl, a line a prompt, and score.json."""
+"""A model scored on held-out prompts of the sprites world: marks.jsonl, a line a prompt, and score.json.
+
+Prompts are scored in batches, of which each process does a share into files of their own, marks/00000008.jsonl, that
+become marks.jsonl when all are there: a run that was stopped is gone on with by any number of processes.
+"""
 
 import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
-from vidaccel.artefacts import differences, read_json, write_json
+from vidaccel.artefacts import atomic_path, differences, read_json, write_json
 from vidaccel.config import loader as configuration
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.forecasters.checkpoint import predictor_hashes
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.progress import Progress
+from vidaccel.processes import on_first, sharing
+from vidaccel.ranks import share
 from vidaccel.sampling import generate, predicted_steps
 from vidaccel.train.checkpoints import flat
 from vidaccel.worlds.sprites.captions import caption
@@ -28,8 +34,8 @@ def score_model(
 ) -> dict[str, dict[str, float]]:
     """Score the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
 
-    A killed run goes on where it was. `folder` gets marks.jsonl, a line a prompt, and score.json, the averages with
-    their intervals.
+    A killed run goes on where it was. Every process returns the averages. `folder` gets marks.jsonl, a line a prompt,
+    and score.json, the averages with their intervals.
 
     Raises:
         UserError: it holds scores of other settings, which stay as they are, or the settings cannot be followed.
@@ -42,45 +48,65 @@ def score_model(
     rng = random.Random("held out")
     texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
     with predicted_steps(loaded, config) as attachment:
-        lines_file = _begin(folder, settings)
-        lines = [json.loads(line) for line in lines_file.read_text().splitlines()]
-        with Progress("scoring", total=prompts, done=len(lines)) as bar, lines_file.open("a") as file:
-            for first in range(len(lines), prompts, SCORE_BATCH):
-                batch = range(first, min(first + SCORE_BATCH, prompts))
+        todo = on_first(lambda: _begin(folder, settings))
+        with sharing("scoring", total=prompts, done=prompts - sum(map(len, todo))) as advance:
+            for batch in share().of(todo):
                 seeds = [config.seed + i for i in batch]
                 made = generate(loaded, [texts[i] for i in batch], config, seeds, attachment)
+                lines = []
                 for i, frames in zip(batch, made.frames, strict=True):
-                    lines.append(
-                        {"prompt": texts[i], "seed": config.seed + i, "marks": score_clip(frames, parse(texts[i]))}
-                    )
-                    file.write(json.dumps(lines[-1]) + "\n")
-                    bar.advance()
-                file.flush()
-    summary = summarise([line["marks"] for line in lines])
-    write_json(folder / "score.json", summary)
-    return summary
+                    marks = score_clip(frames, parse(texts[i]))
+                    lines.append(json.dumps({"prompt": texts[i], "seed": config.seed + i, "marks": marks}) + "\n")
+                    advance()
+                with atomic_path(_part(folder, batch)) as file:
+                    file.write_text("".join(lines))
+    return on_first(lambda: _finish(folder, prompts))
 
 
-def _begin(folder: Path, settings: dict) -> Path:
-    """The file of scores so far, cut after its last whole batch; `UserError` if they are of other settings."""
+def _batches(prompts: int) -> list[range]:
+    return [range(first, min(first + SCORE_BATCH, prompts)) for first in range(0, prompts, SCORE_BATCH)]
+
+
+def _part(folder: Path, batch: range) -> Path:
+    return folder / "marks" / f"{batch.start:08d}.jsonl"
+
+
+def _begin(folder: Path, settings: dict) -> list[range]:
+    """The batches that have no scores yet; `UserError` if those that are there are of other settings."""
     record, scores = folder / "settings.json", folder / "marks.jsonl"
-    if scores.exists() and scores.stat().st_size:
-        begun = read_json(record, f"remove {scores} to score anew") if record.exists() else {}
-        if not any(name.startswith("predictor/") for name in begun.get("hashes", {})):  # of an earlier version
+    batches = _batches(settings["prompts"])
+    begun = scores.exists() and scores.stat().st_size or any((folder / "marks").glob("*.jsonl"))
+    if begun:
+        known = read_json(record, f"remove {scores} to score anew") if record.exists() else {}
+        if not any(name.startswith("predictor/") for name in known.get("hashes", {})):  # of an earlier version
             settings = settings | {"hashes": {k: v for k, v in settings["hashes"].items() if "predictor/" not in k}}
-        if changed := differences(_compared(begun), _compared(settings)):
+        if changed := differences(_compared(known), _compared(settings)):
             raise UserError(
                 f"{folder} holds scores of other settings ({'; '.join(changed)})",
                 f"give another folder with -o, or remove {scores} to score anew",
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        scores.write_text("")
         write_json(record, settings)
-    whole = scores.read_text().split("\n")[:-1]
-    kept = whole[: len(whole) // SCORE_BATCH * SCORE_BATCH]
-    scores.write_text("".join(line + "\n" for line in kept))
-    return scores
+    lines = scores.read_text().splitlines(keepends=True) if scores.exists() else []
+    for batch in batches:
+        own = lines[batch.start : batch.stop]
+        if len(own) == SCORE_BATCH and own[-1].endswith("\n") and not _part(folder, batch).exists():
+            with atomic_path(_part(folder, batch)) as file:
+                file.write_text("".join(own))
+    scores.unlink(missing_ok=True)
+    return [batch for batch in batches if not _part(folder, batch).exists()]
+
+
+def _finish(folder: Path, prompts: int) -> dict[str, dict[str, float]]:
+    """All batches in marks.jsonl, and their averages."""
+    lines = "".join(_part(folder, batch).read_text() for batch in _batches(prompts))
+    with atomic_path(folder / "marks.jsonl") as file:
+        file.write_text(lines)
+    rmtree(folder / "marks")
+    summary = summarise([json.loads(line)["marks"] for line in lines.splitlines()])
+    write_json(folder / "score.json", summary)
+    return summary
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
