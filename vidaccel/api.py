@@ -69,13 +69,15 @@ def generate(
     Raises:
         UserError: model, predictor, image, machine and settings do not go together.
     """
+    from vidaccel.processes import processes
     from vidaccel.session import session
 
     if config is None:
         config = default_conf(overrides)
     settings = settings_of("generate", config, dict.fromkeys(withdrawn(overrides)) | overrides)
     images: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-    with session(settings, device, images=images) as ready:
+    together = processes() if settings.parallel.devices > 1 else nullcontext()
+    with together, session(settings, device, images=images) as ready:
         videos = [made.frames[0] for made in ready.videos([prompt] if isinstance(prompt, str) else prompt)]
     return videos[0] if isinstance(prompt, str) else videos
 

@@ -4,10 +4,11 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
 
 from vidaccel.cache.attach import Attachment
@@ -15,12 +16,14 @@ from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.images import Source, fitted, read_image
 from vidaccel.errors import UserError
-from vidaccel.models.calling import check_image, guidance_in_force, warn_of_guidance
+from vidaccel.families.walk import denoisers_of
+from vidaccel.models.calling import check_image, guidance_in_force, latent_size, warn_of_guidance
 from vidaccel.models.grid import Grid, ListedScheduler, shift_of
 from vidaccel.models.loading import LoadedPipeline, ModelFiles, load_pipeline, read_model, resolve_device
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
+from vidaccel.runtime.context_parallel import check_split, check_tokens, split
 from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_unknown_words
 
 log = logging.getLogger(__name__)
@@ -96,9 +99,13 @@ def session(
     started = time.perf_counter()
     runtime.check(config, resolve_device(device))
     files = read_model(config.model)
+    if config.parallel.devices > 1:
+        _check_devices(config, files, resolve_device(device))
     pictures, said = fitted_images(files, config, images)
     loaded = load_pipeline(files, device=device, dtype=config.dtype, lora=config.lora or ())
     ran = runtime.prepare(loaded, config)
+    if config.parallel.devices > 1:
+        ran["parallel"] = _split(loaded, config)
     seconds = time.perf_counter() - started
     log.info("sampled with %s", said_sampling(loaded, config))
     warn_of_guidance(loaded, config.guidance)
@@ -110,6 +117,24 @@ def session(
         if warm_up is not None and config.compile:
             generate(loaded, [warm_up], config, [config.seed], attachment, first)
         yield Session(config, loaded, ran, attachment, seconds, pictures, said)
+
+
+def _check_devices(config: GenerateConfig, files: ModelFiles, device: torch.device) -> None:
+    """`UserError` for a split of one video that cannot be, before weights are read."""
+    check_split(files.contents.family, config.parallel, device, config.attention)
+    if config.compile:
+        raise UserError(
+            "compile=true came with a video on several devices, which nobody has tried", "set compile=false"
+        )
+
+
+def _split(loaded: LoadedPipeline, config: GenerateConfig) -> dict[str, int]:
+    """Split the passes of the pipeline's transformers over processes; the degrees."""
+    size = {name: getattr(config, name) or loaded.default(name) for name in ("num_frames", "height", "width")}
+    for transformer in denoisers_of(loaded.pipe, loaded.family):
+        check_tokens(transformer, config.parallel, latent_size(loaded, **size))
+        split(transformer, loaded.family, config.parallel, config.attention)
+    return asdict(config.parallel)
 
 
 def said_sampling(loaded: LoadedPipeline, config: GenerateConfig) -> str:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import ContextParallelConfig, WanImageToVideoPipeline, WanPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
@@ -166,3 +166,29 @@ def test_attention_backends_are_what_attention_goes_through(monkeypatch):
     query = torch.randn(1, 3, 2, 8)
     dispatch_attention_fn(query, query, query)
     assert called == ["native"]
+
+
+def test_enable_context_parallel_counts_one_device_where_there_is_no_accelerator(tmp_path, pipe):
+    """A CPU's models raise ZeroDivisionError without; once they do not, it can go."""
+    from torch import distributed as dist
+
+    count = torch.accelerator.device_count
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        config = ContextParallelConfig(ulysses_degree=2)
+        if not count():
+            with pytest.raises(ZeroDivisionError):
+                pipe.transformer.enable_parallelism(config=config)
+        with pytest.raises(RuntimeError, match="(?i)mesh"):  # of two, in one process: it came as far as that
+            compat.enable_context_parallel(pipe.transformer, config, None)
+    finally:
+        dist.destroy_process_group()
+    assert torch.accelerator.device_count is count
+
+
+def test_parallel_of_and_set_parallel(pipe):
+    attention = pipe.transformer.blocks[0].attn1
+    assert compat.parallel_of(attention.processor) is None and compat.parallel_of(object()) is None
+    compat.set_parallel(attention.processor, "how")
+    assert compat.parallel_of(attention.processor) == "how"
+    assert "_parallel_config" in vars(type(attention.processor)), "diffusers keeps it elsewhere"

@@ -245,6 +245,8 @@ class Attachment:
                 check_pipeline(self._pipe, self._family)
                 self._scheduler = self._pipe.scheduler
             self._check_grid()
+            if isinstance(self._forecaster, Predictor):
+                self._forecaster.attend_like(self._trunks[0].transformer)
             for trunk in self._trunks:
                 trunk.reset()
             self._timesteps, self._first, self._index, self._unnamed = timesteps, index, index, 0

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import Tensor, nn
 
 from vidaccel.cache.blocks import BlockHook, OpenContext, StaticEmbedder, TrunkPass
@@ -162,7 +163,13 @@ class Trunk:
 
     def _hook(self, block: nn.Module, hook: ModelHook) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(block)
+        # What splits a block's inputs over several devices stays outside, so that forecasters see split tokens too.
+        outside = {name: each for name, each in registry.hooks.items() if isinstance(each, ContextParallelSplitHook)}
+        for name in outside:
+            registry.remove_hook(name, recurse=False)
         registry.register_hook(hook, HOOK)
+        for name, each in outside.items():
+            registry.register_hook(each, name)
         self._undo.append(lambda: self._unhook(block, registry))
 
     def _unhook(self, block: nn.Module, registry: HookRegistry) -> None:

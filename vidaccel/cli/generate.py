@@ -26,7 +26,7 @@ from vidaccel.cli.common import (
 from vidaccel.config.generate import GenerateConfig, default_conf, withdrawn
 from vidaccel.errors import UserError
 from vidaccel.prompts import check_prompts, prompts_in
-from vidaccel.ranks import refuse_many, share
+from vidaccel.ranks import launched, number, refuse_many, share
 
 if TYPE_CHECKING:  # which import torch
     from vidaccel.sampling import Generated
@@ -95,6 +95,8 @@ def generate(
 
     On many processes: torchrun --nproc-per-node=8 -m vidaccel generate --prompts FILE ...
 
+    One video on many: torchrun --nproc-per-node=8 -m vidaccel generate PROMPT parallel.ulysses=8 ...
+
     A word is a setting if it begins with the name of one and "=". "E=mc2" is a prompt.
     """
     free, overrides = _told_apart(words or [], prompt, prompts)
@@ -113,7 +115,8 @@ def generate(
     _check_outputs(files, sheet)
     say: Callable[[str], None] = (lambda line: None) if as_json else typer.echo
     if prompts is None or compare or sheet:
-        refuse_many("--compare" if compare else "--sheet" if sheet else "one video")
+        if compare or sheet or launched() != config.parallel.devices:
+            refuse_many("--compare" if compare else "--sheet" if sheet else _one_video(config))
         make = _compare if compare else _make
         report = make(config, texts, pictures, files, sheet, device, say)
     else:
@@ -140,19 +143,21 @@ def _make(
     device: str,
     say: Callable,
 ) -> dict[str, Any]:
-    """Load the model, write one video a text, and the sheet; what `--json` prints."""
+    """Load the model, write one video a text, and the sheet; what `--json` prints. Of the processes that make one video
+    together the first writes it."""
     quiet_libraries()
     from vidaccel.data.video import contact_sheet
+    from vidaccel.processes import processes
     from vidaccel.session import session
 
     videos, records = [], []
-    with session(config, device, images=images) as ready:
+    with processes(), session(config, device, images=images) as ready:
         for line in ready.fitted:
             say(line)
         for made, file in zip(ready.videos(texts), files, strict=True):
             if sheet:
                 videos.append(made.frames[0])
-            records.append(_written(ready, made, file))
+            records.append(_record(made) if number() else _written(ready, made, file))
             say(f"{file}: {made.summary()}")
         report = _report(ready, texts, files, sheet, records)
     if sheet:
@@ -178,9 +183,12 @@ def _make_many(
             log.info("%d of %d videos are there already", len(files) - len(todo), len(files))
         for line in ready.fitted:
             say(line)
-        mine = share().of(todo)
+        together = config.parallel.devices
+        mine = share(together).of(todo)
         with sharing("videos", total=len(files), done=len(files) - len(todo)) as advance:
             for i, made in zip(mine, ready.videos(texts, mine), strict=True):
+                if number() % together:  # another process of those that made it together
+                    continue
                 forget(files[i])
                 note(files[i], made_of[i], _written(ready, made, files[i]))
                 say(f"{files[i]}: {made.summary()}")
@@ -189,6 +197,11 @@ def _make_many(
             say(f"{folder}: {len(files)} videos")
         records = [noted(file, what) for file, what in zip(files, made_of, strict=True)]
         return _report(ready, texts, files, None, [record for record in records if record])
+
+
+def _one_video(config: GenerateConfig) -> str:
+    devices = config.parallel.devices
+    return "one video" if devices == 1 else f"one video with parallel.ulysses times parallel.ring = {devices}"
 
 
 def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dict[str, Any]]:

@@ -8,15 +8,40 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     _check_attention_backend_requirements,
 )
 from torch import nn
+
+__all__ = [
+    "ContextParallelInput",
+    "ContextParallelOutput",
+    "attention_backends",
+    "attention_constraints",
+    "can_checkpoint",
+    "check_attention_backend",
+    "checkpointing",
+    "do_without_ftfy",
+    "enable_context_parallel",
+    "execution_device",
+    "float32_modules",
+    "forget_listed_hooks",
+    "hook_registry",
+    "hook_states",
+    "parallel_of",
+    "process_attention",
+    "remove_hook_registry",
+    "set_checkpointing",
+    "set_parallel",
+    "set_process_attention",
+    "set_stateful",
+]
 
 log = logging.getLogger(__name__)
 
@@ -106,3 +131,23 @@ def attention_constraints(name: str) -> Iterable[Callable[..., None]]:
 def attention_backends() -> dict[AttentionBackendName, Callable[..., Any]]:
     """The function of every backend, which attention goes through whatever the model; changed in place."""
     return _AttentionBackendRegistry._backends
+
+
+def enable_context_parallel(model: ModelMixin, config: ContextParallelConfig, plan: dict[str, Any] | None) -> None:
+    """`model.enable_parallelism`, which divides by the number of accelerators (0.42.1): on a CPU there are none."""
+    counted = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: max(1, counted())
+    try:
+        model.enable_parallelism(config=config, cp_plan=plan)
+    finally:
+        torch.accelerator.device_count = counted
+
+
+def parallel_of(processor: Any) -> Any:
+    """How an attention processor goes about tokens that are split; None where they are not, or it cannot."""
+    return getattr(processor, "_parallel_config", None)
+
+
+def set_parallel(processor: Any, parallel: Any) -> None:
+    """Let an attention processor go about split tokens so."""
+    processor._parallel_config = parallel

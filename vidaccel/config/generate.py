@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vidaccel.config.checks import require, settle_times
+from vidaccel.config.parallel import ParallelConfig
 from vidaccel.config.runtime import RuntimeConfig
 
 
@@ -58,6 +59,7 @@ class GenerateConfig(RuntimeConfig):
     """Seed of the first prompt's noise; prompt i of a file gets seed + i."""
     dtype: str = "auto"
     """`auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -126,6 +126,20 @@ class SizedInput:
 
 
 @dataclass(frozen=True)
+class SequenceSplit:
+    """How a video's tokens are split over several devices (runtime/context_parallel.py): a plan of diffusers' context
+    parallelism, as data."""
+
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Modules before the trunk whose outputs are split, by dotted path: along which dimension, one for each output.
+    Nothing means the plan that the transformer has in diffusers."""
+    gathered: str = "proj_out"
+    """Module after the trunk whose output [B, N, C] is put together again."""
+    local: tuple[str, ...] = ()
+    """Attentions of a block, by name, whose keys every device has: they exchange nothing."""
+
+
+@dataclass(frozen=True)
 class SamplingDefaults:
     """The family's published sampling settings, for a model folder that brings none of its own."""
 
@@ -214,6 +228,8 @@ class DiTFamily:
     """What is made of the call argument `image`, for pipelines that have one."""
     sized_by_image: bool = False
     """Whether the call takes no height and width: `video_processor` chooses among sizes of its own by the image's."""
+    split: SequenceSplit | None = None
+    """How a video is split over several devices; None where its attention in diffusers cannot be."""
     fused: str | None = None
     """Module with the fused forms of its blocks (fused.py says what such a module holds); None if there is none."""
     needs_mask: bool = False

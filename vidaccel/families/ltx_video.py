@@ -5,7 +5,16 @@ size and the frame rate of the video, and shifts its step grid by the number of 
 small. The autoencoder of 0.9.1 and later takes the last step of denoising itself, at `decode_timestep`.
 """
 
-from vidaccel.families.base import BlockList, Denoiser, DiTFamily, Guidance, SamplingDefaults, SizedInput, TextTensor
+from vidaccel.families.base import (
+    BlockList,
+    Denoiser,
+    DiTFamily,
+    Guidance,
+    SamplingDefaults,
+    SequenceSplit,
+    SizedInput,
+    TextTensor,
+)
 from vidaccel.families.costs import Argument, BlockCosts, FamilyCosts
 
 _ROTATIONS = Argument((1, "video", "width"), "float32", copies=2)
@@ -74,4 +83,6 @@ LTX_VIDEO = DiTFamily(
     call={"decode_timestep": 0.05, "decode_noise_scale": 0.025},
     rotary="rope",
     static_embedders=("rope", "caption_projection"),
+    # diffusers' own plan (0.42.1) splits the text as well, and fails on its mask.
+    split=SequenceSplit(outputs={"rope": (1, 1), "proj_in": (1,)}, local=("attn2",)),
 )

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidaccel.compat.diffusers import parallel_of
 from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -226,6 +227,16 @@ class Predictor(Checkpointed, nn.Module):
             compile_like(block, original)
         self.fusions.to(transformer.dtype)
         return self
+
+    def attend_like(self, transformer: nn.Module) -> None:
+        """Go about tokens that are split over several devices as the trunk's own blocks now do."""
+        modules = dict(blocks_of(transformer, FAMILIES[self.config.family])[-1][1].named_modules())
+        for block in self.blocks:
+            for name, module in block.named_modules():
+                if hasattr(module, "set_processor"):
+                    processor = modules[name].processor
+                    if parallel_of(processor) is not parallel_of(module.processor):
+                        module.set_processor(processor)
 
 
 def new_predictor(

@@ -78,6 +78,23 @@ def fused_forms(family: DiTFamily) -> FusedForms:
     return FusedForms(module.FUSED_BLOCKS, module.FUSED_PROCESSORS)
 
 
+def take_any_mask(block: nn.Module, family: DiTFamily) -> Callable[[], None]:
+    """Put the fused processors, on reference kernels, in the place of a block's stock ones, which know one form of mask
+    and cannot do without; what puts them back."""
+    processors, stock = fused_forms(family).processors, {}
+    for attention in block.children():
+        processor = getattr(attention, "processor", None)
+        if type(processor) in processors:
+            stock[attention] = processor
+            attention.set_processor(processors[type(processor)](processor, "reference"))
+
+    def undo() -> None:
+        for attention, processor in stock.items():
+            attention.set_processor(processor)
+
+    return undo
+
+
 def _forms_of_class(cls: type) -> FusedForms:
     """Those of the family whose transformer this class is, or is a subclass of, as sharding makes one."""
     names = {base.__name__ for base in cls.__mro__}

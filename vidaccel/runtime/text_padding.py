@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vidaccel.errors import UserError
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.walk import blocks_of
-from vidaccel.runtime.fuse import fused_forms
+from vidaccel.runtime.fuse import take_any_mask
 
 
 def masks_text(family: DiTFamily) -> bool:
@@ -63,7 +63,7 @@ class TextPadding:
         for kind, block in blocks_of(transformer, family):
             self._hook(block.register_forward_pre_hook(partial(self._drop, kind), with_kwargs=True))
             if family.needs_mask:
-                self._accept_none(block)
+                self._undo.append(take_any_mask(block, family))
 
     def remove(self) -> None:
         """The transformer as it was. A second call does nothing."""
@@ -72,15 +72,6 @@ class TextPadding:
 
     def _hook(self, handle) -> None:
         self._undo.append(handle.remove)
-
-    def _accept_none(self, block: nn.Module) -> None:
-        """A processor in the place of a stock one, which cannot do without a mask."""
-        processors = fused_forms(self._family).processors
-        for attention in block.children():
-            stock = getattr(attention, "processor", None)
-            if type(stock) in processors:
-                attention.set_processor(processors[type(stock)](stock, "reference"))
-                self._undo.append(lambda attention=attention, stock=stock: attention.set_processor(stock))
 
     def _cut(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward pre-hook: inputs by their names, wherever they stood."""

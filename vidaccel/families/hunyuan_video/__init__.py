@@ -3,7 +3,15 @@
 What HunyuanVideo-1.5 has in common with it is named here and used there.
 """
 
-from vidaccel.families.base import BlockList, Denoiser, DiTFamily, Guidance, SamplingDefaults, TextTensor
+from vidaccel.families.base import (
+    BlockList,
+    Denoiser,
+    DiTFamily,
+    Guidance,
+    SamplingDefaults,
+    SequenceSplit,
+    TextTensor,
+)
 from vidaccel.families.costs import Argument, BlockCosts, FamilyCosts
 
 TOKENS = ("hidden_states", "encoder_hidden_states")
@@ -16,6 +24,7 @@ DOUBLE_STREAM = BlockList(
     residual_layers=("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"),
 )
 ROTATIONS = Argument(("video", "head"), "float32", copies=2)
+SPLIT = SequenceSplit(outputs={"rope": (0, 0), "x_embedder": (1,)})
 CONDITIONING_LAYERS = (("*time_text_embed.*", "one"), ("*.norm_out.*", "one"))
 """Within the text refiner too."""
 REFINER_ATTENTIONS = {"context_embedder.token_refiner.refiner_blocks": (("prompt", "prompt"),)}
@@ -99,5 +108,6 @@ HUNYUAN_VIDEO = DiTFamily(
     static_embedders=("rope", "context_embedder"),
     g_config="guidance_embeds",
     g_argument="guidance",
+    split=SPLIT,
     fused="vidaccel.families.hunyuan_video.fused",
 )

@@ -11,6 +11,7 @@ from vidaccel.families.hunyuan_video import (
     DOUBLE_STREAM,
     REFINER_ATTENTIONS,
     ROTATIONS,
+    SPLIT,
     double_stream_costs,
 )
 
@@ -65,6 +66,7 @@ HUNYUAN_VIDEO_15 = DiTFamily(
     r_config="use_meanflow",
     r_argument="timestep_r",
     blank_inputs=(BlankInput("image_embeds", tokens=729, width_config="image_embed_dim", masked=True),),
+    split=SPLIT,
     fused="vidaccel.families.hunyuan_video_15.fused",
     needs_mask=True,
 )

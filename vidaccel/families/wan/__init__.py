@@ -4,7 +4,15 @@ The timestep embedding is taken from the inner `time_embedder`: the blocks' modu
 from it. Defaults are those of the 480p models.
 """
 
-from vidaccel.families.base import BlockList, Denoiser, DiTFamily, Guidance, SamplingDefaults, TextTensor
+from vidaccel.families.base import (
+    BlockList,
+    Denoiser,
+    DiTFamily,
+    Guidance,
+    SamplingDefaults,
+    SequenceSplit,
+    TextTensor,
+)
 from vidaccel.families.costs import Argument, BlockCosts, FamilyCosts
 
 _ROTATIONS = Argument((1, "video", 1, "head"), "float32", copies=2)
@@ -52,5 +60,6 @@ WAN = DiTFamily(
     ),
     rotary="rope",
     static_embedders=("rope", "condition_embedder.text_embedder"),
+    split=SequenceSplit(),
     fused="vidaccel.families.wan.fused",
 )

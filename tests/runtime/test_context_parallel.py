@@ -1,0 +1,148 @@
+"""One video in two processes over gloo: the frames of one process, for every family that can be split."""
+
+import inspect
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import vidaccel
+from tests.students import save_teacher
+from tests.tiny import BUILDERS, called, guided, tiny_pipeline
+from tests.train.test_parallel import in_two
+from vidaccel.cache.trunk import Mode, Trunk
+from vidaccel.cli.generate import generate
+from vidaccel.config.parallel import ParallelConfig
+from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import blocks_of
+from vidaccel.forecasters.learned import new_predictor
+from vidaccel.processes import rank
+from vidaccel.runtime import context_parallel
+from vidaccel.runtime.context_parallel import check_split, check_tokens, joint_mask, split
+
+PROMPT, STEPS = "a red circle", 3
+WITH_FULL = {"steps": STEPS, "full_steps": [0, 1]}
+FAMILIES_SPLIT = sorted(name for name in BUILDERS if FAMILIES[name].split)
+TWO, CPU, CUDA = ParallelConfig(ulysses=2), torch.device("cpu"), torch.device("cuda")
+
+
+def frames(pipe, steps=STEPS):
+    more = called(pipe) | guided(pipe, 3.0, PROMPT)
+    draw = torch.Generator().manual_seed(0)
+    return pipe(prompt=PROMPT, num_inference_steps=steps, generator=draw, output_type="np", **more).frames
+
+
+def network(pipe, family):
+    """A learned predictor whose weights are large enough to matter."""
+    kept = []
+    with Trunk(pipe.transformer, family) as trunk:
+        trunk.choose = Mode
+        pipe.transformer.register_forward_hook(lambda *_: kept.extend(map(trunk.memory, trunk.remembered.contexts)))
+        frames(pipe, steps=1)
+    tokens = kept[0][0].tokens
+    predictor = new_predictor(pipe.transformer, family, tokens, tokens)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return predictor.eval()
+
+
+def both_ways(folder: Path) -> None:
+    """In each of the two processes: alone, then split; attached before and after."""
+    for name in FAMILIES_SPLIT:
+        pipe, family = tiny_pipeline(name), FAMILIES[name]
+        predictors = {"taylor": "taylor", "network": network(pipe, family)}
+        alone = {}
+        for which, predictor in predictors.items():
+            with vidaccel.attach(pipe, predictor=predictor, **WITH_FULL):
+                alone[which] = frames(pipe)
+        assert np.abs(alone["network"] - alone["taylor"]).max() > 1e-3
+        with vidaccel.attach(pipe, predictor=predictors["network"], **WITH_FULL) as attachment:
+            split(pipe.transformer, family, TWO)
+            made = {"network, split while attached": frames(pipe)}
+            assert attachment.full_passes and attachment.predicted_passes
+        for which, predictor in predictors.items():
+            with vidaccel.attach(pipe, predictor=predictor, **WITH_FULL):
+                made[which] = frames(pipe)
+        for which, got in made.items():
+            assert np.abs(got - alone[which.partition(",")[0]]).max() < 1e-5, (name, which)
+    from_the_command_line(folder)
+
+
+def from_the_command_line(folder: Path) -> None:
+    said, output = StringIO(), folder / f"{rank()}.mp4"
+    with redirect_stdout(said):
+        generate([PROMPT, f"model={folder / 'model'}", "steps=1", "parallel.ulysses=2"], output=output, as_json=True)
+    assert output.exists() == (rank() == 0)
+    if rank() == 0:
+        assert json.loads(said.getvalue())["runtime"]["parallel"] == {"ulysses": 2, "ring": 1}
+    split = {"model": str(folder / "model"), "parallel": {"ulysses": 2}}
+    with pytest.raises(UserError, match="27 tokens do not divide among 2"):
+        vidaccel.generate(PROMPT, height=48, width=48, num_frames=9, **split)
+    with pytest.raises(UserError, match="compile=true came with a video on several devices"):
+        vidaccel.generate(PROMPT, compile=True, **split)
+
+
+def test_two_processes_make_the_video_of_one(tmp_path):
+    save_teacher(tmp_path / "model", "wan")
+    in_two(both_ways, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel", "device", "attention", "said"),
+    [
+        ("wan", TWO, CPU, "native", "takes as many processes, or a multiple, and there is 1"),
+        ("cogvideox", TWO, CPU, "native", "a video of CogVideoX cannot be split"),
+        ("hunyuan_video", TWO, CUDA, "flash", "attention=flash takes no mask"),
+        ("wan", ParallelConfig(ring=2), CPU, "native", "parallel.ring needs CUDA devices"),
+        ("hunyuan_video", ParallelConfig(ring=2), CUDA, "native", "ring attention takes no mask"),
+        ("wan", ParallelConfig(ring=2), CUDA, "native", "gives no log-sum-exp"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(monkeypatch, family, parallel, device, attention, said):
+    if "takes as many" not in said:
+        monkeypatch.setattr(context_parallel, "world", lambda: 2)
+    with pytest.raises(UserError, match=said):
+        check_split(FAMILIES[family], parallel, device, attention)
+
+
+def test_tokens_and_heads_have_to_divide(monkeypatch):
+    transformer = tiny_pipeline("wan").transformer  # patches of 1 x 2 x 2, two heads
+    check_tokens(transformer, TWO, (2, 4, 4))
+    with pytest.raises(UserError, match="9 tokens do not divide among 2 devices") as error:
+        check_tokens(transformer, TWO, (1, 6, 6))
+    assert error.value.hint.startswith("they do among 1, 3, 9;")
+    monkeypatch.setattr(context_parallel, "world", lambda: 4)
+    with pytest.raises(UserError, match="the 2 heads of this Wan 2.1 do not divide among 4"):
+        split(transformer, FAMILIES["wan"], ParallelConfig(ulysses=4))
+
+
+def test_joint_mask_is_in_the_order_in_which_attention_sees_the_tokens():
+    text = torch.zeros(1, 3, 8)
+    masked = torch.tensor([[True, True, False]])
+    expected = [True, True, True, True, True, True, False, False]  # two of video and two of text, twice
+    assert joint_mask(masked, 2, text, count=2).tolist() == [[[expected]]]
+    whole = torch.cat([torch.ones(1, 2, dtype=torch.bool), masked], dim=1)[:, None, None]
+    assert joint_mask(whole, 2, text, count=2).tolist() == [[[expected]]]
+    assert joint_mask(None, 2, text, count=2).flatten().tolist() == [*[True] * 7, False]
+    assert joint_mask(None, 2, text, count=3) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES_SPLIT)
+def test_a_record_names_what_a_split_needs(name):
+    how, pipe = FAMILIES[name].split, tiny_pipeline(name)
+    assert all(hasattr(pipe.transformer.get_submodule(path), "forward") for path in (*how.outputs, how.gathered))
+    assert how.outputs or type(pipe.transformer)._cp_plan
+    for _, block in blocks_of(pipe.transformer, FAMILIES[name]):
+        assert all(hasattr(block.get_submodule(attention), "processor") for attention in how.local)
+
+
+def test_what_diffusers_cannot_split_still_cannot():
+    """Once it can, the record may name how."""
+    module = inspect.getmodule(diffusers.CogVideoXTransformer3DModel)
+    assert "parallel_config" not in inspect.getsource(module)
