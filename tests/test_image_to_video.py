@@ -38,22 +38,6 @@ CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = TrainConfig(steps=2, batch_size=2, learning_rate=1e-3, warmup=0, ema_decay=0.0, log_every=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_texts():
-    """HunyuanVideo-1.5 pads every text to 1256 tokens, and no setting of its call shortens them."""
-    cls = diffusers.HunyuanVideo15ImageToVideoPipeline
-    stock = cls.__init__
-
-    @functools.wraps(stock)
-    def shorter(self, *args, **kwargs):
-        stock(self, *args, **kwargs)
-        self.tokenizer_max_length = self.tokenizer_2_max_length = 16
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cls, "__init__", shorter)
-        yield
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def chain(request, tmp_path_factory) -> Path:
     """A folder with a teacher, clips, features made of both, and a student of each kind."""

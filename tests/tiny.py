@@ -3,7 +3,9 @@
 `tiny_pipeline(name)` holds nothing that a download would bring: word-level tokenizers are made here from `VOCABULARY`.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,7 +77,27 @@ IMAGE_ENCODER = {
 }
 HUNYUAN_CALL = {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
 """HunyuanVideoPipeline cuts its own template after 95 tokens, which only Llama's tokenizer makes of it."""
+PADDED_15 = {"tokenizer_max_length": 32, "tokenizer_2_max_length": 32, "vision_num_semantic_tokens": 4}
+"""What HunyuanVideo-1.5's pipelines, made or loaded, pad texts and the missing image to here: nine tenths of a tiny
+pass would be attention between paddings."""
+BLANK = FAMILIES["hunyuan_video_15"].blank_inputs[0]
+"""The missing image, as the family's record has it."""
+BLANK_TOKENS = BLANK.tokens
+vars(BLANK)["tokens"] = PADDED_15["vision_num_semantic_tokens"]
 
+
+def padded_less(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        assert self.vision_num_semantic_tokens == BLANK_TOKENS  # elsewhere
+        vars(self).update(PADDED_15)
+
+    return made
+
+
+for each in HunyuanVideo15Pipeline, HunyuanVideo15ImageToVideoPipeline:
+    each.__init__ = padded_less(each.__init__)
 
 CALLS = {"hunyuan_video": HUNYUAN_CALL}
 """What a tiny pipeline has to be called with, for families that need anything."""

@@ -43,14 +43,7 @@ def call(pipe, prompt="a red circle", steps=STEPS, guidance=4.0, seed=0, **more)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pipe(request):
-    return short(tiny_pipeline(request.param))
-
-
-def short(pipe):
-    """With fewer tokens beside those of the video: HunyuanVideo-1.5 pads text to 1256 and an image to 729."""
-    if type(pipe).__name__.startswith("HunyuanVideo15"):
-        pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 16, 4
-    return pipe
+    return tiny_pipeline(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +242,7 @@ def test_a_model_that_is_offloaded_layer_by_layer():
 
 
 def test_a_students_r_reaches_full_and_predicted_steps():
-    pipe = short(tiny_pipeline("hunyuan_video_15", use_meanflow=True))
+    pipe = tiny_pipeline("hunyuan_video_15", use_meanflow=True)
     loaded = LoadedPipeline(pipe, FAMILY_RECORDS["hunyuan_video_15"], "here", {}, {})
     plain = call(pipe)
     student = as_student(loaded, None, pipe.scheduler)
@@ -315,7 +308,7 @@ OWN_TIMES = [1.0, 0.9, 0.5, 0.2]
 @pytest.fixture(scope="module")
 def gridded():
     """A pipeline on the grid of shift 5, and a predictor that was trained for it."""
-    pipe = short(tiny_pipeline("hunyuan_video"))
+    pipe = tiny_pipeline("hunyuan_video")
     return pipe, predictor_for(pipe, steps=20, shift=5.0)
 
 

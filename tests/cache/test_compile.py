@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vidaccel
-from tests.cache.test_attach import STEPS, call, predictor_for, short
+from tests.cache.test_attach import STEPS, call, predictor_for
 from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
 
 DEEPER = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 4}}
@@ -16,7 +16,7 @@ GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
 @pytest.mark.parametrize("name, history", [*((name, 1) for name in TEXT_TO_VIDEO), ("wan", 2)])
 def test_compiled_blocks_have_static_graphs(name, history):
     """One more for a predictor of two full steps, which has had only one when it is first asked."""
-    pipe = short(tiny_pipeline(name))
+    pipe = tiny_pipeline(name)
     config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     torch.manual_seed(0)
     pipe.transformer = pipe.transformer.from_config(config | DEEPER.get(name, {"num_layers": 4})).eval()

@@ -8,7 +8,7 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from tests.cache.test_attach import call, short
+from tests.cache.test_attach import call
 from tests.students import student
 from tests.tiny import FLOW, SIZE, calls_of_a_step, tiny_pipeline
 from vidaccel.bench.measures.counting import held_bytes
@@ -31,7 +31,7 @@ SCALARS = FittedList(FULL, {2: SECOND, 4: LAST}, STEPS, shift=SHIFT)
 
 @pytest.fixture(scope="module", params=FLOW)
 def pipe(request):
-    pipe = short(tiny_pipeline(request.param))
+    pipe = tiny_pipeline(request.param)
     pipe.scheduler = GridScheduler(shift=SHIFT)
     return pipe
 

@@ -60,7 +60,6 @@ def test_texts_are_what_the_pipeline_feeds_its_transformer(family, dtype):
     pipe.transformer.to(dtype)
     if FAMILIES[family].guidance.doubled:
         pipe.text_encoder.to(dtype)  # which says in what type these pipelines call their transformer
-    pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 16  # of HunyuanVideo-1.5, which no setting shortens
     loaded = LoadedPipeline(pipe, FAMILIES[family], "here", call, {})
     texts, seen = encode_texts(loaded, CAPTIONS), fed(loaded, CAPTIONS, guidance=3.0)
     nothing = encode_texts(loaded, [""] * 3)

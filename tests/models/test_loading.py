@@ -478,8 +478,6 @@ def test_the_scale_of_a_checkpoints_guider_is_its_own(tmp_path, options, scale):
     loaded = load_pipeline(tmp_path / "model")
     assert loaded.default("guidance") == loaded.guidance == scale and loaded.says("guidance") == "the model's guider"
     assert loaded.says("steps") == "HunyuanVideo-1.5's defaults" and loaded.call == {}
-    pipe = loaded.pipe
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 16, 16, 4
     made = generate(loaded, ["a red circle"], GenerateConfig(steps=1, **SIZE), [0])
     assert (made.passes, made.guidance) == (1 + (scale > 1), scale)
     said = said_sampling(loaded, GenerateConfig(steps=1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
-from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import BLANK, BLANK_TOKENS, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import PassFlops
 from vidaccel.bench.measures.memory import LiveBytes
@@ -17,13 +17,18 @@ from vidaccel.families.walk import blocks_of
 from vidaccel.train.lora import add_lora
 
 SIZE = (9, 64, 64)
-TEXTS = {"hunyuan_video_15": {"prompt": 16, "glyphs": 8, "image": 729}}
+TEXTS = {"hunyuan_video_15": {"prompt": 16, "glyphs": 8, "image": BLANK_TOKENS}}
 RANK = 4
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
+
+
+@pytest.fixture(autouse=True)
+def _an_image_as_it_is_elsewhere(monkeypatch):
+    monkeypatch.setitem(vars(BLANK), "tokens", BLANK_TOKENS)
 
 
 @pytest.fixture(scope="module", params=TEXT_TO_VIDEO)
