@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 
 from vidaccel.cache.attach import Attachment
+from vidaccel.cache.policy import FullSteps
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.images import Source, fitted, read_image
@@ -114,6 +115,9 @@ def session(
         listed = config.timesteps or config.sigmas or isinstance(loaded.pipe.scheduler, ListedScheduler)
         generate(loaded, [warm_up], config if listed else replace(config, steps=1), [config.seed], image=first)
     with predicted_steps(loaded, config) as attachment:
+        policy = attachment and attachment.policy
+        if isinstance(policy, FullSteps) and len(policy.full_steps) == policy.steps:
+            log.info("all %d steps are full, and nothing is predicted: budget= takes fewer", policy.steps)
         if warm_up is not None and config.compile:
             generate(loaded, [warm_up], config, [config.seed], attachment, first)
         yield Session(config, loaded, ran, attachment, seconds, pictures, said)

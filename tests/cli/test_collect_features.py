@@ -77,7 +77,7 @@ def test_a_dry_run_says_how_much_and_writes_nothing(model, clips, tmp_path):
         (["--dry-run", "cache=true"], "cache goes with kind=trajectory"),
         (["--dry-run", "guidance=0.5"], "guidance is a number from 1 up"),
         (["--dry-run", "model=nowhere/at-all"], "nowhere/at-all"),
-        (["--dry-run", "data=missing"], "missing is not a folder of clips"),
+        (["--dry-run", "data=missing"], "missing is not a folder of clips: there is none"),
         (["--dry-run", "max_gigabytes=1e-9"], "are more than max_gigabytes"),
     ],
 )

@@ -124,8 +124,8 @@ def test_predicted_steps_are_counted_and_said(students):
     assert Path("out.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
     assert run("a blue square", *own, "every=2", "--seed", "1", "-o", "every.mp4").exit_code == 0
     assert Path("every.mp4").read_bytes() == Path("out.mp4").read_bytes()
-    full = run("a blue square", own[0], "--seed", "1", "-o", "full.mp4")
-    assert "4 passes" in full.stdout
+    full = run("a blue square", *own, "every=1", "--seed", "1", "-o", "full.mp4")
+    assert "4 passes" in full.stdout and "all 4 steps are full, and nothing is predicted" in full.stderr
     assert Path("full.mp4").read_bytes() != Path("out.mp4").read_bytes()
 
 

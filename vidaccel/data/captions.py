@@ -43,7 +43,7 @@ def read_captions(folder: Path) -> list[Line]:
     if found := _beside(folder):
         return found
     raise UserError(
-        f"{folder} is not a folder of clips: it has no {CAPTIONS_FILE}",
+        f"{folder} is not a folder of clips: {f'it has no {CAPTIONS_FILE}' if folder.is_dir() else 'there is none'}",
         'write one line a video into it: {"file": "a.mp4", "caption": "..."}; a .csv or .parquet with columns file and '
         "caption is read as well, and a.txt beside a.mp4",
     )
