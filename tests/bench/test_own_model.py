@@ -47,6 +47,7 @@ def test_what_can_be_had_without_training(family):
     assert "warning" not in result.stderr and "could not" not in result.stdout and "not run" not in result.output
     meaning = "latent: latent error, the distance of the final latents to full's from the same noise; 0 is identical"
     assert meaning in " ".join(result.stdout.split())
+    assert "full passes: " not in result.stdout and "own latent: " not in result.stdout  # of columns that are not shown
     found = rows()
     assert {
         name: run["passes"]["full"] for name, run in found.items() if name != "teacache" and "-cfg" not in name

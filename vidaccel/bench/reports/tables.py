@@ -63,10 +63,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def explained(baseline: str, runs: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """What columns of the table mean whose names do not say it."""
+    """What those columns mean that are in the table and whose names do not say it."""
     runs = [run for run in runs if run["passes"]]
     for name, meaning in MEANINGS.items():
-        if any(COLUMNS[name](run) for run in runs):
+        if name in NARROW and any(COLUMNS[name](run) for run in runs):
             yield f"{name}: {meaning.format(baseline=baseline)}"
 
 
