@@ -25,6 +25,7 @@ from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
 from vidaccel.runtime.context_parallel import check_split, check_tokens, split
+from vidaccel.runtime.offload import check_offload, offload
 from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_unknown_words
 
 log = logging.getLogger(__name__)
@@ -98,15 +99,21 @@ def session(
         UserError: model, predictor, machine and settings do not go together.
     """
     started = time.perf_counter()
-    runtime.check(config, resolve_device(device))
+    target = resolve_device(device)
+    runtime.check(config, target)
+    check_offload(config.offload, target, config.compile)
     files = read_model(config.model)
     if config.parallel.devices > 1:
-        _check_devices(config, files, resolve_device(device))
+        _check_devices(config, files, target)
     pictures, said = fitted_images(files, config, images)
-    loaded = load_pipeline(files, device=device, dtype=config.dtype, lora=config.lora or ())
-    ran = runtime.prepare(loaded, config)
+    whole = config.offload == "none"
+    loaded = load_pipeline(files, device=device, dtype=config.dtype, lora=config.lora or (), placed=whole)
+    ran = runtime.prepare(loaded, config, target)
     if config.parallel.devices > 1:
-        ran["parallel"] = _split(loaded, config)
+        ran["parallel"] = _split(loaded, config, target)
+    if not whole:
+        offload(loaded.pipe, loaded.family, config.offload, target)
+        ran["offload"] = config.offload
     seconds = time.perf_counter() - started
     log.info("sampled with %s", said_sampling(loaded, config))
     warn_of_guidance(loaded, config.guidance)
@@ -132,12 +139,12 @@ def _check_devices(config: GenerateConfig, files: ModelFiles, device: torch.devi
         )
 
 
-def _split(loaded: LoadedPipeline, config: GenerateConfig) -> dict[str, int]:
+def _split(loaded: LoadedPipeline, config: GenerateConfig, device: torch.device) -> dict[str, int]:
     """Split the passes of the pipeline's transformers over processes; the degrees."""
     size = {name: getattr(config, name) or loaded.default(name) for name in ("num_frames", "height", "width")}
     for transformer in denoisers_of(loaded.pipe, loaded.family):
         check_tokens(transformer, config.parallel, latent_size(loaded, **size))
-        split(transformer, loaded.family, config.parallel, config.attention)
+        split(transformer, loaded.family, config.parallel, config.attention, device)
     return asdict(config.parallel)
 
 

@@ -59,6 +59,9 @@ class GenerateConfig(RuntimeConfig):
     """Seed of the first prompt's noise; prompt i of a file gets seed + i."""
     dtype: str = "auto"
     """`auto` (float32 on a CPU, as stored on a GPU), `float32`, `bfloat16` or `float16`."""
+    offload: str = "none"
+    """Weights that wait on the CPU: `none`, `group` (each block of the transformer is on the GPU for its own call: a
+    predicted step moves none), `model` (one model of the pipeline at a time) or `sequential` (one layer at a time)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -68,6 +71,8 @@ class GenerateConfig(RuntimeConfig):
         settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
+        ways = ("none", "group", "model", "sequential")
+        require(self.offload in ways, "offload", self.offload, f"is one of {', '.join(ways)}")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
 

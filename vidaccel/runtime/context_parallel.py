@@ -41,7 +41,13 @@ from vidaccel.runtime.prepare import MASKED_ATTENTION
 TEXT = "encoder_hidden_states"
 
 
-def split(transformer: nn.Module, family: DiTFamily, parallel: ParallelConfig, attention: str | None = None) -> None:
+def split(
+    transformer: nn.Module,
+    family: DiTFamily,
+    parallel: ParallelConfig,
+    attention: str | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Split the tokens of the transformer's passes over `parallel.devices` neighbouring processes, from now on.
 
     Args:
@@ -49,11 +55,13 @@ def split(transformer: nn.Module, family: DiTFamily, parallel: ParallelConfig, a
         family: its record.
         parallel: degrees, whose product divides the number of processes.
         attention: its backend; None is that of the process.
+        device: that it computes on, where its weights are elsewhere.
 
     Raises:
         UserError: it cannot be split so.
     """
-    check_split(family, parallel, transformer.device, attention or process_attention())
+    device = device or transformer.device
+    check_split(family, parallel, device, attention or process_attention())
     config: Any = transformer.config
     if config.num_attention_heads % parallel.ulysses:
         raise UserError(
@@ -61,7 +69,7 @@ def split(transformer: nn.Module, family: DiTFamily, parallel: ParallelConfig, a
             f"set parallel.ulysses to one of {_divisors(config.num_attention_heads)}",
         )
     shape = world() // parallel.devices, parallel.ring, parallel.ulysses
-    mesh = init_device_mesh(transformer.device.type, shape, mesh_dim_names=("videos", "ring", "ulysses"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("videos", "ring", "ulysses"))
     group_ends_with(mesh)
     if family.needs_mask:
         for _, block in blocks_of(transformer, family):

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from vidaccel.compat.torch import forward_pre_hooks
@@ -35,9 +36,12 @@ from vidaccel.kernels import select
 logger = logging.getLogger(__name__)
 
 
-def fuse(model: nn.Module, kernels: str = "auto") -> "Fusion":
-    """Fuses every block of `model` that has a fused form, and logs which those are; the others stay as they are."""
-    chosen = select.choose(kernels, next(model.parameters()).device)
+def fuse(model: nn.Module, kernels: str = "auto", device: torch.device | None = None) -> "Fusion":
+    """Fuses every block of `model` that has a fused form, and logs which those are; the others stay as they are.
+
+    `device` is where it computes, if its weights are elsewhere.
+    """
+    chosen = select.choose(kernels, device or next(model.parameters()).device)
     forms = _forms_of_class(type(model))
     blocks = [module for module in model.modules() if type(module) in forms.blocks]
     if not blocks and kernels == "fused":

@@ -55,20 +55,21 @@ def check(config: RuntimeConfig, device: torch.device) -> None:
         check_compiler(device)
 
 
-def prepare(loaded: LoadedPipeline, config: RuntimeConfig) -> dict[str, Any]:
-    """Make the pipeline's transformers run as `config` says; what was chosen, by the names of the settings.
+def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device | None = None) -> dict[str, Any]:
+    """Make the pipeline's transformers run as `config` says; what was chosen, by the names of the settings. `device` is
+    where they will compute, if their weights are elsewhere.
 
     Raises:
         UserError: this machine or this model cannot follow a setting, or the blocks are hooked already.
     """
     transformers = denoisers_of(loaded.pipe, loaded.family)
-    device = transformers[0].device
+    device = device or transformers[0].device
     check(config, device)
     kernels = select.choose(config.kernels, device)
     for transformer in transformers:
-        _check_fits(transformer, loaded.family, config)
+        _check_fits(transformer, loaded.family, config, device)
         if kernels == "fused":
-            fuse(transformer, config.kernels)
+            fuse(transformer, config.kernels, device)
         if config.attention != process_attention():
             _set_attention(transformer, config.attention)
         if config.trim_text:
@@ -99,11 +100,10 @@ def _check_attention(name: str, device: torch.device) -> None:
         raise UserError(f"attention={name} needs a CUDA device", "set attention=native, or take --device cuda")
 
 
-def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig) -> None:
+def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig, device: torch.device) -> None:
     """Whether the model's types, head width and masks are what the attention backend and the quantiser take."""
     linear = next(m for m in _first_block(transformer, family).modules() if isinstance(m, nn.Linear))
-    heads = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-    probe = torch.empty(1, 1, 1, transformer.config.attention_head_dim, **heads)
+    probe = torch.empty(1, 1, 1, transformer.config.attention_head_dim, dtype=linear.weight.dtype, device=device)
     try:
         for fits in attention_constraints(config.attention):
             fits(query=probe, key=probe, value=probe, attn_mask=None, is_causal=False)
