@@ -382,9 +382,29 @@ def test_what_does_not_fit_in_one_process_stops_both(tmp_path):
     in_two(unfit_in_one, tmp_path)
 
 
-def test_another_number_of_processes_does_not_continue(straight):
-    with pytest.raises(UserError, match="processes was 2, now 1"):
+def test_other_passes_a_step_do_not_continue(straight):
+    with pytest.raises(UserError, match="accumulate x processes was 2, now 1"):
         run(straight[0])
+
+
+def go_on(folder: Path, config: TrainConfig) -> None:
+    run(folder, config=config)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path, straight):
+    """From shards of two in one, and from what one wrote in two; the loss is that of a run that was not interrupted."""
+    alone = replace(CONFIG, accumulate=2)
+    shutil.copytree(straight[0], tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000005")
+    run(tmp_path / "two", config=alone)
+    run(tmp_path / "one", config=alone)
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "step-00000005")
+    in_two(go_on, tmp_path / "other", CONFIG)
+    for folder in (straight[0], tmp_path / "two", tmp_path / "other"):
+        for line, expected in zip(metrics(folder), metrics(tmp_path / "one"), strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 def full_disk(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
     folder/checkpoints/step-00000200/   model.safetensors, ema.safetensors, optimizer.safetensors, state.json
 
-Of many processes each writes its shards of all three into one file, shard-*.safetensors. A checkpoint is written under
-another name and renamed, so that a folder called step-* is whole. The last two and the best are kept.
+Of many processes each writes its shards of all three into one file, shard-*.safetensors. Any number of processes reads
+either, if they make as many forward passes a step. A checkpoint is written under another name and renamed, so that a
+folder called step-* is whole. The last two and the best are kept.
 """
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from vidaccel.artefacts import CHECKPOINTS, differences, explained
 from vidaccel.errors import UserError
 from vidaccel.processes import on_all, on_first, world
-from vidaccel.train.parallel import check_fit, load_sharded, save_sharded, shared_folder
+from vidaccel.train.parallel import check_fit, copy_own, load_sharded, save_sharded, shared_folder
 
+log = logging.getLogger(__name__)
 KEPT = 2
 STATE = "state.json"
 
@@ -118,28 +121,42 @@ class Checkpoints:
             record = json.loads(path.read_text())
             identity, best = self._current(record.pop("identity")), record.pop("best")
             state = State(**record, best=math.inf if best is None else best)
-        if differing := differences(identity, self._identity):
+        if differing := differences(_by_passes(identity), _by_passes(self._identity)):
             raise UserError(
                 f"{path.parent} is of a run with other settings ({'; '.join(differing)})",
                 "give the same settings to continue it, or another folder to start afresh",
             )
+        wrote, here = (of.get("processes", 1) for of in (identity, self._identity))
+        if wrote != here:
+            log.info("%d processes go on where %d were: with the same samples, not to the last bit", here, wrote)
         return state
 
     def _load(self, checkpoint: Path) -> None:
-        if world() > 1:
+        if any(checkpoint.glob("shard-*.safetensors")):
             on_all(lambda: _open_each(sorted(checkpoint.glob("*.safetensors"))))
             with _readable(checkpoint / "*.safetensors"):
                 load_sharded(self._flat(), checkpoint)
             return
+        on_all(lambda: self._load_whole(checkpoint))
+
+    def _load_whole(self, checkpoint: Path) -> None:
+        """What one process wrote, or of sharded tensors this process's parts of it."""
         for name, tensors in self._tensors.items():
             with _readable(checkpoint / f"{name}.safetensors") as path:
                 found = load_file(path)
                 check_fit({key: (t.shape, t.dtype) for key, t in found.items()}, tensors)
                 for key, tensor in tensors.items():
-                    tensor.copy_(found[key])
+                    copy_own(found[key], tensor)
 
     def _flat(self) -> dict[str, torch.Tensor]:
         return {f"{name}.{key}": t for name, tensors in self._tensors.items() for key, t in tensors.items()}
+
+
+def _by_passes(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to stay: processes may be more or fewer, if the passes of a step are as many."""
+    found = dict(identity)
+    found["accumulate x processes"] = found.pop("accumulate", 1) * found.pop("processes", 1)
+    return found
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ when it is called. A sharded parameter is a DTensor. With one process every func
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vidaccel.artefacts import atomic_folder
 from vidaccel.processes import group_ends_with, on_all, on_first, world
@@ -94,8 +96,16 @@ def load_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
         check_fit({name: (of.size, of.properties.dtype) for name, of in found.items()}, tensors)
 
     on_all(check)
-    with _first_failure():
+    with _first_failure(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that one process loads alone
         dcp.load(dict(tensors), storage_reader=reader)
+
+
+def copy_own(whole: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copies a whole tensor, or this process's shard of it, into `tensor`."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
 
 
 def check_fit(found: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapping[str, torch.Tensor]) -> None:
