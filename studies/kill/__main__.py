@@ -1,0 +1,3 @@
+from studies.kill.study import app
+
+app(prog_name="python -m studies.kill")

@@ -1,0 +1,287 @@
+"""Runs killed at random moments: `python -m studies.kill --kills 20 -o runs/kill`.
+
+Each stage is run once undisturbed by one process and once by two. Then the same command is started, one of its
+processes gets SIGKILL at a random moment of the time that the undisturbed run took, and so on until it was killed often
+enough; the last start is left to end. A start that ends before its moment counts as no kill: what it made is compared,
+and the stage begins anew. What must hold, on a CPU:
+
+    equal    every file is, bit for bit, that of the undisturbed run, but for times of the clock
+    waited   the other process ends by itself, in less than a minute, and says why
+
+Processes are forked from a server that has torch loaded, so that a start takes less than the moments do.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors.torch import load_file
+
+from vidaccel.artefacts import LOCK_FILE, write_json
+from vidaccel.cli.common import Debug, reported
+from vidaccel.errors import UserError
+
+PATIENCE = 60.0
+"""Seconds after which processes that wait for a dead one are at fault."""
+OF_THE_CLOCK = {"started", "finished", "seconds", "step_seconds", "files", "out_dir"}
+"""Keys of JSON that are no part of the comparison; `files` has the hashes of files with such keys."""
+LOADED = (
+    *("torch._dynamo", "vidaccel.collect.kinds", "vidaccel.train.distill", "vidaccel.train.predictor.training"),
+    *("vidaccel.session", "vidaccel.worlds.sprites.pipeline", "vidaccel.worlds.sprites.source"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
+    *("diffusers.models.transformers.transformer_hunyuan_video", "diffusers.pipelines.hunyuan_video"),
+)
+TINY = ("train.batch_size=2", "train.warmup=1", "train.save_every=2", "train.log_every=1", "train.sample_every=0")
+
+Place = Callable[[str], str]
+"""From the name of a stage to the folder of its undisturbed run."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, without its -o; {name} in a word is the folder that the stage of that name left."""
+
+    words: tuple[str, ...]
+
+
+STAGES = {
+    "collect": Stage(("collect-features", "clips=16", "per_shard=2")),
+    "trajectories": Stage(
+        ("collect-features", "kind=trajectory", "model=sprites/student", "steps=4", "clips=8", "per_shard=1")
+    ),
+    "distill": Stage(
+        ("distill", "--conf", "cfg", "teacher=sprites/teacher", "features={collect}", "train.steps=8", *TINY)
+    ),
+    "train-predictor": Stage(
+        (
+            "train-predictor",
+            *("--features", "{trajectories}", "pairs=trajectory", "steps=4", "search_prompts=2", "checked_prompts=2"),
+            *(f"mse.{word.removeprefix('train.')}" for word in ("train.steps=8", *TINY[:-1])),
+            *("mse.batch_size=1", "adversarial.steps=0", "scalars=false"),
+        )
+    ),
+    "generate": Stage(("generate", "--prompts", "{prompts}", "model=sprites/student")),
+}
+
+
+@dataclass
+class Found:
+    """What a stage did under so many processes."""
+
+    stage: str
+    processes: int
+    seconds: float
+    """Of the undisturbed run."""
+    kills: int = 0
+    ended: int = 0
+    """Starts that ended by themselves, and were compared."""
+    waited: float = 0.0
+    """Longest time, in s, from a kill to the end of the other process."""
+    said: int = 0
+    """Kills of which the other process told."""
+    differing: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+app = typer.Typer()
+
+
+@app.command()
+@reported
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="Of each stage and number of processes.")] = 20,
+    stages: Annotated[list[str] | None, typer.Option("--stage", help="Only this one; may be repeated.")] = None,
+    processes: Annotated[list[int] | None, typer.Option(help="1 and 2.")] = None,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for the runs and kill.json.")] = Path(
+        "runs/kill"
+    ),
+    debug: Debug = False,
+) -> None:
+    """Kill runs, and print a line for each stage and number of processes."""
+    wanted = stages or list(STAGES)
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise UserError(f"there is no stage {unknown[0]}", f"choose from: {', '.join(STAGES)}")
+    multiprocessing.set_forkserver_preload([*LOADED, __name__])
+    with started(["--version"], 1, output / "server.log") as first:  # the server starts
+        first[0].join()
+    rng, found = random.Random(seed), []
+    for name in wanted:
+        for count in processes or [1, 2]:
+            found.append(kill_often(name, count, kills, output, rng))
+            typer.echo(said(found[-1]))
+            write_json(output / "kill.json", [asdict(each) for each in found])
+    if any(each.differing or each.faults for each in found):
+        raise typer.Exit(1)
+
+
+def said(found: Found) -> str:
+    fault = "; ".join([*found.faults, *(f"differs: {name}" for name in found.differing)])
+    told = f", others ended within {found.waited:.1f} s ({found.said} said why)" if found.processes > 1 else ""
+    return (
+        f"{found.stage}, {found.processes} processes: {found.kills} kills in runs of {found.seconds:.1f} s{told}, "
+        f"{found.ended} results compared: {fault or 'equal'}"
+    )
+
+
+def kill_often(name: str, count: int, kills: int, output: Path, rng: random.Random) -> Found:
+    """Run a stage undisturbed and disturbed."""
+    straight = undisturbed(name, count, output)
+    found = Found(name, count, json.loads(straight.with_suffix(".json").read_text()))
+    folder = output / f"{name}-{count}-killed"
+    shutil.rmtree(folder, ignore_errors=True)
+    while not found.faults and not found.differing:
+        over = found.kills == kills
+        moment = None if over else rng.uniform(0, found.seconds)
+        if not disturbed(words_of(name, folder, output), count, moment, rng.randrange(count), found, folder):
+            continue
+        found.ended += 1
+        found.differing = differing(straight, folder)
+        if over:
+            break
+        shutil.rmtree(folder)
+    return found
+
+
+def disturbed(words: list[str], count: int, moment: float | None, which: int, found: Found, folder: Path) -> bool:
+    """Start, and at that moment kill that process; whether the start ended by itself."""
+    log = folder.with_suffix(".log")
+    with started(words, count, log) as running:
+        if moment is None:
+            moment = 3600.0
+        deadline = time.monotonic() + moment
+        while any(process.is_alive() for process in running) and time.monotonic() < deadline:
+            running[0].join(0.005)
+            if any(process.exitcode for process in running):
+                break
+        if not any(process.is_alive() for process in running):
+            if codes := [process.exitcode for process in running if process.exitcode]:
+                found.faults.append(f"ended with {codes}: {last_words(log)}")
+            return not found.faults
+        if running[which].is_alive():
+            os.kill(running[which].pid or 0, signal.SIGKILL)
+        began = time.monotonic()
+        found.kills += 1
+        for process in running:
+            process.join(max(0.0, began + PATIENCE - time.monotonic()))
+            if process.is_alive():
+                found.faults.append(f"a process waited more than {PATIENCE:g} s for the one that was killed")
+        found.waited = max(found.waited, time.monotonic() - began)
+        found.said += "another of its processes did" in log.read_text()
+        return False
+
+
+def undisturbed(name: str, count: int, output: Path) -> Path:
+    """The folder of the stage's undisturbed run by so many processes, made once; beside it its seconds."""
+    folder = output / f"{name}-{count}"
+    if folder.with_suffix(".json").exists():
+        return folder
+    words = words_of(name, folder, output)
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    with started(words, count, folder.with_suffix(".log")) as running:
+        for process in running:
+            process.join()
+    if any(process.exitcode for process in running):
+        raise UserError(f"{name} fails undisturbed: {last_words(folder.with_suffix('.log'))}", "see its log")
+    write_json(folder.with_suffix(".json"), time.monotonic() - began)
+    return folder
+
+
+def words_of(name: str, folder: Path, output: Path) -> list[str]:
+    """The stage's command. The stages that it needs are run."""
+    words = []
+    for word in STAGES[name].words:
+        key = word.rpartition("{")[2].rstrip("}") if word.endswith("}") else None
+        if key == "prompts":
+            prompts = output / "prompts.txt"
+            prompts.write_text("".join(f"a {colour} circle moving right on black\n" for colour in COLOURS))
+            word = str(prompts)
+        elif key:
+            word = word.replace(f"{{{key}}}", str(undisturbed(key, 1, output)))
+        words.append(word)
+    return [*words, "-o", str(folder)]
+
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "cyan", "magenta", "orange")
+
+
+@contextmanager
+def started(words: list[str], count: int, log: Path) -> Iterator[list[ForkServerProcess]]:
+    """The command in so many processes, as torchrun starts them; none is left behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    context = multiprocessing.get_context("forkserver")
+    running = [context.Process(target=run, args=(words, number, count, port, str(log))) for number in range(count)]
+    try:
+        for process in running:
+            process.start()
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+
+
+def run(words: Sequence[str], number: int, count: int, port: int, log: str) -> None:
+    """In a process of its own."""
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    if count > 1:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from vidaccel.cli.main import main as vidaccel
+
+    torch.set_num_threads(1)
+    sys.argv = ["vidaccel", *words]
+    vidaccel()
+
+
+def last_words(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return " / ".join(lines[-3:])
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of files that are not alike, or in one of the folders alone."""
+    names = {path.relative_to(folder) for folder in (one, other) for path in folder.rglob("*") if path.is_file()}
+    names = {name for name in names if name.name != LOCK_FILE}
+    return sorted(str(name) for name in names if content(one / name) != content(other / name))
+
+
+def content(path: Path) -> Any:
+    """What is compared of a file; None where it is not there."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":  # the order in its header is chance
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+    if path.suffix in (".json", ".jsonl"):
+        text = path.read_text()
+        documents = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        return without_clock(documents)
+    return path.read_bytes()
+
+
+def without_clock(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: without_clock(value) for key, value in document.items() if key not in OF_THE_CLOCK}
+    return [without_clock(each) for each in document] if isinstance(document, list) else document
