@@ -58,7 +58,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from vidaccel.compat.diffusers import do_without_ftfy
-from vidaccel.families.registry import FAMILIES, family_of_pipeline
+from vidaccel.families.registry import FAMILIES, family_of
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -108,7 +108,7 @@ def guided(pipe: DiffusionPipeline, scale: float, prompt: str | list[str] = "") 
 
     A guider is set on the pipeline.
     """
-    family = family_of_pipeline(type(pipe).__name__)
+    family = family_of(pipe)
     rule = family.guidance
     if rule.guider:
         setattr(pipe, rule.guider, getattr(pipe, rule.guider).new(guidance_scale=scale, enabled=scale > 1))
@@ -132,7 +132,7 @@ def image_of(family: str) -> np.ndarray | None:
 
 def calls_of_a_step(pipe: DiffusionPipeline, passes: int = 2) -> int:
     """How often a pipeline calls its transformer for so many passes a step: once where both are a doubled batch."""
-    return 1 if family_of_pipeline(type(pipe).__name__).guidance.doubled else passes
+    return 1 if family_of(pipe).guidance.doubled else passes
 
 
 def passes_of(pipe: DiffusionPipeline, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -326,6 +326,27 @@ def wan_i2v() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts)
 
 
+def _with_second(pipe: DiffusionPipeline, boundary: float) -> DiffusionPipeline:
+    """Wan 2.2's: a second transformer of the same form, with weights of its own."""
+    config = pipe.transformer.config
+    parts = pipe.components | {"transformer_2": WanTransformer3DModel.from_config(config)}
+    return type(pipe)(**parts, boundary_ratio=boundary)
+
+
+def wan22() -> DiffusionPipeline:
+    """At shift 3 the second of its transformers has the last 2 of 4 steps."""
+    return _with_second(wan(), boundary=0.8)
+
+
+def wan22_i2v() -> DiffusionPipeline:
+    parts = wan_i2v().components
+    config = parts["transformer"].config
+    parts["transformer"] = WanTransformer3DModel.from_config(config, image_dim=None, added_kv_proj_dim=None)
+    return _with_second(
+        WanImageToVideoPipeline(**parts | {"image_encoder": None, "image_processor": None}), boundary=0.8
+    )
+
+
 def cogvideox() -> DiffusionPipeline:
     """With rotations, as the 5B model has them, and half its compression of time: two groups of latent frames."""
     width, latent = 32, 4
@@ -415,10 +436,16 @@ BUILDERS = {
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
     "ltx_video": ltx_video,
     "wan": wan,
+    "wan22": wan22,
+    "wan22_i2v": wan22_i2v,
     "wan_i2v": wan_i2v,
 }
-TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].conditions)
+ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1)
+"""Families with one transformer: the further ones of others are like the first."""
+ALL_TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].conditions)
 """Families whose videos begin with no image."""
+TEXT_TO_VIDEO = [name for name in ALL_TEXT_TO_VIDEO if name in ONE_DENOISER]
+"""Those of them with one transformer."""
 FLOW = [name for name in TEXT_TO_VIDEO if FAMILIES[name].predicts == "flow"]
 """Those of them that students and grids are for."""
 

@@ -51,7 +51,8 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
 def as_fast(full: GenerateConfig, config: GenerateConfig, loaded: LoadedPipeline, made: Generated) -> GenerateConfig:
     """`full` guided as the video was that the fast way made, of its size, away from the same prompt."""
     frames, height, width = made.frames.shape[1:4]
-    alike: dict[str, Any] = {"guidance": made.guidance, "num_frames": frames, "height": height, "width": width}
+    scales = {"guidance": made.guidance, "guidance_2": made.guidance_2}
+    alike: dict[str, Any] = {**scales, "num_frames": frames, "height": height, "width": width}
     if full.model != config.model and made.guidance != 1:
         _, two_pass = guidance_in_force(loaded, config.guidance, config.two_pass)
         alike["negative_prompt"] = (config.negative_prompt if two_pass else None) or unwanted(loaded) or None

@@ -27,6 +27,7 @@ from vidaccel.models.calling import (
     guidance_in_force,
     latent_size,
     sampled_as,
+    second_guidance,
     unknown_words,
 )
 from vidaccel.models.grid import Grid, on_grid
@@ -65,6 +66,8 @@ class Generated:
     """Wall-clock seconds of the stages `text`, `denoise` and `decode`."""
     latents: Tensor
     """Final ones, float32 [B, C, T, H, W], on the CPU."""
+    guidance_2: float | None = None
+    """CFG scale of the second of two transformers."""
 
     def summary(self) -> str:
         frames, height, width = self.frames.shape[1:4]
@@ -80,7 +83,8 @@ class Generated:
         passes = f"{self.passes} passes"
         if self.predicted:
             passes = f"{self.passes - self.predicted} full + {self.predicted} predicted passes"
-        return f"{self.steps} steps, {passes}, guidance {self.guidance:g}"
+        second = "" if self.guidance_2 in (None, self.guidance) else f" and {self.guidance_2:g}"
+        return f"{self.steps} steps, {passes}, guidance {self.guidance:g}{second}"
 
 
 def too_small(pass_seconds: float) -> str:
@@ -129,6 +133,7 @@ def generate(
     """
     steps = loaded.default("steps") if config.steps is None else config.steps
     scale, two_pass = guidance_in_force(loaded, config.guidance, config.two_pass)
+    second = second_guidance(loaded, config.guidance, config.guidance_2, config.two_pass)
     passes = _Passes(loaded, steps * (1 + (two_pass and scale > 1)), attachment)
     frames, started, ended = run_pipeline(loaded, prompts, seeds, config, passes, image=image)
     if not np.isfinite(frames).all():
@@ -136,7 +141,7 @@ def generate(
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
     latents = final_latents(loaded, passes.latents, frames.shape[1:4])
-    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents)
+    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents, second)
 
 
 def run_pipeline(
@@ -168,7 +173,8 @@ def run_pipeline(
     check_image(loaded.family, image is not None)
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-    arguments = call_arguments(loaded, steps=config.steps, negative_prompt=config.negative_prompt, **size, **guidance)
+    more = {"negative_prompt": config.negative_prompt, "guidance_2": config.guidance_2}
+    arguments = call_arguments(loaded, steps=config.steps, **more, **size, **guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     if image is not None:

@@ -18,7 +18,13 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.images import Source, fitted, read_image
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import check_image, guidance_in_force, latent_size, warn_of_guidance
+from vidaccel.models.calling import (
+    check_image,
+    guidance_in_force,
+    latent_size,
+    second_guidance,
+    warn_of_guidance,
+)
 from vidaccel.models.grid import Grid, ListedScheduler, shift_of
 from vidaccel.models.loading import LoadedPipeline, ModelFiles, load_pipeline, read_model, resolve_device
 from vidaccel.models.text_cuts import TextCuts
@@ -158,6 +164,9 @@ def said_sampling(loaded: LoadedPipeline, config: GenerateConfig) -> str:
         if name == "guidance":
             shown, _ = guidance_in_force(loaded, config.guidance, config.two_pass)
         said.append(f"{name}={shown:g} (of {whose})")
+    second = second_guidance(loaded, config.guidance, config.guidance_2, config.two_pass)
+    if second is not None:
+        said.append(f"guidance_2={second:g}")
     if listed is not None:
         said.append(f"{listed} (of the settings; by flow-match Euler)")
     elif config.shift is not None:

@@ -13,11 +13,13 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
+from vidaccel.models.grid import Grid
 from vidaccel.worlds.sprites import SHIPPED as SHIPPED_MODELS
 
 SHIPPED = sorted(path.stem for path in (conf_root() / "benchmark").glob("*.yaml"))
 ADAPTIVE = tuple(f"{on}{name}" for on in ("", "student-") for name in ("tea", "first", "mag", "sea", "faster", "delta"))
 PARAMETERS = {"hunyuan_video": 12.821, "hunyuan_video_15": 8.327, "wan_1.3b": 1.419, "wan_14b": 14.288}
+PARAMETERS |= {"wan22": 2 * 14.288}
 """Published, 10^9."""
 
 
@@ -60,6 +62,17 @@ def test_parameters_are_the_published_ones(plans, name):
     run = plans[name]["runs"][0]
     assert run["parameters"] / 1e9 == pytest.approx(PARAMETERS[name], rel=5e-3)
     assert run["plan"]["weight_bytes"] == 2 * run["parameters"]
+
+
+def test_the_first_step_of_a_second_transformer_is_planned_in_full(plans):
+    (full, *_), (taylor, *_) = (
+        [run for run in plans["wan22"]["runs"] if run["method"] == name] for name in ("cfg-50", "taylor-every-3")
+    )
+    published = [i for i, t in enumerate(Grid.shifted(50, 12.0).times[:-1]) if t >= 0.875]
+    assert taylor["full_steps"] == sorted({*range(0, 50, 3), len(published)}) and len(published) % 3
+    assert taylor["passes"] == {"full": 36, "predicted": 0, "skipped": 64}
+    one = plans["wan_14b"]["runs"][0]  # a pass is of either
+    assert full["plan"]["full_pass"] == one["plan"]["full_pass"]
 
 
 def test_hunyuan_video_as_published(hunyuan):

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vidaccel
 from tests.students import save_teacher
-from tests.tiny import SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import ALL_TEXT_TO_VIDEO, SIZE, tiny_pipeline
 from vidaccel.bench.plan import plan
 from vidaccel.bench.random_weights import time_random_weights
 from vidaccel.cache.schedule import Schedule
@@ -121,30 +121,37 @@ def generates(model: Model) -> None:
 
 def runs_predicted_steps(model: Model) -> None:
     """Nothing but full steps are the pipeline's own, bit for bit; detached it is as it was; predicted ones are not."""
-    plain = latents(model.loaded)
-    with vidaccel.attach(model.loaded, predictor="reuse", steps=3, full_steps=[0, 1, 2]) as attachment:
-        assert torch.equal(latents(model.loaded), plain)
-        assert (attachment.full_passes, attachment.predicted_passes) == (6, 0)
+    several = len(model.family.denoisers) > 1
+    steps, full = (4, [0, 2]) if several else (3, [0, 1])  # a predicted step of each denoiser
+    called = {"num_inference_steps": steps}
+    plain = latents(model.loaded, **called)
+    with vidaccel.attach(model.loaded, predictor="reuse", steps=steps, full_steps=list(range(steps))) as attachment:
+        assert torch.equal(latents(model.loaded, **called), plain)
+        assert (attachment.full_passes, attachment.predicted_passes) == (2 * steps, 0)
     for predictor in ("reuse", "taylor"):
-        with vidaccel.attach(model.loaded, predictor=predictor, steps=3, full_steps=[0, 1]) as attachment:
-            predicted = latents(model.loaded)
+        with vidaccel.attach(model.loaded, predictor=predictor, steps=steps, full_steps=full) as attachment:
+            predicted = latents(model.loaded, **called)
         assert predicted.isfinite().all() and not torch.equal(predicted, plain)
-        assert (attachment.full_passes, attachment.predicted_passes) == (4, 2)
-    assert torch.equal(latents(model.loaded), plain)
+        assert (attachment.full_passes, attachment.predicted_passes) == (4, 2 * (steps - 2))
+    assert torch.equal(latents(model.loaded, **called), plain)
 
 
 def reuses_exactly(model: Model) -> None:
     """On the same input, reuse gives what the trunk gave: embedders and head are those of the model."""
-    given: dict[str, Any] = {}
-    transformer = denoisers_of(model.loaded.pipe, model.family)[0]
-    hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    passes: dict[torch.nn.Module, dict[str, Any]] = {}
+    hook = partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
+    transformers = denoisers_of(model.loaded.pipe, model.family)
+    hooks = [hook(each, lambda module, args, kwargs: passes.update({module: kwargs})) for each in transformers]
     latents(model.loaded)
-    hook.remove()
-    with torch.no_grad(), Trunk(transformer, model.family) as trunk:
-        with trunk.full(0.5):
-            full = transformer(**given)[0]
-        with trunk.predicted(Reuse(), 0.5):
-            assert torch.equal(transformer(**given)[0], full)
+    for each in hooks:
+        each.remove()
+    assert list(passes) == transformers
+    for transformer, given in passes.items():
+        with torch.no_grad(), Trunk(transformer, model.family) as trunk:
+            with trunk.full(0.5):
+                full = transformer(**given)[0]
+            with trunk.predicted(Reuse(), 0.5):
+                assert torch.equal(transformer(**given)[0], full)
 
 
 def collects(model: Model) -> None:
@@ -253,28 +260,37 @@ def models(tmp_path_factory) -> Callable[[str], Model]:
     return of
 
 
-FLOW: dict[str, Callable[[Model], Any]] = {
+NOT_ALL: dict[str, Callable[[Model], Any]] = {
     "distill method=cfg": lambda model: model.cfg,
     "distill method=mean_velocity": lambda model: model.distilled("mean_velocity", model.teacher),
     "train-predictor": lambda model: model.trained("learned", model.teacher),
     "forecaster=taylor": lambda model: model.trained("taylor", model.teacher),
 }
-"""Abilities that are for models which predict flow velocities, as they are asked of one that does not."""
+"""Abilities that not all models have, as they are asked of one that has not."""
+
+
+def why_not(family: DiTFamily, ability: str) -> str | None:
+    """With which words it is refused, as a regular expression; None if it works."""
+    if ability in NOT_ALL and family.predicts != "flow":
+        return f"{family.title} predicts v .* is for flow velocities"
+    if ability in NOT_ALL and len(family.denoisers) > 1:
+        return f"{family.title} denoises with 2 transformers"
+    return None
 
 
 def works(family: DiTFamily, ability: str) -> bool:
-    return family.predicts == "flow" or ability not in FLOW
+    return why_not(family, ability) is None
 
 
 @pytest.mark.parametrize("ability", ABILITIES)
-@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", ALL_TEXT_TO_VIDEO)
 def test_it_works_or_is_refused_with_the_reason(family, ability, models):
     model = models(family)
-    if works(model.family, ability):
+    if (reason := why_not(model.family, ability)) is None:
         ABILITIES[ability](model)
         return
-    with pytest.raises(UserError, match=f"{model.family.title} predicts v .* is for flow velocities"):
-        FLOW[ability](model)
+    with pytest.raises(UserError, match=reason):
+        NOT_ALL[ability](model)
 
 
 def table() -> list[str]:
@@ -282,7 +298,7 @@ def table() -> list[str]:
     heads = ["", *(f"`{ability}`" for ability in ABILITIES)]
     rows = [
         [family.title, *("yes" if works(family, ability) else "no" for ability in ABILITIES)]
-        for family in map(FAMILIES.get, TEXT_TO_VIDEO)
+        for family in map(FAMILIES.get, ALL_TEXT_TO_VIDEO)
     ]
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
@@ -292,7 +308,7 @@ def front() -> list[str]:
     """The same in short, and which have fused kernels."""
     columns = ("attach", "distill method=cfg", "train-predictor", "benchmark --plan")
     lines = []
-    for name in TEXT_TO_VIDEO:
+    for name in ALL_TEXT_TO_VIDEO:
         family = FAMILIES[name]
         images = [f"`{each.pipelines[0]}`" for each in FAMILIES.values() if each.conditions and _alike(each, family)]
         said = ["yes" if cell else "no" for cell in (*(works(family, name) for name in columns), family.fused)]
@@ -302,7 +318,7 @@ def front() -> list[str]:
 
 
 def _alike(one: DiTFamily, other: DiTFamily) -> bool:
-    return one.transformer == other.transformer
+    return (one.transformer, len(one.denoisers)) == (other.transformer, len(other.denoisers))
 
 
 def test_the_pages_have_these_tables():

@@ -8,6 +8,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_pipeline
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.loader import load
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.adapters import Adapter, add_adapters
@@ -154,3 +156,27 @@ def test_adapters_are_part_of_what_a_model_is_known_by(saved, files):
     assert not torch.equal(again.pipe.transformer.state_dict()[q], plain.pipe.transformer.state_dict()[q])
     with pytest.raises(UserError, match=re.escape("there is no LoRA file nowhere")):
         load_pipeline(saved("wan"), lora=["nowhere"])
+
+
+def test_of_two_transformers_each_file_names_its_own(tmp_path):
+    file, model = tmp_path / "wan.safetensors", tmp_path / "model"
+    save_file(comfyui(), file)
+    tiny_pipeline("wan22").save_pretrained(model)
+    plain, low = load_pipeline(model), load_pipeline(model, lora=[f"transformer_2:{file}:0.5"])
+    expected = tiny_pipeline("wan22")
+    expected.transformer = expected.transformer_2
+    add_adapters(expected, FAMILIES["wan"], [Adapter(file, 0.5)])
+    for made, stated in (
+        (low.pipe.transformer_2, expected.transformer),
+        (low.pipe.transformer, plain.pipe.transformer),
+    ):
+        own = made.state_dict()
+        assert all(torch.equal(weight, own[name]) for name, weight in stated.state_dict().items())
+    high = load_pipeline(model, lora=[f"transformer:{file}:0.5"])
+    assert len({student_hash(each) for each in (plain, low, high)}) == 3
+    with pytest.raises(UserError, match=r"does not say which of the 2 .*\nhint: .*lora=\[transformer_2:"):
+        load_pipeline(model, lora=[str(file)])
+    with pytest.raises(UserError, match="has no transformer_3"):
+        load_pipeline(model, lora=[f"transformer_3:{file}"])
+    words = [f"transformer:{file}:0.5", f"transformer_2:{file}"]
+    assert load("generate", GenerateConfig, "teacher", [f"lora=[{','.join(words)}]"]).lora == words

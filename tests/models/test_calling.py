@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import CALLS, HUNYUAN_CALL, SIZE, TEXT_TO_VIDEO, tiny_pipeline, word_tokenizer
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import passes_of_call
@@ -14,6 +16,7 @@ from vidaccel.models.calling import call_arguments, check_sizes, neighbours, set
 from vidaccel.models.conditioning import new_conditioning
 from vidaccel.models.grid import GridScheduler
 from vidaccel.models.loading import LoadedPipeline, as_student
+from vidaccel.sampling import generate
 
 
 def load(family: str, call: dict | None = None, **options: bool) -> LoadedPipeline:
@@ -170,3 +173,35 @@ def test_a_tokenizer_without_an_unknown_token_knows_every_word(pipelines, monkey
     tokenizer.unk_token = None
     monkeypatch.setattr(pipelines["wan"].pipe, "tokenizer", tokenizer)
     assert unknown_words(pipelines["wan"].pipe, "anything") == []
+
+
+def test_each_of_two_transformers_has_a_scale_of_its_own():
+    pipe = tiny_pipeline("wan22")
+
+    def scales(own=None, **asked):
+        arguments = call_arguments(LoadedPipeline(pipe, FAMILIES["wan22"], "here", SIZE | (own or {}), {}), **asked)
+        return arguments["guidance_scale"], arguments["guidance_scale_2"]
+
+    assert scales() == (4.0, 3.0)  # as published
+    assert scales(guidance=6.0) == (6.0, 6.0) and scales({"guidance": 2.0}) == (2.0, 2.0)
+    assert scales(guidance=6.0, guidance_2=1.0) == (6.0, 1.0) and scales(guidance_2=5.0) == (4.0, 5.0)
+    assert scales({"guidance": 2.0, "guidance_2": 3.5}) == (2.0, 3.5)
+    assert scales(guidance=1.0) == scales({"guidance_2": 3.5}, guidance=1.0) == scales(two_pass=False) == (1.0, 1.0)
+    for asked, said in (
+        ({"guidance": 1.0, "guidance_2": 3.0}, "needs two passes"),
+        ({"two_pass": False, "guidance_2": 3.0}, "needs two passes"),
+        ({"guidance_2": 0.5}, "not a number from 1 up"),
+    ):
+        with pytest.raises(UserError, match=said):
+            scales(**asked)
+    with pytest.raises(UserError, match="has one transformer"):
+        call_arguments(LoadedPipeline(tiny_pipeline("wan"), FAMILIES["wan"], "here", SIZE, {}), guidance_2=3.0)
+
+
+def test_the_scales_of_both_reach_the_pipeline():
+    loaded = LoadedPipeline(tiny_pipeline("wan22"), FAMILIES["wan22"], "here", SIZE, {})
+    by_us = generate(loaded, ["a red circle"], GenerateConfig(steps=4, guidance_2=6.0), [0])
+    arguments = {"num_inference_steps": 4, "guidance_scale": 4.0, "guidance_scale_2": 6.0, "output_type": "latent"}
+    stock = loaded.pipe("a red circle", generator=torch.Generator().manual_seed(0), **SIZE, **arguments).frames
+    assert torch.equal(by_us.latents, stock) and (by_us.guidance, by_us.guidance_2) == (4.0, 6.0)
+    assert by_us.how() == "4 steps, 8 passes, guidance 4 and 6"

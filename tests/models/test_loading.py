@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vidaccel.models import loading
 from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.folder import safetensors_header
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, read_model
+from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.sampling import generate
 from vidaccel.session import said_sampling
 from vidaccel.worlds import sprites
@@ -486,3 +488,17 @@ def test_the_scale_of_a_checkpoints_guider_is_its_own(tmp_path, options, scale):
         "shift=5 (of the model's FlowMatchEulerDiscreteScheduler)"
     )
     assert generate(loaded, ["a red circle"], GenerateConfig(steps=1, guidance=2.0, **SIZE), [0]).passes == 2
+
+
+def test_two_transformers_are_loaded_and_need_a_time_to_switch(tmp_path):
+    tiny_pipeline("wan22").save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    assert loaded.family.name == "wan22" and loaded.pipe.config["boundary_ratio"] == 0.8
+    second = "transformer_2/diffusion_pytorch_model.safetensors"
+    assert loaded.hashes[second] == sha256_file(tmp_path / second)
+    before = student_hash(loaded)
+    assert student_hash(replace(loaded, hashes=dict(loaded.hashes) | {second: "another"})) != before
+    assert set(encoder_hashes(loaded)) == {n for n in loaded.hashes if not n.startswith("transformer")}
+    edit_index(tmp_path, boundary_ratio=None)
+    with pytest.raises(UserError, match="no boundary_ratio, below which the transformer_2 runs"):
+        load_pipeline(tmp_path)

@@ -7,10 +7,11 @@ from peft import LoraConfig
 
 import vidaccel
 from tests.models.test_weight_hashes import ATTACHED, predictor_of
-from tests.tiny import SIZE, guided
+from tests.tiny import SIZE, guided, tiny_pipeline
 from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES
 from vidaccel.models.loading import load_pipeline
-from vidaccel.models.unchanged import active_adapters, changed, trunk_sample
+from vidaccel.models.unchanged import active_adapters, changed, pipeline_sample, trunk_sample
 from vidaccel.models.weight_hashes import student_hash
 
 LORA = LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
@@ -85,3 +86,11 @@ def test_casts_between_types_are_no_change(loaded):
         assert changed(before, trunk_sample(loaded.pipe.transformer, loaded.family)) is None
     loaded.pipe.transformer.blocks[1].ffn.net[2].weight.data[0, 3] += 0.1
     assert changed(before, trunk_sample(loaded.pipe.transformer, loaded.family)) == "blocks.1.ffn.net.2.weight"
+
+
+def test_weights_of_a_second_transformer_are_looked_at_too():
+    pipe, family = tiny_pipeline("wan22"), FAMILIES["wan22"]
+    before = pipeline_sample(pipe, family)
+    assert len(before) == 2 * len(trunk_sample(pipe.transformer, family))
+    pipe.transformer_2.blocks[1].ffn.net[2].weight.data[0, 3] += 0.1
+    assert changed(before, pipeline_sample(pipe, family)) == "transformer_2.blocks.1.ffn.net.2.weight"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tiny import BUILDERS, SIZE, called, guided, tiny_pipeline
+from tests.tiny import ONE_DENOISER, SIZE, called, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.families.walk import as_latents, as_taken
@@ -99,7 +99,7 @@ def velocity_in(pipe, family, conditioning=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ONE_DENOISER)
 def test_gives_what_the_transformer_gave_in_its_pipeline(name):
     pipe, family, seen = one_pass(name)
     x, t, text = inputs(pipe, family, seen.kwargs)
@@ -119,7 +119,7 @@ def test_an_embedded_scale_reaches_the_transformer():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ONE_DENOISER)
 def test_added_embeddings_start_at_nothing_and_then_matter(name):
     pipe, family, seen = one_pass(name)
     x, t, text = inputs(pipe, family, seen.kwargs)

@@ -16,10 +16,11 @@ from vidaccel.cache.schedule import read_schedules
 from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import FAMILIES, PIPELINES
+from vidaccel.families.registry import FAMILIES, PIPELINES, family_of_pipeline
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.folder import read_json
+from vidaccel.models.folder import listed_parts, read_json
+from vidaccel.models.grid import Grid
 from vidaccel.models.lineage import recorded, teachers
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.worlds import WORLDS, shipped_models, world
@@ -217,12 +218,24 @@ def planned_rows(config: BenchmarkConfig) -> Resolved:
             method = _in_steps(method, steps, two_pass)
         elif method.as_called and student:
             method = _in_steps(method, student.get("steps", method.steps), method.two_pass)
+        method = _as_denoised(method, family)
         folder = method.predictor or config.predictor
         if method.full_share is None or folder is None or not (local_path(folder) / SCHEDULE_FILE).is_file():
             return method
         return _of_a_share(method, local_path(folder))
 
     return _sorted_out(config.wanted(), fitting)
+
+
+def _as_denoised(method: MethodConfig, family: DiTFamily) -> MethodConfig:
+    """The row with the first step of each further denoiser full, on the family's published grid unless it says one."""
+    full, shift = method.schedule(), method.shift or family.defaults.shift
+    if len(family.denoisers) == 1 or full is None or shift is None:
+        return method
+    grid = Grid.listed(method.timesteps, method.sigmas) or Grid.shifted(method.steps, shift)
+    below = [[i for i, t in enumerate(grid.times[:-1]) if t < each.until] for each in family.denoisers[:-1]]
+    firsts = {steps[0] for steps in below if steps}
+    return replace(method, every=None, full_steps=sorted({*full, *firsts}))
 
 
 def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:
@@ -232,8 +245,10 @@ def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:
 
 def _family_of(transformer: str, config: BenchmarkConfig) -> DiTFamily:
     """Of the families with that transformer the one of the folder's pipeline, which a student's folder may not name."""
-    index = local_path(config.model or "") / "model_index.json"
-    own = PIPELINES.get(read_json(index)["_class_name"]) if index.exists() else None
+    file = local_path(config.model or "") / "model_index.json"
+    index = read_json(file) if file.exists() else {}
+    name = index.get("_class_name")
+    own = family_of_pipeline(name, listed_parts(index)) if name in PIPELINES else None
     for family in FAMILIES.values() if own is None else [own]:
         if family.transformer == transformer:
             if family.name != config.family:

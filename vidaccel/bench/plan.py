@@ -69,7 +69,7 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
     if why := lacking.get(config.baseline) or (None if methods[config.baseline].planned else UNPLANNED):
         raise UserError(f"the baseline {config.baseline} cannot be planned: {why}", "take another baseline")
     others = beside(config.model, family) or {name: 2 * count for name, count in config.beside.items()}
-    weights, runs = parameters(model), []
+    weights, runs = len(family.denoisers) * parameters(model), []
     for size in config.videos:
         costs = size_costs(config, family, model, size)
         baseline = method_flops(methods[config.baseline], costs)

@@ -10,6 +10,7 @@ last step, before the video is decoded. CPU offload may be enabled before or aft
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from vidaccel.cache.whole_pass import WholePass, check_sampler, require_free
 from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.registry import family_of
 from vidaccel.families.walk import denoisers_of, passes_of_call
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
@@ -42,8 +43,10 @@ from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, on_grid, running_grid, shift_of, step_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.own_call import keep_transformers, loaded_of
-from vidaccel.models.unchanged import Sample, changed, stored_sample, trunk_sample
+from vidaccel.models.unchanged import Sample, changed, pipeline_sample, stored_sample
 from vidaccel.models.weight_hashes import student_hashes
+
+log = logging.getLogger(__name__)
 
 
 def attach(
@@ -90,7 +93,7 @@ def attach(
         loaded, pipe = pipe, pipe.pipe
     else:
         loaded = loaded_of(pipe)
-    family = family_of_pipeline(type(pipe).__name__)
+    family = family_of(pipe)
     grid = Grid.listed(timesteps, sigmas)
     if grid is not None and steps not in (None, grid.steps):
         raise UserError(f"steps={steps}, and {grid.steps} times are listed", "leave steps= out")
@@ -118,6 +121,7 @@ def _attached(
         if not predictor.is_dir():
             hint = f"a predictor is a folder, or one of: {', '.join(attachable())}"
             raise UserError(f"there is no folder {predictor}", hint)
+    _refuse_one_of_several(predictor, family)
     forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
         named = isinstance(forecaster, Multistep) or forecaster.config.student is not None
@@ -187,7 +191,9 @@ class Attachment:
         self._timesteps: Tensor | None = None
         self._scheduler = pipe.scheduler  # the last one that was checked
         self._first, self._index, self._unnamed = 0, 0, 0
+        self._running: Trunk | None = None  # that of the denoiser under way
         self._seen: set[str] = set()
+        self._told = False  # that the first step of a further denoiser is full
         transformers = denoisers_of(pipe, family)
         self._trunks = [Trunk(transformer, family, forecaster.history) for transformer in transformers]
         with ExitStack() as stack:
@@ -233,10 +239,25 @@ class Attachment:
                 "one pipeline at a time samples with a transformer: detach, or give the other the same scheduler",
             )
         self._seen.add(context)
-        full = self.policy(step, context) or step.index == self._first  # which has nothing to look back on
+        listed = self.policy(step, context)
+        if trunk is not self._running:
+            self._switch(trunk, step.index, listed)
+        full = listed or step.index == self._first  # which has nothing to look back on
         forecaster = None if full else self._forecaster
         passes = passes_of_call(self._pipe, self._family)
         return Mode(forecaster, torch.tensor(step.t), None, context, step.index == step.count - 1, passes)
+
+    def _switch(self, trunk: Trunk, index: int, listed: bool) -> None:
+        """To the denoiser of this trunk, at a step that is `listed` as full or not; what the one before remembers is
+        freed."""
+        if self._running is not None:
+            self._running.reset()
+            self._first = index
+            if not listed and not self._told:
+                self._told = True
+                name = self._family.denoisers[self._trunks.index(trunk)].attribute
+                log.warning("step %d runs in full as well: it is the first of %s", index, name)
+        self._running = trunk
 
     def _follow(self, timesteps: Tensor, index: int) -> None:
         """Start anew with a generation, which has timesteps of its own, and count anew with a step."""
@@ -250,6 +271,7 @@ class Attachment:
             for trunk in self._trunks:
                 trunk.reset()
             self._timesteps, self._first, self._index, self._unnamed = timesteps, index, index, 0
+            self._running = None
             self._seen.clear()
         if index != self._index:
             self._index, self._unnamed = index, 0
@@ -363,6 +385,16 @@ def _forecaster(
     return forecaster_class(predictor).make(Making(pipe, family))
 
 
+def _refuse_one_of_several(predictor: str | Path | Forecaster | Multistep, family: DiTFamily) -> None:
+    """`UserError` for what was made for one transformer where there are several."""
+    if len(family.denoisers) > 1 and isinstance(predictor, Path | Predictor | Multistep):
+        name = predictor if isinstance(predictor, Path) else f"this {type(predictor).__name__}"
+        raise UserError(
+            f"{name} is for one transformer, and {family.title} denoises with {len(family.denoisers)}",
+            "take predictor=reuse or predictor=taylor, which need no training",
+        )
+
+
 def _student(loaded: LoadedPipeline | None, pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:
     """`student_hashes` of the model that is in the pipeline; `UserError` if it is none of the files' any more."""
     if loaded is None:
@@ -376,7 +408,7 @@ def _refuse_changed(
 ) -> None:
     if before is None or force:
         return
-    name = changed(before, trunk_sample(denoisers_of(pipe, family)[0], family))
+    name = changed(before, pipeline_sample(pipe, family))
     if name is not None:
         raise UserError(
             f"the weights in memory are not those of {source}: {name} was changed, as by an adapter that was fused",
@@ -402,7 +434,7 @@ def _student_of(pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[
         names.append("conditioning")
     files = [(name, file) for name in names for file in own_files(folder / name, "*.safetensors")]
     hashes = FileHashes({f"{name}/{file.name}": file for name, file in files})
-    stored = None if force else stored_sample((file for name, file in files if name == names[0]), family)
+    stored = None if force else stored_sample((each for each in files if each[0] in parts), family)
     _refuse_changed(stored, pipe, family, source, force)
     return student_hashes(LoadedPipeline(pipe, family, source, {}, hashes))
 

@@ -61,9 +61,14 @@ def _further_transformer(pipe: DiffusionPipeline, family: DiTFamily) -> str | No
     known = {denoiser.attribute for denoiser in family.denoisers}
     for name, part in pipe.components.items():
         if type(part).__name__ == family.transformer and name not in known:
-            ratio = pipe.config.get("boundary_ratio")
-            where = "" if ratio is None else f", which takes over below t = {ratio:g}"
-            return f"this {type(pipe).__name__} has a second transformer, {name}{where}"
+            return f"this {type(pipe).__name__} has a second transformer, {name}"
+    return None
+
+
+def _no_boundary(pipe: DiffusionPipeline, family: DiTFamily) -> str | None:
+    for denoiser, following in zip(family.denoisers, family.denoisers[1:], strict=False):
+        if denoiser.until_config and pipe.config.get(denoiser.until_config) is None:
+            return f"this {type(pipe).__name__} has a {following.attribute} and no {denoiser.until_config}"
     return None
 
 
@@ -92,8 +97,9 @@ CHECKS = (
     Check(_missing_transformer, "load the whole pipeline"),
     Check(
         _further_transformer,
-        "predicted steps are for pipelines with one transformer; run this one as it is",
+        "predicted steps are for the transformers that its family is known to have; run this one as it is",
     ),
+    Check(_no_boundary, "say below which share of the times it takes over: pipe.register_to_config(...)"),
     Check(
         _draws_noise,
         "sample without noise, such as by FlowMatchEulerDiscreteScheduler with stochastic_sampling=False, or without "

@@ -231,6 +231,7 @@ def _record(made: "Generated", **seconds: float) -> dict[str, Any]:
         "steps": made.steps,
         "passes": {"full": made.passes - made.predicted, "predicted": made.predicted},
         "guidance": made.guidance,
+        **({} if made.guidance_2 is None else {"guidance_2": made.guidance_2}),
         "size": list(made.frames.shape[1:4]),
         "seconds": made.seconds | seconds,
     }
@@ -319,6 +320,7 @@ def _report(
         "shift": None if listed else config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "times": listed and list(listed.times),
         "guidance": last["guidance"],
+        **({"guidance_2": last["guidance_2"]} if "guidance_2" in last else {}),
         "runtime": ready.runtime,
         "size": last["size"],
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

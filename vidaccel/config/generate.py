@@ -17,7 +17,8 @@ class GenerateConfig(RuntimeConfig):
     model: str = "sprites/teacher"
     """A shipped model (sprites/teacher), a local folder (a diffusers pipeline or a student), or a hub id."""
     lora: list[str] | None = None
-    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE."""
+    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE; of two transformers
+    each names its own, transformer_2:FILE:SCALE."""
     steps: int | None = None
     """Sampler steps."""
     shift: float | None = None
@@ -28,6 +29,8 @@ class GenerateConfig(RuntimeConfig):
     """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     guidance: float | None = None
     """Classifier-free guidance scale g."""
+    guidance_2: float | None = None
+    """That of the second of two transformers (Wan 2.2 A14B); null is that of `guidance` where this is said."""
     two_pass: bool | None = None
     """true: two forward passes a step; false: one, with g embedded; null: two unless the model embeds g."""
     negative_prompt: str | None = None

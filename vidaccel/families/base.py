@@ -48,7 +48,9 @@ class Denoiser:
     attribute: str
     """Attribute of the pipeline that holds the transformer."""
     until: float = 0.0
-    """Time in [0, 1] (1 is noise) below which the next denoiser takes over; 0 for the last."""
+    """Time in [0, 1] (1 is noise) below which the next denoiser takes over, as published; 0 for the last."""
+    until_config: str | None = None
+    """Key of the pipeline's config that holds its own; there is no next one where that is null."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Guidance:
     """Call argument that takes the scale of two-pass CFG; None where a guider component holds it."""
     embedded_argument: str | None = None
     """Call argument that takes the scale embedded in a single pass; None where the family has no such embedding."""
+    second_argument: str | None = None
+    """Call argument that takes the scale of the second denoiser in two passes; None where there is one for all."""
     guider: str | None = None
     """Attribute of the pipeline that holds a diffusers guider; None where a call argument sets the scale."""
     doubled: bool = False
@@ -158,6 +162,8 @@ class SamplingDefaults:
     shift: float | None
     """Shift s of the flow-match step grid s k / (1 + (s - 1) k), k from 1 to 0, for samplers of our own; the pipeline's
     scheduler keeps the one in its config. None for what predicts no flow."""
+    guidance_2: float | None = None
+    """CFG scale of the second denoiser; None where there is one for all."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ class DiTFamily:
     title: str
     """What its authors call it, in messages."""
     pipelines: tuple[str, ...]
-    """diffusers pipeline classes that this record describes."""
+    """diffusers pipeline classes that this record describes, where they have all of its denoisers."""
     transformer: str
     """diffusers class of the denoisers."""
     denoisers: tuple[Denoiser, ...]

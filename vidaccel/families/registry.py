@@ -1,5 +1,8 @@
 """The families that vidaccel knows, and which of them a pipeline class belongs to."""
 
+from collections.abc import Collection
+from typing import Any
+
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.cogvideox import COGVIDEOX
@@ -8,20 +11,45 @@ from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
 from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.wan import WAN
+from vidaccel.families.wan22 import WAN22
+from vidaccel.families.wan22_i2v import WAN22_I2V
 from vidaccel.families.wan_i2v import WAN_I2V
 
 FAMILIES: dict[str, DiTFamily] = {
     family.name: family
-    for family in (COGVIDEOX, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_I2V, LTX_VIDEO, WAN, WAN_I2V)
+    for family in (
+        COGVIDEOX,
+        HUNYUAN_VIDEO,
+        HUNYUAN_VIDEO_15,
+        HUNYUAN_VIDEO_15_I2V,
+        LTX_VIDEO,
+        WAN,
+        WAN22,
+        WAN22_I2V,
+        WAN_I2V,
+    )
 }
 """Every family by name."""
 
-PIPELINES: dict[str, DiTFamily] = {name: family for family in FAMILIES.values() for name in family.pipelines}
-"""Every family by the diffusers pipeline classes it describes."""
+PIPELINES: dict[str, DiTFamily] = {
+    name: family
+    for family in sorted(FAMILIES.values(), key=lambda family: -len(family.denoisers))
+    for name in family.pipelines
+}
+"""By diffusers pipeline class its family, of several that share it the one with the fewest denoisers."""
 
 
-def family_of_pipeline(class_name: str) -> DiTFamily:
-    """The family of a diffusers pipeline class; `UserError` naming the supported classes if there is none."""
+def family_of_pipeline(class_name: str, parts: Collection[str] = ()) -> DiTFamily:
+    """The family of a diffusers pipeline class, of several that share it the one with the most denoisers that are among
+    the names of the pipeline's `parts`; `UserError` naming the supported classes if there is none."""
     if class_name not in PIPELINES:
         raise UserError(f"no model family is known for the pipeline {class_name}", f"supported: {', '.join(PIPELINES)}")
-    return PIPELINES[class_name]
+    others = [family for family in FAMILIES.values() if class_name in family.pipelines and len(family.denoisers) > 1]
+    having = [family for family in others if all(each.attribute in parts for each in family.denoisers)]
+    return max(having, key=lambda family: len(family.denoisers), default=PIPELINES[class_name])
+
+
+def family_of(pipe: Any) -> DiTFamily:
+    """`family_of_pipeline` of a diffusers pipeline in memory."""
+    parts = [name for name, part in pipe.components.items() if part is not None]
+    return family_of_pipeline(type(pipe).__name__, parts)

@@ -17,6 +17,12 @@ def denoisers_of(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
     return [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
 
 
+def boundaries_of(pipe: DiffusionPipeline, family: DiTFamily) -> tuple[float, ...]:
+    """Times below which the pipeline's next denoiser takes over, one fewer than there are denoisers."""
+    first = family.denoisers[:-1]
+    return tuple(pipe.config[each.until_config] if each.until_config else each.until for each in first)
+
+
 def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList, nn.Module]]:
     """The blocks of the trunk, in the order in which they run, each with the list it is of."""
     return [(kind, block) for kind in family.block_lists for block in getattr(transformer, kind.name)]

@@ -88,7 +88,11 @@ def predicted_passes(
     pipe: DiffusionPipeline, family: DiTFamily, full_steps: Collection[int], generate: Callable[[], None]
 ) -> list[tuple[Tokens, Tokens, Tokens]]:
     """(entering, left on the last full step, leaving) of each step that is not full, as `fit_linear` takes them."""
-    transformer = denoisers_of(pipe, family)[0]
+    transformer, *others = denoisers_of(pipe, family)
+    if others:
+        raise UserError(
+            f"{family.title} denoises with {1 + len(others)} transformers, and the map is of one", "take taylor"
+        )
     blocks = blocks_of(transformer, family)
     (first_kind, first), (last_kind, last) = blocks[0], blocks[-1]
     entering: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ is then a plain transformer, W + scale B A, whose blocks can be copied, fused an
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import denoisers_of
 from vidaccel.models.folder import PICKLES, safetensors_header
 from vidaccel.models.weights import reading
 
 ADAPTER = "given"
+NAMED = re.compile(r"transformer(_\w+)?")
+"""What a transformer is called that an adapter is for."""
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 """How the names of an adapter's weights end, behind that of the layer, in diffusers' layout."""
 
@@ -36,14 +38,20 @@ class Adapter:
 
     file: Path
     scale: float = 1.0
+    denoiser: str | None = None
+    """Attribute of the transformer that it is for, where there are several."""
 
     @classmethod
     def parsed(cls, text: str) -> Self:
-        """Of FILE or FILE:SCALE; a folder stands for the one file in it.
+        """Of FILE or FILE:SCALE, behind `transformer_2:` or the like where there are several transformers; a folder
+        stands for the one file in it.
 
         Raises:
             UserError: there is no such file, it is none of safetensors, or the scale is no finite number.
         """
+        head, _, rest = text.partition(":")
+        denoiser = head if NAMED.fullmatch(head) and rest and _number(rest) is None else None
+        text = rest if denoiser else text
         name, colon, tail = text.rpartition(":")
         scale = _number(tail) if colon else None
         path = Path(text if scale is None else name).expanduser()
@@ -57,10 +65,16 @@ class Adapter:
             raise UserError(f"there is no LoRA file {path}", "lora= takes FILE.safetensors or FILE.safetensors:SCALE")
         if found[0].suffix in PICKLES:
             raise UserError(f"{path} is a pickle, which can run code when it is loaded", "take a safetensors file")
-        return cls(found[0], scale)
+        return cls(found[0], scale, denoiser)
+
+    @property
+    def recorded(self) -> str:
+        """How it is added, as the names of hashes say it."""
+        return f"{self.scale:g}" if self.denoiser is None else f"{self.denoiser}:{self.scale:g}"
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.scale:g}"
+        named = "" if self.denoiser is None else f"{self.denoiser}:"
+        return f"{named}{self.file}:{self.scale:g}"
 
 
 def _number(text: str) -> float | None:
@@ -70,8 +84,24 @@ def _number(text: str) -> float | None:
         return None
 
 
+def check_denoisers(family: DiTFamily, adapters: Sequence[Adapter]) -> None:
+    """`UserError` unless each says which transformer it is for, where there are several, and names one there is."""
+    known = [denoiser.attribute for denoiser in family.denoisers]
+    for adapter in adapters:
+        if adapter.denoiser is None and len(known) > 1:
+            ways = " or ".join(f"lora=[{name}:{adapter}]" for name in known)
+            raise UserError(
+                f"{adapter.file} does not say which of the {len(known)} transformers of {family.title} it is for",
+                f"say it: {ways}",
+            )
+        if adapter.denoiser not in (None, *known):
+            raise UserError(
+                f"lora={adapter}, and {family.title} has no {adapter.denoiser}", f"it has {', '.join(known)}"
+            )
+
+
 def add_adapters(pipe: DiffusionPipeline, family: DiTFamily, adapters: Sequence[Adapter]) -> None:
-    """Add them to the weights of the pipeline's transformer, one after another.
+    """Add them to the weights of the pipeline's transformers that they are for, one after another.
 
     Raises:
         UserError: peft is not installed, or a file is not of this transformer, or not wholly.
@@ -85,13 +115,13 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
         from peft import get_peft_model_state_dict
     except ImportError as error:
         raise UserError(f"{adapter.file} is a LoRA, which needs peft", 'pip install "vidaccel[train]"') from error
-    transformer: Any = denoisers_of(pipe, family)[0]
+    transformer: Any = getattr(pipe, adapter.denoiser or family.denoisers[0].attribute)
     hint = f"take a LoRA that was made for this {type(transformer).__name__}"
     safetensors_header(adapter.file)
     with reading(adapter.file, hint):
         _refuse_left_out(pipe, adapter.file)
         weights, metadata = _converted(pipe, str(adapter.file.parent), weight_name=adapter.file.name)
-    prefix = f"{family.denoisers[0].attribute}."
+    prefix = f"{family.denoisers[0].attribute}."  # also of what is for another, as the pipeline's own loader has it
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     _refuse_unmatched(adapter.file, weights, transformer, hint)
     with reading(adapter.file, hint):

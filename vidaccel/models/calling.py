@@ -36,6 +36,7 @@ def call_arguments(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_2: float | None = None,
     two_pass: bool | None = None,
     negative_prompt: str | None = None,
     num_frames: int | None = None,
@@ -48,6 +49,7 @@ def call_arguments(
         loaded: the pipeline and its own settings.
         steps: denoising steps, at least 1.
         guidance: classifier-free guidance (CFG) scale, at least 1, which is none.
+        guidance_2: that of the second of two transformers; `guidance` says it too where only this is said.
         two_pass: True runs the transformer with and without the prompt at each step, False once with the scale
             embedded; None takes two passes unless the model embeds its guidance.
         negative_prompt: what two passes lead away from.
@@ -67,6 +69,7 @@ def call_arguments(
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
     check_sizes(loaded, **sizes)
+    guidance_given = guidance
     guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
     if negative_prompt and not two_pass:
         raise UserError(
@@ -74,11 +77,15 @@ def call_arguments(
             "leave it out; a student has the one inside that it was distilled with",
         )
 
+    second = second_guidance(loaded, guidance_given, guidance_2, two_pass)
+
     arguments = {"num_inference_steps": steps, **sizes}
     if loaded.family.sized_by_image:  # which is of that size
         del arguments["height"], arguments["width"]
     if rule.cfg_argument:
         arguments[rule.cfg_argument] = guidance if two_pass else 1.0
+    if rule.second_argument and second is not None:
+        arguments[rule.second_argument] = second
     if rule.embedded_argument:
         arguments[rule.embedded_argument] = 1.0 if two_pass else guidance
     if two_pass:
@@ -148,6 +155,32 @@ def guidance_in_force(loaded: "LoadedPipeline", guidance: float | None, two_pass
     if not 1 <= guidance < math.inf:
         raise UserError(f"guidance={guidance} is not a number from 1 up", "1 is no guidance, 5 to 7 is usual")
     return float(guidance), two_pass
+
+
+def second_guidance(
+    loaded: "LoadedPipeline", guidance: float | None, guidance_2: float | None, two_pass: bool | None
+) -> float | None:
+    """The scale of the second denoiser that the arguments of `call_arguments` lead to; None where there is one for all.
+
+    What is said of `guidance` alone, by a caller or by the model's run.json, holds for both.
+    """
+    if not loaded.family.guidance.second_argument:
+        if guidance_2 is not None:
+            raise UserError(
+                f"guidance_2={guidance_2}, and {loaded.family.title} has one transformer", "say guidance= alone"
+            )
+        return None
+    first, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    alone = guidance is not None or ("guidance" in loaded.call and "guidance_2" not in loaded.call)
+    second = first if guidance_2 is None and (alone or first == 1) else _given(guidance_2, loaded, "guidance_2")
+    if not 1 <= second < math.inf:
+        raise UserError(f"guidance_2={second} is not a number from 1 up", "1 is no guidance, 3 to 4 is usual")
+    if guidance_2 not in (None, 1) and not (two_pass and first > 1):
+        raise UserError(
+            f"guidance_2={guidance_2} needs two passes a step, which the pipeline makes where guidance is above 1",
+            "set guidance= above 1 as well, or leave guidance_2 out",
+        )
+    return float(second) if two_pass else 1.0
 
 
 def unwanted(loaded: "LoadedPipeline") -> str:

@@ -161,21 +161,23 @@ def read_pipeline_folder(path: Path) -> ModelFolder:
         raise UserError(f"{index_file} is missing", "a model is a folder that a diffusers pipeline was saved to")
     index = read_json(index_file)
     pipeline = str(index.get("_class_name"))
-    family = family_of_pipeline(pipeline)
-    listed = {
-        name: entry
-        for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, list) and entry != [None, None]
-    }
+    listed = listed_parts(index)
+    family = family_of_pipeline(pipeline, listed)
     parameters = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
     for name, parameter in list(parameters.items())[1:]:
         if parameter.default is parameter.empty and name not in listed:
             raise UserError(f"{index_file} lists no {name}", f"{pipeline} needs one: {COPY_AGAIN}")
     components = {name: _component(path, name, entry) for name, entry in listed.items()}
-    _check_denoisers(components, family, index_file)
+    _check_denoisers(components, family, index, index_file)
     for component in components.values():
         check_component(component)
     return with_student_parts(ModelFolder(path, family, pipeline, components), path)
+
+
+def listed_parts(index: dict[str, Any]) -> dict[str, list]:
+    """[library, class] of what a model_index.json lists, by name, without what it lists as null."""
+    parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
+    return {name: entry for name, entry in parts.items() if entry != [None, None]}
 
 
 def with_own_parts(base: ModelFolder, path: Path) -> ModelFolder:
@@ -184,6 +186,7 @@ def with_own_parts(base: ModelFolder, path: Path) -> ModelFolder:
     They are a transformer (then the whole folder is one), or an adapter in lora/; conditioning/; and scheduler/.
     """
     components = dict(base.components)
+    _refuse_one_of_several(path, base.family)
     if (path / "config.json").exists():
         name = base.family.denoisers[0].attribute
         components[name] = replace(components[name], folder=path)
@@ -205,8 +208,18 @@ def with_student_parts(contents: ModelFolder, path: Path) -> ModelFolder:
             parts[name] = path / name
             if not (path / name / weights).is_file():
                 raise UserError(f"{path / name / weights} is missing", COPY_AGAIN)
+            _refuse_one_of_several(path / name, contents.family)
             safetensors_header(path / name / weights)
     return replace(contents, **parts)
+
+
+def _refuse_one_of_several(path: Path, family: DiTFamily) -> None:
+    """`UserError` for what is of one transformer where there are several."""
+    if len(family.denoisers) > 1:
+        raise UserError(
+            f"{path} is of one transformer, and {family.title} denoises with {len(family.denoisers)}",
+            "this vidaccel reads no students of such models; take whole pipelines, and adapters as lora=",
+        )
 
 
 def _component(folder: Path, name: str, entry: list) -> Component:
@@ -223,8 +236,11 @@ def _component(folder: Path, name: str, entry: list) -> Component:
     return Component(name, cls, folder / name)
 
 
-def _check_denoisers(components: dict[str, Component], family: DiTFamily, index_file: Path) -> None:
-    """`UserError` unless the transformers are those of the family's record, neither fewer nor more."""
+def _check_denoisers(
+    components: dict[str, Component], family: DiTFamily, index: dict[str, Any], index_file: Path
+) -> None:
+    """`UserError` unless the transformers are those of the family's record, neither fewer nor more, and each has its
+    times."""
     expected = {denoiser.attribute for denoiser in family.denoisers}
     for name in sorted(expected):
         if name not in components or components[name].cls.__name__ != family.transformer:
@@ -235,3 +251,9 @@ def _check_denoisers(components: dict[str, Component], family: DiTFamily, index_
     for name, component in components.items():
         if component.cls.__name__ == family.transformer and name not in expected:
             raise UserError(f"{index_file} has a second transformer, {name}", f"supported is {family.title}, with one")
+    for denoiser in family.denoisers:
+        if denoiser.until_config and index.get(denoiser.until_config) is None:
+            raise UserError(
+                f"{index_file} has no {denoiser.until_config}, below which the {family.denoisers[-1].attribute} runs",
+                f"{family.title} has {denoiser.until:g}: {COPY_AGAIN}",
+            )

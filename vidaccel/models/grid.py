@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.registry import family_of
 
 TOLERANCE = 0.1
 """How far, in steps, a time may lie from its place on a grid. UniPC's lie up to 0.001 S from those of a shift."""
@@ -286,7 +286,7 @@ def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | No
     """
     own = pipe.scheduler
     if grid is not None:
-        require_flow(family_of_pipeline(type(pipe).__name__), "a list of times")
+        require_flow(family_of(pipe), "a list of times")
         pipe.scheduler = ListedScheduler.of(grid, own)
     elif shift is not None:
         pipe.scheduler = _shifted(own, shift)

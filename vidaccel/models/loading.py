@@ -24,7 +24,7 @@ from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
-from vidaccel.models.adapters import Adapter, add_adapters
+from vidaccel.models.adapters import Adapter, add_adapters, check_denoisers
 from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.decoding import speed_up
@@ -32,7 +32,7 @@ from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder,
 from vidaccel.models.grid import Grid, GridScheduler, ListedScheduler
 from vidaccel.models.own_call import called_as_made, remember
 from vidaccel.models.step_hook import StepHook
-from vidaccel.models.unchanged import Sample, trunk_sample
+from vidaccel.models.unchanged import Sample, pipeline_sample
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
 from vidaccel.worlds import WORLDS, shipped_models
 
@@ -111,7 +111,8 @@ def load_pipeline(
         given: modules to take instead of loading them, by component name, such as those of a pipeline in memory.
         denoiser_dtype: the transformers', where it is not `dtype`.
         placed: whether all of it goes to the device; otherwise it stays on the CPU, typed for the device.
-        lora: LoRA files that are added to the transformer's weights, each FILE or FILE:SCALE.
+        lora: LoRA files that are added to the transformer's weights, each FILE or FILE:SCALE; where there are two,
+            transformer:FILE:SCALE or transformer_2:FILE:SCALE.
 
     Raises:
         UserError: the model or a LoRA cannot be found, is broken, foreign or a pickle, or the device is not there.
@@ -121,6 +122,7 @@ def load_pipeline(
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
     adapters = [Adapter.parsed(each) for each in lora]
     files = model if isinstance(model, ModelFiles) else read_model(model)
+    check_denoisers(files.contents.family, adapters)
     modules = dict(given or {})
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
     for component in files.contents.components.values():
@@ -133,7 +135,7 @@ def load_pipeline(
         merge_adapter(modules[denoisers[0]], files.contents.lora)
     pipe, family = _assemble(files.contents, modules), files.contents.family
     add_adapters(pipe, family, adapters)
-    trunk = trunk_sample(denoisers_of(pipe, family)[0], family)
+    trunk = pipeline_sample(pipe, family)
     if placed:
         pipe.to(target)
     hashes = _hashes(files.contents, adapters) if adapters else files.hashes
@@ -261,7 +263,7 @@ def _hashes(contents: ModelFolder, adapters: Sequence[Adapter] = ()) -> FileHash
     for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
         weights[name] = own_files(part, "*.safetensors") if part else []
     named = {f"{name}/{file.name}": file for name, files in weights.items() for file in files}
-    return FileHashes(named | {f"adapter-{i}/{each.scale:g}": each.file for i, each in enumerate(adapters)})
+    return FileHashes(named | {f"adapter-{i}/{each.recorded}": each.file for i, each in enumerate(adapters)})
 
 
 def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:

@@ -87,6 +87,9 @@ def _left_out(loaded: "LoadedPipeline", given: dict[str, Any]) -> dict[str, Any]
     """The model's own arguments besides those that are given."""
     own = {name: value for name, value in call_arguments(loaded).items() if name not in given}
     prompt = given.get("prompt")
+    rule = loaded.family.guidance
+    if rule.second_argument and rule.cfg_argument in given:
+        own.pop(rule.second_argument, None)  # what is said of the first alone holds for both
     if "negative_prompt_embeds" in given or prompt is None:
         own.pop("negative_prompt", None)  # texts that are encoded already
     elif "negative_prompt" in own and isinstance(prompt, list):

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of
+from vidaccel.families.walk import blocks_of, denoisers_of
 
 NUMBERS = 32
 """Of a matrix's first row: B A of a LoRA changes them all."""
@@ -42,15 +43,28 @@ def trunk_sample(transformer: nn.Module, family: DiTFamily) -> Sample:
     return {name: numbers.to("cpu", copy=True) for name, numbers in found.items()}
 
 
-def stored_sample(files: Iterable[Path], family: DiTFamily) -> Sample:
-    """The same of a transformer's safetensors files."""
+def pipeline_sample(pipe: DiffusionPipeline, family: DiTFamily) -> Sample:
+    """`trunk_sample` of all denoisers; names of those after the first begin with their attribute."""
+    found: dict[str, Tensor] = {}
+    for denoiser, transformer in zip(family.denoisers, denoisers_of(pipe, family), strict=True):
+        prefix = _prefix(denoiser.attribute, family)
+        found |= {prefix + name: numbers for name, numbers in trunk_sample(transformer, family).items()}
+    return found
+
+
+def _prefix(attribute: str, family: DiTFamily) -> str:
+    return "" if attribute == family.denoisers[0].attribute else f"{attribute}."
+
+
+def stored_sample(files: Iterable[tuple[str, Path]], family: DiTFamily) -> Sample:
+    """The same of safetensors files, each with the attribute of the denoiser that it is of."""
     lists = tuple(f"{kind.name}." for kind in family.block_lists)
     found = {}
-    for file in files:
+    for attribute, file in files:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118  it is no mapping
                 if name.startswith(lists) and len((matrix := stored.get_slice(name)).get_shape()) == 2:
-                    found[name] = matrix[0:1, :NUMBERS][0]
+                    found[_prefix(attribute, family) + name] = matrix[0:1, :NUMBERS][0]
     return found
 
 

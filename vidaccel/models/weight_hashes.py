@@ -26,18 +26,23 @@ def student_hash(loaded: LoadedPipeline) -> str:
     run beside them."""
     encoders = _encoder_files(loaded)
     made = {name: loaded.hashes[name] for name in loaded.hashes if name not in encoders}
-    beside = active_adapters(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family)
-    if beside is not None:
-        return _digest({"files": made or loaded.source, "adapters": beside})
+    beside = _adapters_beside(loaded)
+    if any(beside):
+        return _digest({"files": made or loaded.source, "adapters": beside if len(beside) > 1 else beside[0]})
     return _digest(made or loaded.source)
 
 
 def student_hashes(loaded: LoadedPipeline) -> set[str]:
     """All that `student_hash` may have been when something was made for this model: that of a hub id was once
     made of the id."""
-    plain = active_adapters(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family) is None
+    plain = not any(_adapters_beside(loaded))
     once = plain and not any(name.startswith("adapter-") for name in loaded.hashes)
     return {student_hash(loaded)} | ({_digest(loaded.source)} if once and not Path(loaded.source).exists() else set())
+
+
+def _adapters_beside(loaded: LoadedPipeline) -> list[str | None]:
+    """`active_adapters` of each denoiser."""
+    return [active_adapters(each, loaded.family) for each in denoisers_of(loaded.pipe, loaded.family)]
 
 
 def _encoder_files(loaded: LoadedPipeline) -> list[str]:

@@ -32,7 +32,7 @@ ONE_STATE = ("pab", "fastercache")
 
 def calibrated(loaded: LoadedPipeline, method: MethodConfig, generate: Callable[[], None]) -> dict[str, Any]:
     """The row's settings with those that are the model's own; `generate` makes a video to find them on."""
-    if method.cache != "magcache" or "mag_ratios" in method.settings:
+    if method.cache != "magcache" or len(loaded.family.denoisers) > 1 or "mag_ratios" in method.settings:
         return method.settings
     return method.settings | {"mag_ratios": _magnitudes(loaded, method.steps, generate)}
 
@@ -65,7 +65,9 @@ def enabled(cls: type, loaded: LoadedPipeline, method: MethodConfig, settings: M
     """The row's cache, configured by `cls`, for the time of a `with` block; errors of `registry.switched_on`."""
     if method.two_pass and method.cache in ONE_STATE:
         raise Unsupported(f"{cls.__name__} keeps one state for both passes of guidance")
-    (transformer,) = denoisers_of(loaded.pipe, loaded.family)
+    transformer, *others = denoisers_of(loaded.pipe, loaded.family)
+    if others:
+        raise Unsupported(f"{cls.__name__} is set on one transformer, and {loaded.family.title} has more")
     before = _hook_count(transformer)
     with (
         _enabled(transformer, _config(cls, loaded, method, dict(settings))),

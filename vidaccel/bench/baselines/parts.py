@@ -19,7 +19,7 @@ from vidaccel.cache.blocks import OpenContext
 from vidaccel.compat.diffusers import forget_listed_hooks, remove_hook_registry, set_stateful
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.registry import family_of
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.grid import Step, step_of
 from vidaccel.models.loading import LoadedPipeline
@@ -65,7 +65,7 @@ class PartsCache:
 
     def __init__(self, pipe: DiffusionPipeline, family: DiTFamily | None = None):
         """`family` is the pipeline's own unless given."""
-        self.pipe, self.family = pipe, family or family_of_pipeline(type(pipe).__name__)
+        self.pipe, self.family = pipe, family or family_of(pipe)
         self.open = OpenContext()
         self.full_passes, self.skipped_passes = 0, 0
         """Passes that went well."""
