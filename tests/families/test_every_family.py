@@ -93,8 +93,8 @@ class Model:
         self.trained("learned", self.student)
         return self.folder / "learned"
 
-    def trained(self, forecaster: str, student: Path) -> list[Schedule]:
-        settings = {"student": str(student), "features": str(self.features), "blocks": 1, "search_prompts": 1}
+    def trained(self, forecaster: str, student: Path, **more: Any) -> list[Schedule]:
+        settings = {"student": str(student), "features": str(self.features), "blocks": 1, "search_prompts": 1, **more}
         stages = {"mse": TRAIN, "adversarial": TRAIN | {"steps": 0}}
         config = PredictorConfig(forecaster=forecaster)
         return vidaccel.train_predictor(config, self.folder / forecaster, **settings, **stages)
@@ -199,8 +199,16 @@ def trains_predictors(model: Model) -> None:
 
 
 def searches(model: Model) -> None:
-    """Schedules of forecasters that need no training."""
-    assert [schedule.budget for schedule in model.trained("taylor", model.student)] == [1, 2, 3]
+    """Schedules of forecasters that need no training, with the first step of each transformer."""
+    if len(model.family.denoisers) == 1:
+        assert [schedule.budget for schedule in model.trained("taylor", model.student)] == [1, 2, 3]
+        return
+    found = model.trained("taylor", model.teacher, guidance=1.0, steps=4)
+    assert [schedule.budget for schedule in found] == [2, 3, 4]
+    assert all({0, 2} <= set(schedule.full_steps) and schedule.boundary == 0.8 for schedule in found)
+    with vidaccel.attach(model.loaded, predictor="taylor", schedule=found[0]) as attachment:
+        assert latents(model.loaded, num_inference_steps=4).isfinite().all()
+    assert (attachment.full_passes, attachment.predicted_passes) == (4, 4)
 
 
 def plans(model: Model) -> None:
@@ -273,7 +281,7 @@ def why_not(family: DiTFamily, ability: str) -> str | None:
     """With which words it is refused, as a regular expression; None if it works."""
     if ability in NOT_ALL and family.predicts != "flow":
         return f"{family.title} predicts v .* is for flow velocities"
-    if ability in NOT_ALL and len(family.denoisers) > 1:
+    if ability in NOT_ALL and ability != "forecaster=taylor" and len(family.denoisers) > 1:
         return f"{family.title} denoises with 2 transformers"
     return None
 

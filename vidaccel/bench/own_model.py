@@ -233,8 +233,7 @@ def _as_denoised(method: MethodConfig, family: DiTFamily) -> MethodConfig:
     if len(family.denoisers) == 1 or full is None or shift is None:
         return method
     grid = Grid.listed(method.timesteps, method.sigmas) or Grid.shifted(method.steps, shift)
-    below = [[i for i, t in enumerate(grid.times[:-1]) if t < each.until] for each in family.denoisers[:-1]]
-    firsts = {steps[0] for steps in below if steps}
+    firsts = grid.firsts([each.until for each in family.denoisers[:-1]])
     return replace(method, every=None, full_steps=sorted({*full, *firsts}))
 
 

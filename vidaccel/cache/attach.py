@@ -32,7 +32,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of
-from vidaccel.families.walk import denoisers_of, passes_of_call
+from vidaccel.families.walk import boundaries_of, denoisers_of, passes_of_call
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, kind_of
@@ -135,6 +135,12 @@ def _attached(
             if named and forecaster.scalars is not None:
                 forecaster.scalars.check_fits(family.name, student, force, called)
     chosen = _schedule(predictor, *which)
+    if chosen.boundary is not None and chosen.boundary not in boundaries_of(pipe, family):
+        own = ", ".join(f"{each:g}" for each in boundaries_of(pipe, family)) or "no second transformer"
+        raise UserError(
+            f"the schedule is for a second transformer below t = {chosen.boundary:g}, and the pipeline has {own}",
+            "say which steps are full (every=3), or search a schedule",
+        )
     if isinstance(forecaster, Multistep):
         return _under_scalars(pipe, family, forecaster, chosen, force)
     scalars = None

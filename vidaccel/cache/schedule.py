@@ -48,6 +48,8 @@ class Schedule:
     """What the search expects it to cost, in the unit of the costs."""
     times: tuple[float, ...] | None = None
     """Times [steps + 1] of the grid it was searched on, which follow from a shift; None: it is for any grid."""
+    boundary: float | None = None
+    """Time below which the second of the two transformers takes over that it was searched for; None: it is for one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "full_steps", check_full_steps(self.full_steps, self.steps))
@@ -118,6 +120,9 @@ def write_schedules(path: str | Path, schedules: Iterable[Schedule]) -> None:
     """schedule.json, grid by grid, with rising budgets."""
     ordered = sorted(schedules, key=lambda s: (s.steps, s.budget))
     entries = {f"{s.budget}-of-{s.steps}": asdict(s) | {"budget": s.budget} for s in ordered}
+    for entry in entries.values():
+        if entry["boundary"] is None:
+            del entry["boundary"]
     write_json(path, {"format": FORMAT, **entries})
 
 

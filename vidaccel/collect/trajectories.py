@@ -21,9 +21,9 @@ from vidaccel.collect.source import ClipSource, images_of, size_of
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
-from vidaccel.families.walk import denoisers_of
-from vidaccel.models.calling import guidance_in_force, latent_size, unwanted
-from vidaccel.models.grid import Grid, own_grid, require_flow
+from vidaccel.families.walk import boundaries_of, denoisers_of
+from vidaccel.models.calling import guidance_in_force, latent_size, second_guidance, unwanted
+from vidaccel.models.grid import Grid, denoiser_at, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import guided_velocity, velocity_of
 from vidaccel.models.weight_hashes import student_hash
@@ -46,7 +46,16 @@ class TrajectorySampler:
         self.guidance, two_pass = guidance_in_force(loaded, config.guidance, False if embeds else None)
         self.negative_prompt = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
         self.empty = encode_texts(loaded, [self.negative_prompt]) if two_pass and self.guidance > 1 else None
+        second = second_guidance(loaded, config.guidance, config.guidance_2, two_pass)
+        self.second = second if second is not None and self.empty else None
+        """Scale of guidance of the second of two transformers."""
+        self.boundaries = boundaries_of(loaded.pipe, loaded.family)
         self.g = self.guidance if embeds or self.empty else None
+        if config.cache and self.boundaries:
+            count = 1 + len(self.boundaries)
+            raise UserError(
+                f"cache=true is for one transformer, and {loaded.family.title} denoises with {count}", "leave it out"
+            )
         if config.cache and self.empty:
             raise UserError(
                 "cache=true is for a model that makes one pass a step, and this one makes two",
@@ -88,6 +97,8 @@ class TrajectorySampler:
     def guided(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
         """The velocity that a step takes, as `sample` calls for it."""
         if self.empty:
+            if self.second is not None and g is not None and denoiser_at(t[0], self.boundaries):
+                g = torch.full_like(g, self.second)
             return guided_velocity(self.velocity, x, t, text, self.empty, g)
         return self.velocity(x, t, text, r=r, g=g)
 
@@ -101,6 +112,8 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
         "shift": sampler.shift,
         "student": student_hash(loaded),
     }
+    if sampler.boundaries:
+        sampled |= {"guidance_2": sampler.second, "boundary": sampler.boundaries[0]}
 
     def compute(indices: list[int]) -> list[Sample]:
         captions, seeds = [source.record(i)["caption"] for i in indices], [config.seed + i for i in indices]

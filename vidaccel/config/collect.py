@@ -40,6 +40,8 @@ class CollectConfig:
     guidance: float | None = None
     """Classifier-free guidance scale g: trajectories are sampled with it, and students trained on encoded clips are
     called with it unless told."""
+    guidance_2: float | None = None
+    """Of trajectories: that of the second of two transformers; null is that of `guidance` where this is said."""
     negative_prompt: str | None = None
     """What two-pass guidance leads away from, for trajectories and for whoever is trained on encoded clips."""
     cache: bool = False
@@ -71,6 +73,8 @@ class CollectConfig:
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         g = self.guidance
         require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up")
+        g = self.guidance_2
+        require(g is None or 1 <= g < math.inf, "guidance_2", g, "is a number from 1 up")
         require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "must be in [0, 1)")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
         for key in ("fps", "shift", "max_gigabytes"):

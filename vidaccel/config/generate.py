@@ -71,6 +71,8 @@ class GenerateConfig(RuntimeConfig):
         super().__post_init__()
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        g = self.guidance_2
+        require(g is None or 1 <= g < math.inf, "guidance_2", g, "is a number from 1 up")
         settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")

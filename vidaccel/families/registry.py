@@ -51,5 +51,5 @@ def family_of_pipeline(class_name: str, parts: Collection[str] = ()) -> DiTFamil
 
 def family_of(pipe: Any) -> DiTFamily:
     """`family_of_pipeline` of a diffusers pipeline in memory."""
-    parts = [name for name, part in pipe.components.items() if part is not None]
-    return family_of_pipeline(type(pipe).__name__, parts)
+    known = {denoiser.attribute for family in FAMILIES.values() for denoiser in family.denoisers}
+    return family_of_pipeline(type(pipe).__name__, [name for name in known if getattr(pipe, name, None) is not None])

@@ -121,6 +121,11 @@ class Grid:
         """The largest t - r of a step."""
         return float(-self.tensor.diff().min())
 
+    def firsts(self, boundaries: Sequence[float]) -> tuple[int, ...]:
+        """Positions of the steps with which the denoisers begin whose times lie between these; 0 is one."""
+        taken = [denoiser_at(t, boundaries) for t in self.tensor[:-1]]
+        return tuple(i for i, which in enumerate(taken) if not i or which != taken[i - 1])
+
     def even(self, t: Tensor) -> Tensor:
         """The place of times along the list: 1 - i/S at the i-th, linear between neighbours; k where a shift makes it.
 
@@ -147,6 +152,11 @@ def _shortened(times: Sequence[float]) -> str:
     """1, 0.95, 0.9, ..., 0"""
     shown = [f"{time:.4g}" for time in times]
     return ", ".join(shown if len(shown) < 6 else [*shown[:3], "...", shown[-1]])
+
+
+def denoiser_at(t: Tensor, boundaries: Sequence[float]) -> int:
+    """Which denoiser takes the step that begins at t [], as pipelines choose: the next below each of the boundaries."""
+    return sum(not bool(1000 * t >= 1000 * boundary) for boundary in boundaries)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ zero inputs. Training, collection, schedule search and our own sampling loop cal
 B batch, C channels, T frames, H and W latent pixels
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import as_latents, as_taken, conditions_of, denoisers_of
+from vidaccel.families.walk import as_latents, as_taken, boundaries_of, conditions_of, denoisers_of
 from vidaccel.models.calling import compression_of
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.grid import denoiser_at
 
 if TYPE_CHECKING:  # which imports calling
     from vidaccel.models.loading import LoadedPipeline
@@ -115,11 +117,41 @@ class Velocity(nn.Module):
         return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
 
 
+class SwitchedVelocity(Velocity):
+    """The velocities of several transformers, of which each pass is that one's whose times it lies in.
+
+    `transformer` is the first, whose form all have.
+    """
+
+    def __init__(
+        self, transformers: Sequence[nn.Module], family: DiTFamily, boundaries: Sequence[float], scale: LatentScale
+    ):
+        """`boundaries` are the times below which the next one's begin."""
+        super().__init__(transformers[0], family, None, scale)
+        self.further = nn.ModuleList(Velocity(each, family, None, scale) for each in transformers[1:])
+        self.boundaries = boundaries
+
+    def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
+        """As of a `Velocity`; t [B] is the same for all samples, else `ValueError`."""
+        which = self.denoiser(t)
+        return super().forward(x, t, text, r, g) if which == 0 else self.further[which - 1](x, t, text, r, g)
+
+    def denoiser(self, t: Tensor) -> int:
+        """Which of them a pass at t [B] is of."""
+        if (t != t[0]).any():
+            raise ValueError("samples at several times, and which transformer a pass is of follows from one")
+        return denoiser_at(t[0], self.boundaries)
+
+
 def velocity_of(loaded: "LoadedPipeline") -> Velocity:
-    """The pipeline's transformer, with what is attached to it and told of sizes as the pipeline tells it."""
+    """The pipeline's transformer, or transformers by turns, with what is attached to it and told of sizes as the
+    pipeline tells it."""
     frames, pixels = compression_of(loaded.pipe, loaded.family)
     scale = LatentScale(frames / loaded.default("fps"), pixels)
-    return Velocity(denoisers_of(loaded.pipe, loaded.family)[0], loaded.family, loaded.conditioning, scale)
+    transformers, boundaries = denoisers_of(loaded.pipe, loaded.family), boundaries_of(loaded.pipe, loaded.family)
+    if boundaries:
+        return SwitchedVelocity(transformers, loaded.family, boundaries, scale)
+    return Velocity(transformers[0], loaded.family, loaded.conditioning, scale)
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ from vidaccel.progress import Progress
 from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
-from vidaccel.train.predictor.task import SEARCHED, search_of
+from vidaccel.train.predictor.task import SEARCHED, refuse_several, search_of
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -328,6 +328,7 @@ def runs_of(
     Raises:
         UserError: there are no two captions, or the model cannot be sampled so.
     """
+    refuse_several(loaded.family)
     high = max(config.guidance_range) if config.guidance_range else config.guidance
     names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt")
     named = {name: getattr(config, name) for name in names}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.encode import LATENT, batch
 from vidaccel.errors import UserError
 from vidaccel.families.walk import stored_inputs
@@ -59,7 +60,7 @@ def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedu
     for ways in kept.values():
         known = {full: errors.get(full, math.sqrt(cost)) for cost, full in ways}
         best = min(known, key=known.__getitem__)
-        schedules.append(Schedule(grid.steps, best, "search", grid.shift, known[best], grid.times))
+        schedules.append(Schedule(grid.steps, best, "search", grid.shift, known[best], grid.times, task.boundary))
     return schedules
 
 
@@ -68,7 +69,8 @@ def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
     count = min(task.config.search_prompts, len(task.data))
 
     def costs(noise: Tensor, text: Text, g: Tensor | None) -> Tensor:
-        found = stretch_costs(task.student, task.trunk, forecaster, noise, text, task.sampling.grid.tensor, g)
+        grid = task.sampling.grid.tensor
+        found = stretch_costs(task.student, task.trunks, forecaster, noise, text, grid, g, task.firsts)
         return len(noise) / count * found
 
     first, *others = _of_batches(task, 0, count, NOISE_INDEX, costs)
@@ -84,7 +86,8 @@ def served_errors(
     count = min(task.config.checked_prompts, len(task.data) - first)
 
     def errors(noise: Tensor, text: Text, g: Tensor | None) -> dict[tuple[int, ...], float]:
-        found = list_errors(task.student, task.trunk, forecaster, noise, text, task.sampling.grid, g, lists)
+        grid, firsts = task.sampling.grid, task.firsts
+        found = list_errors(task.student, task.trunks, forecaster, noise, text, grid, g, lists, firsts)
         return {full: float(wrong.sum()) / count for full, wrong in found}
 
     each = _of_batches(task, first, count, NOISE_INDEX + 1, errors)
@@ -94,15 +97,17 @@ def served_errors(
 @torch.no_grad()
 def list_errors(
     student: Velocity,
-    trunk: Trunk,
+    trunk: Trunk | Trunks,
     forecaster: Forecaster,
     noise: Tensor,
     text: Text,
     grid: Grid,
     g: Tensor | None,
     lists: Sequence[tuple[int, ...]],
+    firsts: Sequence[int] = (0,),
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(full steps, squared error [B] of the final latents as a share of those of full steps) of each list."""
+    """(full steps, squared error [B] of the final latents as a share of those of full steps) of each list, which holds
+    the steps of `firsts`, with which each denoiser begins."""
     own = sample(student, noise, text, grid.tensor, g)
     trajectory = _Trajectory(student, trunk, text, grid.tensor.to(noise.device), g)
     nodes = {each[: k + 1] for each in lists for k in range(len(each))}
@@ -110,6 +115,7 @@ def list_errors(
 
         def full(state: tuple[Tensor, tuple[Cached, ...]], step: int) -> tuple[Tensor, tuple[Cached, ...]]:
             x, memory = state
+            memory = () if step in firsts else memory
             with trunk.full(trajectory.grid[step]):
                 x = trajectory.step(step, x)
             progress.advance()
@@ -153,12 +159,13 @@ def _noised(task: PredictorTask, first: int, count: int, index: int) -> Iterator
 @torch.no_grad()
 def stretch_costs(
     student: Velocity,
-    trunk: Trunk,
+    trunk: Trunk | Trunks,
     forecaster: Forecaster,
     noise: Tensor,
     text: Text,
     grid: Tensor,
     g: Tensor | None = None,
+    firsts: Sequence[int] = (0,),
 ) -> Tensor:
     """cost(i, j) for 0 <= i < j <= S as [S, S + 1], on the CPU in float64: a relative squared error, averaged over
     prompts, and 0 where j = i + 1. Of a forecaster that looks back on two full steps cost(h, i, j) as [S, S, S + 1],
@@ -167,9 +174,11 @@ def stretch_costs(
     Args:
         noise: latents [B, C, T, H, W] that the sampling begins with.
         grid: its times [S + 1].
+        firsts: the steps with which each denoiser begins. A stretch that goes past another's first has infinite cost.
     """
     steps, looks_back = len(grid) - 1, forecaster.history > 1
     trajectory = _Trajectory(student, trunk, text, grid.to(noise.device), g)
+    begin = [max(first for first in firsts if first <= step) for step in range(steps)]  # of the denoiser of each step
     befores = [(h, i) for i in range(steps) for h in (range(i) if i and looks_back else [i])]
     with Progress("measuring stretches", total=len(befores) + steps - 1) as progress:
         states, kept = [noise], []
@@ -181,26 +190,31 @@ def stretch_costs(
         left = torch.zeros(steps, steps, steps + 1, len(noise), dtype=torch.float64)
         drifted = {}
         for before, first in befores:
-            memory = [kept[i] for i in dict.fromkeys((first, before))] if looks_back else None
-            for end, x in trajectory.stretches(forecaster, first, states, memory):
+            known = dict.fromkeys(i for i in (first, before) if i >= begin[first])
+            memory = [kept[i] for i in known] if looks_back else None
+            last = min((i for i in firsts if i > first), default=steps)
+            for end, x in trajectory.stretches(forecaster, first, states, memory, last):
                 left[before, first, end] = _mean_square(x - states[end])
-                if first == max(0, end - PROBE) and before == (max(0, first - PROBE) if looks_back else first):
+                probe = max(begin[end - 1], end - PROBE)
+                if first == probe and before == (max(0, first - PROBE) if looks_back else first):
                     drifted[end] = before, x
             progress.advance()
         growth = torch.ones(steps + 1, len(noise), dtype=torch.float64)
         for end, (before, x) in drifted.items():
-            begun = left[before, max(0, end - PROBE), end]
+            begun = left[before, max(begin[end - 1], end - PROBE), end]
             final = _mean_square(sample(student, x, text, grid[end:], g) - states[-1])
             growth[end] = torch.where(begun > 0, final / begun, 1.0)
             progress.advance()
     costs = (left * growth / _mean_square(states[-1])).mean(-1)
+    for switch in firsts[1:]:
+        costs[:, :switch, switch + 1 :] = math.inf
     return costs if looks_back else costs.diagonal().mT
 
 
 class _Trajectory:
     """The sampling of these prompts, one step at a time, from any state."""
 
-    def __init__(self, student: Velocity, trunk: Trunk, text: Text, grid: Tensor, g: Tensor | None):
+    def __init__(self, student: Velocity, trunk: Trunk | Trunks, text: Text, grid: Tensor, g: Tensor | None):
         self.student, self.trunk, self.text, self.grid, self.g = student, trunk, text, grid, g
 
     def step(self, index: int, x: Tensor) -> Tensor:
@@ -215,9 +229,15 @@ class _Trajectory:
         return x
 
     def stretches(
-        self, forecaster: Forecaster, first: int, states: Sequence[Tensor], memory: Sequence[Cached] | None
+        self,
+        forecaster: Forecaster,
+        first: int,
+        states: Sequence[Tensor],
+        memory: Sequence[Cached] | None,
+        last: int,
     ) -> Iterator[tuple[int, Tensor]]:
-        """(j, state at j) of the stretches that begin with a full step `first`, shortest first; not (i, i + 1).
+        """(j, state at j) of the stretches that begin with a full step `first`, shortest first, to j = `last`, without
+        (i, i + 1).
 
         `memory` is what that and the one before left; None runs it, for a forecaster that looks back on one."""
         if memory is None:
@@ -227,7 +247,7 @@ class _Trajectory:
             given = {}
         else:
             x, given = states[first + 1], {"memory": tuple(memory)}
-        for index in range(first + 1, len(self.grid) - 1):
+        for index in range(first + 1, last):
             with self.trunk.predicted(forecaster, self.grid[index], **given):
                 x = self.step(index, x)
             yield index + 1, x

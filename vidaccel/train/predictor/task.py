@@ -15,6 +15,7 @@ import torch
 from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
@@ -23,7 +24,8 @@ from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.base import DiTFamily
+from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import Grid, own_grid, require_flow
@@ -33,6 +35,8 @@ from vidaccel.train.predictor.pairs import Data
 
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
+UNTRAINED = ("reuse", "taylor")
+"""Forecasters that have nothing of a transformer's own, and so serve several."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class PredictorTask:
     config: PredictorConfig
     loaded: LoadedPipeline
     student: Velocity
-    trunk: Trunk
+    trunks: Trunk | Trunks
+    """That of the student's transformer, or of several in the place of one."""
     data: Data | Bank
     provenance: Mapping[str, Any]
     """What tells the data from others."""
@@ -67,6 +72,23 @@ class PredictorTask:
         if isinstance(self.data, Bank):
             raise ValueError("a bank is for pairs=served alone, without a search")
         return self.data
+
+    @property
+    def trunk(self) -> Trunk:
+        """Where there is one transformer."""
+        if isinstance(self.trunks, Trunks):
+            raise ValueError("what needs one transformer is asked of several")
+        return self.trunks
+
+    @property
+    def boundary(self) -> float | None:
+        """Time below which the second of two transformers takes over."""
+        return next(iter(boundaries_of(self.loaded.pipe, self.loaded.family)), None)
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """The steps with which each transformer begins."""
+        return self.sampling.grid.firsts(boundaries_of(self.loaded.pipe, self.loaded.family))
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +109,9 @@ def task_of(
         UserError: no predictor can be trained for this student, or on these data, or not as asked.
     """
     require_flow(loaded.family, "the training of a predictor")
-    if len(loaded.family.denoisers) > 1:
-        raise UserError(
-            f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
-            "take a family with one: this vidaccel trains no predictor for several together",
-        )
+    if config.forecaster not in UNTRAINED:
+        refuse_several(loaded.family)
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
-    transformer = denoisers_of(loaded.pipe, loaded.family)[0]
     student = velocity_of(loaded).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
     data, provenance = opened or _open_data(loaded, config)
@@ -107,8 +125,19 @@ def task_of(
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
     looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
     history = made.history if made else looks_back.get(config.forecaster, config.history)
-    trunk = Trunk(transformer, loaded.family, history)
-    return PredictorTask(config, loaded, student, trunk, data, provenance, sampling)
+    trunks = [Trunk(each, loaded.family, history) for each in denoisers_of(loaded.pipe, loaded.family)]
+    boundaries = boundaries_of(loaded.pipe, loaded.family)
+    whole = Trunks(trunks, boundaries) if boundaries else trunks[0]
+    return PredictorTask(config, loaded, student, whole, data, provenance, sampling)
+
+
+def refuse_several(family: DiTFamily) -> None:
+    """`UserError` where a family denoises with several transformers, for what is trained on one."""
+    if len(family.denoisers) > 1:
+        raise UserError(
+            f"{family.title} denoises with {len(family.denoisers)} transformers, and this trains for one",
+            "search schedules that need no training: forecaster=reuse, or forecaster=taylor",
+        )
 
 
 def search_of(config: PredictorConfig, student: str, data: object) -> str:
@@ -129,7 +158,9 @@ def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity
     if two_pass and guidance > 1:
         raise UserError(
             f"{loaded.source} makes two passes a step, and a predictor is trained for one",
-            "distil its guidance first (vidaccel distill --conf cfg), or set guidance=1",
+            "set guidance=1, as a step-distilled LoRA wants it"
+            if len(loaded.family.denoisers) > 1
+            else "distil its guidance first (vidaccel distill --conf cfg), or set guidance=1",
         )
     if config.guidance_range and not student.embeds("g"):
         raise UserError(

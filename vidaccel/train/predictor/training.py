@@ -140,7 +140,7 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
             verify_files(output, before)
             on_first(partial(say_finished, output))
             return _found(task, output) if rank() == 0 else []
-        with task.trunk:
+        with task.trunks:
             schedules = search_schedules(task, _made_by_name(task))
         on_first(partial(_save_schedules, task, config, output, started, schedules))
         return schedules if rank() == 0 else []
