@@ -22,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vidaccel generate --prompts examples/demo.txt -o demo --sheet demo/sheet.png
 
-# The whole suite, a process a core.
+# The whole suite, a process a core, its files in the order of tests/conftest.py.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,13 @@ from tests.students import save_teacher  # noqa: E402
 from tests.tiny import tiny_pipeline  # noqa: E402
 from vidaccel.models.loading import LoadedPipeline, load_pipeline  # noqa: E402
 
+LONGEST = ("test_own_model.py", "test_distill.py", "test_accelerate.py", "test_commands.py", "test_training.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: at the end, one would keep one process busy while the others wait."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Callable[[str], Path]:
