@@ -327,7 +327,8 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
     if schedule is None and isinstance(predictor, Path):
         schedule = predictor / SCHEDULE_FILE
     if schedule is None:
-        raise UserError("nothing says which steps are full", "pass steps= with full_steps= or every=, or schedule=")
+        hint = "every=3 makes each third one full, full_steps=[0, 1, 4] names them, schedule= has them from a file"
+        raise UserError("nothing says which steps are full", hint)
     if not isinstance(schedule, Schedule):
         if isinstance(predictor, Path) and not Path(schedule).exists():
             refuse_unfinished(predictor)  # whose schedules are searched last

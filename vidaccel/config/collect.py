@@ -23,9 +23,11 @@ class CollectConfig:
     max_bad_share: float = 0.1
     """Share of a folder's clips that may be unusable, and are then left out; a larger one stops."""
     num_frames: int | None = None
+    """Frames of a sample; null is the model's own."""
     height: int | None = None
+    """Pixels that clips are scaled and cropped to, or that trajectories have; null is the model's own."""
     width: int | None = None
-    """Pixels."""
+    """Pixels that clips are scaled and cropped to, or that trajectories have; null is the model's own."""
     fps: float | None = None
     """Frames a second that clips are brought to."""
     steps: int | None = None

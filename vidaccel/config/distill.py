@@ -49,12 +49,15 @@ class DistillConfig:
     """Encoded clips in the device's memory: `on`, `off`, or `auto`, which is on where it is a CUDA device and they take
     less than a quarter of what is free."""
     num_frames: int | None = None
+    """Frames of clips that are encoded while training; null is the model's own. Features have their size."""
     height: int | None = None
+    """Pixels of such clips; null is the model's own."""
     width: int | None = None
-    """Pixels, of clips that are encoded while training; null is the model's own. Features have their size."""
+    """Pixels of such clips; null is the model's own."""
     fps: float | None = None
     """Frames a second that such clips are brought to; null is the model's own."""
     seed: int = 0
+    """Of the order of the data, noise, times and scales."""
     guidance_range: list[float] | None = None
     """[low, high] of the scales g that the student learns, drawn uniformly; null is what a teacher with its guidance
     distilled learnt, else 1 to 8, or to the scale that the student is called with where that is larger."""

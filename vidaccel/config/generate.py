@@ -55,9 +55,11 @@ class GenerateConfig(RuntimeConfig):
     force: bool = False
     """true takes a predictor that was trained for another student."""
     num_frames: int | None = None
+    """Frames of the video; null is the model's own."""
     height: int | None = None
+    """Pixels of the video; null is the model's own."""
     width: int | None = None
-    """Pixels."""
+    """Pixels of the video; null is the model's own."""
     seed: int = 0
     """Seed of the first prompt's noise; prompt i of a file gets seed + i."""
     dtype: str = "auto"

@@ -78,14 +78,17 @@ class PredictorConfig:
     clips: int = 4000
     """Scenes of the sprites world, where neither of those is given, and most trajectories that are collected."""
     num_frames: int | None = None
+    """Frames of clips that are encoded while training; null is the model's own. Features have their size."""
     height: int | None = None
+    """Pixels of such clips; null is the model's own."""
     width: int | None = None
-    """Pixels, of clips that are encoded while training; null is the model's own. Features have their size."""
+    """Pixels of such clips; null is the model's own."""
     fps: float | None = None
     """Frames a second that such clips are brought to; null is the model's own."""
     on_damage: str = "stop"
     """What to do about damaged shards of `features`: `stop`, or `skip` to train without them."""
     seed: int = 0
+    """Of new weights, the order of the data, noise and times."""
     architecture: str = "correction"
     """`correction` (of the cached tokens, growing with the time since) or `published` (the paper's network, which gives
     the tokens anew; embedders of text run on its steps too)."""

@@ -32,6 +32,7 @@ class TrainConfig:
     schedule: str = "cosine"
     """`cosine` (down to zero at the last step) or `constant`."""
     weight_decay: float = 0.0
+    """Share of the rate by which each step shrinks the weights."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     ema_decay: float = 0.999
