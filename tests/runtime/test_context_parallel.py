@@ -5,22 +5,25 @@ import json
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from torch.distributed import _functional_collectives as collectives
 
 import vidaccel
+from studies.communication import exchanged
 from tests.students import save_teacher
 from tests.tiny import BUILDERS, called, guided, tiny_pipeline
-from tests.train.test_parallel import in_two
+from tests.train.torchrun import in_two
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.cli.generate import generate
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import blocks_of
+from vidaccel.families.walk import blocks_of, width
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.processes import rank
 from vidaccel.runtime import context_parallel
@@ -46,7 +49,7 @@ def network(pipe, family):
         pipe.transformer.register_forward_hook(lambda *_: kept.extend(map(trunk.memory, trunk.remembered.contexts)))
         frames(pipe, steps=1)
     tokens = kept[0][0].tokens
-    predictor = new_predictor(pipe.transformer, family, tokens, tokens)
+    predictor = new_predictor(pipe.transformer, family, tokens, tokens, blocks=1)
     for parameter in predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     return predictor.eval()
@@ -69,9 +72,36 @@ def both_ways(folder: Path) -> None:
         for which, predictor in predictors.items():
             with vidaccel.attach(pipe, predictor=predictor, **WITH_FULL):
                 made[which] = frames(pipe)
+        if name == "wan":
+            what_is_sent(pipe, predictors["network"])
         for which, got in made.items():
             assert np.abs(got - alone[which.partition(",")[0]]).max() < 1e-5, (name, which)
     from_the_command_line(folder)
+
+
+def what_is_sent(pipe, predictor) -> None:
+    """Full passes send what their blocks do, predicted ones what the predictor's do, and each gathers the video once:
+    the cache sends nothing."""
+    sent, gathered = [], []
+    exchange, gather = collectives.all_to_all_single, collectives.all_gather_tensor
+
+    def exchanging(x, *args):
+        sent.append(x.nbytes // 2)  # the half that is for the other
+        return exchange(x, *args)
+
+    def gathering(x, *args, **kwargs):
+        gathered.append(x)
+        return gather(x, *args, **kwargs)
+
+    with (
+        patch.object(collectives, "all_to_all_single", exchanging),
+        patch.object(collectives, "all_gather_tensor", gathering),
+        vidaccel.attach(pipe, predictor=predictor, **WITH_FULL) as attachment,
+    ):
+        frames(pipe)
+    full, predicted = (exchanged(8, width(pipe.transformer), blocks, devices=2, size=4) for blocks in (2, 1))
+    assert sum(sent) == attachment.full_passes * full + attachment.predicted_passes * predicted
+    assert len(gathered) == attachment.full_passes + attachment.predicted_passes
 
 
 def from_the_command_line(folder: Path) -> None:
