@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from vidaccel.train.parallel import processes, rank, world
+from vidaccel.processes import processes, rank, world
 
 ROOT = Path(__file__).parents[2]
 LOADED = (
