@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 _MODULES = {
     "attach": "vidaccel.cache.attach",
     "load_pipeline": "vidaccel.models.loading",
+    "load_student": "vidaccel.models.loading",
+    "load_predictor": "vidaccel.forecasters.learned",
+    "save_model": "vidaccel.models.saving",
     "generate": "vidaccel.api",
     "collect_features": "vidaccel.api",
     "distill": "vidaccel.api",

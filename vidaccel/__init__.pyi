@@ -8,6 +8,9 @@ from vidaccel.cache.attach import attach as attach
 from vidaccel.cache.schedule import Schedule as Schedule
 from vidaccel.errors import UserError as UserError
 from vidaccel.forecasters.learned import Predictor as Predictor
+from vidaccel.forecasters.learned import load_predictor as load_predictor
 from vidaccel.models.loading import load_pipeline as load_pipeline
+from vidaccel.models.loading import load_student as load_student
+from vidaccel.models.saving import save_model as save_model
 
 __version__: str

@@ -31,12 +31,15 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
     stock = {field.name: field.default for field in fields(RuntimeConfig)}
     plain = replace(config, **stock, **dict.fromkeys(SCHEDULED_BY), predictor=None, force=False, compare_to=None)
     came_from = [config.compare_to] if config.compare_to else teachers(config.model, HINT)
+    if config.student and not came_from:  # released weights are of the model whose place they take
+        came_from = [config.model]
     if came_from:
         _check_family(config.model, came_from[-1])
         return replace(
             plain,
             model=came_from[-1],
             lora=None,
+            student=None,
             **dict.fromkeys(("steps", "shift", "timesteps", "sigmas", "two_pass", "negative_prompt")),
             instantaneous=False,
         )
@@ -53,7 +56,7 @@ def as_fast(full: GenerateConfig, config: GenerateConfig, loaded: LoadedPipeline
     frames, height, width = made.frames.shape[1:4]
     scales = {"guidance": made.guidance, "guidance_2": made.guidance_2}
     alike: dict[str, Any] = {**scales, "num_frames": frames, "height": height, "width": width}
-    if full.model != config.model and made.guidance != 1:
+    if (full.model, full.student) != (config.model, config.student) and made.guidance != 1:
         _, two_pass = guidance_in_force(loaded, config.guidance, config.two_pass)
         alike["negative_prompt"] = (config.negative_prompt if two_pass else None) or unwanted(loaded) or None
     return replace(full, **alike)

@@ -54,6 +54,11 @@ class FileHashes(Mapping[str, str]):
         self._files = {name: (path, _state(path)) for name, path in files.items()}
         self._made: dict[str, str] = {}
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files themselves."""
+        return {name: path for name, (path, _) in self._files.items()}
+
     def __getitem__(self, name: str) -> str:
         if name not in self._made:
             path, state = self._files[name]

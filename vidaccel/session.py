@@ -108,7 +108,7 @@ def session(
     target = resolve_device(device)
     runtime.check(config, target)
     check_offload(config.offload, target, config.compile)
-    files = read_model(config.model)
+    files = read_model(config.model, config.student)
     if config.parallel.devices > 1:
         _check_devices(config, files, target)
     pictures, said = fitted_images(files, config, images)

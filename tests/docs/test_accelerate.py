@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.docs.pages import ROOT, blocks, commands
+from tests.published import hunyuan_video_predictor, hunyuan_video_student, write
 from tests.students import save_teacher
 from vidaccel.cli.main import app
 from vidaccel.data.clips import write_clips
@@ -35,6 +36,7 @@ MADE = {
     "plain.mp4": "6 steps, 12 passes, guidance 3",
     "turn.mp4": "photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
     "turns": "photos/photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
+    "published.mp4": "20 steps, 8 full + 12 predicted passes",
     "every3.mp4": "6 steps, 4 full + 8 predicted passes",
     "both.mp4": "right path/to/Wan2.1-T2V-1.3B-Diffusers, 6 steps, 12 passes",
     "cfg.mp4": "50 steps, 50 passes",
@@ -50,6 +52,9 @@ def _reader(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_teacher(Path("path/to/Wan2.1-T2V-1.3B-Diffusers"), "wan")
     save_teacher(Path("path/to/Wan2.1-I2V-14B-480P-Diffusers"), "wan_i2v")
+    save_teacher(Path("path/to/HunyuanVideo"), "hunyuan_video")
+    write(Path("path/to/hyvideo10_t2v_restricted_meanflow_540p.safetensors"), hunyuan_video_student())
+    write(Path("path/to/hyvideo10_t2v_predictor_540p.safetensors"), hunyuan_video_predictor())
     Path("photos").mkdir()
     for photo in ("photo.jpg", "photos/photo.jpg"):
         Image.new("RGB", (60, 40), "red").save(photo)

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from tests.docs.pages import ROOT, Code, blocks, name, spans
+from tests.published import hunyuan_video_predictor, hunyuan_video_student, write
 from tests.students import STARTED, save, save_teacher, trained
 from tests.tiny import SIZE
 from vidaccel import api
@@ -37,9 +39,13 @@ PYTHON = [
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """path/to/Wan2.1, runs/student and runs/predictor, as the commands before the lines left them."""
+    """path/to/Wan2.1, runs/student and runs/predictor, as the commands before the lines left them; HunyuanVideo and
+    what has been published for it."""
     folder = tmp_path_factory.mktemp("workplace")
     save_teacher(folder / "path/to/Wan2.1", "wan")
+    save_teacher(folder / "path/to/HunyuanVideo", "hunyuan_video")
+    write(folder / "path/to/hyvideo10_t2v_restricted_meanflow_540p.safetensors", hunyuan_video_student())
+    write(folder / "path/to/hyvideo10_t2v_predictor_540p.safetensors", hunyuan_video_predictor())
     loaded = load_pipeline(folder / "path/to/Wan2.1")
     save(folder / "runs/student", loaded, trained(loaded), steps=20)
     student = load_pipeline(folder / "runs/student")
@@ -61,9 +67,8 @@ def test_there_is_python_on_both_pages():
 def test_python_runs(code: Code, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     passes = []
-    transformer = diffusers.WanTransformer3DModel
-    forward = transformer.forward
-    monkeypatch.setattr(transformer, "forward", lambda self, *a, **k: passes.append(self) or forward(self, *a, **k))
+    for transformer in (diffusers.WanTransformer3DModel, diffusers.HunyuanVideoTransformer3DModel):
+        monkeypatch.setattr(transformer, "forward", counted(transformer.forward, passes))
     text = code.text
     for pattern, smaller in SMALLER:
         text = re.sub(pattern, smaller, text)
@@ -71,8 +76,12 @@ def test_python_runs(code: Code, workplace, monkeypatch):
     made: dict = {}
     exec(compile(text, str(code.page), "exec"), made)
     videos = [made[key] for key in ("frames", "video") if key in made]
-    assert videos and all(video.shape == (5, 32, 32, 3) for video in videos)
+    assert videos and all(np.shape([np.asarray(frame) for frame in video]) == (5, 32, 32, 3) for video in videos)
     assert len(passes) == PASSES[code.page]
+
+
+def counted(forward, passes: list):
+    return lambda self, *args, **kwargs: passes.append(self) or forward(self, *args, **kwargs)
 
 
 def test_functions_that_the_text_names_are_public():

@@ -17,19 +17,18 @@ from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import Size, timed_generation
 from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
-from vidaccel.cache.schedule import Schedule, pick, read_schedules
+from vidaccel.cache.schedule import Schedule, pick, schedules_of
 from vidaccel.config.benchmark import FROM_FOLDERS, BenchmarkConfig, MethodConfig
 from vidaccel.data.images import fitted, images_in, read_image
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
-from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.learned import Predictor, predictor_at
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.grid import Grid, on_grid
-from vidaccel.models.loading import LoadedPipeline, load_pipeline, local_path, resolve_device
+from vidaccel.models.loading import LoadedPipeline, load_named, local_path, resolve_device
 from vidaccel.runtime.prepare import prepare
 
 NAMED = 3
@@ -60,7 +59,7 @@ class Models:
         if path not in self._pipelines:
             self._park(self._loaded())  # a model is loaded on the device, which may have no room for two
             try:
-                loaded = load_pipeline(path, device=self.device.type, dtype=self.config.dtype)
+                loaded = load_named(path, self.config.model, device=self.device.type, dtype=self.config.dtype)
                 prepare(loaded, self.config)
                 self._pipelines[path] = loaded
             except UserError as error:
@@ -142,9 +141,8 @@ class Models:
         folder = self.predictor_folder(method)
         key = str(folder), loaded.source
         if key not in self._predictors:
-            predictor = Predictor.from_pretrained(folder)
             transformer = denoisers_of(loaded.pipe, loaded.family)[0]
-            self._predictors[key] = predictor.run_like(transformer)
+            self._predictors[key] = predictor_at(folder, transformer, loaded.family).run_like(transformer)
         return self._predictors[key]
 
     def predictor_folder(self, method: MethodConfig) -> Path:
@@ -152,14 +150,13 @@ class Models:
         if name is None:
             raise UserError("no predictor= is named", "name a folder")
         folder = local_path(name)
-        if not folder.is_dir():
+        if not folder.exists():
             raise UserError(f"there is no predictor {name}", "train one: vidaccel train-predictor")
         return folder
 
     def searched(self, method: MethodConfig) -> Schedule:
         """The schedule of the row's budget, from the folder of its predictor; `UserError` where there is none."""
-        schedules = read_schedules(self.predictor_folder(method) / SCHEDULE_FILE)
-        return pick(schedules, method.budget, method.steps)
+        return pick(schedules_of(self.predictor_folder(method)), method.budget, method.steps)
 
     def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
         """Of transformer, added embeddings and predictor."""

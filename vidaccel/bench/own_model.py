@@ -12,7 +12,7 @@ from vidaccel.artefacts import refuse_unfinished
 from vidaccel.bench.baselines.registry import lacks
 from vidaccel.bench.models import Models
 from vidaccel.bench.sizes import planned_family
-from vidaccel.cache.schedule import read_schedules
+from vidaccel.cache.schedule import schedules_of
 from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -143,7 +143,7 @@ def _in_steps(method: MethodConfig, steps: int, two_pass: bool) -> MethodConfig:
 
 def _of_a_share(method: MethodConfig, folder: Path) -> MethodConfig:
     """The row with a number of full steps that the predictor in `folder` has a schedule for, near its share of them."""
-    searched = read_schedules(folder / SCHEDULE_FILE)
+    searched = schedules_of(folder)
     known = sorted({each.budget for each in searched if each.steps == method.steps and each.budget < method.steps})
     if not known:
         raise UserError(
@@ -220,7 +220,7 @@ def planned_rows(config: BenchmarkConfig) -> Resolved:
             method = _in_steps(method, student.get("steps", method.steps), method.two_pass)
         method = _as_denoised(method, family)
         folder = method.predictor or config.predictor
-        if method.full_share is None or folder is None or not (local_path(folder) / SCHEDULE_FILE).is_file():
+        if method.full_share is None or folder is None or not _has_schedules(local_path(folder)):
             return method
         return _of_a_share(method, local_path(folder))
 
@@ -235,6 +235,10 @@ def _as_denoised(method: MethodConfig, family: DiTFamily) -> MethodConfig:
     grid = Grid.listed(method.timesteps, method.sigmas) or Grid.shifted(method.steps, shift)
     firsts = grid.firsts([each.until for each in family.denoisers[:-1]])
     return replace(method, every=None, full_steps=sorted({*full, *firsts}))
+
+
+def _has_schedules(predictor: Path) -> bool:
+    return predictor.is_file() or (predictor / SCHEDULE_FILE).is_file()
 
 
 def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:

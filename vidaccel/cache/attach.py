@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,7 +25,7 @@ from torch import Tensor
 from vidaccel.artefacts import RUN_FILE, own_files, refuse_unfinished
 from vidaccel.cache.checks import check_forecaster, check_pipeline
 from vidaccel.cache.policy import FullSteps, Policy
-from vidaccel.cache.schedule import Schedule, pick, read_schedules
+from vidaccel.cache.schedule import Schedule, pick, read_schedules, schedules_of
 from vidaccel.cache.schedule import every as every_nth
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.cache.whole_pass import WholePass, check_sampler, require_free
@@ -35,7 +36,7 @@ from vidaccel.families.registry import family_of
 from vidaccel.families.walk import boundaries_of, denoisers_of, passes_of_call
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, kind_of
+from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
@@ -43,6 +44,7 @@ from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, on_grid, running_grid, shift_of, step_of
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.own_call import keep_transformers, loaded_of
+from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.unchanged import Sample, changed, pipeline_sample, stored_sample
 from vidaccel.models.weight_hashes import student_hashes
 
@@ -66,14 +68,16 @@ def attach(
 
     Args:
         pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives, or its `pipe`.
-        predictor: the folder of a trained one or of fitted scalars, sprites/<name> for one that is shipped, "reuse",
-            "taylor" or another name of forecasters/registry.py, or any forecaster, taken as it is.
+        predictor: the folder of a trained one or of fitted scalars, a file of weights that others have released,
+            sprites/<name> for one that is shipped, "reuse", "taylor" or another name of forecasters/registry.py, or any
+            forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
             schedules for several are at hand.
         full_steps: positions of the full steps, rising from 0.
         every: n, for the full steps 0, n, 2n, ...
         budget: how many full steps, where schedules for several are at hand.
-        schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own.
+        schedule: a schedule, or a file of them; unless full steps are said, it is the predictor's own, or of a
+            released file the published one.
         timesteps: times of the grid, from 1000 down, on which the pipeline is then sampled by flow-match Euler; they
             say how many steps there are.
         sigmas: the same from 1 down.
@@ -118,9 +122,9 @@ def _attached(
     require_free(pipe, family)
     if isinstance(predictor, str | Path) and predictor not in attachable():
         predictor = local_path(predictor)
-        if not predictor.is_dir():
-            hint = f"a predictor is a folder, or one of: {', '.join(attachable())}"
-            raise UserError(f"there is no folder {predictor}", hint)
+        if not predictor.exists():
+            hint = f"a predictor is a folder, a released file of weights, or one of: {', '.join(attachable())}"
+            raise UserError(f"there is no folder {predictor}", f"{hint}; nothing is downloaded")
     _refuse_one_of_several(predictor, family)
     forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
@@ -132,6 +136,8 @@ def _attached(
         else:
             for transformer in denoisers_of(pipe, family):
                 forecaster.check_fits(transformer, family, student, force, called)
+                if not (named or force or forecaster.config.architecture != PUBLISHED):
+                    _refuse_without_r(transformer, family)
             if named and forecaster.scalars is not None:
                 forecaster.scalars.check_fits(family.name, student, force, called)
     chosen = _schedule(predictor, *which)
@@ -156,6 +162,15 @@ def _attached(
         bound.check(Grid.shifted(chosen.steps, shift))
     attached = partial(Attachment, pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps), bound)
     return _under_scalars(pipe, family, scalars, chosen, force, attached) if scalars else attached()
+
+
+def _refuse_without_r(transformer: Any, family: DiTFamily) -> None:
+    """`UserError` unless the transformer is told where a step ends, as that of a released predictor was."""
+    if step_hook_of(transformer) is None and not (family.r_config and transformer.config[family.r_config]):
+        raise UserError(
+            "a released predictor is for a student of mean velocities, and this transformer is told no r",
+            "give the student as well (student=FILE, vidaccel.load_student); or see what it does with force=true",
+        )
 
 
 @dataclass(frozen=True)
@@ -325,6 +340,8 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
             raise UserError(f"{given[0]}= came without steps=", "pass the number of denoising steps as well")
         return every_nth(steps, every) if full_steps is None else Schedule(steps, tuple(full_steps))
     if schedule is None and isinstance(predictor, Path):
+        if predictor.is_file():
+            return pick(schedules_of(predictor), budget, steps)
         schedule = predictor / SCHEDULE_FILE
     if schedule is None:
         hint = "every=3 makes each third one full, full_steps=[0, 1, 4] names them, schedule= has them from a file"

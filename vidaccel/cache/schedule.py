@@ -18,6 +18,7 @@ from typing import cast
 from vidaccel.artefacts import write_json
 from vidaccel.cache.policy import check_full_steps
 from vidaccel.errors import UserError
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.grid import Grid
 
 FORMAT = "schedule/1"
@@ -139,6 +140,13 @@ def read_schedules(path: str | Path) -> list[Schedule]:
         raise UserError(f"{path} cannot be read: {error.strerror}", "give the path of a schedule.json") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no schedule: {error}", "search it again, or list full_steps=") from error
+
+
+def schedules_of(predictor: Path) -> list[Schedule]:
+    """Those of a predictor's folder; for a file of weights that others have released the published lists."""
+    if predictor.is_file():
+        return [Schedule(steps, listed) for (steps, _), listed in PUBLISHED.items()]
+    return read_schedules(predictor / SCHEDULE_FILE)
 
 
 def pick(schedules: Iterable[Schedule], budget: int | None, steps: int | None = None) -> Schedule:

@@ -16,6 +16,8 @@ class GenerateConfig(RuntimeConfig):
 
     model: str = "sprites/teacher"
     """A shipped model (sprites/teacher), a local folder (a diffusers pipeline or a student), or a hub id."""
+    student: str | None = None
+    """A file of weights that others have released, in the place of its transformer's."""
     lora: list[str] | None = None
     """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE; of two transformers
     each names its own, transformer_2:FILE:SCALE."""
@@ -39,8 +41,8 @@ class GenerateConfig(RuntimeConfig):
     """true: a student of mean velocities is sampled as the model of instantaneous ones that it contains (r = t)."""
     predictor: str | None = None
     """What stands in for the transformer on the steps that are not full: the folder of a trained predictor or
-    of fitted scalars, sprites/predictor or sprites/scalars, or a forecaster's name (`reuse`, `taylor`); null runs every
-    step in full."""
+    of fitted scalars, a file of weights that others have released, sprites/predictor or sprites/scalars, or a
+    forecaster's name (`reuse`, `taylor`); null runs every step in full."""
     full_steps: list[int] | None = None
     """Positions of the full steps, from 0."""
     every: int | None = None

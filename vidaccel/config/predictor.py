@@ -44,7 +44,10 @@ class PredictorConfig:
     RENAMED = {"longest": "max_skipped"}
 
     student: str = "sprites/student"
-    """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id."""
+    """The model that the predictor is for, which stays as it is: shipped, a local folder, or a hub id; or, with
+    `model`, a file of weights that others have released."""
+    model: str | None = None
+    """The model whose transformer's place such a file takes."""
     lora: list[str] | None = None
     """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE."""
     forecaster: str = "learned"

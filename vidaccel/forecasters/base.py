@@ -67,7 +67,7 @@ class Making:
     order: int = 0
     """Derivatives to look at, for those that do; 0 leaves it to them."""
     folder: Path | None = None
-    """Of a trained one."""
+    """Of a trained one; or a file of weights that others have released."""
     full_steps: Collection[int] = ()
     """Steps that will be full."""
     generate: Callable[[], None] | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from torch import nn
 
 from vidaccel.artefacts import (
@@ -54,11 +54,13 @@ def kind_of(folder: str | Path) -> str:
 
 
 def predictor_hashes(predictor: str | None) -> dict[str, str]:
-    """SHA-256 of the files that decide what a predictor's folder, or a shipped one's name, answers; nothing for one
-    that has no files."""
+    """SHA-256 of the files that decide what a predictor's folder, a released file or a shipped one's name answers;
+    nothing for one that has no files."""
     if predictor is None or predictor in attachable():
         return {}
     folder = local_path(predictor)
+    if folder.is_file():
+        return {f"predictor/{folder.name}": sha256_file(folder)}
     names = (CONFIG_FILE,) if kind_of(folder) == "multistep" else (WEIGHTS_FILE, SCALARS_FILE)
     return {f"predictor/{name}": sha256_file(folder / name) for name in names if (folder / name).exists()}
 
@@ -149,7 +151,8 @@ class Checkpointed:
         """Write config.json and model.safetensors; run.json is for the command that made the folder."""
         folder = Path(folder)
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_model(self, str(temporary))
+            # Not save_model, which refuses weights that are parts of one in a mapped file.
+            save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, str(temporary))
         write_json(folder / CONFIG_FILE, asdict(self.config))
 
     @classmethod

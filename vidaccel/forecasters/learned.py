@@ -44,21 +44,25 @@ B batch, N tokens, D width
 """
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidaccel.compat.diffusers import parallel_of
+from vidaccel.compat.diffusers import execution_device, parallel_of
 from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import blocks_of, call_block, named_outputs, width
+from vidaccel.families.registry import FAMILIES, family_of
+from vidaccel.families.walk import blocks_of, call_block, denoisers_of, named_outputs, width
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
-from vidaccel.forecasters.checkpoint import CORRECTION, SCALARS_FILE, Checkpointed, NetworkConfig
+from vidaccel.forecasters.checkpoint import CORRECTION, PUBLISHED, SCALARS_FILE, Checkpointed, NetworkConfig
 from vidaccel.forecasters.multistep import Multistep
+from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.released import Released
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like
 
@@ -139,7 +143,7 @@ class Predictor(Checkpointed, nn.Module):
         fusion, measured = (Fusion, config.cached) if self._corrects else (PublishedFusion, ())
         self.fusions = nn.ModuleDict({name: fusion(config.width) for name in fusions})
         self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in measured})
-        self.blocks = _blocks(config).to_empty(device="cpu")
+        self.blocks = _blocks(config).to_empty(device=torch.get_default_device())
         self.scalars: Multistep | None = None
         """What was fitted with its answer as one more term; the network serves alone where there is nothing."""
 
@@ -150,8 +154,9 @@ class Predictor(Checkpointed, nn.Module):
 
     @classmethod
     def make(cls, making: Making) -> "Predictor":
-        """The one in `making.folder`."""
-        return cls.from_pretrained(making.folder)
+        """The one in `making.folder`, or in the released file that it is."""
+        assert making.folder is not None
+        return predictor_at(making.folder, denoisers_of(making.pipe, making.family)[0], making.family)
 
     def save_pretrained(self, folder: str | Path) -> None:
         super().save_pretrained(folder)
@@ -165,6 +170,25 @@ class Predictor(Checkpointed, nn.Module):
         made = super().from_pretrained(folder)
         made.scalars = Multistep.on_top_of(folder)
         return made
+
+    @classmethod
+    def from_released(cls, path: str | Path, transformer: nn.Module, family: DiTFamily) -> "Predictor":
+        """The one in a file that others have released, whose weights stay views into it until they are cast or moved.
+
+        Raises:
+            UserError: the file is of no known layout, for another model than this transformer, or not whole.
+        """
+        released = Released.opened(path, "predictor", family)
+        kind, blocks = family.block_lists[-1], released.layout.blocks
+        if len(getattr(transformer, kind.name)) < blocks:
+            raise UserError(f"{path} has {blocks} blocks, and this trunk's last list fewer", "take the model it is for")
+        made_for = NetworkConfig(
+            family.name, width(transformer), blocks, kind.returns, _settings(transformer), architecture=PUBLISHED
+        )
+        with torch.device("meta"):
+            made = cls(made_for)
+        made.load_state_dict(released.weights(made.state_dict(), made_for.width), assign=True)
+        return made.eval()
 
     @staticmethod
     def costs(trunk: PlannedTrunk) -> ForecasterCosts:
@@ -264,7 +288,7 @@ def new_predictor(
     trunk = getattr(transformer, kind.name)
     if not 1 <= blocks <= len(trunk):
         raise UserError(f"a predictor of {blocks} blocks", f"the trunk's last list has {len(trunk)}: take 1 to that")
-    settings = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    settings = _settings(transformer)
     predictor = Predictor(NetworkConfig(family.name, width(transformer), blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(plain_weights(original))
@@ -274,6 +298,37 @@ def new_predictor(
     for name, statistics in predictor.statistics.items():
         statistics.measure(entering[name].cpu(), cached[name].cpu())
     return predictor.to(next(transformer.parameters()).device)
+
+
+def load_predictor(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> Predictor:
+    """A predictor for this pipeline, on its device and run as its transformer's blocks are: `attach` takes it.
+
+    Args:
+        path: a file of weights that others have released, or a predictor's folder.
+        pipe: the pipeline.
+
+    Raises:
+        UserError: it is none, or for another model.
+    """
+    pipe = pipe.pipe if isinstance(pipe, LoadedPipeline) else pipe
+    family = family_of(pipe)
+    transformer = denoisers_of(pipe, family)[0]
+    predictor = predictor_at(local_path(path), transformer, family)
+    predictor.check_fits(transformer, family, force=True)  # whose it is, `attach` asks
+    return predictor.run_like(transformer).to(execution_device(pipe))
+
+
+def predictor_at(path: Path, transformer: nn.Module, family: DiTFamily) -> Predictor:
+    """The one in a folder, or in a file that others have released for this transformer."""
+    if path.is_dir():
+        return Predictor.from_pretrained(path)
+    return Predictor.from_released(path, transformer, family)
+
+
+def _settings(transformer: nn.Module) -> dict[str, Any]:
+    """A transformer's config."""
+    config: Any = transformer.config
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def plain_weights(block: nn.Module) -> dict[str, Tensor]:

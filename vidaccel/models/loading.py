@@ -22,15 +22,23 @@ from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.compat.diffusers import do_without_ftfy
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.registry import family_of
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.adapters import Adapter, add_adapters, check_denoisers
 from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.decoding import speed_up
-from vidaccel.models.folder import Component, ModelFolder, read_pipeline_folder, safetensors_header, with_own_parts
+from vidaccel.models.folder import (
+    ModelFolder,
+    read_json,
+    read_pipeline_folder,
+    safetensors_header,
+    with_own_parts,
+)
 from vidaccel.models.grid import Grid, GridScheduler, ListedScheduler
-from vidaccel.models.own_call import called_as_made, remember
+from vidaccel.models.own_call import called_as_made, loaded_of, remember
+from vidaccel.models.released import Released, released_student
 from vidaccel.models.step_hook import StepHook
 from vidaccel.models.unchanged import Sample, pipeline_sample
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
@@ -62,6 +70,8 @@ class LoadedPipeline:
     """What parts of its checkpoint say of its settings, by the same names as `call`, which comes first."""
     trunk: Sample | None = None
     """A few numbers of the transformer's matrices as they were loaded; None where nobody knows."""
+    released: Path | None = None
+    """The file of a student that others have released."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
@@ -70,7 +80,7 @@ class LoadedPipeline:
     def says(self, name: str) -> str:
         """Where `default` has a value from, in words."""
         if name in self.call:
-            return "the model's run.json"
+            return "the released student's authors" if self.released else "the model's run.json"
         return "the model's guider" if name in self.parts else f"{self.family.title}'s defaults"
 
     @property
@@ -100,6 +110,7 @@ def load_pipeline(
     denoiser_dtype: str | None = None,
     placed: bool = True,
     lora: Sequence[str] = (),
+    student: str | Path | None = None,
 ) -> LoadedPipeline:
     """Load a model after checking that it is whole and supported.
 
@@ -113,22 +124,33 @@ def load_pipeline(
         placed: whether all of it goes to the device; otherwise it stays on the CPU, typed for the device.
         lora: LoRA files that are added to the transformer's weights, each FILE or FILE:SCALE; where there are two,
             transformer:FILE:SCALE or transformer_2:FILE:SCALE.
+        student: a file of weights that others have released, in the place of the transformer's; `read_model` was given
+            it where that has been called.
 
     Raises:
-        UserError: the model or a LoRA cannot be found, is broken, foreign or a pickle, or the device is not there.
+        UserError: the model, the student or a LoRA cannot be found, is broken, foreign or a pickle, or the device is
+            not there.
     """
     target = resolve_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype}", nearest(dtype, ("auto", *DTYPES)))
     adapters = [Adapter.parsed(each) for each in lora]
-    files = model if isinstance(model, ModelFiles) else read_model(model)
+    files = model if isinstance(model, ModelFiles) else read_model(model, student)
     check_denoisers(files.contents.family, adapters)
     modules = dict(given or {})
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
+    conditioning = None
+    if files.student is not None:
+        component = files.contents.components[denoisers[0]]
+        config = read_json(component.folder / component.config_name)
+        stored_in = _dtype([files.student.file], denoiser_dtype or dtype, target)
+        modules[denoisers[0]], conditioning = released_student(
+            files.student, component.cls, config, files.contents.family, stored_in
+        )
     for component in files.contents.components.values():
         if component.is_module and component.name not in modules:
             wanted = denoiser_dtype if denoiser_dtype and component.name in denoisers else dtype
-            modules[component.name] = load_module(component, _dtype(component, wanted, target))
+            modules[component.name] = load_module(component, _dtype(component.weight_files, wanted, target))
             if component.name == "vae":
                 speed_up(modules["vae"])
     if files.contents.lora:
@@ -138,10 +160,62 @@ def load_pipeline(
     trunk = pipeline_sample(pipe, family)
     if placed:
         pipe.to(target)
-    hashes = _hashes(files.contents, adapters) if adapters else files.hashes
+    hashes = _hashes(files.contents, adapters, files.student) if adapters else files.hashes
     parts = _said_by_parts(pipe, family)
     loaded = LoadedPipeline(pipe, family, files.source, files.call, hashes, parts=parts, trunk=trunk)
+    if files.student is not None:
+        return _as_released(loaded, files.student, conditioning)
     return _as_saved(loaded, files.contents)
+
+
+def load_named(student: str | Path, model: str | Path | None, **how: Any) -> LoadedPipeline:
+    """The model that `student` names, by `load_pipeline`, which `how` is for; where that is a file of weights that
+    others have released, with the `model` that it was made of."""
+    if Path(student).is_file():
+        if model is None:
+            raise UserError(f"{student} is a file", "name the model that it was made of as well: model=FOLDER")
+        return load_pipeline(model, student=student, **how)
+    return load_pipeline(student, **how)
+
+
+def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> LoadedPipeline:
+    """The pipeline with a student that others have released in the place of its transformer, sampled as they do.
+
+    Args:
+        path: the student's safetensors file.
+        pipe: of the model that it was distilled from; its transformer gives type and device, and leaves it.
+
+    Raises:
+        UserError: the file is of no known layout, or for another model, or not whole; the pipeline is offloaded, or has
+            a predictor attached.
+    """
+    known = pipe if isinstance(pipe, LoadedPipeline) else loaded_of(pipe)
+    pipe = pipe.pipe if isinstance(pipe, LoadedPipeline) else pipe
+    family = family_of(pipe)
+    released, attribute = Released.opened(path, "student", family), family.denoisers[0].attribute
+    before: Any = denoisers_of(pipe, family)[0]
+    _refuse_offloaded(before)
+    cls = getattr(diffusers, family.transformer)
+    transformer, conditioning = released_student(released, cls, before.config, family, before.dtype)
+    Conditioning.detach(before, family)
+    if known is not None and known.hook is not None:
+        known.hook.remove()
+    setattr(pipe, attribute, transformer.to(before.device))
+    del before
+    others = known.hashes.files if known is not None and isinstance(known.hashes, FileHashes) else {}
+    beside = {name: file for name, file in others.items() if name.split("/")[0] not in (attribute, "conditioning")}
+    hashes = FileHashes(beside | {f"{attribute}/{released.file.name}": released.file})
+    source = str(pipe.name_or_path or "a pipeline in memory") if known is None else known.source
+    loaded = LoadedPipeline(
+        pipe,
+        family,
+        source,
+        _released_call({} if known is None else known.call, released),
+        hashes,
+        parts=_said_by_parts(pipe, family),
+        trunk=pipeline_sample(pipe, family),
+    )
+    return _as_released(loaded, released, conditioning)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -153,20 +227,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _dtype(component: Component, name: str, device: torch.device) -> torch.dtype:
+def _dtype(files: Sequence[Path], name: str, device: torch.device) -> torch.dtype:
     """The dtype to hold a module in; "auto" on cuda is the one that most bytes of its weights are stored in."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
     stored: dict[str, int] = {}
-    for file in component.weight_files:
+    for file in files:
         for dtype, shape in safetensors_header(file).values():
             bits = "".join(filter(str.isdigit, dtype.partition("_")[0]))  # F32, F8_E4M3; BOOL is a byte
             stored[dtype] = stored.get(dtype, 0) + math.prod(shape) * int(bits or 8)
     most = max(stored, key=stored.__getitem__, default="F32")
     if most not in STORED_DTYPES:
-        raise UserError(f"{component.folder} is stored as {most}", f"name a dtype to load it in: {', '.join(DTYPES)}")
+        raise UserError(f"{files[0]} is stored as {most}", f"name a dtype to load it in: {', '.join(DTYPES)}")
     return STORED_DTYPES[most]
 
 
@@ -228,14 +302,32 @@ class ModelFiles:
     """As in `LoadedPipeline`."""
     hashes: Mapping[str, str]
     """As in `LoadedPipeline`."""
+    student: Released | None = None
+    """A file that others have released, whose weights take the place of the transformer's."""
 
     def default(self, name: str) -> Any:
         """As of a `LoadedPipeline`."""
         return self.call.get(name, getattr(self.contents.family.defaults, name))
 
 
-def read_model(model: str | Path) -> ModelFiles:
-    """The files of what `load_pipeline` calls a model; errors as there."""
+def read_model(model: str | Path, student: str | Path | None = None) -> ModelFiles:
+    """The files of what `load_pipeline` calls a model, with a student in its transformer's place; errors as there."""
+    files = _read_model(model)
+    if student is None:
+        return files
+    contents = files.contents
+    released = Released.opened(student, "student", contents.family)
+    if contents.conditioning or contents.lora:
+        raise UserError(f"{files.source} is a student itself", "name the model that the released one was made of")
+    return replace(
+        files,
+        call=_released_call(files.call, released),
+        hashes=_hashes(contents, student=released),
+        student=released,
+    )
+
+
+def _read_model(model: str | Path) -> ModelFiles:
     folder = _local_folder(model)
     if folder is None:
         contents = read_pipeline_folder(_download(str(model)))
@@ -257,9 +349,11 @@ def _said_by_parts(pipe: DiffusionPipeline, family: DiTFamily) -> dict[str, Any]
     return {"guidance": float(guider["guidance_scale"]) if guider.get("enabled", True) else 1.0}
 
 
-def _hashes(contents: ModelFolder, adapters: Sequence[Adapter] = ()) -> FileHashes:
+def _hashes(contents: ModelFolder, adapters: Sequence[Adapter] = (), student: Released | None = None) -> FileHashes:
     """Of all weights, by names that are the same for a folder here and for a snapshot of the hub's."""
     weights = {component.name: component.weight_files for component in contents.components.values()}
+    if student is not None:
+        weights[contents.family.denoisers[0].attribute] = [student.file]
     for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
         weights[name] = own_files(part, "*.safetensors") if part else []
     named = {f"{name}/{file.name}": file for name, files in weights.items() for file in files}
@@ -322,11 +416,7 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
     """
     pipe, family = loaded.pipe, loaded.family
     transformer = denoisers_of(pipe, family)[0]
-    if is_offloaded(transformer):
-        raise UserError(
-            f"this {type(transformer).__name__} is offloaded to the CPU already",
-            "call pipe.remove_all_hooks() first, and enable offload again when the student is there",
-        )
+    _refuse_offloaded(transformer)
     pipe.scheduler = scheduler
     Conditioning.detach(transformer, family)
     if loaded.hook is not None:
@@ -349,10 +439,32 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
     return made
 
 
-def _grid_scheduler(scheduler: Any, conditioning: Path) -> GridScheduler:
+def _refuse_offloaded(transformer: torch.nn.Module) -> None:
+    if is_offloaded(transformer):
+        raise UserError(
+            f"this {type(transformer).__name__} is offloaded to the CPU already",
+            "call pipe.remove_all_hooks() first, and enable offload again when the student is there",
+        )
+
+
+def _as_released(loaded: LoadedPipeline, released: Released, conditioning: Conditioning | None) -> LoadedPipeline:
+    """The pipeline made to sample as the released student that it holds."""
+    scheduler, shift = _grid_scheduler(loaded.pipe.scheduler, released.file), released.layout.call.get("shift")
+    if shift is not None:
+        scheduler = GridScheduler.from_config(scheduler.config, shift=shift)
+    return as_student(replace(loaded, released=released.file), conditioning, scheduler)
+
+
+def _released_call(call: Mapping[str, Any], released: Released) -> dict[str, Any]:
+    """How a model is called with a released student in its transformer's place."""
+    own = {name: value for name, value in call.items() if name not in ("timesteps", "sigmas", "shift")}
+    return own | dict(released.layout.call)
+
+
+def _grid_scheduler(scheduler: Any, made_for: Path) -> GridScheduler:
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise UserError(
-            f"the scheduler that goes with {conditioning} is a {type(scheduler).__name__}",
+            f"the scheduler that goes with {made_for} is a {type(scheduler).__name__}",
             "a student is sampled by FlowMatchEulerDiscreteScheduler: bring its scheduler/ folder",
         )
     return GridScheduler.from_config(scheduler.config)

@@ -13,7 +13,7 @@ is built beside its place and put there whole; what else lies there, such as che
 
 import shutil
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ from vidaccel.artefacts import (
 )
 from vidaccel.compat.diffusers import float32_modules
 from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
 from vidaccel.models.cards import README, student_card
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.folder import read_json
+from vidaccel.models.grid import fixed_shift
 from vidaccel.models.lineage import root_of
 from vidaccel.models.loading import LoadedPipeline, read_model
 from vidaccel.worlds import shipped_models
@@ -126,6 +128,35 @@ def save_student(
         shutil.rmtree(folder / "draft")  # an adapter knows its pipeline by its run.json, whose times would be others
     else:
         _put_in_place(folder / "draft", folder, old)
+
+
+def save_model(folder: str | Path, loaded: LoadedPipeline) -> None:
+    """Write a student that was loaded from a released file as a model folder, in place of any model that is there.
+
+    Raises:
+        UserError: the pipeline holds none, or nobody knows the model that the file was given with.
+    """
+    transformer: Any = denoisers_of(loaded.pipe, loaded.family)[0]
+    if loaded.hook is None or loaded.released is None:
+        raise UserError(
+            f"this {type(loaded.pipe).__name__} holds no student of a released file",
+            "give what vidaccel.load_student gave, or load_pipeline(model, student=FILE)",
+        )
+    save_student(
+        folder,
+        loaded,
+        transformer,
+        loaded.conditioning,
+        steps=loaded.default("steps"),
+        guidance=loaded.default("guidance"),
+        shift=fixed_shift(loaded.pipe.scheduler, loaded.family),
+        command="vidaccel.load_student",
+        config={"teacher": loaded.source, "student": str(loaded.released)},
+        seed=0,
+        started=datetime.now(UTC),
+        parents={"student": sha256_file(loaded.released)},
+        dtype=transformer.dtype,
+    )
 
 
 def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module, dtype: torch.dtype) -> None:

@@ -408,13 +408,13 @@ def test_schedules_are_not_searched_for_another_student(world, trained, tmp_path
 
 
 def test_a_family_with_two_denoisers_is_refused(world, tmp_path, monkeypatch):
-    plain = module.load_pipeline
+    plain = module.load_named
 
     def doubled(*args, **kwargs):
         loaded = plain(*args, **kwargs)
         return replace(loaded, family=replace(loaded.family, denoisers=loaded.family.denoisers * 2))
 
-    monkeypatch.setattr(module, "load_pipeline", doubled)
+    monkeypatch.setattr(module, "load_named", doubled)
     assert "denoises with 2 transformers" in refused(world, tmp_path)
 
 

@@ -58,7 +58,7 @@ from vidaccel.forecasters.multistep import (
 )
 from vidaccel.locks import locked
 from vidaccel.models.calling import guidance_in_force, video_size
-from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.models.loading import LoadedPipeline, load_named
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
 from vidaccel.ranks import refuse_many
@@ -279,7 +279,7 @@ def train_multistep(config: PredictorConfig, output: Path, device: str = "auto")
 
 def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
     started = datetime.now(UTC)
-    loaded = load_pipeline(config.student, device=device, dtype=config.mse.precision, lora=config.lora or ())
+    loaded = load_named(config.student, config.model, device=device, dtype=config.mse.precision, lora=config.lora or ())
     sampler, prompts, span = runs_of(config, loaded)
     steps = sampler.steps
     if config.full_steps is not None:

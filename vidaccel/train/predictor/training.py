@@ -48,7 +48,7 @@ from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
-from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
+from vidaccel.models.loading import LoadedPipeline, load_named, resolve_device
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.processes import locked_by_first, on_first, processes, rank, world
@@ -132,7 +132,7 @@ def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Sch
     check_output(output, SCHEDULES)
     with processes(), locked_by_first(output):
         started = datetime.now(UTC)
-        loaded = load_pipeline(config.student, device=device, lora=config.lora or ())
+        loaded = load_named(config.student, config.model, device=device, lora=config.lora or ())
         task = task_of(loaded, config, None)
         steps, asked = task.sampling.grid.steps, _asked(task, config)
         before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
@@ -213,7 +213,7 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     on_cpu = resolve_device(device).type == "cpu"  # whose kernels want a norm's input and weights of one type
     halves = config.mse.precision == config.adversarial.precision == "bfloat16" and not on_cpu
     dtype = "bfloat16" if halves else "float32"
-    loaded = load_pipeline(config.student, device=device, dtype=dtype, lora=config.lora or ())
+    loaded = load_named(config.student, config.model, device=device, dtype=dtype, lora=config.lora or ())
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
     with task.trunk:
         if run is None:
