@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -119,7 +119,7 @@ def on_all(function: Callable[[], Result]) -> Result:
     for error in failures:
         if error is not None:
             raise error
-    return result
+    return cast(Result, result)
 
 
 def gathered(items: Sequence[Item], of: Callable[[Item], Result]) -> list[Result]:
@@ -166,6 +166,19 @@ def sharing(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None
         finally:
             job.end()
         on_all(lambda: None)  # the first to go may take the store with it
+
+
+def by_first(title: str, function: Callable[[], Result]) -> Result:
+    """As `on_first`, for what takes long: meanwhile the others watch for a sign of life of process 0.
+
+    Raises:
+        ProcessLost: in the others, where it failed.
+    """
+    result = None
+    with sharing(title, total=0):
+        if rank() == 0:
+            result = function()
+    return cast(Result, on_first(lambda: result))
 
 
 def store(patience: float = SILENT) -> dist.TCPStore:

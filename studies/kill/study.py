@@ -6,7 +6,8 @@ enough; the last start is left to end. A start that ends before its moment count
 and the stage begins anew. What must hold, on a CPU:
 
     equal    every file is, bit for bit, that of the undisturbed run, but for times of the clock
-    waited   the other process ends by itself, in less than a minute, and says why
+    waited   the other process ends by itself, or when it is told to, as torchrun would do at once: one that is killed
+             before the two have found each other is missed by nobody else
 
 Processes are forked from a server that has torch loaded, so that a start takes less than the moments do.
 """
@@ -34,8 +35,12 @@ from vidaccel.artefacts import LOCK_FILE, write_json
 from vidaccel.cli.common import Debug, reported
 from vidaccel.errors import UserError
 
-PATIENCE = 60.0
-"""Seconds after which processes that wait for a dead one are at fault."""
+PATIENCE = 20.0
+"""Seconds after which a process that waits for a dead one is told to end, by SIGTERM."""
+GRACE = 10.0
+"""Seconds after which one that was told to is at fault."""
+BEAT, SILENT = 0.5, 5.0
+"""Of vidaccel/processes.py, faster than its own, or most of the study would be waiting."""
 OF_THE_CLOCK = {"started", "finished", "seconds", "step_seconds", "files", "out_dir"}
 """Keys of JSON that are no part of the comparison; `files` has the hashes of files with such keys."""
 LOADED = (
@@ -90,6 +95,8 @@ class Found:
     """Starts that ended by themselves, and were compared."""
     waited: float = 0.0
     """Longest time, in s, from a kill to the end of the other process."""
+    told: int = 0
+    """Kills after which it had to be told to end."""
     said: int = 0
     """Kills of which the other process told."""
     differing: list[str] = field(default_factory=list)
@@ -130,7 +137,8 @@ def main(
 
 def said(found: Found) -> str:
     fault = "; ".join([*found.faults, *(f"differs: {name}" for name in found.differing)])
-    told = f", others ended within {found.waited:.1f} s ({found.said} said why)" if found.processes > 1 else ""
+    others = f"others ended within {found.waited:.1f} s, {found.told} of them told to, {found.said} said why"
+    told = f", {others}" if found.processes > 1 else ""
     return (
         f"{found.stage}, {found.processes} processes: {found.kills} kills in runs of {found.seconds:.1f} s{told}, "
         f"{found.ended} results compared: {fault or 'equal'}"
@@ -178,7 +186,11 @@ def disturbed(words: list[str], count: int, moment: float | None, which: int, fo
         for process in running:
             process.join(max(0.0, began + PATIENCE - time.monotonic()))
             if process.is_alive():
-                found.faults.append(f"a process waited more than {PATIENCE:g} s for the one that was killed")
+                found.told += 1
+                process.terminate()
+                process.join(GRACE)
+            if process.is_alive():
+                found.faults.append(f"a process that was told to end did not for {GRACE:g} s")
         found.waited = max(found.waited, time.monotonic() - began)
         found.said += "another of its processes did" in log.read_text()
         return False
@@ -249,8 +261,10 @@ def run(words: Sequence[str], number: int, count: int, port: int, log: str) -> N
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
+    from vidaccel import processes
     from vidaccel.cli.main import main as vidaccel
 
+    processes.BEAT, processes.SILENT = BEAT, SILENT
     torch.set_num_threads(1)
     sys.argv = ["vidaccel", *words]
     vidaccel()

@@ -516,6 +516,24 @@ def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
     assert by_method(tmp_path)["student"]["denoise_seconds"]["rounds"] == 3
 
 
+def test_batches_that_processes_share_are_those_of_one(bench, conf, tmp_path, monkeypatch):
+    """Each batch's videos come back in order, and what a row raises in one process is its error."""
+    waves = []
+
+    def gathered(items, of):
+        waves.append([list(each) for each in items])
+        return [of(each) for each in items]
+
+    monkeypatch.setattr(runner, "world", lambda: 2)
+    monkeypatch.setattr(runner, "gathered", gathered)
+    result = run("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]")
+    assert result.exit_code == 0, result.output
+    assert [[0, 1], [2]] in waves  # a batch each
+    for shared, alone in zip(*(_rows(each, "cfg_", "student_", "fora_") for each in (tmp_path, bench)), strict=True):
+        assert [video["likeness"] for video in shared["videos"]] == [video["likeness"] for video in alone["videos"]]
+        assert len(shared["videos"]) == 3
+
+
 def _rows(folder: Path, *names: str) -> list[dict]:
     return [json.loads(next((folder / "rows").glob(f"{name}*")).read_text()) for name in names]
 

@@ -18,6 +18,7 @@ from vidaccel.bench.generation import TimedGeneration
 from vidaccel.bench.measures.quality import likeness
 from vidaccel.bench.rows import read_reference
 from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.processes import world as processes_at_work
 from vidaccel.worlds import world
 
 Judged = dict[str, Any]
@@ -29,8 +30,8 @@ def judges(config: BenchmarkConfig, device: torch.device) -> Iterator[Executor |
     """The processes that the configuration asks for; None where this process is to judge."""
     count = config.scoring_processes
     if count is None:
-        count = 0 if device.type == "cpu" else len(os.sched_getaffinity(0)) - 1
-    if count == 0:
+        count = 0 if device.type == "cpu" else len(os.sched_getaffinity(0)) // processes_at_work() - 1
+    if count <= 0:
         yield None
         return
     # Forked, as torch's own loaders are: another way of starting would run the caller's script again.

@@ -8,6 +8,8 @@ Three stages, each of which goes on where it was stopped, after settings were ch
 3. With --quality, videos of many prompts, each compared with the baseline's from the same noise and with those of the
    same model's own full run, which are therefore made first. Judging them is left to other processes where there are.
 
+Of torchrun's processes the first counts, times and writes; all of them make and judge videos, each a batch at a time.
+
 Whatever a row raises is its result. results.json is written again after each step.
 """
 
@@ -46,9 +48,9 @@ from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
-from vidaccel.locks import locked
 from vidaccel.models.calling import check_image, check_sizes
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.processes import by_first, gathered, locked_by_first, on_first, processes, rank, world
 from vidaccel.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def run(
     Raises:
         UserError: methods or settings that are not there, no model, or a folder of another benchmark or in use.
     """
-    with locked(folder):
+    with processes(), locked_by_first(folder):
         if quality and (asked := choosing.to_choose(config)) is not None:
             log.info("choosing settings on prompts of their own: %s", folder / choosing.FOLDER)
             found = Benchmark(asked, folder / choosing.FOLDER, True, device, command).run()
@@ -114,9 +116,8 @@ class Benchmark:
         self.started = datetime.now(UTC)
         self._warmed_up: set[str] = set()
         """Rows that have run in this process."""
-        check_writable(folder / RESULTS_FILE)
         self.parents = parents(config, methods)
-        open_output_folder(folder, config, quality, self.environment, self.parents)
+        on_first(self._open_folder)
         rows = [Row(name, method, size) for size in config.videos for name, method in methods.items()]
         for row in rows:
             row.error = f"{NOT_RUN}{lacking[row.name]}" if row.name in lacking else None
@@ -126,18 +127,30 @@ class Benchmark:
         self.ceilings: dict[str, Any] = read_json(file, "remove it") if file.exists() else {}
 
     def run(self) -> dict[str, Any]:
-        if (self.folder / RUN_FILE).exists() and not self._unjudged:
+        if on_first(lambda: (self.folder / RUN_FILE).exists() and not self._unjudged):
             say_finished(self.folder)
-            return read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on")
+            return on_first(lambda: read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on"))
+        self.rows.rows = by_first("measuring", self._measure)
+        if self.quality:
+            self._announce()
+            self._score()
+        return by_first("reporting", self._conclude)
+
+    def _open_folder(self) -> None:
+        check_writable(self.folder / RESULTS_FILE)
+        open_output_folder(self.folder, self.config, self.quality, self.environment, self.parents)
+
+    def _measure(self) -> list[Row]:
+        """All rows, counted and timed."""
         self._count()
         if self.quality and self.config.equal_compute:
             self.rows.add(counterparts.few_step_rows(self.rows.without_error, self.config.methods))
             self.rows.keep_whole_rounds()
             self._count()
         self._time()
-        if self.quality:
-            self._announce()
-            self._score()
+        return self.rows.rows
+
+    def _conclude(self) -> dict[str, Any]:
         if self._unjudged:
             self._report()  # so that all the rest is there where VBench fails
             self._ask_vbench()
@@ -259,13 +272,16 @@ class Benchmark:
             for row in self._in_scoring_order():
                 waiting: list[list[Future[Judged]]] = []
                 step = self._batch_size(row)
-                for first in range(len(row.videos), len(self.scored_prompts), step):
-                    indices = range(first, min(first + step, len(self.scored_prompts)))
+                firsts = range(len(row.videos), len(self.scored_prompts), step)
+                batches = [range(first, min(first + step, len(self.scored_prompts))) for first in firsts]
+                for place in range(0, len(batches), world()):
                     if row.error is None:
-                        work = partial(self._score_batch, row, indices, others, waiting, bar.advance)
+                        work = partial(
+                            self._score_batches, row, batches[place : place + world()], others, waiting, bar.advance
+                        )
                         self._attempt(row, work, written=False)
                 self._attempt(row, partial(self._take, row, waiting, 0, bar.advance))
-            self._score_ceilings(others)
+            by_first("ceilings", partial(self._score_ceilings, others))
 
     @property
     def _unjudged(self) -> list[Row]:
@@ -320,16 +336,36 @@ class Benchmark:
         first += [row for row in counterparts.references(rows) if row not in first]
         return [*first, *(row for row in rows if row not in first)]
 
-    def _score_batch(
+    def _score_batches(
         self,
         row: Row,
-        indices: range,
+        batches: list[range],
         others: Executor | None,
         waiting: list[list[Future[Judged]]],
         advance: Callable[[], None],
     ) -> None:
-        """Make the videos and hand them on; take the marks of the batch before, or of this one where none but this
-        process judges."""
+        """One batch a process: make the videos and hand them on; take the marks of the batch before, or of this one
+        where none but this process judges, or others make videos too."""
+        if world() == 1:
+            waiting.append(self._handed_on(row, batches[0], others))
+            self._take(row, waiting, 0 if others is None else 1, advance)
+            return
+
+        def outcome(indices: range) -> list[Judged] | str:
+            try:
+                return [future.result() for future in self._handed_on(row, indices, others)]
+            except Exception as error:  # which is the row's result, in every process
+                return _one_line(error)
+
+        for found in gathered(batches, outcome):
+            if isinstance(found, str):
+                raise _Elsewhere(found)
+            row.videos += found
+            for _ in found:
+                advance()
+
+    def _handed_on(self, row: Row, indices: range, others: Executor | None) -> list[Future[Judged]]:
+        """The videos of a batch, made and on their way to be judged."""
         prompts, seeds = [self.scored_prompts[i] for i in indices], [self._scored_seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
             made = self._generate(row, prompts, seeds, loaded, first=indices.start)
@@ -350,8 +386,7 @@ class Benchmark:
             batch.append(_handed(others, self.config.scorer, prompt, video, base, files))
             if self.config.keep_videos or self.config.vbench:
                 write_video(made.frames[place], kept[index], loaded.default("fps"))
-        waiting.append(batch)
-        self._take(row, waiting, 0 if others is None else 1, advance)
+        return batch
 
     @staticmethod
     def _take(row: Row, waiting: list[list[Future[Judged]]], left: int, advance: Callable[[], None]) -> None:
@@ -392,23 +427,27 @@ class Benchmark:
         row.attempts += 1
         if row.attempts > ATTEMPTS:
             row.error = f"the process ended {ATTEMPTS} times while it ran"
-        self.rows.save(row)
+        self._save(row)
         try:
             if row.error is None:
                 work()
             row.attempts = 0
         except KeyboardInterrupt:  # which is not the row's doing
             row.attempts = 0
-            self.rows.save(row)
+            self._save(row)
             raise
         except Exception as error:  # a method may fail in any way, and that is then what there is to report about it
             row.error = _one_line(error)
             if row.error not in (other.error for other in self.rows.rows if other is not row):  # one line for all
                 log.warning("%s: %s", row.name, row.error)
             log.debug("%s", row.name, exc_info=error)
-        self.rows.save(row)
-        if written:
+        self._save(row)
+        if written and rank() == 0:
             write_results(self.folder / RESULTS_FILE, self._results())
+
+    def _save(self, row: Row) -> None:
+        if rank() == 0:
+            self.rows.save(row)
 
     def _results(self, compared: bool = False) -> dict[str, Any]:
         count, first = len(self.timed_prompts), self.config.seed
@@ -443,6 +482,10 @@ class Benchmark:
         return results
 
 
+class _Elsewhere(Exception):
+    """What a row raised in any of the processes, in one line."""
+
+
 def _named_as_configured(rows: dict[str, MethodConfig], config: BenchmarkConfig) -> dict[str, MethodConfig]:
     """A row that the configuration has, but not among those that are wanted, by its name there."""
     names = {id(row): name for row in rows.values() for name, other in config.methods.items() if other == row}
@@ -463,6 +506,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, UserError):
         return f"{error.message} ({error.hint})"
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, Unsupported):
+    if isinstance(error, Unsupported | _Elsewhere):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

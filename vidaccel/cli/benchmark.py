@@ -18,18 +18,19 @@ from vidaccel.cli.common import (
     default_said,
     plan_settings,
     quiet_libraries,
-    reported,
     settings,
+    shared,
     show,
     split_settings,
 )
 from vidaccel.config.defaults import default_conf
 from vidaccel.errors import UserError
+from vidaccel.ranks import refuse_many
 
 WAYS = ("--plan", "--speedup", "--speedup --quality", "--random-weights")
 
 
-@reported
+@shared
 def benchmark(
     words: Settings = None,
     speedup: Annotated[
@@ -65,6 +66,8 @@ def benchmark(
     vidaccel benchmark --plan --conf hunyuan_video
 
     vidaccel benchmark --plan --conf wan_14b memory=24GB gpu=rtx4090
+
+    The videos of --quality on many processes: torchrun --nproc-per-node=8 -m vidaccel benchmark --speedup --quality ...
     """
     free, overrides = split_settings(words or [])
     if free:
@@ -76,6 +79,8 @@ def benchmark(
     if quality and not speedup:
         raise UserError("--quality was asked for without --speedup", "add --speedup: scores stand beside times")
     way = _way(plan=plan, speedup=speedup, random_weights=random_weights)
+    if not quality:
+        refuse_many(f"benchmark {way}")
     quiet_libraries()
     chosen = conf or default_conf("benchmark", overrides)
     command = shlex.join(["vidaccel", "benchmark", way, *["--quality"] * quality, "--conf", chosen, *overrides])
