@@ -254,7 +254,8 @@ class Predictor(Checkpointed, nn.Module):
 
     def attend_like(self, transformer: nn.Module) -> None:
         """Go about tokens that are split over several devices as the trunk's own blocks now do."""
-        modules = dict(blocks_of(transformer, FAMILIES[self.config.family])[-1][1].named_modules())
+        modules: dict[str, Any] = dict(blocks_of(transformer, FAMILIES[self.config.family])[-1][1].named_modules())
+        module: Any
         for block in self.blocks:
             for name, module in block.named_modules():
                 if hasattr(module, "set_processor"):

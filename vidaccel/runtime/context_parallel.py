@@ -15,7 +15,7 @@ B batch, N video tokens of a device, L text tokens, P devices
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def split(
     transformer: nn.Module,
     family: DiTFamily,
     parallel: ParallelConfig,
-    attention: str | None = None,
+    backend: str | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Split the tokens of the transformer's passes over `parallel.devices` neighbouring processes, from now on.
@@ -54,15 +54,17 @@ def split(
         transformer: of `family`, as `prepare` left it; the same in each process, and called with the same.
         family: its record.
         parallel: degrees, whose product divides the number of processes.
-        attention: its backend; None is that of the process.
+        backend: its attention backend; None is that of the process.
         device: that it computes on, where its weights are elsewhere.
 
     Raises:
         UserError: it cannot be split so.
     """
-    device = device or transformer.device
-    check_split(family, parallel, device, attention or process_attention())
-    config: Any = transformer.config
+    model: Any = transformer
+    device = device or torch.device(model.device)
+    check_split(family, parallel, device, backend or process_attention())
+    how = cast("SequenceSplit", family.split)  # as `check_split` made sure
+    config: Any = model.config
     if config.num_attention_heads % parallel.ulysses:
         raise UserError(
             f"the {config.num_attention_heads} heads of this {family.title} do not divide among {parallel.ulysses}",
@@ -74,11 +76,12 @@ def split(
     if family.needs_mask:
         for _, block in blocks_of(transformer, family):
             take_any_mask(block, family)
-    degrees = {"ring_degree": parallel.ring, "ulysses_degree": parallel.ulysses}
-    enable_context_parallel(transformer, ContextParallelConfig(**degrees, mesh=mesh), _plan(family.split))
+    degrees = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses, mesh=mesh)
+    enable_context_parallel(model, degrees, _plan(how))
     for _, block in blocks_of(transformer, family):
-        for name in family.split.local:
-            set_parallel(block.get_submodule(name).processor, None)
+        for name in how.local:
+            attention: Any = block.get_submodule(name)
+            set_parallel(attention.processor, None)
     transformer.register_forward_pre_hook(partial(_check_call, family, parallel), with_kwargs=True)
     if _splits_text(family):
         TextShards(transformer, family, distributed.get_rank() % parallel.devices, parallel.devices)
@@ -177,14 +180,15 @@ class TextShards:
 
     def _enter(self, kind: BlockList, first: bool, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward pre-hook: the first block's text, and every block's mask."""
+        masked = str(kind.mask)
         changed: dict[str, Any] = {}
         if first:
             given = named_arguments(kind, args, kwargs)
-            text, mask = given[TEXT], given[kind.mask]
+            text, mask = given[TEXT], given[masked]
             self._mask = joint_mask(mask, given["hidden_states"].shape[1], text, self._count)
             padded = F.pad(text, (0, 0, 0, -text.shape[1] % self._count))
             changed[TEXT] = padded.chunk(self._count, dim=1)[self._shard]
-        changed[kind.mask] = self._mask
+        changed[masked] = self._mask
         args = tuple(changed.get(name, value) for name, value in zip(kind.arguments, args, strict=False)) + tuple(
             args[len(kind.arguments) :]
         )

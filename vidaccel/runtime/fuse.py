@@ -85,15 +85,17 @@ def fused_forms(family: DiTFamily) -> FusedForms:
 def take_any_mask(block: nn.Module, family: DiTFamily) -> Callable[[], None]:
     """Put the fused processors, on reference kernels, in the place of a block's stock ones, which know one form of mask
     and cannot do without; what puts them back."""
-    processors, stock = fused_forms(family).processors, {}
+    processors = fused_forms(family).processors
+    stock: list[tuple[Any, Any]] = []
+    attention: Any
     for attention in block.children():
         processor = getattr(attention, "processor", None)
         if type(processor) in processors:
-            stock[attention] = processor
+            stock.append((attention, processor))
             attention.set_processor(processors[type(processor)](processor, "reference"))
 
     def undo() -> None:
-        for attention, processor in stock.items():
+        for attention, processor in stock:
             attention.set_processor(processor)
 
     return undo

@@ -63,7 +63,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
         UserError: this machine or this model cannot follow a setting, or the blocks are hooked already.
     """
     transformers = denoisers_of(loaded.pipe, loaded.family)
-    device = device or transformers[0].device
+    device = device or next(transformers[0].parameters()).device
     check(config, device)
     kernels = select.choose(config.kernels, device)
     for transformer in transformers:
