@@ -183,7 +183,7 @@ def run_pipeline(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
     with (
-        sampled_as(loaded, **guidance, instantaneous=config.instantaneous),
+        sampled_as(loaded, **guidance, guidance_2=config.guidance_2, instantaneous=config.instantaneous),
         on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
         watching,
     ):

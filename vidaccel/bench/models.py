@@ -191,7 +191,7 @@ class Models:
                 yield loaded
 
     def _added(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
-        added = [] if loaded.conditioning is None else [loaded.conditioning]
+        added: list[nn.Module] = _conditionings(loaded)
         return [*added, self.predictor(method, loaded)] if method.predicts else added
 
     def _teacher(self, method: MethodConfig) -> str | None:
@@ -248,14 +248,17 @@ class Models:
         for loaded in self._pipelines.values():
             if isinstance(loaded, LoadedPipeline):
                 yield from _parts(loaded)
-                if loaded.conditioning is not None:
-                    yield loaded.conditioning
+                yield from _conditionings(loaded)
         yield from self._predictors.values()
 
     @staticmethod
     def _park(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             _move(module, PARKED)
+
+
+def _conditionings(loaded: LoadedPipeline) -> list[nn.Module]:
+    return [each.conditioning for each in (loaded, *loaded.further) if each.conditioning is not None]
 
 
 def _parts(loaded: LoadedPipeline) -> list[nn.Module]:

@@ -126,7 +126,7 @@ def beside(model: str | None, family: DiTFamily) -> dict[str, int]:
     held = {
         folder.name: sum(file.stat().st_size for file in own_files(folder, "*.safetensors"))
         for folder in folders
-        if folder.name not in (*own, "conditioning", "lora")
+        if folder.name not in (*own, "conditioning", "conditioning_2", "lora")
     }
     return {name: size for name, size in held.items() if size}
 

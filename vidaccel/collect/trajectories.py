@@ -22,7 +22,7 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.walk import boundaries_of, denoisers_of
-from vidaccel.models.calling import guidance_in_force, latent_size, second_guidance, unwanted
+from vidaccel.models.calling import guidance_in_force, latent_size, require_whole, second_guidance, unwanted
 from vidaccel.models.grid import Grid, denoiser_at, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import guided_velocity, velocity_of
@@ -38,6 +38,7 @@ class TrajectorySampler:
 
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
         require_flow(loaded.family, "our sampling loop")
+        require_whole(loaded)
         transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         self.loaded, self.config, self.transformer = loaded, config, transformer
         self.device = next(transformer.parameters()).device
@@ -47,7 +48,7 @@ class TrajectorySampler:
         self.negative_prompt = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
         self.empty = encode_texts(loaded, [self.negative_prompt]) if two_pass and self.guidance > 1 else None
         second = second_guidance(loaded, config.guidance, config.guidance_2, two_pass)
-        self.second = second if second is not None and self.empty else None
+        self.second = second if self.empty or embeds else None
         """Scale of guidance of the second of two transformers."""
         self.boundaries = boundaries_of(loaded.pipe, loaded.family)
         self.g = self.guidance if embeds or self.empty else None
@@ -96,9 +97,9 @@ class TrajectorySampler:
 
     def guided(self, x: Tensor, t: Tensor, text: dict[str, Tensor], r: Tensor, g: Tensor | None) -> Tensor:
         """The velocity that a step takes, as `sample` calls for it."""
+        if self.second is not None and g is not None and denoiser_at(t[0], self.boundaries):
+            g = torch.full_like(g, self.second)
         if self.empty:
-            if self.second is not None and g is not None and denoiser_at(t[0], self.boundaries):
-                g = torch.full_like(g, self.second)
             return guided_velocity(self.velocity, x, t, text, self.empty, g)
         return self.velocity(x, t, text, r=r, g=g)
 

@@ -35,6 +35,9 @@ class DistillConfig:
     """`cfg` (two-pass guidance into one pass) or `mean_velocity` (few steps)."""
     teacher: str = "sprites/teacher"
     """The model to distil: shipped, a local folder, or a hub id."""
+    denoiser: str | None = None
+    """Which of two transformers is distilled (Wan 2.2 A14B): `transformer`, then, from the folder that this made,
+    `transformer_2`; null where there is one."""
     start: str | None = None
     """A student of this teacher by this method, whose weights are trained further; null starts from the teacher's."""
     features: str | None = None

@@ -62,6 +62,7 @@ def call_arguments(
             follow, two passes of a student that embeds its guidance, a negative prompt without two passes, or a setting
             in the model's run.json that its pipeline does not take.
     """
+    require_whole(loaded)
     pipe, rule = loaded.pipe, loaded.family.guidance
     steps = _given(steps, loaded, "steps")
     if steps < 1:
@@ -85,7 +86,7 @@ def call_arguments(
     if rule.cfg_argument:
         arguments[rule.cfg_argument] = guidance if two_pass else 1.0
     if rule.second_argument and second is not None:
-        arguments[rule.second_argument] = second
+        arguments[rule.second_argument] = second if two_pass else 1.0
     if rule.embedded_argument:
         arguments[rule.embedded_argument] = 1.0 if two_pass else guidance
     if two_pass:
@@ -96,12 +97,22 @@ def call_arguments(
     return arguments | _extra_arguments(pipe, loaded)
 
 
-def set_guidance(loaded: "LoadedPipeline", *, guidance: float | None = None, two_pass: bool | None = None) -> None:
+def set_guidance(
+    loaded: "LoadedPipeline",
+    *,
+    guidance: float | None = None,
+    two_pass: bool | None = None,
+    guidance_2: float | None = None,
+) -> None:
     """Set the scale where it is no call argument: in a pipeline's guider, in the hook of a student that embeds it.
 
     Arguments and errors are those of `call_arguments`.
     """
+    second = second_guidance(loaded, guidance, guidance_2, two_pass)
     guidance, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    for each in loaded.further:
+        if each.hook and second is not None:
+            each.hook.guidance = second
     if loaded.hook:
         loaded.hook.guidance = guidance
     if attribute := loaded.family.guidance.guider:
@@ -115,21 +126,22 @@ def sampled_as(
     *,
     guidance: float | None = None,
     two_pass: bool | None = None,
+    guidance_2: float | None = None,
     instantaneous: bool = False,
 ) -> Iterator[None]:
     """The pipeline set to be called, for the time of a `with` block: its guider and hook are then as they were.
 
     Arguments and errors are those of `set_guidance`; `instantaneous` is that of a student's `StepHook`.
     """
-    pipe, hook, attribute = loaded.pipe, loaded.hook, loaded.family.guidance.guider
+    pipe, attribute = loaded.pipe, loaded.family.guidance.guider
     with ExitStack() as stack:
-        if hook:
+        for hook in filter(None, (each.hook for each in (loaded, *loaded.further))):
             stack.callback(setattr, hook, "guidance", hook.guidance)
             stack.callback(setattr, hook, "instantaneous", hook.instantaneous)
             hook.instantaneous = instantaneous
         if attribute:
             stack.callback(setattr, pipe, attribute, getattr(pipe, attribute))
-        set_guidance(loaded, guidance=guidance, two_pass=two_pass)
+        set_guidance(loaded, guidance=guidance, two_pass=two_pass, guidance_2=guidance_2)
         yield
 
 
@@ -171,16 +183,29 @@ def second_guidance(
             )
         return None
     first, two_pass = guidance_in_force(loaded, guidance, two_pass)
+    embeds = any(each.hook and each.hook.embeds_guidance for each in loaded.further)
     alone = guidance is not None or ("guidance" in loaded.call and "guidance_2" not in loaded.call)
     second = first if guidance_2 is None and (alone or first == 1) else _given(guidance_2, loaded, "guidance_2")
     if not 1 <= second < math.inf:
         raise UserError(f"guidance_2={second} is not a number from 1 up", "1 is no guidance, 3 to 4 is usual")
-    if guidance_2 not in (None, 1) and not (two_pass and first > 1):
+    if guidance_2 not in (None, 1) and not embeds and not (two_pass and first > 1):
         raise UserError(
             f"guidance_2={guidance_2} needs two passes a step, which the pipeline makes where guidance is above 1",
             "set guidance= above 1 as well, or leave guidance_2 out",
         )
-    return float(second) if two_pass else 1.0
+    return float(second) if two_pass or embeds else 1.0
+
+
+def require_whole(loaded: "LoadedPipeline") -> None:
+    """`UserError` for a model of which one of two denoisers has been distilled and the other has not."""
+    embeds = [each.conditioning and each.conditioning.config.embeds for each in (loaded, *loaded.further)]
+    if len(set(embeds)) > 1:
+        names = [denoiser.attribute for denoiser in loaded.family.denoisers]
+        missing = next(name for name, own in zip(names, embeds, strict=True) if own != max(embeds, key=bool))
+        raise UserError(
+            f"the {missing} of {loaded.source} has not been distilled as the other was",
+            f"distil it too: vidaccel distill teacher={loaded.source} denoiser={missing} -o ANOTHER",
+        )
 
 
 def unwanted(loaded: "LoadedPipeline") -> str:

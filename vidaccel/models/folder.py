@@ -7,7 +7,8 @@ names the file.
 
 import importlib
 import inspect
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ class ModelFolder:
     """The folder of a student's added embeddings of r and g."""
     lora: Path | None = None
     """The folder of the adapter that makes a student of its transformer."""
+    further: Mapping[str, Path] = field(default_factory=dict)
+    """The folders of embeddings of r and g of denoisers after the first, by the denoiser's attribute."""
+
+    @property
+    def conditionings(self) -> dict[str, Path]:
+        """All folders of embeddings of r and g, by the attribute of the denoiser that they are of."""
+        first = self.family.denoisers[0].attribute
+        return ({first: self.conditioning} if self.conditioning else {}) | dict(self.further)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,15 +211,30 @@ def with_own_parts(base: ModelFolder, path: Path) -> ModelFolder:
 
 def with_student_parts(contents: ModelFolder, path: Path) -> ModelFolder:
     """With the conditioning and the adapter that lie in `path`, whose weights are there and whole."""
-    parts: dict[str, Path | None] = {"conditioning": None, "lora": None}
-    for name, weights in (("conditioning", CONDITIONING_WEIGHTS), ("lora", LORA_WEIGHTS)):
+    first, *others = contents.family.denoisers
+    weights = {conditioning_name(each.attribute): CONDITIONING_WEIGHTS for each in (first, *others)}
+    found = {}
+    for name, file in (weights | {"lora": LORA_WEIGHTS}).items():
         if (path / name).exists():
-            parts[name] = path / name
-            if not (path / name / weights).is_file():
-                raise UserError(f"{path / name / weights} is missing", COPY_AGAIN)
-            _refuse_one_of_several(path / name, contents.family)
-            safetensors_header(path / name / weights)
-    return replace(contents, **parts)
+            found[name] = path / name
+            if not (path / name / file).is_file():
+                raise UserError(f"{path / name / file} is missing", COPY_AGAIN)
+            if name == "lora":
+                _refuse_one_of_several(path / name, contents.family)
+            safetensors_header(path / name / file)
+    further = {each.attribute: found.get(conditioning_name(each.attribute)) for each in others}
+    return replace(
+        contents,
+        conditioning=found.get(conditioning_name(first.attribute)),
+        lora=found.get("lora"),
+        further={attribute: folder for attribute, folder in further.items() if folder},
+    )
+
+
+def conditioning_name(attribute: str) -> str:
+    """The folder of the embeddings of r and g of a denoiser: conditioning of the transformer, conditioning_2 of the
+    transformer_2."""
+    return "conditioning" + attribute.removeprefix("transformer")
 
 
 def _refuse_one_of_several(path: Path, family: DiTFamily) -> None:
@@ -218,7 +242,7 @@ def _refuse_one_of_several(path: Path, family: DiTFamily) -> None:
     if len(family.denoisers) > 1:
         raise UserError(
             f"{path} is of one transformer, and {family.title} denoises with {len(family.denoisers)}",
-            "this vidaccel reads no students of such models; take whole pipelines, and adapters as lora=",
+            "take whole pipelines, whose adapters are merged or given as lora=",
         )
 
 

@@ -44,7 +44,8 @@ def recorded(model: str) -> dict[str, Any] | None:
 
 def is_distilled(model: str, run: dict[str, Any]) -> bool:
     """Whether this is the run.json of a student."""
-    return "teacher" in run["parents"] or any((local_path(model) / part).exists() for part in ("conditioning", "lora"))
+    parts = ("conditioning", "conditioning_2", "lora")
+    return "teacher" in run["parents"] or any((local_path(model) / part).exists() for part in parts)
 
 
 def _check(model: str, teacher: str, expected: str | None, hint: str) -> None:

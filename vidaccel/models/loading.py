@@ -21,12 +21,12 @@ from vidaccel.artefacts import RUN_FILE, own_files, read_run, refuse_unfinished,
 from vidaccel.compat.accelerate import is_offloaded
 from vidaccel.compat.diffusers import do_without_ftfy
 from vidaccel.errors import UserError, nearest
-from vidaccel.families.base import DiTFamily
+from vidaccel.families.base import Denoiser, DiTFamily
 from vidaccel.families.registry import family_of
 from vidaccel.families.walk import denoisers_of
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.adapters import Adapter, add_adapters, check_denoisers
-from vidaccel.models.calling import guidance_in_force, set_guidance, warn_of_guidance
+from vidaccel.models.calling import guidance_in_force, second_guidance, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.decoding import speed_up
 from vidaccel.models.folder import (
@@ -39,7 +39,7 @@ from vidaccel.models.folder import (
 from vidaccel.models.grid import Grid, GridScheduler, ListedScheduler
 from vidaccel.models.own_call import called_as_made, loaded_of, remember
 from vidaccel.models.released import Released, released_student
-from vidaccel.models.step_hook import StepHook
+from vidaccel.models.step_hook import StepHook, step_hook_of
 from vidaccel.models.unchanged import Sample, pipeline_sample
 from vidaccel.models.weights import load_module, merge_adapter, one_line, reading
 from vidaccel.worlds import WORLDS, shipped_models
@@ -72,6 +72,8 @@ class LoadedPipeline:
     """A few numbers of the transformer's matrices as they were loaded; None where nobody knows."""
     released: Path | None = None
     """The file of a student that others have released."""
+    further: tuple["LoadedPipeline", ...] = ()
+    """Of several denoisers each after the first alone, as by `of_one`: `conditioning` and `hook` are the first's."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
@@ -87,8 +89,8 @@ class LoadedPipeline:
     def guidance(self) -> float:
         """The scale that the pipeline is called with unless told; 1 is none.
 
-        Set it for the calls to come, of a student too, whose scale is no argument of its pipeline; `UserError` for what
-        is no scale, or one that the model cannot follow.
+        Set it for the calls to come, of a student too, whose scale is no argument of its pipeline, and for both of two
+        transformers; `UserError` for what is no scale, or one that the model cannot follow.
         """
         return guidance_in_force(self, None, None)[0]
 
@@ -96,7 +98,7 @@ class LoadedPipeline:
     def guidance(self, scale: float) -> None:
         guidance_in_force(self, scale, None)
         warn_of_guidance(self, scale)
-        self.call = self.call | {"guidance": float(scale)}
+        self.call = {key: value for key, value in self.call.items() if key != "guidance_2"} | {"guidance": float(scale)}
         set_guidance(self)
         called_as_made(self)
 
@@ -216,6 +218,18 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
         trunk=pipeline_sample(pipe, family),
     )
     return _as_released(loaded, released, conditioning)
+
+
+def of_one(loaded: LoadedPipeline, attribute: str) -> LoadedPipeline:
+    """The same pipeline as that of one of its denoisers alone, whose conditioning, hook and scale it then has."""
+    first = loaded.family.denoisers[0].attribute
+    if attribute != first:
+        return next(each for each in loaded.further if each.family.denoisers[0].attribute == attribute)
+    return replace(loaded, family=_family_of_one(loaded.family, attribute), further=())
+
+
+def _family_of_one(family: DiTFamily, attribute: str) -> DiTFamily:
+    return replace(family, denoisers=(Denoiser(attribute),), guidance=replace(family.guidance, second_argument=None))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -356,6 +370,7 @@ def _hashes(contents: ModelFolder, adapters: Sequence[Adapter] = (), student: Re
         weights[contents.family.denoisers[0].attribute] = [student.file]
     for name, part in (("conditioning", contents.conditioning), ("lora", contents.lora)):
         weights[name] = own_files(part, "*.safetensors") if part else []
+    weights |= {part.name: own_files(part, "*.safetensors") for part in contents.further.values()}
     named = {f"{name}/{file.name}": file for name, files in weights.items() for file in files}
     return FileHashes(named | {f"adapter-{i}/{each.recorded}": each.file for i, each in enumerate(adapters)})
 
@@ -390,7 +405,7 @@ def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:
 
 def _run(folder: Path) -> dict[str, Any]:
     """run.json of a model folder; an empty one for a plain diffusers folder, which no student's is."""
-    students = any((folder / part).exists() for part in ("conditioning", "lora"))
+    students = any((folder / part).exists() for part in ("conditioning", "conditioning_2", "lora"))
     return read_run(folder, "model/1") if students or (folder / RUN_FILE).exists() else {"files": {}}
 
 
@@ -404,7 +419,17 @@ def _as_saved(loaded: LoadedPipeline, contents: ModelFolder) -> LoadedPipeline:
     if listed is not None:
         scheduler = ListedScheduler.of(listed, scheduler)
         loaded = replace(loaded, call=loaded.call | {"steps": listed.steps})
-    return as_student(loaded, conditioning, scheduler)
+    further = []
+    for denoiser in loaded.family.denoisers[1:]:
+        family = _family_of_one(loaded.family, denoiser.attribute)
+        scale = second_guidance(loaded, None, None, True)
+        alone = replace(loaded, family=family, call=loaded.call | {"guidance": scale})
+        own = contents.further.get(denoiser.attribute)
+        if own is not None:
+            scheduler = scheduler if conditioning else _grid_scheduler(scheduler, own)
+            alone = as_student(alone, Conditioning.from_pretrained(own), scheduler)
+        further.append(alone)
+    return as_student(replace(loaded, further=tuple(further)), conditioning, scheduler)
 
 
 def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, scheduler: Any) -> LoadedPipeline:
@@ -419,8 +444,8 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
     _refuse_offloaded(transformer)
     pipe.scheduler = scheduler
     Conditioning.detach(transformer, family)
-    if loaded.hook is not None:
-        loaded.hook.remove()
+    if (before := step_hook_of(transformer)) is not None:
+        before.remove()
     if conditioning is not None:
         conditioning.to(transformer.device).attach(transformer, family)
         if family.guidance.guider and "g" in conditioning.config.embeds:

@@ -38,7 +38,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.cards import README, student_card
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.folder import read_json
+from vidaccel.models.folder import conditioning_name, read_json
 from vidaccel.models.grid import fixed_shift
 from vidaccel.models.lineage import root_of
 from vidaccel.models.loading import LoadedPipeline, read_model
@@ -95,9 +95,9 @@ def save_student(
         if not adapter:
             _write_pipeline(draft, teacher, transformer, dtype)
         if conditioning is not None:
-            conditioning.save_pretrained(draft / "conditioning")
+            conditioning.save_pretrained(draft / conditioning_name(teacher.family.denoisers[0].attribute))
         SCHEDULER(shift=shift).save_pretrained(draft / "scheduler")
-        call = teacher.call | {"steps": steps, "guidance": guidance, "shift": shift, "two_pass": False}
+        call = teacher.call | {"steps": steps, "shift": shift, "two_pass": False} | _scales(teacher, guidance)
         source = str(config.get("teacher", teacher.source))
         card = student_card(
             teacher.family,
@@ -159,12 +159,27 @@ def save_model(folder: str | Path, loaded: LoadedPipeline) -> None:
     )
 
 
+def _scales(teacher: LoadedPipeline, guidance: float) -> dict[str, float]:
+    """How the call says the student's scale of guidance: of a student of one of two denoisers, beside the other's."""
+    if teacher.family.defaults.guidance_2 is None:
+        return {"guidance": guidance}
+    files, own = read_model(teacher.source), teacher.family.denoisers[0].attribute
+    first = files.default("guidance")
+    second = first if "guidance" in files.call and "guidance_2" not in files.call else files.default("guidance_2")
+    if own == files.contents.family.denoisers[0].attribute:
+        return {"guidance": guidance, "guidance_2": second}
+    return {"guidance": first, "guidance_2": guidance}
+
+
 def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module, dtype: torch.dtype) -> None:
     contents = read_model(teacher.source).contents
     own = teacher.family.denoisers[0].attribute
     for name, component in contents.components.items():
         if name not in (own, "scheduler"):
             shutil.copytree(component.folder, draft / name)
+    for name, part in contents.conditionings.items():
+        if name != own:
+            shutil.copytree(part, draft / part.name)
     index = {key: value for key, value in read_json(contents.path / INDEX_FILE).items() if key != "_name_or_path"}
     parts = {"scheduler": ["diffusers", SCHEDULER.__name__], own: [students.MODULE, teacher.family.transformer]}
     write_json(draft / INDEX_FILE, index | parts)
@@ -227,7 +242,7 @@ def _same(folder: Path, draft: Path) -> bool:
 def _old_parts(folder: Path) -> set[str]:
     """What the model in `folder` consists of; `UserError` if what was finished there is no model."""
     files = read_run(folder, FORMAT)["files"] if (folder / RUN_FILE).exists() else ()
-    return {Path(name).parts[0] for name in files} | {RUN_FILE, INDEX_FILE, "conditioning", "lora"}
+    return {Path(name).parts[0] for name in files} | {RUN_FILE, INDEX_FILE, "conditioning", "conditioning_2", "lora"}
 
 
 def _put_in_place(draft: Path, folder: Path, old: set[str]) -> None:

@@ -124,11 +124,19 @@ class SwitchedVelocity(Velocity):
     """
 
     def __init__(
-        self, transformers: Sequence[nn.Module], family: DiTFamily, boundaries: Sequence[float], scale: LatentScale
+        self,
+        transformers: Sequence[nn.Module],
+        family: DiTFamily,
+        conditionings: Sequence[Conditioning | None],
+        boundaries: Sequence[float],
+        scale: LatentScale,
     ):
-        """`boundaries` are the times below which the next one's begin."""
-        super().__init__(transformers[0], family, None, scale)
-        self.further = nn.ModuleList(Velocity(each, family, None, scale) for each in transformers[1:])
+        """`boundaries` are the times below which the next one's begin; `conditionings` those of each."""
+        first, *further = (
+            (transformer, family, own, scale) for transformer, own in zip(transformers, conditionings, strict=True)
+        )
+        super().__init__(*first)
+        self.further = nn.ModuleList(Velocity(*each) for each in further)
         self.boundaries = boundaries
 
     def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
@@ -150,7 +158,8 @@ def velocity_of(loaded: "LoadedPipeline") -> Velocity:
     scale = LatentScale(frames / loaded.default("fps"), pixels)
     transformers, boundaries = denoisers_of(loaded.pipe, loaded.family), boundaries_of(loaded.pipe, loaded.family)
     if boundaries:
-        return SwitchedVelocity(transformers, loaded.family, boundaries, scale)
+        further = [each.conditioning for each in loaded.further] or [None] * len(boundaries)
+        return SwitchedVelocity(transformers, loaded.family, [loaded.conditioning, *further], boundaries, scale)
     return Velocity(transformers[0], loaded.family, loaded.conditioning, scale)
 
 

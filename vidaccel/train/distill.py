@@ -32,11 +32,19 @@ from vidaccel.data.shards import ShardFolder
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of, denoisers_of
+from vidaccel.families.walk import blocks_of, boundaries_of, denoisers_of
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift, require_flow
-from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, local_path, read_model, resolve_device
+from vidaccel.models.loading import (
+    LoadedPipeline,
+    as_student,
+    load_pipeline,
+    local_path,
+    of_one,
+    read_model,
+    resolve_device,
+)
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity, velocity_of
@@ -99,7 +107,16 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     started = datetime.now(UTC)
     method, target = method_of(config.method), resolve_device(device)
     config = _resolved(config, method)
-    loaded = load_pipeline(config.teacher, device=device, denoiser_dtype="float32", placed=world() == 1)
+    files = read_model(config.teacher)
+    config = _of_one_denoiser(config, method, files.contents.family)
+    whole = config.denoiser is None
+    loaded = load_pipeline(files, device=device, denoiser_dtype="float32", placed=whole and world() == 1)
+    span = (0.0, 1.0)
+    if config.denoiser is not None:
+        span = _span(loaded, config.denoiser)
+        loaded = _alone(loaded, config.denoiser)
+        if world() == 1:
+            loaded.pipe.to(target)
     _check_teacher(loaded, method)
     seen = None
     if clips is None:
@@ -133,7 +150,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     if isinstance(data, Bank):
         empty = data.cut(empty)
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
-    task = Distillation(config, teacher, student, data, empty, shift)
+    task = Distillation(config, teacher, student, data, empty, shift, span)
     method.preflight(task)
     loss = method.loss(task)
     train(
@@ -147,7 +164,9 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         recorded=partial(_recorded, loaded, _shaping(config)),
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         rates={} if config.embedding_rate == 1 else {"conditioning": config.embedding_rate},
-        sample=lambda step: _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen else None,
+        sample=lambda step: (
+            _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen and whole else None
+        ),
     )
     measured = None if held_out is None else _pass_gates(task, method, held_out, output)
     _save(config, loaded, copy, task, output, started, measured)
@@ -299,17 +318,61 @@ def _foreign(config: DistillConfig) -> UserError:
 def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
     """That model with a transformer of its own and all other parts those of `loaded`, which are not read again."""
     modules = {name: part for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)}
-    modules.pop(loaded.family.denoisers[0].attribute)
-    return load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32")
+    own = loaded.family.denoisers[0].attribute
+    modules.pop(own)
+    made = load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32")
+    return made if len(made.family.denoisers) == 1 else of_one(made, own)
+
+
+def _of_one_denoiser(config: DistillConfig, method: Method, family: DiTFamily) -> DistillConfig:
+    """With what follows where one of several denoisers is distilled.
+
+    Raises:
+        UserError: `denoiser` does not say which, or names none of them, or not all that is asked for is for one.
+    """
+    names = [denoiser.attribute for denoiser in family.denoisers]
+    if config.denoiser not in (None, *names):
+        raise UserError(f"denoiser={config.denoiser}, and {family.title} has {', '.join(names)}", "name one of them")
+    if len(names) == 1:
+        return replace(config, denoiser=None)
+    if config.denoiser is None:
+        raise UserError(
+            f"{family.title} denoises with {len(names)} transformers, and nothing says which is distilled",
+            f"one at a time: denoiser={names[0]}, then denoiser={names[1]} with teacher= the folder that this made",
+        )
+    if method.embeds == "r":
+        raise UserError(
+            f"{family.title} denoises with {len(names)} transformers, and a mean velocity leads from the times of one "
+            "into those of the other",
+            "method=cfg distils guidance; for few steps take a step-distilled LoRA for each (lora=)",
+        )
+    if config.train.lora_rank and not config.merge_lora:
+        raise UserError("an adapter apart is of one transformer alone", "leave merge_lora=true")
+    if config.gate_samples:
+        raise UserError(
+            f"gate_samples={config.gate_samples}: gates are for one transformer of all times", "leave it out"
+        )
+    return replace(config, gate_samples=0)
+
+
+def _alone(loaded: LoadedPipeline, attribute: str) -> LoadedPipeline:
+    """`of_one`, without the weights of the others in memory: what is saved of them is their files."""
+    for denoiser in loaded.family.denoisers:
+        if denoiser.attribute != attribute:
+            for weight in getattr(loaded.pipe, denoiser.attribute).parameters():
+                weight.data = weight.data.new_empty(0)
+    return of_one(loaded, attribute)
+
+
+def _span(loaded: LoadedPipeline, attribute: str) -> tuple[float, float]:
+    """The times that one of several denoisers takes."""
+    bounds = (1.0, *boundaries_of(loaded.pipe, loaded.family), 0.0)
+    which = [denoiser.attribute for denoiser in loaded.family.denoisers].index(attribute)
+    return bounds[which + 1], bounds[which]
 
 
 def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
     require_flow(loaded.family, "distillation")
-    if len(loaded.family.denoisers) > 1:
-        raise UserError(
-            f"{loaded.family.title} denoises with {len(loaded.family.denoisers)} transformers",
-            "distil a family with one: this vidaccel does not train several together",
-        )
     method.check_teacher(loaded, velocity_of(loaded))
 
 

@@ -43,6 +43,8 @@ class Distillation:
     empty: Text
     """The unconditional text [1, ...]."""
     shift: float
+    span: tuple[float, float] = (0.0, 1.0)
+    """Times that the transformer takes, where others take the rest."""
 
     @property
     def settings(self) -> Any:
@@ -62,6 +64,8 @@ class Distillation:
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
         t = sample_times(size, self.train_shift, generator, self.config.times)
+        if self.span != (0.0, 1.0):
+            t = self.span[0] + (self.span[1] - self.span[0]) * t
         g = sample_guidance(size, *self.config.guidance_range, generator)
         return x_0, eps, t.to(device), g.to(device), text
 

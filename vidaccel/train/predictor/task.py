@@ -27,7 +27,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
-from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.calling import guidance_in_force, require_whole
 from vidaccel.models.grid import Grid, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Velocity, velocity_of
@@ -111,6 +111,7 @@ def task_of(
     require_flow(loaded.family, "the training of a predictor")
     if config.forecaster not in UNTRAINED:
         refuse_several(loaded.family)
+    require_whole(loaded)
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     student = velocity_of(loaded).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)

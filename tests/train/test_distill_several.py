@@ -1,0 +1,114 @@
+"""Each of two transformers has its guidance distilled by itself, and both end up in one folder."""
+
+import pytest
+import torch
+
+import vidaccel
+from tests.students import save_teacher
+from tests.train.test_distill import TRAIN, write_features
+from vidaccel.artefacts import sha256_file
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.errors import UserError
+from vidaccel.models.loading import load_pipeline, of_one
+from vidaccel.models.step_hook import step_hook_of
+from vidaccel.models.velocity import SwitchedVelocity, velocity_of
+from vidaccel.sampling import generate
+from vidaccel.train.methods.base import Distillation
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Its first transformer distilled in `high`, and then the second as well in `both`, and the times of each."""
+    folder, times = tmp_path_factory.mktemp("several"), {"high": [], "both": []}
+    teacher = load_pipeline(save_teacher(folder / "teacher", "wan22"))
+    write_features(folder / "features", teacher)
+    draw = Distillation.draw
+    for name, source, output in (("transformer", "teacher", "high"), ("transformer_2", "high", "both")):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def noted(task, *args, to=times[output]):
+                drawn = draw(task, *args)
+                to.append(drawn[2])
+                return drawn
+
+            patch.setattr(Distillation, "draw", noted)
+            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": TRAIN}
+            vidaccel.distill("cfg", folder / output, teacher=str(folder / source), denoiser=name, **settings)
+    return folder, {name: torch.cat(drawn) for name, drawn in times.items()}
+
+
+def test_each_learns_at_its_own_times(made):
+    _, times = made
+    assert (times["high"] >= 0.8).all() and (times["high"] < 1).all() and len(times["high"])
+    assert (times["both"] >= 0).all() and (times["both"] < 0.8).all() and len(times["both"])
+
+
+def test_what_is_not_distilled_is_the_teachers_byte_for_byte(made):
+    folder, _ = made
+
+    def same(one, other, file):
+        return sha256_file(folder / one / file) == sha256_file(folder / other / file)
+
+    assert same("teacher", "high", f"transformer_2/{WEIGHTS}") and not same("teacher", "high", f"transformer/{WEIGHTS}")
+    assert same("high", "both", f"transformer/{WEIGHTS}") and not same("high", "both", f"transformer_2/{WEIGHTS}")
+    assert same("high", "both", "conditioning/model.safetensors")
+    assert (folder / "both/conditioning_2").is_dir() and not (folder / "high/conditioning_2").exists()
+
+
+def test_half_of_a_student_is_no_model(made):
+    folder, _ = made
+    with pytest.raises(
+        UserError, match=r"transformer_2 of .*high has not been distilled .*\nhint: .*denoiser=transformer_2"
+    ):
+        vidaccel.generate("a red circle", model=str(folder / "high"))
+
+
+def test_both_are_told_their_scales_in_one_pass_a_step(made):
+    folder, _ = made
+    loaded = load_pipeline(folder / "both")
+    assert (loaded.call["guidance"], loaded.call["guidance_2"]) == (3.0, 3.0)  # as its teacher is called
+    hooks = [step_hook_of(each) for each in (loaded.pipe.transformer, loaded.pipe.transformer_2)]
+    told = []
+    for transformer, hook in zip((loaded.pipe.transformer, loaded.pipe.transformer_2), hooks, strict=True):
+        transformer.register_forward_pre_hook(lambda *_, hook=hook: told.append(hook.guidance))
+    video = generate(loaded, ["a red circle"], GenerateConfig(guidance=5.0, guidance_2=2.0), [0])
+    assert told == [5.0, 5.0, 2.0, 2.0] and (video.guidance, video.guidance_2, video.passes) == (5.0, 2.0, 4)
+    assert [hook.guidance for hook in hooks] == [3.0, 3.0]
+    loaded.guidance = 6.0
+    assert [hook.guidance for hook in hooks] == [6.0, 6.0]
+    with vidaccel.attach(loaded, predictor="reuse", steps=4, full_steps=[0, 2]) as attachment:
+        loaded.pipe("a red circle", output_type="latent")
+    assert (attachment.full_passes, attachment.predicted_passes) == (2, 2)
+
+
+@torch.no_grad()
+def test_each_velocity_is_that_of_its_own_transformer_and_conditioning(made):
+    folder, _ = made
+    loaded = load_pipeline(folder / "both")
+    both, x = velocity_of(loaded), torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    text, g = {"prompt_embeds": torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))}, torch.tensor([3.0])
+    assert isinstance(both, SwitchedVelocity) and both.embeds("g")
+    for name, at in (("transformer", 0.8), ("transformer_2", 0.79)):
+        t = torch.tensor([at])
+        assert torch.equal(both(x, t, text, g=g), velocity_of(of_one(loaded, name))(x, t, text, g=g))
+    with pytest.raises(ValueError, match="several times"):
+        both(x.expand(2, -1, -1, -1, -1), torch.tensor([0.8, 0.7]), text, g=g)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "denoises with 2 transformers, and nothing says which"),
+        ({"denoiser": "transformer_3"}, "has transformer, transformer_2"),
+        ({"denoiser": "transformer", "method": "mean_velocity"}, "a mean velocity leads from the times"),
+        ({"denoiser": "transformer", "gate_samples": 2}, "gates are for one transformer of all times"),
+        ({"denoiser": "transformer", "merge_lora": False, "train": {"lora_rank": 2}}, "adapter apart"),
+    ],
+)
+def test_what_is_refused_is_before_any_weight_is_read(made, settings, said, monkeypatch, tmp_path):
+    folder, _ = made
+    monkeypatch.setattr("vidaccel.train.distill.load_pipeline", lambda *args, **more: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=said):
+        vidaccel.distill("cfg", tmp_path / "out", teacher=str(folder / "teacher"), **settings)
