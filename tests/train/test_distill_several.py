@@ -8,6 +8,7 @@ from tests.students import save_teacher
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel.artefacts import sha256_file
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.step_hook import step_hook_of
@@ -112,3 +113,12 @@ def test_what_is_refused_is_before_any_weight_is_read(made, settings, said, monk
     monkeypatch.setattr("vidaccel.train.distill.load_pipeline", lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         vidaccel.distill("cfg", tmp_path / "out", teacher=str(folder / "teacher"), **settings)
+
+
+@pytest.mark.parametrize("forecaster", ["learned", "linear", "multistep"])
+def test_so_are_predictors_and_scalars(made, forecaster, monkeypatch, tmp_path):
+    folder, _ = made
+    for room in ("training", "multistep"):
+        monkeypatch.setattr(f"vidaccel.train.predictor.{room}.load_named", lambda *args, **more: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"denoises with 2 transformers.*\nhint: .*forecaster=taylor"):
+        vidaccel.train_predictor(PredictorConfig(forecaster=forecaster), tmp_path / "out", student=str(folder / "both"))

@@ -16,10 +16,10 @@ from vidaccel.cache.schedule import schedules_of
 from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import FAMILIES, PIPELINES, family_of_pipeline
+from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force
-from vidaccel.models.folder import listed_parts, read_json
+from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid
 from vidaccel.models.lineage import recorded, teachers
 from vidaccel.models.loading import LoadedPipeline, local_path
@@ -249,9 +249,7 @@ def _transformer_arguments(config: BenchmarkConfig) -> dict[str, Any]:
 def _family_of(transformer: str, config: BenchmarkConfig) -> DiTFamily:
     """Of the families with that transformer the one of the folder's pipeline, which a student's folder may not name."""
     file = local_path(config.model or "") / "model_index.json"
-    index = read_json(file) if file.exists() else {}
-    name = index.get("_class_name")
-    own = family_of_pipeline(name, listed_parts(index)) if name in PIPELINES else None
+    own = family_of_index(read_json(file)) if file.exists() else None
     for family in FAMILIES.values() if own is None else [own]:
         if family.transformer == transformer:
             if family.name != config.family:

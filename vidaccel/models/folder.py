@@ -26,7 +26,7 @@ from vidaccel import artefacts, students
 from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.registry import family_of_pipeline
+from vidaccel.families.registry import PIPELINES, family_of_pipeline
 from vidaccel.models.conditioning import WEIGHTS_FILE as CONDITIONING_WEIGHTS
 
 LIBRARIES = ("diffusers", "transformers")
@@ -187,6 +187,12 @@ def listed_parts(index: dict[str, Any]) -> dict[str, list]:
     """[library, class] of what a model_index.json lists, by name, without what it lists as null."""
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
     return {name: entry for name, entry in parts.items() if entry != [None, None]}
+
+
+def family_of_index(index: dict[str, Any]) -> DiTFamily | None:
+    """The family that the pipeline of a model_index.json is of; None if none is known for it."""
+    name = index.get("_class_name")
+    return family_of_pipeline(name, listed_parts(index)) if name in PIPELINES else None
 
 
 def with_own_parts(base: ModelFolder, path: Path) -> ModelFolder:

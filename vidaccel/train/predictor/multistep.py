@@ -64,7 +64,7 @@ from vidaccel.progress import Progress
 from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
-from vidaccel.train.predictor.task import SEARCHED, refuse_several, search_of
+from vidaccel.train.predictor.task import SEARCHED, check_student, refuse_several, search_of
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -272,6 +272,7 @@ def train_multistep(config: PredictorConfig, output: Path, device: str = "auto")
         UserError: model and settings do not go together, there are fewer runs than unknowns, or the fit is singular.
     """
     refuse_many("fitting scalars")
+    check_student(config)
     check_output(output, FORMAT)
     with locked(output):
         return _fit_and_search(config, output, device)

@@ -28,8 +28,9 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force, require_whole
+from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_flow
-from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
 
@@ -130,6 +131,14 @@ def task_of(
     boundaries = boundaries_of(loaded.pipe, loaded.family)
     whole = Trunks(trunks, boundaries) if boundaries else trunks[0]
     return PredictorTask(config, loaded, student, whole, data, provenance, sampling)
+
+
+def check_student(config: PredictorConfig) -> None:
+    """`refuse_several` of a folder's student, before any weight is read."""
+    index = local_path(config.student) / "model_index.json"
+    family = family_of_index(read_json(index)) if index.is_file() else None
+    if family is not None and config.forecaster not in UNTRAINED:
+        refuse_several(family)
 
 
 def refuse_several(family: DiTFamily) -> None:

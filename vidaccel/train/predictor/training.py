@@ -70,7 +70,7 @@ from vidaccel.train.predictor.served import (
     serving_predictor,
     start_predictor,
 )
-from vidaccel.train.predictor.task import SEARCHED, PredictorTask, search_of, task_of
+from vidaccel.train.predictor.task import SEARCHED, PredictorTask, check_student, search_of, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.step import autocast
 from vidaccel.train.trainer import train
@@ -117,6 +117,7 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
         UserError: student, data and settings do not go together, or cannot be read or written.
         TrainingFailed: the training did not stay finite.
     """
+    check_student(config)
     if config.forecaster != "learned":
         return _search_only(config, output, device)
     check_output(output, FORMAT)
