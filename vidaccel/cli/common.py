@@ -235,7 +235,7 @@ def quiet_libraries() -> None:
 
     # Autocast leaves a norm float32 weights beside bfloat16 input, and the kernels that are not fused are as exact.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
-    warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)  # diffusers' context parallelism
+    warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)  # in diffusers
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
