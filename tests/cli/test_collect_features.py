@@ -27,6 +27,7 @@ def test_a_folder_of_videos_becomes_features(model, clips):
     result = run(f"model={model}", f"data={clips}", "-o", "features")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("features: 5 samples of ")
+    assert "features=features -o cfg` learns from them" in result.stdout
     features = ShardFolder("features", kind="encoded")
     assert [features[i][1]["caption"] for i in range(5)] == CAPTIONS
     assert json.loads(Path("features/run.json").read_text())["config"]["data"] == str(clips)

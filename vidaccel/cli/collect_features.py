@@ -54,6 +54,7 @@ def collect_features(
     if dry_run:
         typer.echo(str(planned))
         return
-    learner = "distill teacher" if config.kind == "encoded" else "train-predictor student"
-    learns = f"`vidaccel {learner}={config.model} features={output}` learns from them"
+    learners = {"encoded": f"distill teacher={config.model}", "trajectory": f"train-predictor student={config.model}"}
+    place = f" -o {output.with_name('cfg')}" if output and config.kind == "encoded" else ""  # the first of two students
+    learns = f"`vidaccel {learners[config.kind]} features={output}{place}` learns from them"
     typer.echo(f"{output}: {planned.count} samples of the kind {config.kind}; {learns}")
