@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from vidaccel.artefacts import LOCK_FILE, write_json
 from vidaccel.cli.common import Debug, reported
+from vidaccel.compat.torch import LOADED_BY_FSDP
 from vidaccel.errors import UserError
 
 PATIENCE = 20.0
@@ -44,7 +45,7 @@ BEAT, SILENT = 0.5, 5.0
 OF_THE_CLOCK = {"started", "finished", "seconds", "step_seconds", "files", "out_dir"}
 """Keys of JSON that are no part of the comparison; `files` has the hashes of files with such keys."""
 LOADED = (
-    *("torch._dynamo", "vidaccel.collect.kinds", "vidaccel.train.distill", "vidaccel.train.predictor.training"),
+    *(LOADED_BY_FSDP, "vidaccel.collect.kinds", "vidaccel.train.distill", "vidaccel.train.predictor.training"),
     *("vidaccel.session", "vidaccel.worlds.sprites.pipeline", "vidaccel.worlds.sprites.source"),
     *("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
     *("diffusers.models.transformers.transformer_hunyuan_video", "diffusers.pipelines.hunyuan_video"),

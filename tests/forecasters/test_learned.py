@@ -381,7 +381,7 @@ def test_another_family_width_or_student_is_refused():
     with pytest.raises(UserError, match="is for wan of width 48, and this is wan of width 24"):
         predictor.check_fits(transformer, family, "ab" * 32, force=True)
     predictor.config = replace(predictor.config, width=24)
-    with pytest.raises(UserError, match="student abababababab, and this is another one\nhint: .*force=true"):
+    with pytest.raises(UserError, match="student abababababab, and this is another\nhint: .*force=true"):
         predictor.check_fits(transformer, family, "cd" * 32)
     with pytest.raises(UserError, match="whose weight files are not known"):
         predictor.check_fits(transformer, family)

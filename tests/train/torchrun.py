@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from vidaccel.compat.torch import LOADED_BY_FSDP
 from vidaccel.processes import processes, rank, world
 
 ROOT = Path(__file__).parents[2]
 LOADED = (
-    "torch._dynamo",  # FSDP imports it, for seconds
+    LOADED_BY_FSDP,
     "tests.tiny",
     "tests.train.test_parallel",
     "vidaccel.cli.main",

@@ -128,6 +128,10 @@ def add_all(tensors: list[Tensor], others: list[Tensor]) -> None:
     torch._foreach_add_(tensors, others)
 
 
+LOADED_BY_FSDP = "torch._dynamo"
+"""What sharding a model imports, for seconds; a server that processes are forked from loads it beforehand."""
+
+
 def recompile_limit() -> int:
     """How many graphs torch.compile makes of one function; public only in later versions than 2.8."""
     return torch._dynamo.config.recompile_limit

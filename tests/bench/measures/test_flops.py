@@ -148,7 +148,7 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     texts = {"prompt": 512 if "image" in streams else 77, "glyphs": 13, "image": 29}  # Wan's blocks count 512 as text
     texts = {stream: texts[stream] for stream in streams}
     known = signature(getattr(diffusers, family.transformer).__init__).parameters
-    image = {"image_dim": 1280, "added_kv_proj_dim": 5120} if family.conditions and "image_dim" in known else {}
+    image = {"image_dim": 1280, "added_kv_proj_dim": 5120} if "image" in streams and "image_dim" in known else {}
     model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts, transformer=image))
     rows = {"one": 1, "video": 1500, "text": sum(texts.values()), "all": 1500 + sum(texts.values()), **texts}
     found = block_flops(model, family, rows)

@@ -155,7 +155,7 @@ def test_the_scalars_serve_the_student_on_the_command_line_and_no_other(tmp_path
     assert made["passes"] == {"full": 4, "predicted": 4}
     assert made["hashes"]["predictor/config.json"] == sha256_file(SHIPPED / "scalars" / "config.json")
     refused = CliRunner().invoke(app, [*words, "budget=4", "model=sprites/teacher"])
-    assert refused.exit_code == 2 and "and this is another one" in refused.stderr
+    assert refused.exit_code == 2 and "fitted to the model sprites/student" in refused.stderr
 
 
 def test_the_scalars_are_attached_as_a_row_of_the_benchmark_is():

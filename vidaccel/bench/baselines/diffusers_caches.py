@@ -32,7 +32,7 @@ ONE_STATE = ("pab", "fastercache")
 
 def calibrated(loaded: LoadedPipeline, method: MethodConfig, generate: Callable[[], None]) -> dict[str, Any]:
     """The row's settings with those that are the model's own; `generate` makes a video to find them on."""
-    if method.cache != "magcache" or len(loaded.family.denoisers) > 1 or "mag_ratios" in method.settings:
+    if method.cache != "magcache" or "mag_ratios" in method.settings or len(loaded.family.denoisers) > 1:
         return method.settings
     return method.settings | {"mag_ratios": _magnitudes(loaded, method.steps, generate)}
 
