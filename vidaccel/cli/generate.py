@@ -208,7 +208,8 @@ def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dic
     """All that tells each video from another."""
     from vidaccel.config.loader import to_dict
 
-    config = {name: value for name, value in to_dict(ready.config).items() if name not in ("seed", "compare_to")}
+    apart = ("seed", "compare_to", "offload")  # said for each video, or what changes none
+    config = {name: value for name, value in to_dict(ready.config).items() if name not in apart}
     common = {"vidaccel": __version__, "config": config, "hashes": _hashes(ready)}
     pictures = [sha256_file(image) for image in images] or [None]
     return [
