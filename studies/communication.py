@@ -18,8 +18,8 @@ from vidaccel.config.loader import load
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, width
 
-PASS_SECONDS = 10.31
-"""Of a full pass on one H100: a hundredth of README's 1031 s."""
+PASS_SECONDS = {"hunyuan_video": 10.31}
+"""Of a full pass on one H100, by configuration: a hundredth of README's measured 1031 s. Of others no share is said."""
 LINKS = {"NVLink, 450 GB/s": 450e9, "network, 50 GB/s": 50e9}
 """Bytes a second that a device sends to others at once: within a machine with H100s, and by a 400 Gb/s card each."""
 GROUPS = ((2, 1), (4, 1), (8, 1), (8, 8))
@@ -44,11 +44,14 @@ class Exchange:
     predicted: int
     """In a predicted one."""
 
-    def cells(self) -> list[str]:
-        of_pass = PASS_SECONDS / self.devices
-        shares = (f"{1000 * self.full / rate:.0f} ms, {self.full / rate / of_pass:.1%}" for rate in LINKS.values())
-        gpus = f"{self.devices * self.videos}"
-        return [gpus, f"{self.videos} on {self.devices}", _bytes(self.full), _bytes(self.predicted), *shares]
+    def cells(self, pass_seconds: float | None) -> list[str]:
+        gpus = [f"{self.devices * self.videos}", f"{self.videos} on {self.devices}"]
+        times = (self._on(rate, pass_seconds) for rate in LINKS.values())
+        return [*gpus, _bytes(self.full), _bytes(self.predicted), *times]
+
+    def _on(self, rate: float, pass_seconds: float | None) -> str:
+        seconds = self.full / rate
+        return f"{1000 * seconds:.0f} ms" + (f", {seconds * self.devices / pass_seconds:.1%}" if pass_seconds else "")
 
 
 def exchanges(conf: str = "hunyuan_video") -> tuple[int, list[Exchange]]:
@@ -67,7 +70,7 @@ def exchanges(conf: str = "hunyuan_video") -> tuple[int, list[Exchange]]:
 def table(conf: str = "hunyuan_video") -> str:
     """The rows as Markdown."""
     head = ["GPUs", "videos", "sent in a full pass", "in a predicted one", *LINKS]
-    lines = [head, ["--:"] * len(head), *(row.cells() for row in exchanges(conf)[1])]
+    lines = [head, ["--:"] * len(head), *(row.cells(PASS_SECONDS.get(conf)) for row in exchanges(conf)[1])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
