@@ -69,13 +69,22 @@ STAGES = {
         ("collect-features", "kind=trajectory", "model=sprites/student", "steps=4", "clips=8", "per_shard=1")
     ),
     "distill": Stage(
-        ("distill", "--conf", "cfg", "teacher=sprites/teacher", "features={collect}", "train.steps=8", *TINY)
+        (
+            "distill",
+            "--conf",
+            "cfg",
+            "teacher=sprites/teacher",
+            "features={collect}",
+            "gate_samples=0",
+            "train.steps=6",
+            *TINY,
+        )
     ),
     "train-predictor": Stage(
         (
             "train-predictor",
             *("--features", "{trajectories}", "pairs=trajectory", "steps=4", "search_prompts=2", "checked_prompts=2"),
-            *(f"mse.{word.removeprefix('train.')}" for word in ("train.steps=8", *TINY[:-1])),
+            *(f"mse.{word.removeprefix('train.')}" for word in ("train.steps=6", *TINY[:-1])),
             *("mse.batch_size=1", "adversarial.steps=0", "scalars=false"),
         )
     ),

@@ -6,6 +6,7 @@ torchrun itself, so that it outlives each of them.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -13,13 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from vidaccel import ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 LOST = (
     "error: the run ends: another of its processes did before its work was done, or it was told to\n"
     "hint: what that one said, if anything, is above; the same command goes on from what is written"
 )
+CONNECTING = 20.0
+"""Seconds in which the store has to answer, less than torchrun leaves a process to end in."""
 ROOT_CAUSE = 1.0
 """Seconds in which the process that failed can say why, before others say that one did."""
 
@@ -58,12 +65,19 @@ def _first(said: str) -> bool:
     """Whether no process has said so yet. Where none can tell, it is said."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store is one of the processes' own
         return True
-    from vidaccel.processes import key, store
+    from vidaccel.processes import key
 
     try:
-        return store(ROOT_CAUSE).add(key(f"said/{said}"), 1) == 1
+        return _connection().add(key(f"said/{said}"), 1) == 1
     except RuntimeError:
         return True
+
+
+@functools.cache
+def _connection() -> "TCPStore":
+    from vidaccel.processes import store
+
+    return store(CONNECTING)
 
 
 @contextlib.contextmanager
