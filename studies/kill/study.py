@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -262,7 +263,10 @@ def started(words: list[str], count: int, log: Path) -> Iterator[list[ForkServer
 
 
 def run(words: Sequence[str], number: int, count: int, port: int, log: str) -> None:
-    """In a process of its own."""
+    """In a process of its own, which ends with the study."""
+    study = multiprocessing.parent_process()
+    assert study is not None
+    threading.Thread(target=lambda: (study.join(), os._exit(1)), daemon=True).start()
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
