@@ -7,7 +7,7 @@ B videos, C channels, T frames, H height, W width; of pixels in `generate`, of l
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text
 from vidaccel.progress import Progress
+from vidaccel.runtime.decode import decoding
 
 log = logging.getLogger(__name__)
 
@@ -181,14 +182,19 @@ def run_pipeline(
         arguments["image"] = Image.fromarray(image)
     loaded.pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    started = time.perf_counter()
-    with (
-        sampled_as(loaded, **guidance, guidance_2=config.guidance_2, instantaneous=config.instantaneous),
-        on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
-        watching,
-    ):
-        videos = loaded.pipe(prompt=list(prompts), generator=generators, output_type=output_type, **arguments).frames
-    return videos, started, time.perf_counter()
+    decoded = nullcontext()
+    if output_type != "latent":
+        asked = {name: loaded.default(name) if value is None else value for name, value in size.items()}
+        decoded = decoding(loaded, len(prompts), **asked)
+    with decoded:
+        started = time.perf_counter()
+        with (
+            sampled_as(loaded, **guidance, guidance_2=config.guidance_2, instantaneous=config.instantaneous),
+            on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
+            watching,
+        ):
+            made = loaded.pipe(prompt=list(prompts), generator=generators, output_type=output_type, **arguments)
+        return made.frames, started, time.perf_counter()
 
 
 def final_latents(loaded: LoadedPipeline, left: Tensor, size: Sequence[int]) -> Tensor:

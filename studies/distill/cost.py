@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidaccel.bench.measures.memory import weight_bytes
 from vidaccel.bench.measures.peak_memory import PeakMemory
 from vidaccel.collect.encode import encode_texts
 from vidaccel.config.distill import DistillConfig
 from vidaccel.models.grid import fixed_shift
+from vidaccel.models.live_bytes import weight_bytes
 from vidaccel.models.loading import load_pipeline
 from vidaccel.numbers import quartiles
 from vidaccel.train.distill import open_data, student_of, velocity_of

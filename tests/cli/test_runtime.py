@@ -32,7 +32,8 @@ def test_generate_runs_the_model_as_it_is_told_and_says_how(model):
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
     nothing = {"trim_text": False}  # Wan's text has no mask
-    assert made["runtime"] == settings | {"kernels": "reference", "quantize": "none", "compile": False} | nothing
+    others = {"kernels": "reference", "quantize": "none", "compile": False, "decode": "auto"}
+    assert made["runtime"] == settings | others | nothing
     assert "info: kernels: auto is reference on cpu" in result.stderr
 
 

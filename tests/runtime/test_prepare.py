@@ -70,6 +70,7 @@ def test_the_default_is_the_stock_model(saved, family):
     assert chosen == {"kernels": "reference", "attention": "native", "trim_text": False} | {
         "quantize": "none",
         "compile": False,
+        "decode": "auto",
     }
 
 
@@ -86,7 +87,11 @@ def test_auto_is_the_stock_model_on_a_cpu_and_says_so(saved, caplog):
 def test_all_at_once_samples_the_same_video(saved):
     expected = sampled(load_pipeline(saved("wan")))
     loaded = load_pipeline(saved("wan"))
-    assert prepare(loaded, RuntimeConfig(**EVERYTHING)) == EVERYTHING | {"quantize": "none", "trim_text": False}
+    assert prepare(loaded, RuntimeConfig(**EVERYTHING)) == EVERYTHING | {
+        "quantize": "none",
+        "trim_text": False,
+        "decode": "auto",
+    }
     block = loaded.pipe.transformer.blocks[0]
     assert type(block).__name__ == "FusedWanBlock" and block.compiled is block.forward
     torch.testing.assert_close(sampled(loaded), expected, rtol=1e-3, atol=1e-4)

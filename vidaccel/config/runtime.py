@@ -21,7 +21,14 @@ class RuntimeConfig:
     compile: bool = False
     """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
 
+    decode: str = "auto"
+    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `tiled` (the largest tiles
+    that free memory allows, which blend), or `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as the
+    autoencoder is)."""
+
     def __post_init__(self) -> None:
         kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")
+        decode = ("auto", "tiled", "whole")
         require(self.kernels in kernels, "kernels", self.kernels, f"is one of {', '.join(kernels)}")
+        require(self.decode in decode, "decode", self.decode, f"is one of {', '.join(decode)}")
         require(self.quantize in quantize, "quantize", self.quantize, f"is one of {', '.join(quantize)}")

@@ -74,6 +74,8 @@ class LoadedPipeline:
     """The file of a student that others have released."""
     further: tuple["LoadedPipeline", ...] = ()
     """Of several denoisers each after the first alone, as by `of_one`: `conditioning` and `hook` are the first's."""
+    decode: str = "auto"
+    """How its latents become frames: `auto`, `tiled` or `whole` (runtime/decode.py)."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""

@@ -62,6 +62,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
     Raises:
         UserError: this machine or this model cannot follow a setting, or the blocks are hooked already.
     """
+    loaded.decode = config.decode
     transformers = denoisers_of(loaded.pipe, loaded.family)
     device = device or next(transformers[0].parameters()).device
     check(config, device)
@@ -85,6 +86,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
         "trim_text": config.trim_text and masks_text(loaded.family),
         "quantize": config.quantize,
         "compile": config.compile,
+        "decode": config.decode,
     }
 
 

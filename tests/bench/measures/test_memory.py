@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from vidaccel.bench.measures.memory import FusedAttention, LiveBytes, activation_bytes, cache_bytes, weight_bytes
+from vidaccel.bench.measures.memory import activation_bytes, cache_bytes
 from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.models.live_bytes import FusedAttention, LiveBytes, weight_bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

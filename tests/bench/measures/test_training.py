@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 from tests.tiny import BLANK, BLANK_TOKENS, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.bench.measures.counting import FORMULAS
 from vidaccel.bench.measures.flops import PassFlops
-from vidaccel.bench.measures.memory import LiveBytes
 from vidaccel.bench.measures.training import Gradients, adapters, kept_bytes, tangent_flops, training_blocks
 from vidaccel.bench.plan import SizeCosts, size_costs
 from vidaccel.bench.random_weights import Model
 from vidaccel.bench.sizes import meta_transformer, planned_family
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.families.walk import blocks_of
+from vidaccel.models.live_bytes import LiveBytes
 from vidaccel.train.lora import add_lora
 
 SIZE = (9, 64, 64)

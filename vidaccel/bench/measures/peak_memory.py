@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vidaccel.bench.measures.memory import LiveBytes, weight_bytes
+from vidaccel.models.live_bytes import LiveBytes, weight_bytes
 
 
 class PeakMemory:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.bench.measures.flops import PassFlops
-from vidaccel.bench.measures.memory import FusedAttention, LiveBytes, block_arguments
+from vidaccel.bench.measures.memory import block_arguments
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.walk import call_block, named_outputs
+from vidaccel.models.live_bytes import FusedAttention, LiveBytes
 
 FORWARD, TO_INPUTS, TO_WEIGHTS = 1.0, 1.0, 1.0
 ATTENTION_BACKWARD = 2.5

@@ -1,0 +1,158 @@
+"""Decoding whole and in tiles: what each needs against what it takes, how far apart frames are, what is chosen."""
+
+import logging
+import math
+import random
+
+import pytest
+import torch
+
+from tests.tiny import TEXT_TO_VIDEO
+from vidaccel.config.generate import GenerateConfig
+from vidaccel.config.runtime import RuntimeConfig
+from vidaccel.errors import UserError
+from vidaccel.models.calling import compression_of
+from vidaccel.models.live_bytes import LiveBytes, weight_bytes
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
+from vidaccel.runtime import decode
+from vidaccel.runtime.decode import Tiles, bytes_needed, decoding, tilings
+from vidaccel.runtime.prepare import prepare
+from vidaccel.sampling import generate
+from vidaccel.worlds.sprites.render import render
+from vidaccel.worlds.sprites.world import random_scene
+
+SEAMS = {(2, 1): 44, (2, 2): 31}
+"""dB at least, by the number of tiles, of sprites (64 x 64) against the same decoded whole, in time the same way."""
+GIB = 2**30
+
+
+def decoded(loaded: LoadedPipeline, latent: torch.Tensor) -> torch.Tensor:
+    vae = loaded.pipe.vae
+    told = {"temb": torch.tensor([0.05])} if vae.config.get("timestep_conditioning") else {}
+    with torch.no_grad():
+        return vae.decode(latent, **told).sample
+
+
+def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Of frames in [-1, 1]."""
+    return 10 * math.log10(4 / float((frames - reference).square().mean()))
+
+
+@pytest.mark.parametrize("family", TEXT_TO_VIDEO)
+def test_what_is_needed_is_what_it_takes(family, saved):
+    loaded = load_pipeline(saved(family))
+    vae, pixels = loaded.pipe.vae, compression_of(loaded.pipe, loaded.family)[1]
+    channels = vae.config.get("latent_channels") or vae.config.z_dim
+    latent = torch.randn(1, channels, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as whole:
+        reference = decoded(loaded, latent)
+    assert bytes_needed(vae, tuple(latent.shape), None) == pytest.approx(whole.peak, rel=0.1)
+
+    tiles, calls = Tiles.of((8, 12), (1, 2), 2, pixels), []
+    tiles.set(vae, pixels)
+    hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[-2:]))
+    with LiveBytes() as tiled:
+        frames = decoded(loaded, latent)
+    hook.remove()
+    assert set(calls) == {(8, tiles.width), (8, 12 - tiles.width + tiles.width // tiles.unit)}
+    assert tiled.peak <= bytes_needed(vae, tuple(latent.shape), tiles) <= 1.5 * tiled.peak
+    assert frames.shape == reference.shape
+    assert not torch.equal(frames, reference)
+
+
+def test_seams_of_sprites_are_small():
+    loaded = load_pipeline("sprites/teacher")
+    vae = loaded.pipe.vae
+    video = render([random_scene(random.Random(0), "held_out")])
+    with torch.no_grad():
+        latent = vae.encode(video).latent_dist.mode()
+    whole = decoded(loaded, latent)
+    for pieces, least in SEAMS.items():
+        Tiles.of((8, 8), pieces, 8, 8).set(vae, 8)
+        assert least < psnr(decoded(loaded, latent).clamp(-1, 1), whole.clamp(-1, 1)) < 60
+
+
+def test_tiles_cover_the_latent_in_so_many_pieces():
+    for extent in ((88, 88), (60, 104), (17, 9), (8, 8), (4, 4)):
+        for pieces in ((1, 2), (2, 2), (3, 4)):
+            tiles = Tiles.of(extent, pieces, 8, 8)
+            for whole, count, side in zip(extent, pieces, (tiles.height, tiles.width), strict=True):
+                stride = side - side // tiles.unit
+                assert count * stride >= whole
+                assert (side * 8 * (1 - 1 / tiles.unit)) == pytest.approx(stride * 8)
+
+
+@pytest.fixture
+def loaded(saved, monkeypatch):
+    """A pipeline that is taken to be on CUDA, with as much free memory there as `loaded.free` says."""
+    made = load_pipeline(saved("wan"))
+    made.free = 64 * GIB
+    monkeypatch.setattr(decode, "execution_device", lambda pipe: torch.device("cuda"))
+    monkeypatch.setattr(decode, "free_bytes", lambda device: made.free)
+    return made
+
+
+VIDEO = {"num_frames": 9, "height": 512, "width": 320}
+
+
+def chosen(loaded: LoadedPipeline) -> tuple[int, int] | None:
+    """Pixels of the tiles that are in force within; None is whole."""
+    vae = loaded.pipe.vae
+    before = dict(vars(vae))
+    with decoding(loaded, 1, **VIDEO):
+        tiles = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
+    assert all(vars(vae)[name] is value for name, value in before.items())
+    return tiles
+
+
+def test_auto_is_whole_where_that_fits_and_else_the_largest_tiles_that_do(loaded, caplog):
+    decode._said.clear()
+    with caplog.at_level(logging.INFO, logger="vidaccel"):
+        assert chosen(loaded) is None
+        assert chosen(loaded) is None
+        assert len(caplog.messages) == 1 and caplog.messages[0].startswith("decoding whole, which needs ")
+        latent = (1, loaded.pipe.vae.config.z_dim, 3, *(VIDEO[side] // 8 for side in ("height", "width")))
+        first = next(tilings(loaded.pipe.vae, latent[-2:], 8))
+        weights = weight_bytes([loaded.pipe.vae])  # which are not there yet
+        loaded.free = math.ceil(decode.ROOM * (bytes_needed(loaded.pipe.vae, latent, first) + weights))
+        tiles = chosen(loaded)
+        assert tiles == (8 * first.height, 8 * first.width)
+        assert f"in 2 x 1 tiles of {tiles[0]} x {VIDEO['width']}" in caplog.messages[-1]
+        loaded.free = int(0.9 * loaded.free)
+        smaller = chosen(loaded)
+        assert smaller is not None and smaller[0] <= tiles[0] and smaller[1] < tiles[1]
+    loaded.pipe.vae.enable_tiling()
+    loaded.free = 0
+    assert chosen(loaded) == (256, 256)  # somebody's own
+
+
+def test_whole_and_tiled_are_what_they_say_or_refused(loaded):
+    for how, free in (("whole", 64 * GIB), ("tiled", 64 * GIB)):
+        loaded.decode, loaded.free = how, free
+        assert (chosen(loaded) is None) == (how == "whole")
+    loaded.free = 1
+    for how, hint in (("whole", "decode=tiled"), ("tiled", "fewer frames"), ("auto", "fewer frames")):
+        loaded.decode = how
+        with pytest.raises(UserError, match=r"decoding .* needs .* GiB, and .* GiB of cuda memory are free") as refused:
+            chosen(loaded)
+        assert hint in refused.value.hint
+
+
+def test_memory_that_runs_out_is_one_line(loaded):
+    with (
+        pytest.raises(UserError, match="cuda is out of memory: Tried to allocate 2 GiB") as refused,
+        decoding(loaded, 1, **VIDEO),
+    ):
+        raise torch.OutOfMemoryError("Tried to allocate\n 2 GiB")
+    assert "\n" not in refused.value.message and "decode=tiled" in refused.value.hint
+
+
+def test_on_a_cpu_auto_leaves_the_frames_as_they_are_and_tiles_blend(saved):
+    loaded = load_pipeline(saved("wan"))
+    frames = {}
+    for how in ("auto", "whole", "tiled"):
+        assert prepare(loaded, RuntimeConfig(decode=how))["decode"] == how
+        made = generate(loaded, ["a red circle"], GenerateConfig(steps=1, num_frames=5, height=64, width=96), [0])
+        frames[how] = made.frames
+    assert (frames["auto"] == frames["whole"]).all()
+    assert frames["tiled"].shape == frames["auto"].shape and (frames["tiled"] != frames["auto"]).any()
