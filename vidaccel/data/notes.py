@@ -1,7 +1,8 @@
-"""Beside a video a hidden file that says what it was made of, so that a command that makes many knows which are there.
+"""Beside videos a hidden folder that has a file for each, which says what it was made of: so a command that makes many
+knows which are there.
 
 videos/0003.mp4
-videos/.0003.mp4.json      {"made_of": ..., "sha256": of the video, "record": what is said of it}
+videos/.made/0003.json     {"made_of": ..., "sha256": of the video, "record": what is said of it}
 """
 
 import json
