@@ -171,7 +171,9 @@ def decoding(loaded: LoadedPipeline, batch: int, *, num_frames: int, height: int
         yield
     except torch.OutOfMemoryError as error:
         text = " ".join(str(error).split())
-        raise UserError(f"{device.type} is out of memory: {text}", f"set decode=tiled, or {SMALLER}") from error
+        raise UserError(
+            f"{device.type} is out of memory: {text}", f"set decode=tiled or offload=group, or {SMALLER}"
+        ) from error
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
