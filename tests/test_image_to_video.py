@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import vidaccel
 from tests.students import save_teacher
-from tests.tiny import BUILDERS, IMAGE, SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import IMAGE, ONE_DENOISER, SIZE, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import as_array, batch, encode_prompts
 from vidaccel.collect.features import check_conditions
@@ -33,7 +33,7 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.sampling import generate, run_pipeline
 from vidaccel.train.distill import student_of, velocity_of
 
-FAMILIES = sorted(set(BUILDERS) - set(TEXT_TO_VIDEO))
+FAMILIES = sorted(set(ONE_DENOISER) - set(TEXT_TO_VIDEO))
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
 TRAIN = TrainConfig(steps=2, batch_size=2, learning_rate=1e-3, warmup=0, ema_decay=0.0, log_every=1)
 
