@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from tests.students import student
 from tests.train.test_distill import write_features
-from vidaccel.cache.schedule import read_schedules
+from vidaccel.cache.schedule import every, read_schedules
 from vidaccel.cli.main import app
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.models.loading import load_pipeline
 
 TRAIN = {"steps": 2, "batch_size": 2, "warmup": 0, "log_every": 1}
@@ -145,3 +146,15 @@ def test_a_grid_of_listed_times_is_searched_and_generated_on(world):
     ):
         refused = CliRunner().invoke(app, [*words, "sigmas=[1,0.757,0.522]", wrong])
         assert refused.exit_code == 2 and why in refused.stderr
+
+
+def test_the_command_at_the_end_has_all_that_the_model_was_loaded_with():
+    from vidaccel.cli.train_predictor import _generating
+
+    Path("student.safetensors").touch()
+    of_file = PredictorConfig(student="student.safetensors", model="base", lora=["a.safetensors:1", "b.safetensors"])
+    given = "PROMPT model=base student=student.safetensors lora=[a.safetensors:1,b.safetensors] predictor=out"
+    assert _generating(of_file, Path("out"), [every(4, 2)]) == f"`vidaccel generate {given} budget=2 steps=4`"
+    listed = PredictorConfig(student="student", forecaster="reuse", timesteps=[1000, 500])
+    given = "PROMPT model=student predictor=reuse schedule=out/schedule.json budget=1 timesteps=[1000,500]"
+    assert _generating(listed, Path("out"), [every(2, 2)]) == f"`vidaccel generate {given}`"  # one word each

@@ -82,10 +82,15 @@ def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule
     from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 
     by_folder = config.forecaster in ("learned", "multistep")
-    words = [f"predictor={output}" if by_folder else f"predictor={config.forecaster} schedule={output / SCHEDULE_FILE}"]
+    released = config.model is not None and Path(config.student).is_file()
+    words = [f"model={config.model} student={config.student}" if released else f"model={config.student}"]
+    words += [f"lora=[{','.join(config.lora)}]"] if config.lora else []
+    words += [f"predictor={output if by_folder else config.forecaster}"]
+    words += [] if by_folder else [f"schedule={output / SCHEDULE_FILE}"]
     schedule = schedules[len(schedules) // 3]
     listed = {name: getattr(config, name) for name in ("timesteps", "sigmas") if getattr(config, name)}
     grid = listed or {"steps": schedule.steps}
     given = {name: getattr(config, name) for name in ("shift", "guidance") if getattr(config, name) is not None}
-    words += [f"{name}={value}" for name, value in ({"budget": schedule.budget} | grid | given).items()]
-    return f"`vidaccel generate PROMPT model={config.student} {' '.join(words)}`"
+    said = ({"budget": schedule.budget} | grid | given).items()
+    words += [f"{name}={str(value).replace(' ', '')}" for name, value in said]
+    return f"`vidaccel generate PROMPT {' '.join(words)}`"
