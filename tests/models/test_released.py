@@ -12,13 +12,19 @@ from tests import published
 from tests.published import write
 from tests.students import save_teacher
 from tests.tiny import called, tiny_pipeline
+from vidaccel.cache.attach import attach
 from vidaccel.cache.trunk import Trunk
 from vidaccel.errors import UserError
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.released import LAYOUTS
+from vidaccel.file_hashes import FileHashes
+from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.lineage import teachers
 from vidaccel.models.loading import load_pipeline, load_student, read_model
+from vidaccel.models.own_call import remember
 from vidaccel.models.released import Released, released_student
 from vidaccel.models.saving import save_model
+from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import student_hash
 
@@ -158,6 +164,24 @@ def test_a_student_is_given_with_its_model_and_saved_as_a_folder_of_ours(tmp_pat
         read_model(tmp_path / "own", file)
 
 
+def test_another_student_takes_the_place_of_one_and_of_what_was_added_to_it(tmp_path):
+    save_teacher(tmp_path / "base", "hunyuan_video")
+    file = write(tmp_path / "student.safetensors", STUDENTS["hunyuan_video"]())
+    loaded = load_pipeline(tmp_path / "base", student=file)
+    own = student_hash(loaded)
+    loaded.hashes = FileHashes({**loaded.hashes.files, "adapter-0/1": file})
+    remember(loaded)
+    assert student_hash(loaded) != own
+    with (
+        attach(loaded, predictor="reuse", steps=2, full_steps=[0]),
+        pytest.raises(UserError, match="has a predictor attached"),
+    ):
+        load_student(file, loaded)
+    assert step_hook_of(loaded.pipe.transformer) is loaded.hook  # what was refused changed nothing
+    assert Conditioning.of(loaded.pipe.transformer, loaded.family) is loaded.conditioning
+    assert student_hash(load_student(file, loaded)) == own
+
+
 def test_a_saved_student_of_the_other_model_has_its_embedding_of_r(tmp_path):
     save_teacher(tmp_path / "base", "hunyuan_video_15")
     file = write(tmp_path / "student.safetensors", STUDENTS["hunyuan_video_15"]())
@@ -166,6 +190,7 @@ def test_a_saved_student_of_the_other_model_has_its_embedding_of_r(tmp_path):
     again = load_pipeline(tmp_path / "own")
     assert again.pipe.transformer.config.use_meanflow
     assert again.hook is not None
+    assert teachers(str(tmp_path / "own"), "") == [str(tmp_path / "base")]
     kept = again.pipe.transformer.state_dict()
     assert all(torch.equal(weight, kept[name]) for name, weight in loaded.pipe.transformer.state_dict().items())
 

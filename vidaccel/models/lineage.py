@@ -45,7 +45,8 @@ def recorded(model: str) -> dict[str, Any] | None:
 def is_distilled(model: str, run: dict[str, Any]) -> bool:
     """Whether this is the run.json of a student."""
     parts = ("conditioning", "conditioning_2", "lora")
-    return "teacher" in run["parents"] or any((local_path(model) / part).exists() for part in parts)
+    made_of = run["parents"].keys() & {"teacher", "student"}  # the second is a file that others have released
+    return bool(made_of) or any((local_path(model) / part).exists() for part in parts)
 
 
 def _check(model: str, teacher: str, expected: str | None, hint: str) -> None:

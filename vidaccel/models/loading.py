@@ -6,6 +6,7 @@ modules and loads the rest. A student's conditioning is attached, its adapter me
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -201,13 +202,14 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
     _refuse_offloaded(before)
     cls = getattr(diffusers, family.transformer)
     transformer, conditioning = released_student(released, cls, before.config, family, before.dtype)
+    setattr(pipe, attribute, transformer.to(before.device))  # which a pipeline with a predictor refuses, as it was
     Conditioning.detach(before, family)
     if known is not None and known.hook is not None:
         known.hook.remove()
-    setattr(pipe, attribute, transformer.to(before.device))
     del before
     others = known.hashes.files if known is not None and isinstance(known.hashes, FileHashes) else {}
-    beside = {name: file for name, file in others.items() if name.split("/")[0] not in (attribute, "conditioning")}
+    gone = re.compile(rf"({attribute}|conditioning|lora|adapter-\d+)/")  # with the transformer that they were of
+    beside = {name: file for name, file in others.items() if not gone.match(name)}
     hashes = FileHashes(beside | {f"{attribute}/{released.file.name}": released.file})
     source = str(pipe.name_or_path or "a pipeline in memory") if known is None else known.source
     loaded = LoadedPipeline(
