@@ -1,5 +1,7 @@
 """Each of two transformers has its guidance distilled by itself, and both end up in one folder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,14 +9,19 @@ import vidaccel
 from tests.students import save_teacher
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel.artefacts import sha256_file
+from vidaccel.bench.models import Models
+from vidaccel.bench.own_model import resolved, with_ancestors
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
+from vidaccel.models.calling import call_arguments
 from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import SwitchedVelocity, velocity_of
 from vidaccel.sampling import generate
 from vidaccel.train.methods.base import Distillation
+from vidaccel.train.predictor.task import task_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -94,6 +101,9 @@ def test_each_velocity_is_that_of_its_own_transformer_and_conditioning(made):
     for name, at in (("transformer", 0.8), ("transformer_2", 0.79)):
         t = torch.tensor([at])
         assert torch.equal(both(x, t, text, g=g), velocity_of(of_one(loaded, name))(x, t, text, g=g))
+    both.second = 2.0
+    low, expected = torch.tensor([0.79]), velocity_of(of_one(loaded, "transformer_2"))
+    assert torch.equal(both(x, low, text, g=g), expected(x, low, text, g=torch.tensor([2.0])))
     with pytest.raises(ValueError, match="several times"):
         both(x.expand(2, -1, -1, -1, -1), torch.tensor([0.8, 0.7]), text, g=g)
 
@@ -113,6 +123,30 @@ def test_what_is_refused_is_before_any_weight_is_read(made, settings, said, monk
     monkeypatch.setattr("vidaccel.train.distill.load_pipeline", lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         vidaccel.distill("cfg", tmp_path / "out", teacher=str(folder / "teacher"), **settings)
+
+
+def test_schedules_are_searched_at_the_scale_of_each(made):
+    folder, _ = made
+    loaded = load_pipeline(folder / "both")
+    loaded.call = loaded.call | {"guidance": 4.0, "guidance_2": 2.0}
+    asked = {"student": str(folder / "both"), "features": str(folder / "features"), "forecaster": "reuse", "shift": 3.0}
+    task = task_of(loaded, PredictorConfig(**asked), None)
+    assert (task.sampling.guidance, task.student.second) == (4.0, 2.0)
+    task = task_of(loaded, PredictorConfig(guidance=5.0, **asked), None)
+    assert (task.sampling.guidance, task.student.second) == (5.0, 5.0)
+
+
+def test_a_benchmark_has_its_teacher_guided_as_the_student(made):
+    folder, _ = made
+    config = with_ancestors(BenchmarkConfig(student=str(folder / "both")))
+    assert (config.model, config.distilled) == (str(folder / "teacher"), None)  # and not the half that is no model
+    models = Models(replace(config, family="wan22"), "cpu")
+    student, teacher = models.pipeline(MethodConfig()), models.pipeline(MethodConfig(weights="teacher", two_pass=True))
+    student.call = student.call | {"guidance": 4.0, "guidance_2": 2.0}
+    rows, lacking = resolved({"teacher": MethodConfig(weights="teacher", two_pass=True, as_called=True)}, models)
+    assert not lacking and rows["teacher"].guidance is None
+    arguments = call_arguments(teacher)
+    assert (arguments["guidance_scale"], arguments["guidance_scale_2"]) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize("forecaster", ["learned", "linear", "multistep"])

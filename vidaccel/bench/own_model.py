@@ -18,7 +18,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
-from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.calling import guidance_in_force, second_guidance
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid
 from vidaccel.models.lineage import recorded, teachers
@@ -48,7 +48,7 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
         refuse_unfinished(local_path(config.student))
         raise UserError(f"{config.student} is no student", "name it as model=, or set model=FOLDER beside it")
     changes = {"model": found[-1]}
-    if config.distilled is None and len(found) > 1 and _is_cfg(found[-2]):
+    if config.distilled is None and len(found) > 1 and _is_cfg(found[-2]) and not _is_half(found[-2]):
         changes["distilled"] = found[-2]
     said = " ".join(f"{key}={value}" for key, value in changes.items())
     log.info("%s, which %s was distilled from", said, config.student)
@@ -163,13 +163,23 @@ def _as_called(method: MethodConfig, models: Models) -> MethodConfig:
         for key in student.call.keys() & {"negative_prompt"} - loaded.call.keys():
             loaded.call = loaded.call | {key: student.call[key]}
         if method.guidance is None and config.guidance is None:
-            row = replace(row, guidance=student.default("guidance"))
+            second = second_guidance(student, None, None, None)
+            if second is None:
+                return replace(row, guidance=student.default("guidance"))
+            # A row has one scale for both of two transformers.
+            loaded.call = loaded.call | {"guidance": student.default("guidance"), "guidance_2": second}
     return row
 
 
 def _is_cfg(model: str) -> bool:
     run = recorded(model)
     return run is not None and run["config"].get("method") == "cfg"
+
+
+def _is_half(model: str) -> bool:
+    """Whether it was made by distilling one of two transformers."""
+    run = recorded(model)
+    return run is not None and run["config"].get("denoiser") is not None
 
 
 def _foreign(config: BenchmarkConfig, loaded: LoadedPipeline) -> list[str]:

@@ -138,11 +138,16 @@ class SwitchedVelocity(Velocity):
         super().__init__(*first)
         self.further = nn.ModuleList(Velocity(*each) for each in further)
         self.boundaries = boundaries
+        self.second: float | None = None
+        """Scale of guidance that passes of all but the first are told in the place of g, where they are told one."""
 
     def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
         """As of a `Velocity`; t [B] is the same for all samples, else `ValueError`."""
         which = self.denoiser(t)
-        return super().forward(x, t, text, r, g) if which == 0 else self.further[which - 1](x, t, text, r, g)
+        if which == 0:
+            return super().forward(x, t, text, r, g)
+        told = g if g is None or self.second is None else torch.full_like(g, self.second)
+        return self.further[which - 1](x, t, text, r, told)
 
     def denoiser(self, t: Tensor) -> int:
         """Which of them a pass at t [B] is of."""

@@ -27,11 +27,11 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
-from vidaccel.models.calling import guidance_in_force, require_whole
+from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_flow
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.velocity import Velocity, velocity_of
+from vidaccel.models.velocity import SwitchedVelocity, Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
 
 SEARCHED = "searches"
@@ -116,6 +116,8 @@ def task_of(
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     student = velocity_of(loaded).requires_grad_(False).eval()
     guidance = _guidance(loaded, config, student)
+    if isinstance(student, SwitchedVelocity):
+        student.second = second_guidance(loaded, config.guidance, None, False if student.embeds("g") else None)
     data, provenance = opened or _open_data(loaded, config)
     grid = Grid.listed(config.timesteps, config.sigmas) or (made.grid if made else None)
     if grid is None:
