@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import vidaccel
 from tests.students import save_teacher
+from tests.tiny import SIZE
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel.artefacts import sha256_file
 from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import resolved, with_ancestors
+from vidaccel.collect.encode import encode_conditions, encode_texts
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
@@ -123,6 +126,16 @@ def test_what_is_refused_is_before_any_weight_is_read(made, settings, said, monk
     monkeypatch.setattr("vidaccel.train.distill.load_pipeline", lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         vidaccel.distill("cfg", tmp_path / "out", teacher=str(folder / "teacher"), **settings)
+
+
+def test_what_an_image_gives_is_read_off_beside_a_transformer_without_weights(tmp_path):
+    loaded = load_pipeline(save_teacher(tmp_path / "teacher", "wan22_i2v"))
+    text, image = encode_texts(loaded, ["a red circle"]), np.full((SIZE["height"], SIZE["width"], 3), 99, np.uint8)
+    expected = encode_conditions(loaded, [image], text, SIZE["num_frames"])
+    for weight in loaded.pipe.transformer.parameters():  # as it is while the second is distilled
+        weight.data = weight.data.new_empty(0)
+    found = encode_conditions(of_one(loaded, "transformer_2"), [image], text, SIZE["num_frames"])
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_schedules_are_searched_at_the_scale_of_each(made):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.base import TextTensor
-from vidaccel.families.walk import conditions_of, denoisers_of
+from vidaccel.families.walk import conditions_of, denoisers_of, transformers_in
 from vidaccel.models.calling import call_arguments, check_image, sampled_as
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
@@ -77,7 +77,9 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
     Raises:
         UserError: the model has no channels for an image, and keeps it clean in the first frame.
     """
-    transformer, pipe = denoisers_of(loaded.pipe, loaded.family)[0], cast(Any, loaded.pipe)
+    family, pipe = loaded.family, cast(Any, loaded.pipe)
+    transformer = denoisers_of(pipe, family)[0]
+    transformers = transformers_in(pipe, family)  # whichever of them the first step is of
     known = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {}
 
@@ -85,20 +87,21 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         given.update(kwargs)
         raise _Reached
 
-    conditions, made = conditions_of(transformer, loaded.family), []
+    conditions, made = conditions_of(transformer, family), []
     for i, image in enumerate(images):
         size = {"num_frames": num_frames, "height": image.shape[0], "width": image.shape[1]}
         arguments = call_arguments(loaded, guidance=1.0, two_pass=False, **size)
-        arguments |= {each.name: text[each.stored][i : i + 1] for each in loaded.family.text_tensors}
+        arguments |= {each.name: text[each.stored][i : i + 1] for each in family.text_tensors}
         arguments |= {"image": Image.fromarray(image), "output_type": "latent", "generator": torch.Generator()}
-        hook = transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        hooks = [each.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for each in transformers]
         try:
             with sampled_as(loaded, guidance=1.0, two_pass=False):
                 pipe(**{name: value for name, value in arguments.items() if name in known})
         except _Reached:
             pass
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         channels = given["hidden_states"][:, cast(Any, transformer).config.out_channels :]
         if not channels.numel():
             raise UserError(

@@ -17,6 +17,12 @@ def denoisers_of(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
     return [getattr(pipe, denoiser.attribute) for denoiser in family.denoisers]
 
 
+def transformers_in(pipe: DiffusionPipeline, family: DiTFamily) -> list[nn.Module]:
+    """All of the family's class in the pipeline: where the record is of one denoiser alone, the others too."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return [part for part in parts if family.transformer in (base.__name__ for base in type(part).__mro__)]
+
+
 def boundaries_of(pipe: DiffusionPipeline, family: DiTFamily) -> tuple[float, ...]:
     """Times below which the pipeline's next denoiser takes over, one fewer than there are denoisers."""
     first = family.denoisers[:-1]
