@@ -322,13 +322,15 @@ def table() -> list[str]:
 
 def front() -> list[str]:
     """The same in short, and which have fused kernels."""
-    columns = ("attach", "distill method=mean_velocity", "train-predictor", "benchmark --plan")
     lines = []
     for name in ALL_TEXT_TO_VIDEO:
         family = FAMILIES[name]
         images = [f"`{each.pipelines[0]}`" for each in FAMILIES.values() if each.conditions and _alike(each, family)]
-        said = ["yes" if cell else "no" for cell in (*(works(family, name) for name in columns), family.fused)]
-        cells = [family.title, f"`{family.pipelines[0]}`", images[0] if images else "no", *said]
+        distilled = [works(family, f"distill method={name}") for name in ("cfg", "mean_velocity")]
+        said = [works(family, name) for name in ("attach", "train-predictor", "benchmark --plan")]
+        attached, *rest = ["yes" if cell else "no" for cell in (*said, family.fused)]
+        few = "guidance alone" if distilled == [True, False] else "yes" if all(distilled) else "no"
+        cells = [family.title, f"`{family.pipelines[0]}`", images[0] if images else "no", attached, few, *rest]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
