@@ -122,7 +122,7 @@ def session(
         ran["offload"] = config.offload
     seconds = time.perf_counter() - started
     log.info("sampled with %s", said_sampling(loaded, config))
-    warn_of_guidance(loaded, config.guidance)
+    warn_of_guidance(loaded, config.guidance, config.guidance_2)
     first = pictures[0] if pictures else None
     if warm_up is not None:
         listed = config.timesteps or config.sigmas or isinstance(loaded.pipe.scheduler, ListedScheduler)

@@ -18,7 +18,7 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
-from vidaccel.models.calling import call_arguments
+from vidaccel.models.calling import call_arguments, warn_of_guidance
 from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import SwitchedVelocity, velocity_of
@@ -76,7 +76,7 @@ def test_half_of_a_student_is_no_model(made):
         vidaccel.generate("a red circle", model=str(folder / "high"))
 
 
-def test_both_are_told_their_scales_in_one_pass_a_step(made):
+def test_both_are_told_their_scales_in_one_pass_a_step(made, caplog):
     folder, _ = made
     loaded = load_pipeline(folder / "both")
     assert (loaded.call["guidance"], loaded.call["guidance_2"]) == (3.0, 3.0)  # as its teacher is called
@@ -89,6 +89,9 @@ def test_both_are_told_their_scales_in_one_pass_a_step(made):
     assert [hook.guidance for hook in hooks] == [3.0, 3.0]
     loaded.guidance = 6.0
     assert [hook.guidance for hook in hooks] == [6.0, 6.0]
+    warn_of_guidance(loaded, 5.0, 20.0)
+    assert caplog.messages[-1] == "guidance_2=20: the student was trained on scales from 1 to 8"
+    assert not any(each.startswith("guidance=") for each in caplog.messages)
     with vidaccel.attach(loaded, predictor="reuse", steps=4, full_steps=[0, 2]) as attachment:
         loaded.pipe("a red circle", output_type="latent")
     assert (attachment.full_passes, attachment.predicted_passes) == (2, 2)

@@ -213,12 +213,16 @@ def unwanted(loaded: "LoadedPipeline") -> str:
     return loaded.call.get("negative_prompt") or ""
 
 
-def warn_of_guidance(loaded: "LoadedPipeline", guidance: float | None) -> None:
-    """Say so where a student was trained on other scales than this; None is its own."""
-    trained = loaded.conditioning.config.guidance_range if loaded.conditioning else None
-    scale = loaded.default("guidance") if guidance is None else guidance
-    if trained and not trained[0] <= scale <= trained[1]:
-        log.warning("guidance=%g: the student was trained on scales from %g to %g", scale, *trained)
+def warn_of_guidance(loaded: "LoadedPipeline", guidance: float | None, guidance_2: float | None = None) -> None:
+    """Say so where a student was trained on other scales than these; None is its own."""
+    told = [("guidance", loaded, loaded.default("guidance") if guidance is None else guidance)]
+    if any(each.conditioning for each in loaded.further):
+        second = second_guidance(loaded, guidance, guidance_2, None)
+        told += [("guidance_2", each, second) for each in loaded.further]
+    for name, each, scale in told:
+        trained = each.conditioning.config.guidance_range if each.conditioning else None
+        if trained and not trained[0] <= scale <= trained[1]:
+            log.warning("%s=%g: the student was trained on scales from %g to %g", name, scale, *trained)
 
 
 def size_steps(loaded: "LoadedPipeline") -> tuple[int, int]:
