@@ -158,3 +158,10 @@ def test_the_command_at_the_end_has_all_that_the_model_was_loaded_with():
     listed = PredictorConfig(student="student", forecaster="reuse", timesteps=[1000, 500])
     given = "PROMPT model=student predictor=reuse schedule=out/schedule.json budget=1 timesteps=[1000,500]"
     assert _generating(listed, Path("out"), [every(2, 2)]) == f"`vidaccel generate {given}`"  # one word each
+
+
+@pytest.mark.parametrize("forecaster", ["learned", "reuse", "multistep"])
+def test_a_model_that_no_file_is_given_with_is_refused(forecaster):
+    result = CliRunner().invoke(app, ["train-predictor", f"forecaster={forecaster}", "model=mine", "-o", "out"])
+    assert result.exit_code == 2 and "error: model=mine is for a student that is a file" in result.stderr
+    assert "hint: name what the predictor is for as student=" in result.stderr and not Path("out").exists()

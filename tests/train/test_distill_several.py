@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vidaccel
 from tests.students import save_teacher
@@ -13,6 +14,7 @@ from tests.train.test_distill import TRAIN, write_features
 from vidaccel.artefacts import sha256_file
 from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import resolved, with_ancestors
+from vidaccel.cli.main import app
 from vidaccel.collect.encode import encode_conditions, encode_texts
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
@@ -74,6 +76,18 @@ def test_half_of_a_student_is_no_model(made):
         UserError, match=r"transformer_2 of .*high has not been distilled .*\nhint: .*denoiser=transformer_2"
     ):
         vidaccel.generate("a red circle", model=str(folder / "high"))
+
+
+@pytest.mark.parametrize("name, denoiser", [("high", "transformer"), ("both", "transformer_2")])
+def test_what_is_said_at_the_end_of_half_is_what_makes_it_whole(made, name, denoiser, monkeypatch):
+    output = made[0] / name
+    monkeypatch.setattr("vidaccel.api.distill", lambda *args, **more: output)
+    result = CliRunner().invoke(app, ["distill", "teacher=any", f"denoiser={denoiser}", "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    more = f"vidaccel distill teacher={output} denoiser=transformer_2 -o ANOTHER"
+    half = f"{output}: its transformer, no model yet; `{more}` distils the transformer_2 too"
+    whole = f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it"
+    assert result.stdout.splitlines()[0] == (half if name == "high" else whole)
 
 
 def test_both_are_told_their_scales_in_one_pass_a_step(made, caplog):

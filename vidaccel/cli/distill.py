@@ -53,5 +53,20 @@ def distill(
         show_plan(config, planned, conf or default_conf("distill", words), words)
         return
     if api.distill(config, output, device=device):
-        typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
-        typer.echo(f"to share: {output} without checkpoints/ and samples/")
+        if (other := _undistilled(output, config.denoiser)) is None:
+            typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
+            typer.echo(f"to share: {output} without checkpoints/ and samples/")
+        else:
+            following = f"vidaccel distill teacher={output} denoiser={other} -o ANOTHER"
+            typer.echo(f"{output}: its {config.denoiser}, no model yet; `{following}` distils the {other} too")
+
+
+def _undistilled(output: Path, denoiser: str | None) -> str | None:
+    """The other of two transformers, where only this one has been distilled."""
+    if denoiser is None or not (output / "model_index.json").is_file():
+        return None
+    from vidaccel.models.folder import read_pipeline_folder
+
+    made = read_pipeline_folder(output)
+    others = [each.attribute for each in made.family.denoisers if each.attribute != denoiser]
+    return next((name for name in others if name not in made.conditionings), None)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,7 +137,12 @@ def task_of(
 
 
 def check_student(config: PredictorConfig) -> None:
-    """`refuse_several` of a folder's student, before any weight is read."""
+    """`refuse_several` of a folder's student, and a `model` that is for none, before any weight is read."""
+    if config.model is not None and not Path(config.student).is_file():
+        raise UserError(
+            f"model={config.model} is for a student that is a file of released weights, and {config.student} is none",
+            "name what the predictor is for as student=, and leave model= out",
+        )
     index = local_path(config.student) / "model_index.json"
     family = family_of_index(read_json(index)) if index.is_file() else None
     if family is not None and config.forecaster not in UNTRAINED:
