@@ -148,12 +148,13 @@ def test_a_grid_of_listed_times_is_searched_and_generated_on(world):
         assert refused.exit_code == 2 and why in refused.stderr
 
 
-def test_the_command_at_the_end_has_all_that_the_model_was_loaded_with():
+def test_the_command_at_the_end_has_all_that_the_model_was_loaded_with(monkeypatch):
     from vidaccel.cli.train_predictor import _generating
 
+    monkeypatch.setenv("HOME", str(Path.cwd()))
     Path("student.safetensors").touch()
-    of_file = PredictorConfig(student="student.safetensors", model="base", lora=["a.safetensors:1", "b.safetensors"])
-    given = "PROMPT model=base student=student.safetensors lora=[a.safetensors:1,b.safetensors] predictor=out"
+    of_file = PredictorConfig(student="~/student.safetensors", model="base", lora=["a.safetensors:1", "b.safetensors"])
+    given = "PROMPT model=base student=~/student.safetensors lora=[a.safetensors:1,b.safetensors] predictor=out"
     assert _generating(of_file, Path("out"), [every(4, 2)]) == f"`vidaccel generate {given} budget=2 steps=4`"
     listed = PredictorConfig(student="student", forecaster="reuse", timesteps=[1000, 500])
     given = "PROMPT model=student predictor=reuse schedule=out/schedule.json budget=1 timesteps=[1000,500]"

@@ -80,9 +80,10 @@ def train_predictor(
 def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule]") -> str:
     """The `vidaccel generate` that uses what was made, with about a third of the steps in full."""
     from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+    from vidaccel.models.loading import local_path
 
     by_folder = config.forecaster in ("learned", "multistep")
-    released = config.model is not None and Path(config.student).is_file()
+    released = config.model is not None and local_path(config.student).is_file()
     words = [f"model={config.model} student={config.student}" if released else f"model={config.student}"]
     words += [f"lora=[{','.join(config.lora)}]"] if config.lora else []
     words += [f"predictor={output if by_folder else config.forecaster}"]

@@ -144,6 +144,8 @@ def load_pipeline(
     check_denoisers(files.contents.family, adapters)
     modules = dict(given or {})
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
+    if len(denoisers) == 1:  # whose name then changes neither what is added nor what the model is known by
+        adapters = [replace(each, denoiser=None) for each in adapters]
     conditioning = None
     if files.student is not None:
         component = files.contents.components[denoisers[0]]
@@ -176,7 +178,7 @@ def load_pipeline(
 def load_named(student: str | Path, model: str | Path | None, **how: Any) -> LoadedPipeline:
     """The model that `student` names, by `load_pipeline`, which `how` is for; where that is a file of weights that
     others have released, with the `model` that it was made of."""
-    if Path(student).is_file():
+    if Path(student).expanduser().is_file():
         if model is None:
             raise UserError(f"{student} is a file", "name the model that it was made of as well: model=FOLDER")
         return load_pipeline(model, student=student, **how)

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +137,7 @@ def task_of(
 
 def check_student(config: PredictorConfig) -> None:
     """`refuse_several` of a folder's student, and a `model` that is for none, before any weight is read."""
-    if config.model is not None and not Path(config.student).is_file():
+    if config.model is not None and not local_path(config.student).is_file():
         raise UserError(
             f"model={config.model} is for a student that is a file of released weights, and {config.student} is none",
             "name what the predictor is for as student=, and leave model= out",
