@@ -190,6 +190,7 @@ def test_a_saved_student_of_the_other_model_has_its_embedding_of_r(tmp_path):
     again = load_pipeline(tmp_path / "own")
     assert again.pipe.transformer.config.use_meanflow
     assert again.hook is not None
+    assert "one pass each by others, whose weights" in (tmp_path / "own" / "README.md").read_text()
     assert teachers(str(tmp_path / "own"), "") == [str(tmp_path / "base")]
     kept = again.pipe.transformer.state_dict()
     assert all(torch.equal(weight, kept[name]) for name, weight in loaded.pipe.transformer.state_dict().items())

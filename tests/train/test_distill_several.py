@@ -88,6 +88,8 @@ def test_what_is_said_at_the_end_of_half_is_what_makes_it_whole(made, name, deno
     half = f"{output}: its transformer, no model yet; `{more}` distils the transformer_2 too"
     whole = f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it"
     assert result.stdout.splitlines()[0] == (half if name == "high" else whole)
+    said = "No model yet: its transformer_2 is as it was, and `vidaccel distill teacher="
+    assert (said in (output / "README.md").read_text()) == (name == "high")
 
 
 def test_both_are_told_their_scales_in_one_pass_a_step(made, caplog):

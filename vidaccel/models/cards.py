@@ -22,9 +22,10 @@ def student_card(
     call: Mapping[str, Any],
     adapter: bool,
     measured: str | None = None,
+    undistilled: str | None = None,
 ) -> str:
-    """Of a model folder; `call` is the one in its run.json, `config` the settings of `command`, and `root` the model
-    that the teacher was distilled from, if it was."""
+    """Of a model folder; `call` is the one in its run.json, `config` the settings of `command`, `root` the model that
+    the teacher was distilled from, if it was, and `undistilled` the one of two transformers that is the teacher's."""
     size = [call.get(name, getattr(family.defaults, name)) for name in ("num_frames", "width", "height")]
     scales = conditioning.config.guidance_range if conditioning else None
     learnt = f" (it learnt {scales[0]:g} to {scales[1]:g})" if scales else ""
@@ -42,10 +43,15 @@ On clips that were kept out of its training, 0 for an untrained student and 1 fo
         else ""
     )
     first = f", by way of {teacher}" if root != teacher else ""
+    how = f"distilled to {call['steps']} steps of one pass each by `{command}`"
+    if "student" in config:
+        how = f"distilled to {call['steps']} steps of one pass each by others, whose weights `{command}` read"
+    more = f"vidaccel distill teacher=path/to/this/folder denoiser={undistilled} -o ANOTHER"
+    half = f"\nNo model yet: its {undistilled} is as it was, and `{more}` distils it too.\n" if undistilled else ""
     return f"""# A student of {root}
 
-{kind} of that {family.title}{first}, distilled to {call["steps"]} steps of one pass each by `{command}`.
-
+{kind} of that {family.title}{first}, {how}.
+{half}
 ## Call it
 
     vidaccel generate "a cat on a surfboard" model=path/to/this/folder

@@ -109,6 +109,7 @@ def save_student(
             call=call,
             adapter=adapter,
             measured=measured,
+            undistilled=_undistilled(draft, teacher),
         )
         for name, text in ({README: card} | dict(documents or {})).items():
             (draft / name).write_text(text, encoding="utf-8")
@@ -157,6 +158,14 @@ def save_model(folder: str | Path, loaded: LoadedPipeline) -> None:
         parents={"student": sha256_file(loaded.released)},
         dtype=transformer.dtype,
     )
+
+
+def _undistilled(draft: Path, teacher: LoadedPipeline) -> str | None:
+    """The one of two transformers that has no embeddings in `draft`, a student of the other."""
+    if teacher.family.defaults.guidance_2 is None:
+        return None
+    names = [denoiser.attribute for denoiser in read_model(teacher.source).contents.family.denoisers]
+    return next((name for name in names if not (draft / conditioning_name(name)).exists()), None)
 
 
 def _scales(teacher: LoadedPipeline, guidance: float) -> dict[str, float]:
