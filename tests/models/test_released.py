@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 
 from tests import published
@@ -177,6 +178,12 @@ def test_another_student_takes_the_place_of_one_and_of_what_was_added_to_it(tmp_
         pytest.raises(UserError, match="has a predictor attached"),
     ):
         load_student(file, loaded)
+    transformer, scheduler = loaded.pipe.transformer, loaded.pipe.scheduler
+    loaded.pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(UserError, match="is a UniPCMultistepScheduler"):
+        load_student(file, loaded)
+    loaded.pipe.scheduler = scheduler
+    assert loaded.pipe.transformer is transformer
     assert step_hook_of(loaded.pipe.transformer) is loaded.hook  # what was refused changed nothing
     assert Conditioning.of(loaded.pipe.transformer, loaded.family) is loaded.conditioning
     assert student_hash(load_student(file, loaded)) == own

@@ -202,6 +202,7 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
     released, attribute = Released.opened(path, "student", family), family.denoisers[0].attribute
     before: Any = denoisers_of(pipe, family)[0]
     _refuse_offloaded(before)
+    _grid_scheduler(pipe.scheduler, released.file)  # now, and not when the transformer has been replaced
     cls = getattr(diffusers, family.transformer)
     transformer, conditioning = released_student(released, cls, before.config, family, before.dtype)
     setattr(pipe, attribute, transformer.to(before.device))  # which a pipeline with a predictor refuses, as it was
