@@ -48,6 +48,7 @@ def test_classes_are_those_of_the_pipeline(family, pipes):
     assert [denoiser.until for denoiser in family.denoisers][-1] == 0
     assert {denoiser.until_config for denoiser in family.denoisers} - {None} <= pipe.config.keys()
     assert len(boundaries_of(pipe, family)) == len(family.denoisers) - 1
+    assert family.chunked_autoencoder in (None, type(pipe.vae).__name__)
 
 
 @EVERY_FAMILY

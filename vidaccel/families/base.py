@@ -228,6 +228,8 @@ class DiTFamily:
     """The transformer's forward argument that then takes 1000 g."""
     batched_autoencoder: bool = True
     """Whether the autoencoder takes several videos at once."""
+    chunked_autoencoder: str | None = None
+    """diffusers class of its autoencoder, where that goes through time in chunks, all of which take the same."""
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
     conditions: tuple[Condition, ...] = ()

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import compression_of, latent_size
 from vidaccel.models.live_bytes import FusedAttention, LiveBytes, weight_bytes
 from vidaccel.models.loading import LoadedPipeline
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 ROOM = 1.4
 """Free memory over what a way needs, for it to be taken: convolutions have workspaces, and allocators round. On an H200
 HunyuanVideo's 256 x 256 tiles took 4.5 GiB, weights included, where 3.6 are traced."""
-IN_CHUNKS = ("AutoencoderKLHunyuanVideo", "AutoencoderKLWan", "AutoencoderKLCogVideoX")
-"""Those that go through time in chunks, all of which take the same."""
+IN_CHUNKS = {family.chunked_autoencoder for family in FAMILIES.values()} - {None}
+"""Autoencoders that go through time in chunks, all of which take the same."""
 LIKE_ALL = 8
 """Latent frames, or one more of an odd number (for CogVideoX's first chunk), in which every kind of chunk is."""
 SMALLER = "ask for fewer frames or a smaller height and width"

@@ -59,6 +59,7 @@ COGVIDEOX = DiTFamily(
     predicts="v",
     latents="BTCHW",
     latent_frame_step=2,
+    chunked_autoencoder="AutoencoderKLCogVideoX",
     sized_inputs=(SizedInput("image_rotary_emb", function="vidaccel.families.cogvideox.rotary:rotations"),),
     static_embedders=("patch_embed.text_proj",),
 )

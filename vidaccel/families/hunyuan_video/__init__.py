@@ -108,6 +108,7 @@ HUNYUAN_VIDEO = DiTFamily(
     static_embedders=("rope", "context_embedder"),
     g_config="guidance_embeds",
     g_argument="guidance",
+    chunked_autoencoder="AutoencoderKLHunyuanVideo",
     split=SPLIT,
     fused="vidaccel.families.hunyuan_video.fused",
 )

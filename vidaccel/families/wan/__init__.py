@@ -60,6 +60,7 @@ WAN = DiTFamily(
     ),
     rotary="rope",
     static_embedders=("rope", "condition_embedder.text_embedder"),
+    chunked_autoencoder="AutoencoderKLWan",
     split=SequenceSplit(),
     fused="vidaccel.families.wan.fused",
 )
