@@ -152,30 +152,37 @@ def sharing(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None
     Raises:
         ProcessLost: another process failed or has gone.
     """
-    with Progress(title, total=total, done=done) as bar:
-        if world() == 1:
-            yield bar.advance
-            return
-        job = _Job(bar)
-        try:
-            yield job.advance
-            job.wait()
-        except BaseException:
-            job.fail()
-            raise
-        finally:
-            job.end()
-        on_all(lambda: None)  # the first to go may take the store with it
+    with Progress(title, total=total, done=done) as bar, _watched(bar.advance) as advance:
+        yield advance
 
 
-def by_first(title: str, function: Callable[[], Result]) -> Result:
-    """As `on_first`, for what takes long: meanwhile the others watch for a sign of life of process 0.
+@contextlib.contextmanager
+def _watched(show: Callable[[int], None]) -> Iterator[Callable[[], None]]:
+    """As `sharing`; how many more pieces are done is told to `show`."""
+    if world() == 1:
+        yield lambda: show(1)
+        return
+    job = _Job(show)
+    try:
+        yield job.advance
+        job.wait()
+    except BaseException:
+        job.fail()
+        raise
+    finally:
+        job.end()
+    on_all(lambda: None)  # the first to go may take the store with it
+
+
+def by_first(function: Callable[[], Result]) -> Result:
+    """As `on_first`, for what takes long: meanwhile the others watch for a sign of life of process 0. It has no bar of
+    its own: `function` may have one, or time something.
 
     Raises:
         ProcessLost: in the others, where it failed.
     """
     result = None
-    with sharing(title, total=0):
+    with _watched(lambda more: None):
         if rank() == 0:
             result = function()
     return cast(Result, on_first(lambda: result))
@@ -195,8 +202,8 @@ def key(name: str) -> str:
 class _Job:
     """How far the processes are, and that they live, counted in the store."""
 
-    def __init__(self, bar: Progress):
-        self._bar, self._shown = bar, 0
+    def __init__(self, show: Callable[[int], None]):
+        self._told, self._shown = show, 0
         self._name, self._store, self._over = next(_jobs), store(), threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
@@ -239,7 +246,7 @@ class _Job:
         return self._store.add(key(f"{self._name}/{name}"), by)
 
     def _show(self, done: int) -> None:
-        self._bar.advance(done - self._shown)
+        self._told(done - self._shown)
         self._shown = done
 
     def _live(self) -> None:

@@ -130,11 +130,11 @@ class Benchmark:
         if on_first(lambda: (self.folder / RUN_FILE).exists() and not self._unjudged):
             say_finished(self.folder)
             return on_first(lambda: read_json(self.folder / RESULTS_FILE, "remove the folder's run.json to go on"))
-        self.rows.rows = by_first("measuring", self._measure)
+        self.rows.rows = by_first(self._measure)
         if self.quality:
             self._announce()
             self._score()
-        return by_first("reporting", self._conclude)
+        return by_first(self._conclude)
 
     def _open_folder(self) -> None:
         check_writable(self.folder / RESULTS_FILE)
@@ -281,7 +281,7 @@ class Benchmark:
                         )
                         self._attempt(row, work, written=False)
                 self._attempt(row, partial(self._take, row, waiting, 0, bar.advance))
-            by_first("ceilings", partial(self._score_ceilings, others))
+            by_first(partial(self._score_ceilings, others))
 
     @property
     def _unjudged(self) -> list[Row]:
