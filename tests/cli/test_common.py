@@ -50,6 +50,7 @@ def test_status_and_words(error, status, said):
     [
         ([], "interrupted"),
         (["shard-00000.tar"], "interrupted; the same command goes on from what is collected"),
+        ([".made/0000.json"], "interrupted; the same command goes on from the videos that are made"),
         (
             ["checkpoints/step-00000400/state.json", "checkpoints/step-00000420/state.json"],
             "interrupted; the same command goes on from step 420",

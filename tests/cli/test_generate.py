@@ -122,6 +122,9 @@ def test_predicted_steps_are_counted_and_said(students):
     assert made["passes"] == {"full": 2, "predicted": 2}
     assert (made["predictor"], made["full_steps"]) == ("reuse", [0, 2])
     assert Path("out.mp4").read_bytes() == Path("videos/0001.mp4").read_bytes()
+    assert len(run("--prompts", "prompts.txt", "-o", "videos", *own, "schedule=schedule.json").stdout.splitlines()) == 2
+    Path("schedule.json").write_text(json.dumps({"steps": 4, "full_steps": [0, 3], "budget": 2}))
+    assert len(run("--prompts", "prompts.txt", "-o", "videos", *own, "schedule=schedule.json").stdout.splitlines()) == 2
     assert run("a blue square", *own, "every=2", "--seed", "1", "-o", "every.mp4").exit_code == 0
     assert Path("every.mp4").read_bytes() == Path("out.mp4").read_bytes()
     full = run("a blue square", *own, "every=1", "--seed", "1", "-o", "full.mp4")

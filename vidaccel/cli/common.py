@@ -113,6 +113,8 @@ def _interrupted(output: Path | None) -> str:
         collected = output is not None and any(output.glob("shard-*.tar"))
         if collected:
             return "interrupted; the same command goes on from what is collected"
+        if output is not None and any(output.glob(".made/*.json")):
+            return "interrupted; the same command goes on from the videos that are made"
         begun = output is not None and any(output.glob("**/metrics.jsonl"))
         return f"interrupted{'; nothing is saved yet, save_every= says how often' if begun else ''}"
     return f"interrupted; the same command goes on from {step}"

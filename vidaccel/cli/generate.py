@@ -91,7 +91,8 @@ def generate(
 
     vidaccel generate "a cat on a surfboard" model=path/to/model predictor=taylor every=3 --compare
 
-    The videos of --prompts that are there already, made of the same, are not made again.
+    The videos of --prompts that are there already, made of the same, are not made again, except with --sheet or
+    --compare.
 
     On many processes: torchrun --nproc-per-node=8 -m vidaccel generate --prompts FILE ...
 
@@ -207,10 +208,12 @@ def _one_video(config: GenerateConfig) -> str:
 def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dict[str, Any]]:
     """All that tells each video from another."""
     from vidaccel.config.loader import to_dict
+    from vidaccel.families.walk import denoisers_of
 
     apart = ("seed", "compare_to", "offload")  # said for each video, or what changes none
     config = {name: value for name, value in to_dict(ready.config).items() if name not in apart}
-    common = {"vidaccel": __version__, "config": config, "hashes": _hashes(ready)}
+    common = {"vidaccel": __version__, "config": config, "hashes": _hashes(ready), "full_steps": _full_steps(ready)}
+    common["dtype"] = str(next(denoisers_of(ready.loaded.pipe, ready.loaded.family)[0].parameters()).dtype)
     pictures = [sha256_file(image) for image in images] or [None]
     return [
         common | {"prompt": text, "seed": ready.config.seed + i, "image": pictures[i % len(pictures)]}
@@ -304,7 +307,7 @@ def _report(
     """What `--json` prints; of what is the same for all videos that of the last."""
     from vidaccel.models.grid import Grid, shift_of
 
-    config, loaded, attachment = ready.config, ready.loaded, ready.attachment
+    config, loaded = ready.config, ready.loaded
     own = loaded.call if config.shift is None else {}
     listed = Grid.listed(config.timesteps, config.sigmas) or Grid.listed(own.get("timesteps"), own.get("sigmas"))
     last, seconds = records[-1], _added({"load": ready.seconds}, *(record["seconds"] for record in records))
@@ -316,7 +319,7 @@ def _report(
         "seed": config.seed,
         "steps": last["steps"],
         "passes": last["passes"],
-        "full_steps": sorted(attachment.policy.full_steps) if attachment else None,
+        "full_steps": _full_steps(ready),
         "predictor": config.predictor,
         "shift": None if listed else config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "times": listed and list(listed.times),
@@ -329,6 +332,10 @@ def _report(
         "family": loaded.family.name,
         "hashes": _hashes(ready),
     }
+
+
+def _full_steps(ready: "Session") -> list[int] | None:
+    return sorted(ready.attachment.policy.full_steps) if ready.attachment else None
 
 
 def _hashes(ready: "Session") -> dict[str, str]:
