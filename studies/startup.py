@@ -3,8 +3,8 @@
 It writes a checkpoint of random weights beside the shipped encoders, and takes times in processes of their own:
 
     read   all weight files once through, without looking at them
-    load   `vidaccel generate` up to the first pass of the transformer, every page of its weights touched as a copy to
-           a device would; of that the imports, and what loading itself takes
+    load   what `vidaccel generate` does after imports, whose seconds are told apart, up to the first pass of the
+           transformer, every page of its weights touched as a copy to a device would
     ratio  loading over reading; `_cpu` is processor time alone, which other work disturbs less
 
 cold with the files put out of the page cache before (how much was left is said), and warm. Peak memory is what was

@@ -178,7 +178,7 @@ def _make_many(
 
     folder = files[0].parent
     with processes(), locked_by_first(folder), session(config, device, images=images) as ready:
-        made_of = _made_of(ready, texts, images)
+        made_of = on_first(lambda: _made_of(ready, texts, images))  # whose hashes read the weights once, not in each
         todo = on_first(lambda: [i for i, file in enumerate(files) if noted(file, made_of[i]) is None])
         if len(todo) < len(files):
             log.info("%d of %d videos are there already", len(files) - len(todo), len(files))

@@ -173,7 +173,7 @@ def decoding(loaded: LoadedPipeline, batch: int, *, num_frames: int, height: int
     except torch.OutOfMemoryError as error:
         text = " ".join(str(error).split())
         raise UserError(
-            f"{device.type} is out of memory: {text}", f"set decode=tiled or offload=group, or {SMALLER}"
+            f"{device.type} is out of memory: {text}", f"{SMALLER}; `generate` takes decode=tiled and offload=group too"
         ) from error
     finally:
         for name, value in before.items():
