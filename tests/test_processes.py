@@ -14,7 +14,7 @@ from vidaccel import processes as module
 from vidaccel import ranks
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import ProcessLost, UserError
-from vidaccel.processes import gathered, on_all, rank, sharing
+from vidaccel.processes import by_first, gathered, on_all, rank, sharing
 from vidaccel.ranks import Share, refuse_many, share
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.train.test_parallel", __name__])
@@ -44,6 +44,7 @@ def test_alone_nothing_is_shared(monkeypatch):
     with sharing("alone", total=2) as advance:
         advance()
     assert gathered("abc", str.upper) == ["A", "B", "C"]
+    assert by_first(lambda: "done") == "done"
 
 
 def collect(folder: Path, count: int = 11) -> None:
@@ -61,7 +62,10 @@ def computed(folder: Path) -> list[int]:
 
 def share_and_fail(folder: Path) -> None:
     assert gathered(list(range(5)), lambda i: (rank(), i * i)) == [(i % 2, i * i) for i in range(5)]
+    assert by_first(lambda: rank() + 7) == 7
     collect(folder)
+    with pytest.raises(ZeroDivisionError if rank() == 0 else ProcessLost):
+        by_first(lambda: 1 / 0)
     with pytest.raises(ProcessLost if rank() == 0 else UserError), sharing("failing", total=2):
         if rank():
             raise UserError("this one fails", "mend it")
