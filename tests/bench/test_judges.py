@@ -1,6 +1,11 @@
 """Scores are the same whoever judges."""
 
+import multiprocessing
+import os
 import random
+import signal
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,3 +61,38 @@ def test_without_a_scorer_or_a_reference(videos):
 def test_how_many_processes(count, device, expected):
     with judges(BenchmarkConfig(scoring_processes=count), SimpleNamespace(type=device)) as others:
         assert (others is not None) is expected
+
+
+def test_judges_end_with_the_process_that_they_judge_for():
+    """Whose SIGTERM they do not take for it, and which may be killed."""
+
+    def benchmark(told) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        with judges(BenchmarkConfig(scoring_processes=2), torch.device("cpu")) as others:
+            told.send((others.submit(_ends_on_sigterm).result(), list(others._processes)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    way = multiprocessing.get_context("fork")
+    here, there = way.Pipe()
+    process = way.Process(target=benchmark, args=(there,))
+    process.start()
+    there.close()
+    ends_on_sigterm, pids = here.recv()
+    process.join()
+    assert ends_on_sigterm
+    ended = time.monotonic() + 20
+    while any(_lives(pid) for pid in pids):
+        assert time.monotonic() < ended
+        time.sleep(0.05)
+
+
+def _ends_on_sigterm() -> bool:
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def _lives(pid: int) -> bool:
+    """A dead one that nobody has waited for is as good as gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

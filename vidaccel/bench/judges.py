@@ -6,6 +6,8 @@ keep up with a GPU. Each has one thread.
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,9 +38,20 @@ def judges(config: BenchmarkConfig, device: torch.device) -> Iterator[Executor |
         return
     # Forked, as torch's own loaders are: another way of starting would run the caller's script again.
     way = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(count, way, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+    with ProcessPoolExecutor(count, way, initializer=_begin) as executor:
         executor.submit(os.getpid).result()  # forks all of them, before a bar has a thread
         yield executor
+
+
+def _begin() -> None:
+    """Of a judge: one thread, no part in what its parent does about signals, and an end with it: one that is left holds
+    the memory of the device that it was forked with."""
+    torch.set_num_threads(1)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def judged(

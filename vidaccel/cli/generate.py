@@ -91,8 +91,7 @@ def generate(
 
     vidaccel generate "a cat on a surfboard" model=path/to/model predictor=taylor every=3 --compare
 
-    The videos of --prompts that are there already, made of the same, are not made again, except with --sheet or
-    --compare.
+    The videos of --prompts that are there already, made of the same, are not made again (but for --sheet, --compare).
 
     On many processes: torchrun --nproc-per-node=8 -m vidaccel generate --prompts FILE ...
 
