@@ -29,7 +29,7 @@ HEADLINE = (
     "cfg-50",
     "student-8",
     "student-4",
-    "teacache-at-4",
+    "cache-dit-taylor-at-4",
     "reuse-4-of-8-searched",
     "scalars-4-of-8",
     "predictor-4-of-8-searched",
