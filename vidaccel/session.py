@@ -30,7 +30,7 @@ from vidaccel.models.loading import LoadedPipeline, ModelFiles, load_pipeline, r
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
-from vidaccel.runtime.context_parallel import check_split, check_tokens, split
+from vidaccel.runtime.context_parallel import check_split, check_tokens, neighbours, split
 from vidaccel.runtime.offload import check_offload, offload
 from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_unknown_words
 
@@ -151,6 +151,7 @@ def _split(loaded: LoadedPipeline, config: GenerateConfig, device: torch.device)
     for transformer in denoisers_of(loaded.pipe, loaded.family):
         check_tokens(transformer, config.parallel, latent_size(loaded, **size))
         split(transformer, loaded.family, config.parallel, config.attention, device)
+    loaded.devices = neighbours(config.parallel, device)
     return asdict(config.parallel)
 
 

@@ -27,9 +27,12 @@ from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, denoisers_of, width
 from vidaccel.forecasters.learned import new_predictor
+from vidaccel.models.calling import compression_of
 from vidaccel.processes import rank
 from vidaccel.runtime import context_parallel
-from vidaccel.runtime.context_parallel import check_split, check_tokens, joint_mask, split
+from vidaccel.runtime.context_parallel import check_split, check_tokens, joint_mask, neighbours, split
+from vidaccel.runtime.decode import Tiles
+from vidaccel.runtime.shared_tiles import sharing_tiles
 
 PROMPT, STEPS = "a red circle", 3
 FAMILIES_SPLIT = sorted(name for name in BUILDERS if FAMILIES[name].split)
@@ -86,6 +89,7 @@ def both_ways(folder: Path) -> None:
             what_is_sent(pipe, predictors["network"])
         for which, got in made.items():
             assert np.abs(got - alone[which.partition(",")[0]]).max() < 1e-5, (name, which)
+    tiles_are_shared()
     in_a_ring()
     from_the_command_line(folder)
 
@@ -115,6 +119,28 @@ def what_is_sent(pipe, predictor) -> None:
     assert len(gathered) == attachment.full_passes + attachment.predicted_passes
 
 
+def tiles_are_shared() -> None:
+    """Three tiles: the first process makes two of them, the second one, and both get the frames of one process."""
+    devices = neighbours(TWO, CPU)
+    for name in ("hunyuan_video", "hunyuan_video_15", "ltx_video", "wan"):
+        pipe = tiny_pipeline(name)
+        vae, pixels = pipe.vae, compression_of(pipe, FAMILIES[name])[1]
+        Tiles.of((6, 12), (1, 3), 2, pixels).set(vae, pixels)
+        channels = vae.config.get("latent_channels") or vae.config.z_dim
+        latent = torch.randn(1, channels, 3, 6, 12, generator=torch.Generator().manual_seed(0))
+        told = {"temb": torch.tensor([0.05])} if vae.config.get("timestep_conditioning") else {}
+        with patch.object(vae.decoder, "forward", wraps=vae.decoder.forward) as calls:
+            with torch.no_grad():
+                alone = vae.decode(latent, **told).sample
+            of_three = calls.call_count
+            calls.reset_mock()
+            with torch.no_grad(), sharing_tiles(vae, devices):
+                shared = vae.decode(latent, **told).sample
+        assert torch.equal(shared, alone), name
+        assert 3 * calls.call_count == of_three * (2 - rank())
+        assert not {"tiled_decode", "forward"} & {*vars(vae), *vars(vae.decoder)}
+
+
 def with_log_sum_exp(ctx, query, key, value, *args, **kwargs):
     """In the place of diffusers' native attention, which refuses to give what a ring adds parts up by."""
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
@@ -141,7 +167,8 @@ def in_a_ring() -> None:
 def from_the_command_line(folder: Path) -> None:
     said, output = StringIO(), folder / f"{rank()}.mp4"
     with redirect_stdout(said):
-        generate([PROMPT, f"model={folder / 'model'}", "steps=1", "parallel.ulysses=2"], output=output, as_json=True)
+        words = [f"model={folder / 'model'}", "steps=1", "parallel.ulysses=2", "decode=tiled"]
+        generate([PROMPT, *words], output=output, as_json=True)
     assert output.exists() == (rank() == 0)
     if rank() == 0:
         assert json.loads(said.getvalue())["runtime"]["parallel"] == {"ulysses": 2, "ring": 1}

@@ -15,7 +15,7 @@ from vidaccel.models.calling import compression_of
 from vidaccel.models.live_bytes import LiveBytes, weight_bytes
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.runtime import decode
-from vidaccel.runtime.decode import Tiles, bytes_needed, decoding, tilings
+from vidaccel.runtime.decode import Tiles, _shareable, bytes_needed, decoding, tilings
 from vidaccel.runtime.prepare import prepare
 from vidaccel.sampling import generate
 from vidaccel.worlds.sprites.render import render
@@ -70,6 +70,17 @@ def test_seams_of_sprites_are_small():
     for pieces, least in SEAMS.items():
         Tiles.of((8, 8), pieces, 8, 8).set(vae, 8)
         assert least < psnr(decoded(loaded, latent).clamp(-1, 1), whole.clamp(-1, 1)) < 60
+
+
+def test_devices_that_make_a_video_have_a_tile_each():
+    vae = load_pipeline("sprites/teacher").pipe.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    every = list(tilings(vae, (8, 16), 8))
+    assert _shareable(every, (8, 16), 1) == every
+    counts = [math.prod(tiles.counts((8, 16))) for tiles in every]
+    assert counts[:2] == [2, 4]
+    assert _shareable(every, (8, 16), 3) == every[1:]
+    assert _shareable(every, (8, 16), 64) == every[-1:]
 
 
 def test_tiles_cover_the_latent_in_so_many_pieces():

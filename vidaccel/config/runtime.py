@@ -23,8 +23,8 @@ class RuntimeConfig:
 
     decode: str = "auto"
     """How latents become frames: `whole` (in space; in time as diffusers goes through it), `tiled` (the largest tiles
-    that free memory allows, which blend), or `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as the
-    autoencoder is)."""
+    that free memory allows, which blend, and which the devices of one video share), or `auto` (on a CUDA device whole
+    where it fits, else tiled; on a CPU as the autoencoder is)."""
 
     def __post_init__(self) -> None:
         kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")

@@ -17,6 +17,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
+from torch.distributed.device_mesh import DeviceMesh
 
 from vidaccel.artefacts import RUN_FILE, own_files, read_run, refuse_unfinished, sha256_file, verify_files
 from vidaccel.compat.accelerate import is_offloaded
@@ -77,6 +78,8 @@ class LoadedPipeline:
     """Of several denoisers each after the first alone, as by `of_one`: `conditioning` and `hook` are the first's."""
     decode: str = "auto"
     """How its latents become frames: `auto`, `tiled` or `whole` (runtime/decode.py)."""
+    devices: DeviceMesh | None = None
+    """Of one dimension: the processes that make a video together, each with this pipeline."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vidaccel.compat.diffusers import (
     ContextParallelInput,
@@ -85,6 +85,16 @@ def split(
     transformer.register_forward_pre_hook(partial(_check_call, family, parallel), with_kwargs=True)
     if _splits_text(family):
         TextShards(transformer, family, distributed.get_rank() % parallel.devices, parallel.devices)
+
+
+def neighbours(parallel: ParallelConfig, device: torch.device) -> DeviceMesh:
+    """The processes that make this one's video, as a mesh of one dimension; every process is to call it."""
+    shape = world() // parallel.devices, parallel.devices
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("videos", "devices"))
+    own = mesh["devices"]
+    for each in (mesh, own):
+        group_ends_with(each)
+    return own
 
 
 def check_split(family: DiTFamily, parallel: ParallelConfig, device: torch.device, attention: str) -> None:

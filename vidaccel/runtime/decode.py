@@ -3,7 +3,8 @@
     whole  whole in space, and in time as diffusers goes through it: HunyuanVideo in chunks of 16 frames that are
            blended, Wan and CogVideoX in chunks that hand on what their causal convolutions need (which changes no
            frame), HunyuanVideo-1.5 and LTX-Video at once
-    tiled  in tiles, as few and large as memory allows, no smaller than diffusers' own, blended where they overlap
+    tiled  in tiles, as few and large as memory allows, no smaller than diffusers' own, blended where they overlap; as
+           many at least as there are devices that make the video, which share them
     auto   whole where that fits, else tiled; on a CPU, and where somebody has enabled tiling, the autoencoder is left
            as it is
 
@@ -12,7 +13,7 @@ What a way needs is read off a run of the same autoencoder on the meta device, w
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -30,6 +31,7 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import compression_of, latent_size
 from vidaccel.models.live_bytes import FusedAttention, LiveBytes, weight_bytes
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.runtime.shared_tiles import sharing_tiles
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,12 @@ class Tiles:
         unit = min(fine, key=lambda unit: math.prod(map(min, extent, (unit * each for each in shares[unit]))))
         height, width = (unit * each for each in shares[unit])
         return cls(height, width, unit)
+
+    def counts(self, extent: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tiles in a latent of (height, width)."""
+        sides = (self.height, self.width)
+        rows, columns = (-(-whole // (side - side // self.unit)) for whole, side in zip(extent, sides, strict=True))
+        return rows, columns
 
     def set(self, vae: Any, pixels: int) -> None:
         """Enable them; an autoencoder takes those of its class's words for a tile that it knows."""
@@ -169,7 +177,8 @@ def decoding(loaded: LoadedPipeline, batch: int, *, num_frames: int, height: int
         if loaded.decode != "auto" or device.type != "cpu" and _tileable(vae) and not vae.use_tiling:
             frames = latent_size(loaded, num_frames=num_frames, height=height, width=width)
             _choose(loaded, (batch, _channels(vae), *frames), device)
-        yield
+        with sharing_tiles(vae, loaded.devices):
+            yield
     except torch.OutOfMemoryError as error:
         text = " ".join(str(error).split())
         raise UserError(
@@ -192,7 +201,7 @@ def _choose(loaded: LoadedPipeline, latent: tuple[int, ...], device: torch.devic
     if loaded.decode != "tiled":
         ways.append(None)
     if loaded.decode != "whole":
-        ways += tilings(vae, extent, pixels)
+        ways += _shareable(tilings(vae, extent, pixels), extent, loaded.devices.size() if loaded.devices else 1)
     tiles, needed = None, 0
     for tiles in ways:
         needed = bytes_needed(vae, latent, tiles) + brought
@@ -210,12 +219,17 @@ def _choose(loaded: LoadedPipeline, latent: tuple[int, ...], device: torch.devic
     vae.disable_tiling() if tiles is None else tiles.set(vae, pixels)
 
 
+def _shareable(ways: Iterable[Tiles], extent: tuple[int, int], devices: int) -> list[Tiles]:
+    """Those of as many tiles as devices at least, or the one of most."""
+    every = list(ways)
+    return [tiles for tiles in every if math.prod(tiles.counts(extent)) >= devices] or every[-1:]
+
+
 def _named(tiles: Tiles | None, extent: tuple[int, int], pixels: int) -> str:
     if tiles is None:
         return "whole"
-    sides = (tiles.height, tiles.width)
-    rows, columns = (-(-whole // (side - side // tiles.unit)) for whole, side in zip(extent, sides, strict=True))
-    height, width = (min(whole, side) * pixels for whole, side in zip(extent, sides, strict=True))
+    rows, columns = tiles.counts(extent)
+    height, width = (min(whole, side) * pixels for whole, side in zip(extent, (tiles.height, tiles.width), strict=True))
     return f"in {rows} x {columns} tiles of {height} x {width}"
 
 
