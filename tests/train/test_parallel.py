@@ -16,25 +16,30 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from tests.tiny import tiny_pipeline
+from tests.tiny import called, guided, tiny_pipeline
 from tests.train.test_metrics import Notebook
 from tests.train.test_trainer import interrupting_at, metrics, small_disk
 from tests.train.torchrun import in_two, start
+from vidaccel.cache.trunk import Trunk
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.families.registry import FAMILIES
+from vidaccel.families.walk import blocks_of
 from vidaccel.processes import on_all, on_first, processes, rank, world
 from vidaccel.train.lora import add_lora
-from vidaccel.train.parallel import full_state, load_sharded, mean, save_sharded, shard, shared_folder
+from vidaccel.train.parallel import full_state, load_sharded, mean, reshard, save_sharded, shard, shared_folder
 from vidaccel.train.trainer import train
 
 CONFIG = TrainConfig(steps=5, learning_rate=0.01, warmup=2, ema_decay=0.9, save_every=2, log_every=1)
@@ -154,6 +159,75 @@ def test_adapters_and_recomputed_activations_are_sharded_too(tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+class Scaled(nn.Module):
+    """A forecaster with a gradient: what is remembered, times a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, tokens, memory, t):
+        return {name: self.scale * left for name, left in memory[0].tokens.items()}
+
+
+def three_passes(transformer, family, inputs, before) -> list[torch.Tensor]:
+    """What a full, a predicted and a full pass give, and the gradient of the forecaster of the second."""
+    made, forecaster = [], Scaled()
+    with Trunk(transformer, family) as trunk:
+        for way in (trunk.full(t=0.9), trunk.predicted(forecaster, t=0.8), trunk.full(t=0.7)):
+            before()
+            with way:
+                made.append(transformer(**inputs)[0])
+        made[1].square().mean().backward()
+    return [*made, forecaster.scale.grad]
+
+
+def gather(name: str) -> None:
+    """A full pass gathers all weights, a predicted one those outside the blocks; both give what whole weights give."""
+    pipe, family, given = tiny_pipeline(name), FAMILIES[name], []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    pipe("a", num_inference_steps=1, output_type="latent", **called(pipe) | guided(pipe, 1.0))
+    hook.remove()
+    alone = three_passes(pipe.transformer, family, given[0], before=lambda: None)
+
+    model = tiny_pipeline(name).transformer
+    blocks = [block for _, block in blocks_of(model, family)]
+    every, of_blocks = gathered_bytes([model]), gathered_bytes(blocks)
+    shard(model, blocks)
+    gathered, op = [], "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather_op = getattr(dist, op)
+
+    def gathering(output_tensor, *args, **kwargs):
+        gathered[-1] += output_tensor.nbytes
+        return gather_op(output_tensor, *args, **kwargs)
+
+    def before() -> None:
+        reshard(model)
+        gathered.append(0)
+
+    with patch.object(dist, op, gathering):
+        sharded = three_passes(model, family, given[0], before)
+    assert gathered[:2] == [every, every - of_blocks], name
+    torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(alone[0], alone[1]) and alone[3]
+    assert [block for _, block in blocks_of(model, family)] == blocks
+
+
+def gathered_bytes(modules: list[nn.Module]) -> int:
+    """Of their weights, each padded until its rows divide between two."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return sum(2 * -(-len(p) // 2) * p[0].numel() * p.element_size() for p in parameters)
+
+
+def gather_in_both(names: list[str]) -> None:
+    for name in names:
+        gather(name)
+
+
+def test_a_predicted_pass_gathers_no_weights_of_blocks():
+    in_two(gather_in_both, ["wan", "hunyuan_video"])
 
 
 def collectives(folder: Path) -> None:

@@ -109,7 +109,7 @@ class BlockHook(ModelHook):
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
         current_pass = self.trunk.current_pass
         if current_pass is not None and current_pass.forecaster is not None:
-            return self._predicted(current_pass, args, kwargs)
+            return self.predicted(current_pass, args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.last and current_pass is not None:
             left = named_outputs(self.kind, output)
@@ -121,12 +121,25 @@ class BlockHook(ModelHook):
         self.trunk.reset()
         return module
 
-    def _predicted(self, current_pass: TrunkPass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    def predicted(self, current_pass: TrunkPass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
         """As the block itself would return it."""
         tokens = named_arguments(self.kind, args, kwargs)
         if self.first:
             tokens = tokens | current_pass.forecaster(tokens, current_pass.memory, current_pass.t)
         return as_output(self.kind, tokens)
+
+
+class Absent(nn.Module):
+    """In the place of a block whose weights are sharded, which any call of it would gather."""
+
+    def __init__(self, hook: BlockHook):
+        super().__init__()
+        self.hook = hook
+
+    def forward(self, *args, **kwargs) -> Any:
+        current_pass = self.hook.trunk.current_pass
+        assert current_pass is not None
+        return self.hook.predicted(current_pass, args, kwargs)
 
 
 def _detached(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

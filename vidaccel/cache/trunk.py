@@ -31,6 +31,7 @@ transformer's forward back to what it was after each generation.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import Tensor, nn
 
-from vidaccel.cache.blocks import BlockHook, OpenContext, StaticEmbedder, TrunkPass
+from vidaccel.cache.blocks import Absent, BlockHook, OpenContext, StaticEmbedder, TrunkPass
 from vidaccel.cache.memory import Memory
 from vidaccel.compat.diffusers import (
     checkpointing,
@@ -47,6 +48,7 @@ from vidaccel.compat.diffusers import (
     remove_hook_registry,
     set_checkpointing,
 )
+from vidaccel.compat.torch import is_sharded
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of
@@ -90,7 +92,10 @@ class Trunk:
         """What full passes have left."""
         self.open = OpenContext()
         self._undo: list[Callable[[], None]] = []
-        self._release_checkpoints: Callable[[], None] = _nothing
+        self._absent: dict[str, nn.ModuleList] = {}
+        """By the name of a list of blocks, what stands in its place where it is taken out."""
+        self._at_end: list[Callable[[], None]] = []
+        """What puts the transformer back when the pass ends."""
 
     @contextmanager
     def full(self, t: float | Tensor | None = None) -> Iterator[None]:
@@ -130,7 +135,9 @@ class Trunk:
         if getattr(self.transformer, "is_cache_enabled", False):
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
         for index, (kind, block) in enumerate(blocks):
-            self._hook(block, BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1))
+            hook = BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1)
+            self._hook(block, hook)
+            self._absent.setdefault(kind.name, nn.ModuleList()).append(Absent(hook))
         modules = dict(self.transformer.named_modules())
         for path in self.family.static_embedders:
             if path in modules:  # that of an image is missing from models without one
@@ -145,6 +152,7 @@ class Trunk:
         self.reset()
         while self._undo:
             self._undo.pop()()
+        self._absent.clear()
         forget_listed_hooks(self.transformer)
 
     def __enter__(self) -> "Trunk":
@@ -196,12 +204,14 @@ class Trunk:
         self.current_pass = TrunkPass(mode.forecaster, memory, mode.t, context, mode.final, mode.passes)
         if getattr(transformer, "gradient_checkpointing", False):
             self._bind_checkpoints(self.current_pass)
+        if mode.forecaster is not None and any(is_sharded(block) for _, block in blocks_of(transformer, self.family)):
+            self._take_out_blocks()
 
     def _end(self, transformer: nn.Module, inputs: tuple, output: Any) -> None:
         """`output` is None if the pass raised."""
         current_pass, self.current_pass = self.current_pass, None
-        self._release_checkpoints()
-        self._release_checkpoints = _nothing
+        while self._at_end:
+            self._at_end.pop()()
         if output is None:
             self.reset()
         elif current_pass is not None:
@@ -233,15 +243,15 @@ class Trunk:
 
             return checkpoint(run, *arguments)
 
-        def release() -> None:
-            set_checkpointing(self.transformer, checkpoint)
-
         set_checkpointing(self.transformer, bound)
-        self._release_checkpoints = release
+        self._at_end.append(lambda: set_checkpointing(self.transformer, checkpoint))
 
-
-def _nothing() -> None:
-    """Undoes nothing."""
+    def _take_out_blocks(self) -> None:
+        """Until the pass ends: their hooks answer for them, and FSDP2 gathers no weights that nobody uses."""
+        for name, absent in self._absent.items():
+            blocks = getattr(self.transformer, name)
+            setattr(self.transformer, name, absent)
+            self._at_end.append(partial(setattr, self.transformer, name, blocks))
 
 
 def _time(t: float | Tensor | None) -> Tensor | None:

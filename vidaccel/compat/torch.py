@@ -132,6 +132,11 @@ LOADED_BY_FSDP = "torch._dynamo"
 """What sharding a model imports, for seconds; a server that processes are forked from loads it beforehand."""
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards this very module, told by the name of its class, which takes seconds to import."""
+    return any(of.__name__ == "FSDPModule" for of in type(module).__mro__)
+
+
 def recompile_limit() -> int:
     """How many graphs torch.compile makes of one function; public only in later versions than 2.8."""
     return torch._dynamo.config.recompile_limit
