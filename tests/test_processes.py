@@ -45,6 +45,9 @@ def test_alone_nothing_is_shared(monkeypatch):
         advance()
     assert gathered("abc", str.upper) == ["A", "B", "C"]
     assert by_first(lambda: "done") == "done"
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "8")  # likewise
+    assert ranks.launched() == 1
 
 
 def collect(folder: Path, count: int = 11) -> None:

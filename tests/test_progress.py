@@ -48,6 +48,7 @@ def test_a_bar_within_another_is_a_line_of_it(monkeypatch):
 
 def test_of_many_processes_a_bar_within_another_is_not_shown(monkeypatch):
     shown = terminal(monkeypatch)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with Progress("videos", total=2), Progress("denoising", total=4) as inner:
         inner.advance()

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import itertools
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ def on_first(function: Callable[[], Result]) -> Result:
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = _portable(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -113,13 +114,22 @@ def on_all(function: Callable[[], Result]) -> Result:
     try:
         result = function()
     except Exception as error:
-        failure = error
+        failure = _portable(error)
     failures = [None] * world()
     dist.all_gather_object(failures, failure)
     for error in failures:
         if error is not None:
             raise error
     return cast(Result, result)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def gathered(items: Sequence[Item], of: Callable[[Item], Result]) -> list[Result]:

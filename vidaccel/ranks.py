@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 
 
 def launched() -> int:
-    """Number of processes that were started together; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes that were started together; 1 without torchrun, whatever else has set WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def number() -> int:

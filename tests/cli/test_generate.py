@@ -237,6 +237,7 @@ def test_videos_of_prompts_are_made_once(models):
 
 
 def test_what_many_processes_do_not_share_is_refused(models, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     Path("prompts.txt").write_text("a red circle\n")
     for words in (["a red circle"], ["a red circle", "--compare"], ["--prompts", "prompts.txt", "--sheet", "s.png"]):

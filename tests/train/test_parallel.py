@@ -238,6 +238,9 @@ def collectives(folder: Path) -> None:
         on_first(lambda: refuse(rank()))
     assert (error.value.message, error.value.hint) == ("no, 0", "go")
     assert on_all(rank) == rank()
+    for agree in (on_first, on_all):
+        with pytest.raises(RuntimeError, match="Unsendable: two words"):
+            agree(unsendable)
     with pytest.raises(UserError, match="no, 1"):
         on_all(lambda: refuse(1) if rank() == 1 else None)
     with shared_folder(folder / "shared") as temporary:
@@ -247,6 +250,17 @@ def collectives(folder: Path) -> None:
     with pytest.raises(RuntimeError), shared_folder(folder / "not"):
         raise RuntimeError
     assert not (folder / "not").exists()
+
+
+class Unsendable(Exception):
+    """One that pickle writes and cannot read."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
+def unsendable():
+    raise Unsendable("two", "words")
 
 
 def refuse(number: int):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -195,8 +195,14 @@ def _make_many(
                 advance()
         if world() > 1:
             say(f"{folder}: {len(files)} videos")
-        records = [noted(file, what) for file, what in zip(files, made_of, strict=True)]
-        return _report(ready, texts, files, None, [record for record in records if record])
+        records = []
+        for file, what in zip(files, made_of, strict=True):
+            records.append(noted(file, what) or _refuse_changed(file))
+        return _report(ready, texts, files, None, records)
+
+
+def _refuse_changed(file: Path) -> NoReturn:
+    raise UserError(f"{file} was changed meanwhile", "give the same command again")
 
 
 def _one_video(config: GenerateConfig) -> str:
