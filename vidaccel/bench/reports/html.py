@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,38 @@ LOOKS = Path(__file__).parent
 
 def write_report(folder: Path, results: dict[str, Any], rows: Rows) -> None:
     """All of them, from results.json's content and the frames and clips that the rows kept."""
-    for name, draw in ((PARETO_FILE, pareto), (FRONTIER_FILE, frontier)):
-        if (picture := draw(results)) is not None:
-            with atomic_path(folder / name) as temporary:
-                temporary.write_bytes(picture)
+    pictures = pictures_of(results)
+    for name, (light, _) in pictures.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(light)
     shown = [(row, frames) for row in rows.rows if (frames := rows.frames(row)) is not None]
     if shown:
         contact_sheet([frames for _, frames in shown], folder / SHEET_FILE, labels=[row.name for row, _ in shown])
     clips = {row.id: clip for row in rows.rows if (clip := rows.clip(row)) is not None}
     with atomic_path(folder / REPORT_FILE) as temporary:
-        temporary.write_text(report(results, folder, clips), encoding="utf-8")
+        temporary.write_text(report(results, folder, clips, pictures), encoding="utf-8")
 
 
-def report(results: dict[str, Any], folder: Path, clips: dict[str, bytes] | None = None) -> str:
-    """The page, with the sheet of frames that lies in `folder` inside it, and `clips`, mp4s by the ids of runs."""
+def pictures_of(results: dict[str, Any]) -> dict[str, tuple[bytes, bytes]]:
+    """PNGs on white and on black, by the name of the file that the first is written to."""
+    drawn = {name: (draw(results), draw(results, dark=True)) for name, (draw, _) in PICTURES.items()}
+    return {name: (light, dark) for name, (light, dark) in drawn.items() if light and dark}
+
+
+def report(
+    results: dict[str, Any],
+    folder: Path,
+    clips: dict[str, bytes] | None = None,
+    pictures: dict[str, tuple[bytes, bytes]] | None = None,
+) -> str:
+    """The page, with the sheet of frames that lies in `folder` inside it, `clips`, mp4s by the ids of runs, and what
+    `pictures_of` gives."""
     runs = results["runs"]
     parts = [
         "<h1>How fast, and at what cost</h1>",
         _about(results),
         *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _size(results, list(of_size))),
-        _pictures(results),
+        *(_picture(*pair, PICTURES[name][1]) for name, pair in (pictures or {}).items()),
         _clips(runs, clips or {}, folder / SHEET_FILE),
         *_contrasts(results, runs),
         *(part for _, of_size in groupby(runs, key=lambda run: run["size"]) for part in _scores(list(of_size))),
@@ -175,21 +187,18 @@ def _with_interval(run: dict[str, Any], name: str) -> str:
     return f"{where[key]:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _pictures(results: dict[str, Any]) -> str:
-    known = [(draw, text) for draw, text in PICTURES if draw(results, dark=True) is not None]
-    return "".join(
-        f"<h2>{text}</h2>{_picture(lambda dark, draw=draw: draw(results, dark), text)}" for draw, text in known
-    )
+PICTURES = {
+    FRONTIER_FILE: (frontier, "Quality for so many full passes"),
+    PARETO_FILE: (pareto, "Speed against quality, every row"),
+}
+"""What draws it, and its heading."""
 
 
-PICTURES = ((frontier, "Quality for so many full passes"), (pareto, "Speed against quality, every row"))
-
-
-def _picture(draw: Callable[[bool], bytes | None], text: str) -> str:
+def _picture(light: bytes, dark: bytes, text: str) -> str:
     """In the colours that the reader's system has."""
-    dark, light = (f"data:image/png;base64,{base64.b64encode(draw(each) or b'').decode()}" for each in (True, False))
-    source = f"<source media='(prefers-color-scheme: dark)' srcset='{dark}'>"
-    return f"<p><picture>{source}<img alt='{html.escape(text)}' src='{light}'></picture></p>"
+    on_white, on_black = (f"data:image/png;base64,{base64.b64encode(each).decode()}" for each in (light, dark))
+    source = f"<source media='(prefers-color-scheme: dark)' srcset='{on_black}'>"
+    return f"<h2>{text}</h2><p><picture>{source}<img alt='{html.escape(text)}' src='{on_white}'></picture></p>"
 
 
 def _clips(runs: Sequence[dict[str, Any]], clips: dict[str, bytes], sheet: Path) -> str:
