@@ -130,10 +130,6 @@ def test_is_traceable_wrapper_subclass():
     assert not compat.is_traceable_wrapper_subclass(torch.ones(2))
 
 
-def test_tree_leaves():
-    assert compat.tree_leaves(({"a": 1}, [2, (3,)])) == [1, 2, 3]
-
-
 def test_forget_groups():
     class Mesh:
         pass

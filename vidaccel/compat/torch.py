@@ -12,9 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 # documentation of subclasses names under these paths, for want of public ones.
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-# Tensors within nested containers; `torch.utils.pytree` is not in every version from 2.8 on.
-from torch.utils._pytree import tree_leaves
-
 __all__ = [
     "CPU_ATTENTION",
     "INT8_PRODUCT",
@@ -37,7 +34,6 @@ __all__ = [
     "set_convolution",
     "set_recompile_limit",
     "storage_key",
-    "tree_leaves",
     "uncompiled",
 ]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass, storage_key, tree_leaves
+from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass, storage_key
 
 
 class LiveBytes(TorchDispatchMode):
@@ -19,28 +19,30 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.peak = 0
-        self._live: dict[int, int] = {}
-
-    @property
-    def now(self) -> int:
-        """Bytes that are alive."""
-        return sum(self._live.values())
+        self.peak, self.now = 0, 0
+        """Bytes that were alive at most, and that are."""
+        self._live: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        known = {storage_key(storage) for storage in _storages((args, kwargs))}  # a view of a weight makes nothing
-        for storage in _storages(result):
-            if storage_key(storage) not in known:
-                self._follow(storage)
-        self.peak = max(self.peak, self.now)
+        made = {key: storage for storage in _storages(result) if (key := storage_key(storage)) not in self._live}
+        if made:
+            for storage in _storages((args, kwargs)):  # a view of a weight makes nothing
+                made.pop(storage_key(storage), None)
+            for key, storage in made.items():
+                self._follow(key, storage)
+            self.peak = max(self.peak, self.now)
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage_key(storage)
-        if key not in self._live:
-            self._live[key] = storage.nbytes()
-            weakref.finalize(storage, self._live.pop, key)
+    def _follow(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            del self._live[key]
+            self.now -= size
+
+        self._live[key] = weakref.ref(storage, gone)
+        self.now += size
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
@@ -49,17 +51,17 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
     return sum({storage_key(storage): storage.nbytes() for storage in _storages(weights)}.values())
 
 
-def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [part.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for part in _parts(leaf)]
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Quantised weights are tensors made of others, and have no storage of their own."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in what an operation takes or gives: one, or lists and dictionaries of such."""
+    if isinstance(tree, Tensor):
+        if is_traceable_wrapper_subclass(tree):  # quantised weights are made of others, with no storage of their own
+            for name in tree.__tensor_flatten__()[0]:
+                yield from _storages(getattr(tree, name))
+        else:
+            yield tree.untyped_storage()
+    elif isinstance(tree, list | tuple | dict):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _storages(each)
 
 
 class FusedAttention(TorchFunctionMode):
