@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
-from vidaccel.config.loader import SCHEMAS, conf_root, load, to_yaml
+from vidaccel.config.loader import SCHEMAS, conf_root, load, to_dict, to_yaml
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
@@ -397,6 +397,21 @@ def test_a_renamed_key_is_read_and_warned_of(tmp_path, caplog, command, schema, 
 # There and back
 
 TEXT = st.text(st.characters(blacklist_categories=["C", "Z"], blacklist_characters="$"), min_size=1, max_size=20)
+
+
+def test_rows_have_the_types_that_omegaconf_gives_them(tmp_path):
+    """Though it does not see those of them that are of their types already."""
+    odd = MethodConfig(steps=4, shift=3, at_most=8, cache="fora", settings={"every": (1, None)}, sweep={"a": (1, "b")})
+    plain = MethodConfig(weights="teacher", sigmas=[1.0, 0.5], cache="fora", settings={"a": ["b", {"c": 2}]})
+    config = BenchmarkConfig(methods={"odd": odd, "plain": plain})
+    assert repr(to_dict(config)) == repr(OmegaConf.to_container(OmegaConf.structured(config)))
+    to_dict(config)["methods"]["plain"]["sigmas"].append(0.1)
+    assert plain.sigmas == [1.0, 0.5]
+    (tmp_path / "new.yaml").write_text("methods: {a: {steps: '7', shift: 3, sweep: {b: [1]}, at_most: 8, cache: fora}}")
+    row = load("benchmark", BenchmarkConfig, str(tmp_path / "new.yaml")).methods["a"]
+    assert repr((row.steps, row.shift, row.sweep, row.at_most)) == "(7, 3.0, {'b': [1]}, 8.0)"
+    (tmp_path / "new.yaml").write_text("methods: {a: {weights: '???'}}")
+    assert load("benchmark", BenchmarkConfig, str(tmp_path / "new.yaml")).methods["a"] == MethodConfig()
 
 
 @settings(deadline=None, max_examples=30)
