@@ -31,14 +31,10 @@ from vidaccel.collect.encode import encode_videos
 from vidaccel.errors import UserError
 from vidaccel.worlds import shipped_models
 from vidaccel.worlds.sprites.render import render
-from vidaccel.worlds.sprites.world import BACKGROUNDS, COLOURS, SIZE, Scene, Sprite, random_scene
+from vidaccel.worlds.sprites.world import BACKGROUNDS, CELL, COLOURS, PERIOD, PERIODS, SIZE, Scene, Sprite, random_scene
 
 RIGHT = 0.9
 """Share of pairs that are told apart at t*."""
-CELL = 8
-"""Pixels of a painted cell, each way: what a latent pixel spans."""
-LATENT_FRAME = 4
-"""Frames that a latent frame spans; the first one spans one."""
 RADIUS = 8.0
 """Half the extent of the sprites that are compared, in pixels."""
 ENCODED_AT_ONCE = 16
@@ -91,13 +87,29 @@ def cell(contrast: float, whole_clip: bool, rng: random.Random) -> Pair:
     colour, background = rng.choice(tuple(COLOURS)), rng.choice(tuple(BACKGROUNDS))
     middle = SIZE / 2
     clip = render([Scene(background, (Sprite("square", colour, "still", middle, middle, 2.0 * CELL),))])[0]
-    first = 1 + LATENT_FRAME * rng.randrange(clip.shape[1] // LATENT_FRAME)
-    frames = slice(None) if whole_clip else slice(first, first + LATENT_FRAME)
+    first = 1 + PERIOD * rng.randrange(clip.shape[1] // PERIOD)
+    frames = slice(None) if whole_clip else slice(first, first + PERIOD)
     place = slice(SIZE // 2, SIZE // 2 + CELL)
     bright, dark = clip.clone(), clip.clone()
     for painted, by in ((bright, contrast), (dark, -contrast)):
         painted[:, frames, place, place] = (painted[:, frames, place, place] + by).clamp(-1, 1)
     return bright, dark
+
+
+def lamp(rng: random.Random) -> Pair:
+    """A sprite with lamps, and the same with one of them the other way for one period of four frames."""
+    scene = random_scene(rng, pair_share=0.0, lamps=1.0)
+    sprite = scene.sprites[0]
+    board = sprite.board
+    assert board is not None
+    while True:  # lamps that the shape leaves no room for are not drawn
+        period, which = rng.randrange(1, PERIODS), rng.randrange(board.cells**2)
+        on = [list(lamps) for lamps in board.on]
+        on[period][which] = not on[period][which]
+        other = replace(sprite, board=replace(board, on=tuple(map(tuple, on))))
+        clips = render([scene, replace(scene, sprites=(other,))])
+        if not torch.equal(clips[0], clips[1]):
+            return clips[0], clips[1]
 
 
 DIFFERENCES: dict[str, Callable[[random.Random], Pair]] = {
@@ -111,6 +123,7 @@ DIFFERENCES: dict[str, Callable[[random.Random], Pair]] = {
     "cell, +-0.1, whole clip": partial(cell, 0.1, True),
     "cell, +-0.8, one latent frame": partial(cell, 0.8, False),
     "cell, +-0.4, one latent frame": partial(cell, 0.4, False),
+    "a lamp, one latent frame": lamp,
 }
 """Every row of the table."""
 

@@ -19,7 +19,7 @@ def test_they_are_those_that_are_encoded_for_a_folder():
 
 
 def test_the_number_of_processes_changes_nothing(monkeypatch):
-    scenes = Scenes(2, "held_out", 0.6, {"gray": 2})
+    scenes = Scenes(2, "held_out", 0.6, {"gray": 2}, lamps=0.5)
     alone = scenes.many(7, 2, processes=1)
     monkeypatch.setattr(drawing, "PART", 3)
     assert scenes.many(7, 2, processes=2) == alone

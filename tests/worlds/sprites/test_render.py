@@ -5,18 +5,21 @@ import pytest
 import torch
 
 from vidaccel.worlds.sprites.align import shown
-from vidaccel.worlds.sprites.render import CROSS_ARM, coverage, render, to_uint8
+from vidaccel.worlds.sprites.render import CROSS_ARM, MUTE, cells_at, coverage, covered_cells, render, to_uint8
 from vidaccel.worlds.sprites.world import (
     BACKGROUNDS,
+    CELL,
     COLOURS,
     DIRECTIONS,
     LARGE,
     MOTIONS,
     NUM_FRAMES,
+    PERIODS,
     SHAPES,
     SIZE,
     SMALL,
     TRAVEL,
+    Board,
     Scene,
     Sprite,
     random_scene,
@@ -152,3 +155,65 @@ def test_it_draws_on_the_device_that_it_is_given_and_on_no_other():
     with torch.device("meta"):  # where a tensor would lie that is made on no device in particular
         assert torch.equal(render(scenes, 5, 3, device="cpu"), plain)
         assert torch.equal(shown(scenes, device="cpu"), labels)
+
+
+def blinking(cells: int, seed: int = 0) -> Board:
+    rng = random.Random(seed)
+    return Board(cells, tuple(tuple(rng.random() < 0.5 for _ in range(cells**2)) for _ in range(PERIODS)))
+
+
+def with_board(shape: str = "square", motion: str = "still", x: float = 24.0, cells: int = 4) -> Scene:
+    return Scene("gray", (Sprite(shape, "red", motion, x, 32.0, 18.0, blinking(cells)),))
+
+
+def test_lamps_are_bright_or_dark_for_the_frames_of_a_period():
+    scene = with_board()
+    frames, board = to_uint8(render([scene]))[0], scene.sprites[0].board
+    for frame in range(NUM_FRAMES):
+        for row in range(4):
+            for column in range(4):
+                on = board.on[(frame + 3) // 4][4 * row + column]
+                wanted = [MUTE * level + (1 - MUTE) * 255 * on for level in COLOURS["red"]]
+                lamp = frames[frame, 16 + 8 * row : 24 + 8 * row, 8 + 8 * column : 16 + 8 * column].float()
+                assert (lamp - torch.tensor(wanted)).abs().max() <= 0.5
+    rim = [MUTE * level + (1 - MUTE) * 127.5 for level in COLOURS["red"]]
+    assert (frames[:, 15, 10].float() - torch.tensor(rim)).abs().max() <= 0.5
+
+
+def test_lamps_move_with_their_sprite():
+    moving, there = render([with_board(motion="right"), with_board(x=24.0 + TRAVEL)])
+    assert torch.allclose(moving[:, -1], there[:, -1], atol=1e-5)
+    assert not torch.allclose(moving[:, 0], there[:, 0], atol=0.1)
+
+
+@pytest.mark.parametrize("centre", [(32.0, 32.0), (31.3, 32.9), (20.5, 40.25)])
+def test_a_lamp_has_the_same_area_anywhere_and_lamps_share_none(centre):
+    drawn = cells_at(torch.tensor([[[*centre, 18.0]]]), 3)[0, 0]
+    assert drawn.shape == (3, 3, SIZE, SIZE)
+    assert torch.allclose(drawn.sum((2, 3)), torch.tensor(float(CELL**2)), atol=1e-3)
+    assert drawn.sum((0, 1)).max() <= 1 + 1e-5
+    inner = cells_at(torch.tensor([[[*centre, 18.0]]]), 3, rim=1.0)[0, 0]
+    assert torch.allclose(inner.sum((2, 3)), torch.tensor(float((CELL - 2) ** 2)), atol=1e-3)
+    assert (inner <= drawn + 1e-5).all()
+
+
+def test_a_lamp_is_there_where_the_shape_is():
+    shapes = torch.tensor([SHAPES.index(shape) for shape in ("square", "cross")])
+    square, cross = covered_cells(shapes, torch.tensor([14.0, 14.0]), 3)
+    assert (square == 1).all()
+    assert cross[1].min() > 0.9 and cross[:, 1].min() > 0.9 and cross[0, 0] < 0.3
+    clip = render([with_board("cross", cells=3)])[0]
+    assert torch.equal(clip[:, :, 22, 14], clip[:, :1, 22, 14].expand(-1, NUM_FRAMES))  # a corner of the board
+
+
+def test_plain_scenes_are_the_same_among_scenes_with_lamps():
+    plain = [random_scene(random.Random(seed)) for seed in range(6)]
+    lit = [random_scene(random.Random(seed), lamps=1.0) for seed in range(6)]
+    together, apart = render(plain + lit), render(plain)
+    assert torch.equal(together[:6], apart)
+    for scene, clip in zip(lit, together[6:], strict=True):
+        assert torch.equal(render([scene])[0], clip)
+    assert torch.equal(render(lit, num_frames=5, first_frame=3), together[6:, :, 3:8])
+    assert together.min() >= -1 and together.max() <= 1
+    with torch.device("meta"):
+        assert torch.equal(render(lit, device="cpu"), together[6:])

@@ -1,3 +1,4 @@
+import hashlib
 import random
 from itertools import combinations, product
 
@@ -6,18 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidaccel.errors import UserError
+from vidaccel.worlds.sprites.captions import caption
+from vidaccel.worlds.sprites.drawing import Scenes
 from vidaccel.worlds.sprites.world import (
+    CELL,
+    CELLS,
     COLOURS,
     DIRECTIONS,
+    LAMPS_RADIUS,
     LARGE,
     MARGIN,
     MOTIONS,
+    PERIODS,
     RADIUS,
     SHAPES,
     SIZE,
     SMALL,
     TRAVEL,
     TRIPLES,
+    Board,
     Sprite,
     is_held_out,
     random_scene,
@@ -109,3 +117,81 @@ def test_scenes_follow_their_seed_and_the_share_of_pairs():
     assert {len(s.sprites) for s in draw(0, 1.0)} == {2}
     assert 70 < sum(len(s.sprites) == 2 for s in draw(0, 0.5)) < 130
     assert all(RADIUS[0] <= sprite.radius <= RADIUS[1] for s in draw(0, 0.5) for sprite in s.sprites)
+
+
+lamp_scenes = st.builds(
+    lambda seed, split: random_scene(random.Random(seed), split, lamps=1.0),
+    seed=st.integers(0, 2**32 - 1),
+    split=st.sampled_from(["train", "held_out"]),
+)
+
+
+@given(lamp_scenes)
+@settings(max_examples=300, deadline=None)
+def test_sprites_with_lamps_are_larger_and_keep_apart(scene):
+    assert any(sprite.board for sprite in scene.sprites)
+    states = [[sprite.state(f / 16) for sprite in scene.sprites] for f in range(17)]
+    for each in states:
+        for sprite, (x, y, radius) in zip(scene.sprites, each, strict=True):
+            assert radius + MARGIN <= min(x, y) + 1e-6 and max(x, y) + radius + MARGIN <= SIZE + 1e-6
+            if sprite.board:
+                assert LAMPS_RADIUS[0] <= radius + 1e-6 and radius <= LAMPS_RADIUS[1] + 1e-6
+                assert sprite.board.cells * CELL <= 2 * radius + 1e-6
+        for (x, y, r), (u, v, s) in combinations(each, 2):
+            assert max(abs(x - u), abs(y - v)) >= r + s + 2 * MARGIN - 1e-6
+    if len(scene.sprites) == 2:
+        (x, y, r), (u, v, s) = states[0]
+        sideways = {sprite.motion for sprite in scene.sprites} & {"left", "right"}
+        assert (y + r < v - s) if sideways else (x + r < u - s)
+
+
+def test_so_many_scenes_have_lamps_and_every_board_and_motion_is_among_them():
+    rng = random.Random(0)
+    drawn = [random_scene(rng, lamps=0.5) for _ in range(4000)]
+    lit = [sprite for scene in drawn for sprite in scene.sprites if sprite.board]
+    share = sum(any(sprite.board for sprite in scene.sprites) for scene in drawn) / 4000
+    assert share == pytest.approx(0.5, abs=0.03)
+    assert {sprite.board.cells for sprite in lit} == set(CELLS) and {s.motion for s in lit} == set(MOTIONS)
+    assert {len(scene.sprites) for scene in drawn if all(sprite.board for sprite in scene.sprites)} == {1, 2}
+
+
+def test_lamps_are_on_half_of_the_time_and_drawn_anew_in_every_period():
+    rng = random.Random(0)
+    boards = [random_scene(rng, pair_share=0.0, lamps=1.0).sprites[0].board for _ in range(400)]
+    on = [lamp for board in boards for lamps in board.on for lamp in lamps]
+    changes = [
+        a != b for board in boards for one, other in zip(board.on, board.on[1:], strict=False)
+        for a, b in zip(one, other, strict=True)
+    ]  # fmt: skip
+    assert sum(on) / len(on) == pytest.approx(0.5, abs=0.02)
+    assert sum(changes) / len(changes) == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_lamps_every_scene_and_caption_is_what_it_was():
+    """The digest is of what commit 1fa21bf drew."""
+
+    def told():
+        for i in range(60):
+            rng = random.Random(i)
+            scene = random_scene(rng, ("train", "held_out")[i % 2])
+            yield scene, [caption(scene, rng)]
+        yield from Scenes(3, odds={"cross": 2}).many(20, 2, 1)
+
+    lines = []
+    for scene, captions in told():
+        lines += captions
+        lines += [repr((scene.background, *s.triple, s.x, s.y, s.radius)) for s in scene.sprites]
+        assert all(sprite.board is None for sprite in scene.sprites)
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert digest == "563576f1bc413b12337af2ca20833214e13aa6246356c76c8dde316c4b3a9dbd"
+
+
+def test_a_board_that_does_not_fit_is_the_callers_mistake():
+    dark = tuple((False,) * 16 for _ in range(PERIODS))
+    assert Sprite("square", "red", "left", 30.0, 30.0, 16.0, Board(4, dark)).least == 16.0
+    for radius, motion in ((8.0, "left"), (15.9, "left"), (18.0, "growing")):
+        with pytest.raises(UserError, match="4 x 4 lamps do not fit a sprite of radius"):
+            Sprite("square", "red", motion, 30.0, 30.0, radius, Board(4, dark))
+    for cells, on in ((2, ((False,) * 4,) * PERIODS), (3, dark), (4, dark[1:])):
+        with pytest.raises(UserError, match=f"a board of {cells} x {cells} lamps in"):
+            Board(cells, on)

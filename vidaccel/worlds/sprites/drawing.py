@@ -31,6 +31,8 @@ class Scenes:
     pair_share: float = 0.5
     """Share of scenes with two sprites."""
     odds: Odds = field(default_factory=dict)
+    lamps: float = 0.0
+    """Share of scenes with lamps."""
 
     def scene(self, index: int) -> Scene:
         return self._draw(self._rng(index))
@@ -60,7 +62,7 @@ class Scenes:
 
     def _elsewhere(self, captions: int, part: range) -> list[tuple[Scene, list[str]]]:
         """`_part` in a process of its own."""
-        asked = pickle.dumps((self.seed, self.split, self.pair_share, dict(self.odds), captions, part))
+        asked = pickle.dumps((self.seed, self.split, self.pair_share, dict(self.odds), self.lamps, captions, part))
         done = subprocess.run(
             [sys.executable, "-m", "vidaccel.worlds.sprites.drawing"],
             input=asked,
@@ -71,7 +73,7 @@ class Scenes:
         return pickle.loads(done.stdout)
 
     def _draw(self, rng: random.Random) -> Scene:
-        return random_scene(rng, self.split, self.pair_share, self.odds)
+        return random_scene(rng, self.split, self.pair_share, self.odds, self.lamps)
 
     def _rng(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{index}")

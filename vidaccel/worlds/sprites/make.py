@@ -75,7 +75,7 @@ def _make_model(config: SpritesConfig, output: Path) -> None:
     clips = open_clips(config)
     start = load_pipeline(config.start, device=config.device, dtype="float32") if config.start else None
     reader = train_text(config, output / "text", device, start)
-    scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds)
+    scenes = RenderedScenes(config.clips, config.seed, config.pair_share, config.odds, config.lamps)
     source = scenes if clips is None else FolderClips(clips)
     autoencoder = train_autoencoder(config, output / "autoencoder", device, clips, source, start)
     loaded = assembled(config, autoencoder, reader, source, start)
@@ -134,6 +134,8 @@ def train_autoencoder(
     if start:
         _go_on(model, start.pipe.vae, config.start)
     shaping = _shaping(settings, data=config.data, odds=config.odds, start=_digest(model) if start else None)
+    if config.lamps:
+        shaping |= {"lamps": config.lamps}
 
     def stage(name: str, title: str, excerpts: list[list[int]], *irrelevant: str, **before: str) -> None:
         which = getattr(settings, name)
@@ -143,7 +145,12 @@ def train_autoencoder(
             count, frames, pixels = excerpt(excerpts, which.batch_size * settings.image_pixels**2, index)
             first = rng.randint(0, NUM_FRAMES - frames)
             if clips is None:
-                video = render([random_scene(rng, odds=config.odds) for _ in range(count)], frames, first, device)
+                video = render(
+                    [random_scene(rng, odds=config.odds, lamps=config.lamps) for _ in range(count)],
+                    frames,
+                    first,
+                    device,
+                )
             else:
                 drawn = [clips[rng.randrange(len(clips))][0] for _ in range(count)]
                 video = torch.stack([clip[:, first : first + frames] for clip in drawn])

@@ -122,6 +122,8 @@ class SpritesConfig:
     """Share of rendered scenes with two sprites."""
     odds: dict[str, int] = field(default_factory=dict)
     """How often a shape or a background is drawn, by its name, against once for the others: {cross: 2, gray: 2}."""
+    lamps: float = 0.0
+    """Share of rendered scenes with lamps. Above 0 the model learns their words, beside those that `start` knows."""
     text: TextTraining = field(default_factory=TextTraining)
     autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
     teacher: TeacherTraining = field(default_factory=TeacherTraining)
@@ -139,4 +141,5 @@ class SpritesConfig:
         rule = "must be 0 or 1: a clip of a folder has one" if self.data else "must be at least 0"
         require(0 <= self.captions <= most, "captions", self.captions, rule)
         require(0 <= self.pair_share <= 1, "pair_share", self.pair_share, "must be in [0, 1]")
+        require(0 <= self.lamps <= 1, "lamps", self.lamps, "must be in [0, 1]")
         require(all(times >= 1 for times in self.odds.values()), "odds", self.odds, "must each be at least 1")

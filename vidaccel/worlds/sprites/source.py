@@ -18,13 +18,15 @@ from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene
 
 @dataclass(frozen=True)
 class RenderedScenes:
-    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, odds, i) alone."""
+    """Random scenes of the sprites world: the i-th is a function of (seed, pair_share, odds, lamps, i) alone."""
 
     count: int
     seed: int
     pair_share: float = 0.5
     """Share of scenes with two sprites."""
     odds: Odds = field(default_factory=dict)
+    lamps: float = 0.0
+    """Share of scenes with lamps."""
 
     def __len__(self) -> int:
         return self.count
@@ -44,7 +46,7 @@ class RenderedScenes:
 
     @cached_property
     def scenes(self) -> Scenes:
-        return Scenes(self.seed, "train", self.pair_share, self.odds)
+        return Scenes(self.seed, "train", self.pair_share, self.odds, self.lamps)
 
     @property
     def fingerprint(self) -> Record:
@@ -54,7 +56,7 @@ class RenderedScenes:
             "unsaid": UNSAID,
             "pair_share": self.pair_share,
             "odds": dict(self.odds),
-        }
+        } | ({"lamps": self.lamps} if self.lamps else {})
 
 
 def check_size(size: Mapping[str, int], fps: float) -> None:
