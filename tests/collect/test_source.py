@@ -17,9 +17,12 @@ from vidaccel.data.order import epoch_order
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.worlds import sprites as sprites_world
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.pipeline import build_tokenizer
-from vidaccel.worlds.sprites.source import RenderedScenes, knows_sprites
+from vidaccel.worlds.sprites.source import LAMPS_SHARE, RenderedScenes, knows_sprites, lamps_share
+
+SIXTY_FOUR = {"num_frames": 17, "height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,18 @@ def test_models_of_the_sprites_world_are_known_by_their_words(sprites):
         pipe = tiny_pipeline("hunyuan_video")
         pipe.tokenizer = tokenizer
         assert not knows_sprites(replace(sprites, pipe=pipe))
+
+
+def test_scenes_have_lamps_for_a_model_that_knows_their_words(sprites):
+    assert lamps_share(sprites) == 0 and sprites_world.clip_source(sprites, 4, 0, SIXTY_FOUR, 8.0).lamps == 0
+    pipe = tiny_pipeline("hunyuan_video")
+    pipe.tokenizer = build_tokenizer(32, lamps=True)
+    knowing = replace(sprites, pipe=pipe)
+    assert knows_sprites(knowing) and lamps_share(knowing) == LAMPS_SHARE
+    source = sprites_world.clip_source(knowing, 40, 0, SIXTY_FOUR, 8.0)
+    lit = sum(any(sprite.lamps for sprite in source.scene(i).sprites) for i in range(40))
+    assert 10 < lit < 30 and source.fingerprint["lamps"] == LAMPS_SHARE
+    assert "lamps" not in RenderedScenes(4, 0).fingerprint
 
 
 def test_another_model_is_asked_for_a_folder(loaded):

@@ -6,16 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidaccel.errors import UserError
-from vidaccel.worlds.sprites.captions import AFTER, BEFORE, MOTION_PHRASES, caption, describe, told, vocabulary, words
+from vidaccel.worlds.sprites.captions import (
+    AFTER,
+    BEFORE,
+    LAMP_PHRASES,
+    MOTION_PHRASES,
+    caption,
+    describe,
+    told,
+    vocabulary,
+    words,
+)
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning, parse
 from vidaccel.worlds.sprites.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Sprite, random_scene
 
 
-def meaning(scene: Scene) -> tuple[str, set[tuple[str, str, str]]]:
-    return scene.background, {tuple(s.triple) for s in scene.sprites}
+def meaning(scene: Scene) -> tuple[str, set[tuple[str, str, str, bool]]]:
+    return scene.background, {(*s.triple, s.lamps) for s in scene.sprites}
 
 
-def read(text: str) -> tuple[str, set[tuple[str, str, str]]]:
+def read(text: str) -> tuple[str, set[tuple[str, str, str, bool]]]:
     parsed = parse(text)
     return parsed.background, set(parsed.sprites)
 
@@ -29,17 +39,18 @@ def test_every_template_and_every_phrase_reads_back(template):
             parsed = parse(template.format(subject=one, bg=background))
             assert parsed == Meaning(background, (SpriteMeaning("cross", "cyan", motion),))
             parsed = parse(template.format(subject=f"{two} and {one}", bg=background))
-            assert parsed.sprites == (("circle", "red", "still"), ("cross", "cyan", motion))
+            assert parsed.sprites == (("circle", "red", "still", False), ("cross", "cyan", motion, False))
 
 
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=300, deadline=None)
 def test_any_caption_of_any_scene_reads_back_and_stays_in_the_vocabulary(seed):
     rng = random.Random(seed)
-    scene = random_scene(rng, rng.choice(["train", "held_out"]))
+    lamps = rng.choice([0.0, 1.0])
+    scene = random_scene(rng, rng.choice(["train", "held_out"]), lamps=lamps)
     text = caption(scene, rng)
     assert read(text) == meaning(scene)
-    assert set(words(text)) <= set(vocabulary())
+    assert set(words(text)) <= set(vocabulary(lamps=lamps > 0))
 
 
 def test_no_two_meanings_share_a_caption():
@@ -87,6 +98,11 @@ def test_case_and_spaces_do_not_matter():
         "a red circle moving upwardsly on black",
         "a red circle growing and a blue square growing and a green cross growing on black",
         "a red circle growing, a blue square growing on black",
+        "flickering lamps on black",
+        "a red circle with lamps moving right on black",
+        "a red circle moving right with flickering lamps on black",
+        "a small red circle with flickering lamps moving right on black",
+        "a red circle with flickering lamps on black",
     ],
 )
 def test_what_the_templates_cannot_say_is_an_error_with_a_hint(text):
@@ -114,3 +130,26 @@ def test_a_share_of_colours_and_of_motions_is_unsaid():
     for attribute in ("colour", "motion"):
         share = sum(getattr(s, attribute) is None for s in sprites) / len(sprites)
         assert share == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("phrase", LAMP_PHRASES)
+def test_every_phrase_for_lamps_reads_back(phrase):
+    for motion, phrases in MOTION_PHRASES.items():
+        for other in phrases:
+            text = f"a red square {phrase} {other} and a blue circle {other} on black"
+            lit, plain = parse(text).sprites
+            assert lit == ("square", "red", motion, True) and plain == ("circle", "blue", motion, False)
+
+
+def test_words_of_lamps_come_after_the_others():
+    plain, all_words = vocabulary(), vocabulary(lamps=True)
+    assert all_words[: len(plain)] == plain and len(set(all_words)) == len(all_words)
+    assert {"flickering", "lamps"} <= set(all_words) - set(plain)
+
+
+def test_lamps_are_always_said_and_never_which_are_on():
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = random_scene(rng, lamps=1.0)
+        said = words(caption(told(scene, rng), rng))
+        assert said.count("lamps") == sum(sprite.lamps for sprite in scene.sprites)

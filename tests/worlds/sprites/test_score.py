@@ -265,6 +265,8 @@ def test_what_prompts_mean_and_which_are_for_choosing():
     scorer = SpritesScorer()
     one, other = "A red circle moving left on black", "on a black background, a red circle that moves to the left"
     assert scorer.meaning(one) == scorer.meaning(other) == "black; circle red left"
+    lit = "a red circle with blinking lamps moving left on black"
+    assert scorer.meaning(lit) == "black; circle red left lamps"
     held_out, choosing = (set(map(scorer.meaning, p(200))) for p in (scorer.held_out_prompts, scorer.choosing_prompts))
     assert not held_out & choosing
 

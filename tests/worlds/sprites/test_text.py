@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vidaccel.errors import UserError
 from vidaccel.models.calling import unknown_words
 from vidaccel.worlds.sprites import text
-from vidaccel.worlds.sprites.captions import caption, vocabulary
+from vidaccel.worlds.sprites.captions import AFTER, BEFORE, LAMP_PHRASES, MOTION_PHRASES, caption, vocabulary, words
 from vidaccel.worlds.sprites.pipeline import (
     CALL,
     TEXT_TOKENS,
@@ -16,6 +17,8 @@ from vidaccel.worlds.sprites.pipeline import (
     build_autoencoder,
     build_tokenizer,
     build_transformer,
+    grown,
+    knows_lamps,
 )
 from vidaccel.worlds.sprites.settings import AutoencoderTraining, TeacherTraining
 from vidaccel.worlds.sprites.world import COLOURS, MOTIONS, SHAPES, Scene, Sprite, random_scene
@@ -48,6 +51,17 @@ def test_every_caption_fits_and_is_known():
         ids = tokenizer(caption(random_scene(rng), rng)).input_ids
         assert len(ids) <= TEXT_TOKENS
         assert tokenizer.unk_token_id not in ids
+
+
+def test_captions_with_lamps_fit_as_well():
+    tokenizer, rng = build_tokenizer(TEXT_TOKENS, lamps=True), random.Random(0)
+    longest = max((phrase for phrases in MOTION_PHRASES.values() for phrase in phrases), key=lambda p: len(words(p)))
+    lamps = max(LAMP_PHRASES, key=lambda phrase: len(words(phrase)))
+    subject = " and ".join(f"a red {shape} {lamps} {longest}" for shape in ("circle", "square"))
+    texts = [template.format(subject=subject, bg="black") for template in BEFORE + AFTER]
+    for text_ in texts + [caption(random_scene(rng, lamps=1.0), rng) for _ in range(300)]:
+        ids = tokenizer(text_).input_ids
+        assert len(ids) <= TEXT_TOKENS and tokenizer.unk_token_id not in ids
 
 
 def test_the_tokenizer_knows_exactly_the_vocabulary():
@@ -112,3 +126,53 @@ def test_a_missing_second_sprite_is_not_asked_about(reader):
     only_first = text.CLASSES.index(len(SHAPES), 5)
     gradient = reader.pooled_heads[only_first].weight.grad
     assert torch.isfinite(loss) and gradient is not None and gradient.abs().sum() > 0
+
+
+LIT = "a red square with flickering lamps moving right on black"
+
+
+def test_grown_encoders_say_of_old_prompts_what_they_said(reader):
+    old, new = build_tokenizer(TEXT_TOKENS), build_tokenizer(TEXT_TOKENS, lamps=True)
+    captions = ["a red circle moving right on black", "a blue cross growing and a red circle shrinking, on gray", ""]
+    assert old(captions).input_ids == new(captions).input_ids
+    assert old.unk_token_id in old(LIT).input_ids and new.unk_token_id not in new(LIT).input_ids
+    llama, clip = grown(reader.llama).eval(), grown(reader.clip).eval()
+    assert knows_lamps(llama) and knows_lamps(clip) and not knows_lamps(reader.llama)
+    with torch.no_grad():
+        before = text.encode_captions(old, reader.llama, reader.clip, captions)
+        after = text.encode_captions(new, llama, clip, captions)
+        lit = text.encode_captions(new, llama, clip, [LIT, LIT.replace("flickering", "blinking")])
+    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
+    assert not torch.equal(lit[0][0], lit[0][1])
+    with pytest.raises(UserError, match="cannot learn those of lamps"):
+        grown(llama)
+
+
+def test_only_new_words_are_learnt():
+    torch.manual_seed(0)
+    plain = text.CaptionReader(16)
+    reader = text.CaptionReader(16, lamps=True)
+    reader.llama.load_state_dict(grown(plain.llama).state_dict())
+    reader.clip.load_state_dict(grown(plain.clip).state_dict())
+    old = len(build_tokenizer(TEXT_TOKENS))
+    before = {name: weight.clone() for name, weight in reader.state_dict().items()}
+    scenes = [random_scene(random.Random(i), lamps=1.0) for i in range(8)]
+    with text.new_words_alone(reader):
+        trained = [weight for weight in reader.parameters() if weight.requires_grad]
+        captions = [caption(scene, random.Random(0)) for scene in scenes]
+        loss, _ = text.caption_loss(reader, captions, text.labels(scenes, lamps=True))
+        loss.backward()
+        torch.optim.SGD(trained, 1.0).step()
+    for name, weight in reader.state_dict().items():
+        if "embed_tokens" in name or "token_embedding" in name:
+            assert torch.equal(weight[:old], before[name][:old]) and not torch.equal(weight[old:], before[name][old:])
+        elif "heads" not in name:
+            assert torch.equal(weight, before[name]), name
+
+
+def test_whether_a_sprite_has_lamps_is_asked_where_they_are_known():
+    lit = random_scene(random.Random(0), pair_share=0.0, lamps=1.0)
+    assert text.labels([lit], lamps=True)[0, 5] == 1 and text.labels([lit])[0, 5] == text.ABSENT
+    plain = Scene("gray", (RED_CIRCLE, BLUE_CROSS))
+    assert text.labels([plain], lamps=True).tolist() == [[1, 1, 0, 0, 1, 0, 3, 2, 4, 0]]
+    assert text.classes(2, lamps=True) == (3, 2, 4, 7, 8, 2, 4, 7, 8, 2) and len(text.classes(1)) == 5

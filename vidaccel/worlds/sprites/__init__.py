@@ -23,16 +23,18 @@ def clip_source(loaded: Any, clips: int, seed: int, size: Mapping[str, int], fps
     if not source.knows_sprites(loaded):
         return None
     source.check_size(size, fps)
-    return source.RenderedScenes(clips, seed)
+    return source.RenderedScenes(clips, seed, lamps=source.lamps_share(loaded))
 
 
 def bank(loaded: Any, clips: int, captions: int, seed: int, split: "Split") -> "Bank | None":
     """See `vidaccel.worlds.World`."""
     from vidaccel.worlds.sprites.drawing import Scenes
     from vidaccel.worlds.sprites.rendered_bank import rendered_bank
-    from vidaccel.worlds.sprites.source import knows_sprites
+    from vidaccel.worlds.sprites.source import knows_sprites, lamps_share
 
-    return rendered_bank(loaded, Scenes(seed, split), clips, captions) if knows_sprites(loaded) else None
+    if not knows_sprites(loaded):
+        return None
+    return rendered_bank(loaded, Scenes(seed, split, lamps=lamps_share(loaded)), clips, captions)
 
 
 def scorer() -> "Scorer":

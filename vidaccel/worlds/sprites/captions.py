@@ -1,6 +1,7 @@
 """Scenes to English: every caption has one meaning, every meaning several phrasings.
 
 The vocabulary is closed: it is what these templates can say, and the tokenizers of the shipped model know exactly it.
+The words of lamps come after the others, and only in models that learnt them.
 A caption may leave a sprite's colour or motion unsaid ("a circle moving right and a red square on black"), and training
 is on such captions too: from whole ones alone a model learns each combination that it sees as a thing of its own, and
 puts a known one in the place of a new one.
@@ -21,6 +22,13 @@ MOTION_PHRASES = _MOVE | {
     "growing": ("growing", "that grows", "getting larger", "that gets larger"),
     "shrinking": ("shrinking", "that shrinks", "getting smaller", "that gets smaller"),
 }
+LAMP_PHRASES = (
+    "with flickering lamps",
+    "with lamps that flicker",
+    "with blinking lamps",
+    "covered with flickering lamps",
+)
+"""That a sprite has lamps, and never which of them are on."""
 BEFORE = ("on {bg}, {subject}", "on a {bg} background, {subject}", "a {bg} background with {subject}")
 UNSAID = 0.3
 """Share of colours and of motions that the captions of a training leave unsaid."""
@@ -30,7 +38,8 @@ AFTER = ("{subject} on {bg}", "{subject}, on {bg}", "{subject} on a {bg} backgro
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of the scene's phrasings; sprites are named in the order of the scene: from the left, or from the top."""
     phrases = [sprite.motion and rng.choice(MOTION_PHRASES[sprite.motion]) for sprite in scene.sprites]
-    subjects = [describe(sprite, phrase) for sprite, phrase in zip(scene.sprites, phrases, strict=True)]
+    lamps = [rng.choice(LAMP_PHRASES) if sprite.lamps else None for sprite in scene.sprites]
+    subjects = [describe(*told) for told in zip(scene.sprites, phrases, lamps, strict=True)]
     return rng.choice(BEFORE + AFTER).format(subject=" and ".join(subjects), bg=scene.background)
 
 
@@ -43,8 +52,8 @@ def told(scene: Scene, rng: random.Random, unsaid: float = UNSAID) -> Scene:
     return replace(scene, sprites=tuple(sprites))
 
 
-def describe(sprite: Sprite, motion_phrase: str | None) -> str:
-    return " ".join(word for word in ("a", sprite.colour, sprite.shape, motion_phrase) if word)
+def describe(sprite: Sprite, motion_phrase: str | None, lamp_phrase: str | None = None) -> str:
+    return " ".join(word for word in ("a", sprite.colour, sprite.shape, lamp_phrase, motion_phrase) if word)
 
 
 def words(text: str) -> list[str]:
@@ -52,8 +61,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+|,", text.lower())
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
+def vocabulary(lamps: bool = False) -> list[str]:
+    """Every word that a caption can hold, sorted; after them, in an order of their own, those of lamps if asked for."""
     phrases = [phrase for group in MOTION_PHRASES.values() for phrase in group]
     templates = [t.format(subject="a and", bg="on") for t in BEFORE + AFTER]
-    return sorted(set(words(" ".join([*phrases, *templates, *SHAPES, *COLOURS, *BACKGROUNDS]))))
+    known = sorted(set(words(" ".join([*phrases, *templates, *SHAPES, *COLOURS, *BACKGROUNDS]))))
+    return known + sorted(set(words(" ".join(LAMP_PHRASES))) - set(known)) if lamps else known

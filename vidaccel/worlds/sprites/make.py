@@ -41,7 +41,9 @@ from vidaccel.worlds.sprites.pipeline import (
     build_autoencoder,
     build_transformer,
     deepen,
+    grown,
     inflate,
+    knows_lamps,
     whiten,
 )
 from vidaccel.worlds.sprites.render import render
@@ -102,21 +104,33 @@ def open_clips(config: SpritesConfig) -> ClipFolder | None:
 def train_text(
     config: SpritesConfig, folder: Path, device: torch.device, start: LoadedPipeline | None
 ) -> text.CaptionReader:
-    """Both text encoders, trained on the world's own captions."""
+    """Both text encoders, trained on captions; of a start that lacks the words of lamps, those words alone."""
     torch.manual_seed(config.seed)
+    lamps = config.lamps > 0 or (start is not None and knows_lamps(start.pipe.text_encoder))
 
     def loss(model: nn.Module, index: int, generator: torch.Generator):
         rng = python_rng(generator)
-        scenes = [random_scene(rng) for _ in range(config.text.train.batch_size)]
+        scenes = [random_scene(rng, lamps=config.lamps) for _ in range(config.text.train.batch_size)]
         said = [told(scene, rng) for scene in scenes]
-        return text.caption_loss(model, [caption(scene, rng) for scene in said], text.labels(said))
+        return text.caption_loss(model, [caption(scene, rng) for scene in said], text.labels(said, lamps))
 
-    reader = text.CaptionReader(config.text.width).to(device)
+    reader = text.CaptionReader(config.text.width, lamps).to(device)
+    growing = False
     if start:
-        _go_on(reader.llama, start.pipe.text_encoder, config.start)
-        _go_on(reader.clip, start.pipe.text_encoder_2, config.start)
+        encoders = (start.pipe.text_encoder, start.pipe.text_encoder_2)
+        growing = lamps and not knows_lamps(encoders[0])
+        for part, trained in zip((reader.llama, reader.clip), encoders, strict=True):
+            _go_on(part, grown(trained) if growing else trained, config.start)
     settings = _shaping(config.text, start=_digest(reader) if start else None)
-    return train(reader, loss, config.text.train, folder, seed=config.seed, title="text encoders", settings=settings)
+    if config.lamps:
+        settings |= {"lamps": config.lamps}
+    if not growing:
+        return train(
+            reader, loss, config.text.train, folder, seed=config.seed, title="text encoders", settings=settings
+        )
+    with text.new_words_alone(reader):
+        train(reader, loss, config.text.train, folder, seed=config.seed, title="words of lamps", settings=settings)
+    return reader
 
 
 def train_autoencoder(

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from vidaccel.errors import UserError
-from vidaccel.worlds.sprites.captions import AFTER, BEFORE, MOTION_PHRASES
+from vidaccel.worlds.sprites.captions import AFTER, BEFORE, LAMP_PHRASES, MOTION_PHRASES
 from vidaccel.worlds.sprites.world import BACKGROUNDS, COLOURS, SHAPES
 
 
@@ -12,17 +12,20 @@ class SpriteMeaning(NamedTuple):
     shape: str
     colour: str
     motion: str
+    lamps: bool = False
 
 
 class Meaning(NamedTuple):
-    """What a caption says of a `Scene`: all but the places and sizes, which captions never name."""
+    """What a caption says of a `Scene`: all but places, sizes and which lamps are on, which captions never name."""
 
     background: str
     sprites: tuple[SpriteMeaning, ...]
 
 
 _MOTIONS = {phrase: motion for motion, phrases in MOTION_PHRASES.items() for phrase in phrases}
-_SUBJECT = re.compile(rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(_MOTIONS)})\b")
+_SUBJECT = re.compile(
+    rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) (?:({'|'.join(LAMP_PHRASES)}) )?({'|'.join(_MOTIONS)})\b"
+)
 _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)})\b")
 
 
@@ -45,6 +48,7 @@ def parse(caption: str) -> Meaning:
             'write it like "a red circle moving right and a blue square growing on black"',
         )
     sprites = (
-        SpriteMeaning(shape, colour, _MOTIONS[phrase]) for colour, shape, phrase in map(re.Match.groups, subjects)
+        SpriteMeaning(shape, colour, _MOTIONS[phrase], lamps is not None)
+        for colour, shape, lamps, phrase in map(re.Match.groups, subjects)
     )
     return Meaning(background[0], tuple(sprites))

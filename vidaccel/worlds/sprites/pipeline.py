@@ -4,7 +4,9 @@ Word-level tokenizers over the closed vocabulary, a Llama and a CLIP text encode
 dual-then-single-stream transformer. `assemble` puts trained parts into a real `HunyuanVideoPipeline`.
 """
 
+import copy
 import math
+from typing import TypeVar
 
 import torch
 from diffusers import (
@@ -17,12 +19,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from vidaccel.errors import UserError
 from vidaccel.worlds.sprites.captions import vocabulary
 from vidaccel.worlds.sprites.settings import AutoencoderTraining, TeacherTraining
 
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
 TEXT_TOKENS = 32
-"""Longest caption, begin and end included; the longest that the templates can say has 30."""
+"""Longest caption, begin and end included; the longest that the templates can say has as many, 24 without lamps."""
 INITIAL_LOG_VARIANCE = -5.0
 CALL = {
     "height": 64,
@@ -36,12 +39,14 @@ CALL = {
 HIDDEN_LAYER = -3
 """The Llama layer whose output is the prompt's embedding: HunyuanVideoPipeline skips the last two."""
 
+Encoder = TypeVar("Encoder", LlamaModel, CLIPTextModel)
+
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 
 
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token a word or comma, lower-cased; begin and end added; padded on the right."""
-    names = [PAD, UNKNOWN, BEGIN, END, *vocabulary()]
+def build_tokenizer(max_length: int, lamps: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word or comma, lower-cased; begin and end added; padded on the right. Words of lamps come last."""
+    names = [PAD, UNKNOWN, BEGIN, END, *vocabulary(lamps)]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
@@ -57,6 +62,58 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         model_max_length=max_length,
         padding_side="right",
     )
+
+
+def knows_lamps(encoder: LlamaModel | CLIPTextModel) -> bool:
+    """Whether a text encoder of this world has the words of lamps."""
+    return encoder.config.vocab_size == len(build_tokenizer(TEXT_TOKENS, lamps=True))
+
+
+@torch.no_grad()
+def grown(encoder: Encoder) -> Encoder:
+    """A copy that has the words of lamps as well, its tokenizer then being `build_tokenizer(..., lamps=True)`.
+
+    Old words keep their tokens and their embeddings, and so old prompts mean what they meant, bit for bit. Those of the
+    new words are drawn at random, as wide as the others.
+
+    Raises:
+        UserError: it has other words than this world's.
+    """
+    old = embedding_of(encoder).weight
+    if len(old) != len(build_tokenizer(TEXT_TOKENS)):
+        raise UserError(
+            f"a text encoder of {len(old)} words cannot learn those of lamps",
+            f"the sprites world's have {len(build_tokenizer(TEXT_TOKENS))} without them",
+        )
+    larger = copy.deepcopy(encoder)
+    larger.resize_token_embeddings(len(build_tokenizer(TEXT_TOKENS, lamps=True)), mean_resizing=False)
+    new = embedding_of(larger).weight[len(old) :]
+    new.copy_(old.mean(0) + old.std(0) * torch.randn(new.shape).to(old))
+    return larger
+
+
+def embedding_of(encoder: LlamaModel | CLIPTextModel) -> nn.Embedding:
+    embedding = encoder.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding | GrowingEmbedding)
+    return embedding  # type: ignore[return-value]  # which has its weight
+
+
+class GrowingEmbedding(nn.Module):
+    """The embedding of a grown text encoder while it trains: only the rows of new words are parameters."""
+
+    old: torch.Tensor
+
+    def __init__(self, embedding: nn.Embedding, old: int):
+        super().__init__()
+        self.register_buffer("old", embedding.weight.detach()[:old].clone())
+        self.new = nn.Parameter(embedding.weight.detach()[old:].clone())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([self.old, self.new])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.weight)
 
 
 def build_llama(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaModel:
@@ -231,12 +288,13 @@ def assemble(
     dtype: torch.dtype = torch.float16,
 ) -> HunyuanVideoPipeline:
     """The pipeline, its weights in `dtype` to be stored, its step grid that of flow-match Euler with `shift`."""
+    lamps = knows_lamps(llama)
     return HunyuanVideoPipeline(
         text_encoder=llama,
-        tokenizer=build_tokenizer(TEXT_TOKENS),
+        tokenizer=build_tokenizer(TEXT_TOKENS, lamps),
         transformer=transformer,
         vae=autoencoder,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder_2=clip,
-        tokenizer_2=build_tokenizer(77),
+        tokenizer_2=build_tokenizer(77, lamps),
     ).to(dtype)

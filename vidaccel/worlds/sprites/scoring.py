@@ -12,7 +12,7 @@ from vidaccel.worlds.sprites.detect import Detection, detect
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.render import render, to_uint8
 from vidaccel.worlds.sprites.score import features, score_found, totals
-from vidaccel.worlds.sprites.world import Scene, place, random_scene
+from vidaccel.worlds.sprites.world import Scene, carriers, place, place_with_lamps, random_scene
 
 
 class SpritesScorer:
@@ -49,19 +49,18 @@ class SpritesScorer:
             self._last = frames, detect(frames)
         return self._last[1]
 
-    def example(self, prompt: str, seed: int) -> np.ndarray:
+    def example(self, prompt: str, seed: int) -> np.ndarray | None:
         background, sprites = parse(prompt)
-        scene = Scene(
-            background,
-            place(
-                random.Random(f"example/{seed}"), [(sprite.shape, sprite.colour, sprite.motion) for sprite in sprites]
-            ),
-        )
-        return to_uint8(render([scene]))[0].numpy()
+        rng, triples = random.Random(f"example/{seed}"), [sprite[:3] for sprite in sprites]
+        carry = tuple(sprite.lamps for sprite in sprites)
+        if any(carry) and carry not in carriers(triples):
+            return None  # no room for them
+        placed = place_with_lamps(rng, triples, carry) if any(carry) else place(rng, triples)
+        return to_uint8(render([Scene(background, placed)]))[0].numpy()
 
     def meaning(self, prompt: str) -> str:
         background, sprites = parse(prompt)
-        return "; ".join([background, *map(" ".join, sprites)])
+        return "; ".join([background, *(" ".join([*sprite[:3], *["lamps"] * sprite.lamps]) for sprite in sprites)])
 
     def totals(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return totals(means)

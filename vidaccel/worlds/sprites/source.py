@@ -15,6 +15,9 @@ from vidaccel.worlds.sprites.drawing import Scenes
 from vidaccel.worlds.sprites.render import render
 from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, Odds, Scene
 
+LAMPS_SHARE = 0.5
+"""Share of scenes with lamps for a model that knows their words."""
+
 
 @dataclass(frozen=True)
 class RenderedScenes:
@@ -69,6 +72,15 @@ def check_size(size: Mapping[str, int], fps: float) -> None:
 
 
 def knows_sprites(loaded: LoadedPipeline) -> bool:
-    """Whether the model's words are those of the sprites world's captions, no fewer and no more."""
+    """Whether the model's words are those of the sprites world's captions, those of lamps among them or not."""
+    return _words(loaded) in (set(vocabulary()), set(vocabulary(lamps=True)))
+
+
+def lamps_share(loaded: LoadedPipeline) -> float:
+    """Share of scenes with lamps in what the model is trained on: none where it lacks their words."""
+    return LAMPS_SHARE if _words(loaded) == set(vocabulary(lamps=True)) else 0.0
+
+
+def _words(loaded: LoadedPipeline) -> set[str]:
     tokenizer = loaded.pipe.tokenizer
-    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(vocabulary())
+    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

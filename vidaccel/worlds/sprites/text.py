@@ -6,35 +6,63 @@ thrown away. A token speaks of its own sprite alone: where every token knows bot
 nothing to choose between, and paints two sprites with each other's colours. B captions, L tokens, D width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from vidaccel.worlds.sprites.pipeline import HIDDEN_LAYER, TEXT_TOKENS, build_clip, build_llama, build_tokenizer
+from vidaccel.worlds.sprites.pipeline import (
+    HIDDEN_LAYER,
+    TEXT_TOKENS,
+    GrowingEmbedding,
+    build_clip,
+    build_llama,
+    build_tokenizer,
+    embedding_of,
+)
 from vidaccel.worlds.sprites.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
 
 ABSENT = -100
 """Label of what a scene lacks (a second sprite): `cross_entropy` leaves it out."""
 ATTRIBUTES = (("shape", SHAPES), ("colour", tuple(COLOURS)), ("motion", MOTIONS))
+LAMPS = ("lamps", (False, True))
+"""An attribute more, of models that know lamps: whether the sprite has any."""
 UNSAID = {"shape": 0, "colour": 1, "motion": 1}
 """Further classes of an attribute: that the caption does not say."""
-CLASSES = (len(BACKGROUNDS), 2, *(len(values) + UNSAID[name] for _ in range(2) for name, values in ATTRIBUTES))
-"""Classes of each question: background, number of sprites less one, then shape, colour and motion of each sprite."""
-TOKEN_CLASSES = CLASSES[: 2 + len(ATTRIBUTES)]
-"""Classes of the questions a token is asked: as above, of the one sprite it is about."""
+
+
+def attributes(lamps: bool) -> tuple[tuple[str, tuple], ...]:
+    """Name and values of what is asked of each sprite."""
+    return (*ATTRIBUTES, LAMPS) if lamps else ATTRIBUTES
+
+
+def classes(sprites: int, lamps: bool = False) -> tuple[int, ...]:
+    """Classes of each question: background, number of sprites less one, then shape, colour, motion and perhaps lamps of
+    so many sprites."""
+    of_each = tuple(len(values) + UNSAID.get(name, 0) for name, values in attributes(lamps))
+    return len(BACKGROUNDS), 2, *(sprites * of_each)
+
+
+CLASSES = classes(2)
+"""Of the questions that the pooled embedding is asked."""
+TOKEN_CLASSES = classes(1)
+"""Of those that a token is asked, of the one sprite it is about."""
 
 
 class CaptionReader(nn.Module):
     """The pipeline's two text encoders and the heads they are trained with."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, lamps: bool = False):
         super().__init__()
-        self.tokenizer = build_tokenizer(TEXT_TOKENS)
+        self.lamps = lamps
+        self.tokenizer = build_tokenizer(TEXT_TOKENS, lamps)
         self.llama = build_llama(self.tokenizer, width)
         self.clip = build_clip(self.tokenizer, width)
-        self.token_heads = nn.ModuleList(nn.Linear(width, n) for n in TOKEN_CLASSES)
-        self.pooled_heads = nn.ModuleList(nn.Linear(width, n) for n in CLASSES)
+        self.token_heads = nn.ModuleList(nn.Linear(width, n) for n in classes(1, lamps))
+        self.pooled_heads = nn.ModuleList(nn.Linear(width, n) for n in classes(2, lamps))
 
     def forward(self, captions: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], BatchEncoding]:
         """Answers to each question from every token [B, L, classes] and from the pooled embedding [B, classes].
@@ -43,6 +71,19 @@ class CaptionReader(nn.Module):
         """
         embeds, tokens, pooled = encode_captions(self.tokenizer, self.llama, self.clip, captions)
         return [head(embeds) for head in self.token_heads], [head(pooled) for head in self.pooled_heads], tokens
+
+
+@contextmanager
+def new_words_alone(reader: CaptionReader) -> Iterator[None]:
+    """In the block, only embeddings of the words of lamps, and the heads, have gradients; all else stays as it is."""
+    encoders, old = (reader.llama, reader.clip), len(build_tokenizer(TEXT_TOKENS))
+    for encoder in encoders:
+        encoder.requires_grad_(False)
+        encoder.set_input_embeddings(GrowingEmbedding(embedding_of(encoder), old))
+    yield
+    for encoder in encoders:
+        weight = embedding_of(encoder).weight.detach()
+        encoder.set_input_embeddings(nn.Embedding.from_pretrained(weight, padding_idx=reader.tokenizer.pad_token_id))
 
 
 def encode_captions(
@@ -59,13 +100,13 @@ def encode_captions(
     return embeds.hidden_states[HIDDEN_LAYER], tokens, pooled
 
 
-def labels(scenes: list[Scene]) -> torch.Tensor:
+def labels(scenes: list[Scene], lamps: bool = False) -> torch.Tensor:
     """The right answers, [B, questions]; the sprites are in the order in which the caption names them."""
     rows = []
     for scene in scenes:
         row = [tuple(BACKGROUNDS).index(scene.background), len(scene.sprites) - 1]
         for i in range(2):
-            for name, values in ATTRIBUTES:
+            for name, values in attributes(lamps):
                 said = getattr(scene.sprites[i], name) if i < len(scene.sprites) else ABSENT
                 row.append(said if said == ABSENT else len(values) if said is None else values.index(said))
         rows.append(row)
@@ -82,7 +123,8 @@ def token_answers(answers: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
     `second` [B, L] bool says which tokens are about the second sprite.
     """
-    scene, first, other = answers.split([2, len(ATTRIBUTES), len(ATTRIBUTES)], dim=1)
+    scene = answers[:, :2]
+    first, other = answers[:, 2:].chunk(2, dim=1)
     own = torch.where(second[:, :, None], other[:, None], first[:, None])
     return torch.cat([scene[:, None].expand(-1, second.shape[1], -1), own], dim=2)
 

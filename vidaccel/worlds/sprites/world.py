@@ -96,6 +96,11 @@ class Sprite:
             )
 
     @property
+    def lamps(self) -> bool:
+        """Whether it has any."""
+        return self.board is not None
+
+    @property
     def ends(self) -> tuple[float, float]:
         """Half the extent before growing and after it."""
         return (SMALL, LARGE) if self.board is None else LAMPS_RADIUS
