@@ -33,6 +33,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -127,7 +129,7 @@ def called(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def image_of(family: str) -> np.ndarray | None:
     """What `vidaccel.sampling.generate` has to be given for a family."""
-    return IMAGE if FAMILIES[family].conditions else None
+    return IMAGE if FAMILIES[family].begins_with_image else None
 
 
 def calls_of_a_step(pipe: DiffusionPipeline, passes: int = 2) -> int:
@@ -347,6 +349,15 @@ def wan22_i2v() -> DiffusionPipeline:
     )
 
 
+def wan_vace() -> DiffusionPipeline:
+    parts = wan().components
+    config = parts["transformer"].config
+    control = 2 * config.in_channels + 8 * 8  # what is kept and what is not, and the mask's pixels
+    parts["transformer"] = WanVACETransformer3DModel.from_config(config, vace_layers=[0], vace_in_channels=control)
+    do_without_ftfy(WanVACEPipeline)
+    return WanVACEPipeline(**parts)
+
+
 def cogvideox() -> DiffusionPipeline:
     """With rotations, as the 5B model has them, and half its compression of time: two groups of latent frames."""
     width, latent = 32, 4
@@ -439,10 +450,13 @@ BUILDERS = {
     "wan22": wan22,
     "wan22_i2v": wan22_i2v,
     "wan_i2v": wan_i2v,
+    "wan_vace": wan_vace,
 }
-ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1)
+VARIED = {"wan_vace"}
+"""Families that are another one's trunk with more around it: most tests of a single room do with that one."""
+ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""
-ALL_TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].conditions)
+ALL_TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].begins_with_image)
 """Families whose videos begin with no image."""
 TEXT_TO_VIDEO = [name for name in ALL_TEXT_TO_VIDEO if name in ONE_DENOISER]
 """Those of them with one transformer."""

@@ -172,16 +172,23 @@ def run_pipeline(
         UserError: settings that the model cannot follow, or an image where it takes none, or none where it does.
     """
     check_image(loaded.family, image is not None)
+    if len(prompts) > 1 and not loaded.family.batched:
+        raise UserError(
+            f"{len(prompts)} prompts at once, and the pipeline of {loaded.family.title} takes one",
+            "give them one by one",
+        )
     guidance = {"guidance": config.guidance, "two_pass": config.two_pass}
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
     more = {"negative_prompt": config.negative_prompt, "guidance_2": config.guidance_2}
     arguments = call_arguments(loaded, steps=config.steps, **more, **size, **guidance)
+    given: dict[str, Any] = {"prompt": list(prompts), "generator": [torch.Generator().manual_seed(s) for s in seeds]}
     if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        given["negative_prompt"] = [arguments.pop("negative_prompt")] * len(prompts)
+    if not loaded.family.batched:
+        given = {name: value for name, (value,) in given.items()}
     if image is not None:
         arguments["image"] = Image.fromarray(image)
     loaded.pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     decoded = nullcontext()
     if output_type != "latent":
         asked = {name: loaded.default(name) if value is None else value for name, value in size.items()}
@@ -193,7 +200,7 @@ def run_pipeline(
             on_grid(loaded.pipe, config.shift, Grid.listed(config.timesteps, config.sigmas)),
             watching,
         ):
-            made = loaded.pipe(prompt=list(prompts), generator=generators, output_type=output_type, **arguments)
+            made = loaded.pipe(output_type=output_type, **given, **arguments)
         return made.frames, started, time.perf_counter()
 
 

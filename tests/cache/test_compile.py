@@ -13,7 +13,7 @@ GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
 """Of a family that is not here only that no generation after the first makes more."""
 
 
-@pytest.mark.parametrize("name, history", [*((name, 1) for name in TEXT_TO_VIDEO), ("wan", 2)])
+@pytest.mark.parametrize("name, history", [*((name, 1) for name in (*TEXT_TO_VIDEO, "wan_vace")), ("wan", 2)])
 def test_compiled_blocks_have_static_graphs(name, history):
     """One more for a predictor of two full steps, which has had only one when it is first asked."""
     pipe = tiny_pipeline(name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.cache.toy import BY_KEYWORD, TOY, Double, Plus, Toy
+from tests.cache.toy import BESIDE, BY_KEYWORD, TOY, Double, Hinted, Plus, Toy
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
 from vidaccel.families.walk import as_output, call_block, named_outputs
@@ -34,6 +34,27 @@ def test_a_full_pass_runs_the_blocks_and_a_predicted_one_the_forecaster():
         with trunk.predicted(plus):
             assert value(toy(x(1))) == 112 + 4
     assert toy.runs == [2, 2, 2, 2]
+
+
+def test_what_blocks_beside_the_trunk_add_is_no_part_of_an_answer():
+    hinted, plus = Hinted(), Plus()
+    with Trunk(hinted, BESIDE) as trunk:
+        assert value(hinted(x(1))) == 184
+        with trunk.full():
+            assert value(hinted(x(1))) == 184
+        with trunk.predicted(plus):
+            assert value(hinted(x(2))) == 184 + 7
+        assert torch.equal(plus.calls[0][0]["hidden_states"], x(7))
+    assert [side.runs for side in hinted.sides] == [2, 2] and hinted.runs == [2, 2, 2, 2]
+    assert value(hinted(x(1))) == 184
+    assert not any("forward" in vars(module) for module in hinted.modules())
+
+
+def test_tokens_added_after_the_last_block_are_refused():
+    hinted = Hinted((1, 3))
+    with pytest.raises(UserError, match="adds tokens of its sides after its last block, 3"):
+        Trunk(hinted, BESIDE).attach()
+    assert not any("forward" in vars(module) for module in hinted.modules())
 
 
 def test_the_forecaster_gets_the_first_blocks_arguments_by_name_and_what_the_last_one_returned():

@@ -31,6 +31,15 @@ BY_KEYWORD = replace(
 """The same for a `Toy(keywords=True)`."""
 
 
+BESIDE = replace(
+    TOY,
+    side_lists=(
+        BlockList("sides", arguments=("hidden_states", "control"), returns=("hint", "control"), added_after="hinted"),
+    ),
+)
+"""With blocks beside the trunk, for a `Hinted`."""
+
+
 class Double(nn.Module):
     """Video x 2, text + 1; counts how often it ran."""
 
@@ -85,6 +94,39 @@ class Toy(nn.Module, CacheMixin):
     @property
     def runs(self) -> list[int]:
         return [block.runs for block in (*self.doubles, *self.singles)]
+
+
+class Side(nn.Module):
+    """A hint of 10 times what it is handed, which it hands on as one more; counts how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, hidden_states, control):
+        self.runs += 1
+        return 10 * control, control + 1
+
+
+class Hinted(Toy):
+    """A `Toy` to whose tokens 10 is added after the first doubling and 20 after the third: with x = 1 four blocks make
+    ((4 x 2 + 10) x 4 + 20) x 2 = 184."""
+
+    def __init__(self, hinted: tuple[int, ...] = (0, 2)):
+        super().__init__()
+        self.config = {"hinted": hinted}
+        self.sides = nn.ModuleList(Side() for _ in hinted)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        video, text, control, hints = 3 * x + 1, self.texts["embedder"](x, scale=1.0), torch.ones_like(x), []
+        for side in self.sides:
+            hint, control = side(video, control)
+            hints.append(hint)
+        for index, block in enumerate((*self.doubles, *self.singles)):
+            video, text = block(video, text, 0.0, "rotary")
+            if index in self.config["hinted"]:
+                video = video + hints.pop(0)
+        return (video,)
 
 
 class Plus:

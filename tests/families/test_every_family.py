@@ -75,6 +75,9 @@ class Model:
 
     @cached_property
     def features(self) -> Path:
+        return self.folder / "none" if self.family.untrained else self.collected()
+
+    def collected(self) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("vidaccel.collect.kinds.open_source", lambda loaded, config: Clips())
             vidaccel.collect_features("clips", self.folder / "features", model=str(self.teacher), store="float32")
@@ -275,6 +278,7 @@ def models(tmp_path_factory) -> Callable[[str], Model]:
 
 
 NOT_ALL: dict[str, Callable[[Model], Any]] = {
+    "collect-features": Model.collected,
     "distill method=cfg": lambda model: model.cfg,
     "distill method=mean_velocity": lambda model: model.distilled(
         "mean_velocity", model.teacher, **({"denoiser": "transformer"} if len(model.family.denoisers) > 1 else {})
@@ -287,7 +291,9 @@ NOT_ALL: dict[str, Callable[[Model], Any]] = {
 
 def why_not(family: DiTFamily, ability: str) -> str | None:
     """With which words it is refused, as a regular expression; None if it works."""
-    if ability in NOT_ALL and family.predicts != "flow":
+    if ability in NOT_ALL and family.untrained:
+        return f"{family.title} {family.untrained}, and .* is of clips and captions alone"
+    if ability in set(NOT_ALL) - {"collect-features"} and family.predicts != "flow":
         return f"{family.title} predicts v .* is for flow velocities"
     if ability in ("distill method=mean_velocity", "train-predictor") and len(family.denoisers) > 1:
         return f"{family.title} denoises with 2 transformers"
@@ -325,7 +331,8 @@ def front() -> list[str]:
     lines = []
     for name in ALL_TEXT_TO_VIDEO:
         family = FAMILIES[name]
-        images = [f"`{each.pipelines[0]}`" for each in FAMILIES.values() if each.conditions and _alike(each, family)]
+        others = [each for each in FAMILIES.values() if each.begins_with_image and _alike(each, family)]
+        images = [f"`{each.pipelines[0]}`" for each in others]
         distilled = [works(family, f"distill method={name}") for name in ("cfg", "mean_velocity")]
         said = [works(family, name) for name in ("attach", "train-predictor", "benchmark --plan")]
         attached, *rest = ["yes" if cell else "no" for cell in (*said, family.fused)]

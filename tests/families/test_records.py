@@ -86,6 +86,27 @@ def test_blocks_are_called_and_answer_as_recorded(family, pipes):
 
 
 @EVERY_FAMILY
+def test_blocks_beside_the_trunk_run_before_it_and_give_what_is_recorded(family, pipes):
+    transformer, order = pipes[family.name].transformer, []
+    if not family.side_lists:
+        return
+
+    def note(kind, block, args, kwargs, output):
+        order.append(kind)
+        assert tuple(signature(block.forward).parameters)[: len(kind.arguments)] == kind.arguments
+        assert named_arguments(kind, args, kwargs).keys() == set(kind.arguments)
+        assert all(each.ndim == 3 for each in named_outputs(kind, output).values())
+
+    for kind in family.all_lists:
+        assert kind.added_after is None or max(transformer.config[kind.added_after]) < len(transformer.blocks) - 1
+        for block in transformer.get_submodule(kind.name):
+            block.register_forward_hook(partial(note, kind), with_kwargs=True)
+    generate(pipes[family.name], family, guidance_scale=1.0)
+    expected = [kind for kind in (*family.side_lists, *family.block_lists) for _ in getattr(transformer, kind.name)]
+    assert order == expected
+
+
+@EVERY_FAMILY
 def test_a_block_whose_residual_layers_are_zero_is_the_identity_and_none_is_named_in_vain(family, pipes):
     transformer = copy.deepcopy(pipes[family.name].transformer)
     firsts = [(kind, transformer.get_submodule(kind.name)[0]) for kind in family.block_lists]
@@ -198,7 +219,7 @@ def test_what_is_held_runs_once_a_pass_before_the_blocks_and_nothing_writes_into
 
 @EVERY_FAMILY
 def test_everything_between_embedders_and_head_is_in_the_block_lists(family, pipes):
-    recorded = {block_list.name for block_list in family.block_lists}
+    recorded = {block_list.name for block_list in family.all_lists}
     children = pipes[family.name].transformer.named_children()
     assert {name for name, child in children if isinstance(child, torch.nn.ModuleList)} == recorded
 

@@ -55,7 +55,7 @@ def ways(config: BenchmarkConfig, plan: PlanConfig) -> list[Way]:
 
 def _quantised(model: nn.Module, family: DiTFamily) -> int:
     """Parameters of layers that take one byte in place of two."""
-    lists: list[Any] = [model.get_submodule(block_list.name) for block_list in family.block_lists]
+    lists: list[Any] = [model.get_submodule(block_list.name) for block_list in family.all_lists]
     return sum(blocks.get_submodule(name).weight.numel() for blocks in lists for name in quantizable(blocks, "fp8"))
 
 

@@ -138,7 +138,8 @@ class Model:
             make = torch.ones if tensor.argument in masks else torch.randn
             text[tensor.stored] = make(1, *extents, **options)
         for condition in conditions_of(self.transformer, self.family):
-            extents = [config.in_channels - channels, *shape[2:]]
+            given = condition.channels_config
+            extents = [config[given] if given else config.in_channels - channels, *shape[2:]]
             if condition.tokens and condition.width_config:
                 extents = [self.streams[condition.tokens], config[condition.width_config]]
             text[condition.stored] = torch.randn(1, *extents, **options)
@@ -148,7 +149,7 @@ class Model:
 
     def _firsts(self) -> list[tuple[BlockList, nn.Module]]:
         """The first block of each list."""
-        return [(kind, getattr(self.transformer, kind.name)[0]) for kind in self.family.block_lists]
+        return [(kind, getattr(self.transformer, kind.name)[0]) for kind in self.family.all_lists]
 
     def _block_arguments(self) -> dict[str, dict[str, Any]]:
         """What the first block of each list is called with, from a full pass, which the trunk remembers."""

@@ -40,7 +40,8 @@ def new_transformer(config: BenchmarkConfig, device: torch.device | str, depth: 
     """The configured transformer with random weights, in the configured dtype.
 
     Args:
-        depth: blocks in each list, in place of its own number.
+        depth: blocks in each list, in place of its own number; one more in a trunk with others beside it, whose last
+            block none of them is added after.
 
     Raises:
         UserError: the class does not take one of the arguments, or not such a value.
@@ -52,7 +53,12 @@ def new_transformer(config: BenchmarkConfig, device: torch.device | str, depth: 
         if name not in known:
             raise UserError(f"transformer: {cls.__name__} takes no {name}", nearest(name, known))
     if depth is not None:
-        arguments = arguments | {name: depth for name in DEPTHS if name in known}
+        sides = planned_family(config).side_lists
+        arguments = arguments | {name: depth + bool(sides) for name in DEPTHS if name in known}
+        for kind in sides:
+            if (key := kind.added_after) is not None:
+                places = arguments.get(key, inspect.signature(cls.__init__).parameters[key].default)
+                arguments[key] = [place for place in places if place < depth]
     try:
         with torch.device(device), _default_dtype(DTYPES[config.dtype]):
             return cls(**arguments).to(DTYPES[config.dtype]).eval()

@@ -29,6 +29,8 @@ class TrunkPass:
     passes: int = 1
     left: Tokens = field(default_factory=dict)
     """Set by the last block if it runs."""
+    answer: Tokens = field(default_factory=dict)
+    """The forecaster's, for a trunk to whose tokens something is added between its blocks."""
     held: dict[str, Any] = field(default_factory=dict)
     """Set by the embedders that are held, if the blocks run."""
 
@@ -93,15 +95,16 @@ class StaticEmbedder:
 
 class BlockHook(ModelHook):
     """On each block of a trunk: it runs, unless a forecaster is in force. The first block's then has the tokens made,
-    the others' hand theirs on.
+    the others' hand theirs on, and the last one's gives those that were made where others are added in between.
 
     One class serves the first, the last and the other blocks, and looks at which it is only where they differ:
     torch.compile makes a graph for each answer, and the graphs of all blocks of a model count towards one limit.
     """
 
-    def __init__(self, trunk: Owner, kind: BlockList, first: bool, last: bool):
+    def __init__(self, trunk: Owner, kind: BlockList, first: bool, last: bool, beside: bool = False):
+        """`beside` says that the trunk has blocks beside it: the last block then gives the answer itself."""
         super().__init__()
-        self.trunk, self.kind, self.first, self.last = trunk, kind, first, last
+        self.trunk, self.kind, self.first, self.last, self.beside = trunk, kind, first, last, beside
         set_stateful(self, first)
         self.open = trunk.open if first else None
         """Where diffusers finds it."""
@@ -125,14 +128,40 @@ class BlockHook(ModelHook):
         """As the block itself would return it."""
         tokens = named_arguments(self.kind, args, kwargs)
         if self.first:
-            tokens = tokens | current_pass.forecaster(tokens, current_pass.memory, current_pass.t)
+            answer = current_pass.forecaster(tokens, current_pass.memory, current_pass.t)
+            tokens = tokens | answer
+            if self.beside:
+                current_pass.answer = answer
+        elif self.beside and self.last:
+            tokens = tokens | current_pass.answer
         return as_output(self.kind, tokens)
+
+
+class SideHook(ModelHook):
+    """On each block beside a trunk: it runs, unless a forecaster is in force, and then gives zeros, of no size, since
+    they are added to tokens."""
+
+    def __init__(self, trunk: Owner, kind: BlockList):
+        super().__init__()
+        self.trunk, self.kind = trunk, kind
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
+        current_pass, original = self.trunk.current_pass, self.fn_ref.original_forward
+        assert original is not None
+        if current_pass is None or current_pass.forecaster is None:
+            return original(*args, **kwargs)
+        return self.predicted(current_pass, args, kwargs)
+
+    def predicted(self, current_pass: TrunkPass, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+        """As the block itself would return it."""
+        tokens: Tensor = named_arguments(self.kind, args, kwargs)["hidden_states"]
+        return as_output(self.kind, {name: tokens.new_zeros(()) for name in self.kind.returns})
 
 
 class Absent(nn.Module):
     """In the place of a block whose weights are sharded, which any call of it would gather."""
 
-    def __init__(self, hook: BlockHook):
+    def __init__(self, hook: BlockHook | SideHook):
         super().__init__()
         self.hook = hook
 

@@ -6,7 +6,8 @@ transformer goes one of two ways:
 
 - *full*: the blocks run as they are, and the tokens that leave the last one are remembered;
 - *predicted*: the first block's call is answered by a forecaster, which gets that block's arguments and what is
-  remembered; the other blocks hand its answer on.
+  remembered; the other blocks hand its answer on. What blocks beside the trunk would add in between (the family's
+  `side_lists`) is zero.
 
 Training, collection and search say which, per pass:
 
@@ -35,11 +36,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import Tensor, nn
 
-from vidaccel.cache.blocks import Absent, BlockHook, OpenContext, StaticEmbedder, TrunkPass
+from vidaccel.cache.blocks import Absent, BlockHook, OpenContext, SideHook, StaticEmbedder, TrunkPass
 from vidaccel.cache.memory import Memory
 from vidaccel.compat.diffusers import (
     checkpointing,
@@ -50,8 +51,8 @@ from vidaccel.compat.diffusers import (
 )
 from vidaccel.compat.torch import is_sharded
 from vidaccel.errors import UserError
-from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of
+from vidaccel.families.base import BlockList, DiTFamily
+from vidaccel.families.walk import blocks_of, side_blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster
 
 HOOK = "vidaccel_trunk"
@@ -126,7 +127,8 @@ class Trunk:
         """Put the hooks on.
 
         Raises:
-            UserError: the transformer is attached already, or one of diffusers' own caches is enabled.
+            UserError: the transformer is attached already, one of diffusers' own caches is enabled, or tokens of blocks
+                beside the trunk are added after its last one.
         """
         name = type(self.transformer).__name__
         blocks = blocks_of(self.transformer, self.family)
@@ -134,10 +136,13 @@ class Trunk:
             raise UserError(f"this {name} is attached already", "detach it first, or leave its `with` block")
         if getattr(self.transformer, "is_cache_enabled", False):
             raise UserError(f"a cache of diffusers is enabled on this {name}", "call its disable_cache() first")
+        _refuse_late_sides(self.transformer, self.family, len(blocks) - 1)
+        sides = side_blocks_of(self.transformer, self.family)
         for index, (kind, block) in enumerate(blocks):
-            hook = BlockHook(self, kind, first=index == 0, last=index == len(blocks) - 1)
-            self._hook(block, hook)
-            self._absent.setdefault(kind.name, nn.ModuleList()).append(Absent(hook))
+            ends = {"first": index == 0, "last": index == len(blocks) - 1}
+            self._hook(kind, block, BlockHook(self, kind, **ends, beside=bool(sides)))
+        for kind, block in sides:
+            self._hook(kind, block, SideHook(self, kind))
         modules = dict(self.transformer.named_modules())
         for path in self.family.static_embedders:
             if path in modules:  # that of an image is missing from models without one
@@ -169,7 +174,8 @@ class Trunk:
         finally:
             self._mode = before
 
-    def _hook(self, block: nn.Module, hook: ModelHook) -> None:
+    def _hook(self, kind: BlockList, block: nn.Module, hook: BlockHook | SideHook) -> None:
+        self._absent.setdefault(kind.name, nn.ModuleList()).append(Absent(hook))
         registry = HookRegistry.check_if_exists_or_initialize(block)
         # What splits a block's inputs over several devices stays outside, so that forecasters see split tokens too.
         outside = {name: each for name, each in registry.hooks.items() if isinstance(each, ContextParallelSplitHook)}
@@ -252,6 +258,16 @@ class Trunk:
             blocks = getattr(self.transformer, name)
             setattr(self.transformer, name, absent)
             self._at_end.append(partial(setattr, self.transformer, name, blocks))
+
+
+def _refuse_late_sides(transformer: Any, family: DiTFamily, last: int) -> None:
+    """`UserError` where what is remembered of the last block, at that position, is not what reaches the head."""
+    for kind in family.side_lists:
+        if kind.added_after and last in transformer.config[kind.added_after]:
+            raise UserError(
+                f"this {type(transformer).__name__} adds tokens of its {kind.name} after its last block, {last}",
+                f"predicted steps are for models whose {kind.added_after} end before it",
+            )
 
 
 def _time(t: float | Tensor | None) -> Tensor | None:

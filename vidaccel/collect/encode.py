@@ -166,7 +166,7 @@ def encode_samples(
     at_once = len(videos) if loaded.family.batched_autoencoder else 1
     stacked = torch.stack(list(videos))
     tensors = {LATENT: encode_videos(loaded.pipe.vae, stacked, at_once)}
-    images = first_frames(stacked) if loaded.family.conditions else None
+    images = first_frames(stacked) if loaded.family.begins_with_image else None
     tensors |= encode_prompts(loaded, [record["caption"] for record in records], images, stacked.shape[2])
     tensors |= stored_images(images)
     return rows(loaded, tensors, records, dtype)

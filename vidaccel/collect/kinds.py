@@ -7,6 +7,7 @@ from vidaccel.collect.source import ClipSource, open_source
 from vidaccel.collect.trajectories import trajectory_job
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
+from vidaccel.models.grid import refuse_untrained
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.weight_hashes import encoder_hashes
 
@@ -15,8 +16,10 @@ def job_of(loaded: LoadedPipeline, config: CollectConfig) -> Job:
     """What `config` asks for.
 
     Raises:
-        UserError: what `open_source` raises, or sampling settings that the model cannot follow.
+        UserError: what `open_source` raises, sampling settings that the model cannot follow, or a model that nothing
+            can be collected for.
     """
+    refuse_untrained(loaded.family, "a folder of features")
     kinds = {"encoded": encoding_job, "trajectory": trajectory_job}
     return kinds[config.kind](loaded, open_source(loaded, config), config)
 

@@ -106,7 +106,7 @@ class EncodedSource:
 
 def images_of(source: ClipSource, indices: Sequence[int], family: DiTFamily) -> list[np.ndarray] | None:
     """First frames of those clips, uint8 [H, W, 3] each, for a family that begins with an image; else None."""
-    if not family.conditions:
+    if not family.begins_with_image:
         return None
     return [first_frames(source[i][0][None])[0] for i in indices]
 

@@ -23,7 +23,7 @@ from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.models.calling import guidance_in_force, latent_size, require_whole, second_guidance, unwanted
-from vidaccel.models.grid import Grid, denoiser_at, own_grid, require_flow
+from vidaccel.models.grid import Grid, denoiser_at, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import guided_velocity, velocity_of
 from vidaccel.models.weight_hashes import student_hash
@@ -37,7 +37,7 @@ class TrajectorySampler:
     """A model, the grid and guidance it is sampled with, and the size of what it makes."""
 
     def __init__(self, loaded: LoadedPipeline, config: CollectConfig):
-        require_flow(loaded.family, "our sampling loop")
+        require_trainable(loaded.family, "our sampling loop")
         require_whole(loaded)
         transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         self.loaded, self.config, self.transformer = loaded, config, transformer

@@ -39,6 +39,9 @@ class BlockList:
     residual_layers: tuple[str, ...] = ()
     """Layers of a block, by dotted path, that write into the residual stream: with all of them zero a block is the
     identity, and so a predictor's blocks begin."""
+    added_after: str | None = None
+    """Of a list beside the trunk: transformer config key with the positions of the trunk's blocks after which what its
+    blocks give is added."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class BlankInput:
 
 @dataclass(frozen=True)
 class Condition:
-    """An input that the pipeline makes of the image that a video begins with; the same in every pass."""
+    """An input that the pipeline makes of the image that a video begins with, or of what else its call is given; the
+    same in every pass."""
 
     stored: str
     """Its name in a feature folder, and beside text tensors wherever those travel by name."""
@@ -114,6 +118,10 @@ class Condition:
     """Stream of those tokens (costs.py)."""
     width_config: str | None = None
     """Transformer config key of their width, which is null in checkpoints without them."""
+    channels_config: str | None = None
+    """Of an argument that takes no tokens but channels [B, C, T, H, W]: transformer config key of how many."""
+    made_of: str = "image"
+    """Call argument that it is made of: `image` is the one that a video begins with."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,9 @@ class DiTFamily:
     """Height and width are multiples of this many pixels, on top of what autoencoder and patches ask for."""
     costs: FamilyCosts
     """What its parts work on, from which FLOPs and memory follow."""
+    side_lists: tuple[BlockList, ...] = ()
+    """Blocks beside the trunk, which run before it: what they give is added to its tokens outside its blocks. On a
+    predicted pass they give zeros, and the answer comes from the trunk's last block."""
     predicts: str = "flow"
     """What the transformer gives: `flow` velocities, or `v` of a diffusion process, whose models are run, cached and
     planned, and not trained from."""
@@ -233,7 +244,7 @@ class DiTFamily:
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
     conditions: tuple[Condition, ...] = ()
-    """What is made of the call argument `image`, for pipelines that have one."""
+    """What is made of an image, or of what else the call is given."""
     sized_by_image: bool = False
     """Whether the call takes no height and width: `video_processor` chooses among sizes of its own by the image's."""
     split: SequenceSplit | None = None
@@ -242,3 +253,18 @@ class DiTFamily:
     """Module with the fused forms of its blocks (fused.py says what such a module holds); None if there is none."""
     needs_mask: bool = False
     """Whether its stock attention cannot do without a mask; its fused processors then run where none is left."""
+    batched: bool = True
+    """Whether its pipeline takes several prompts at once."""
+    untrained: str | None = None
+    """What it does that clips and captions say nothing of, as the rest of a sentence: nothing is collected for it or
+    trained from it."""
+
+    @property
+    def begins_with_image(self) -> bool:
+        """Whether its videos begin with an image."""
+        return any(each.made_of == "image" for each in self.conditions)
+
+    @property
+    def all_lists(self) -> tuple[BlockList, ...]:
+        """The trunk's, and those beside it."""
+        return (*self.block_lists, *self.side_lists)

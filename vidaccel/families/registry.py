@@ -14,6 +14,7 @@ from vidaccel.families.wan import WAN
 from vidaccel.families.wan22 import WAN22
 from vidaccel.families.wan22_i2v import WAN22_I2V
 from vidaccel.families.wan_i2v import WAN_I2V
+from vidaccel.families.wan_vace import WAN_VACE
 
 FAMILIES: dict[str, DiTFamily] = {
     family.name: family
@@ -27,6 +28,7 @@ FAMILIES: dict[str, DiTFamily] = {
         WAN22,
         WAN22_I2V,
         WAN_I2V,
+        WAN_VACE,
     )
 }
 """Every family by name."""

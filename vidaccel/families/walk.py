@@ -34,6 +34,11 @@ def blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList
     return [(kind, block) for kind in family.block_lists for block in getattr(transformer, kind.name)]
 
 
+def side_blocks_of(transformer: nn.Module, family: DiTFamily) -> list[tuple[BlockList, nn.Module]]:
+    """The blocks beside the trunk, each with the list it is of."""
+    return [(kind, block) for kind in family.side_lists for block in getattr(transformer, kind.name)]
+
+
 def conditions_of(transformer: nn.Module, family: DiTFamily) -> list[Condition]:
     """Those that this transformer takes."""
     config: Any = transformer.config

@@ -278,11 +278,11 @@ def sized_by_image(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
 def check_image(family: DiTFamily, given: bool) -> None:
     """`UserError` for an image that the family's pipelines do not take, and for none where they begin with one."""
-    if given and not family.conditions:
+    if given and not family.begins_with_image:
         raise UserError(
             f"an image was given, and {family.title} makes videos of text alone", "leave it out, or take another model"
         )
-    if family.conditions and not given:
+    if family.begins_with_image and not given:
         raise UserError(f"{family.title} begins its videos with an image, and none was given", "give one: --image FILE")
 
 

@@ -218,6 +218,21 @@ def require_flow(family: DiTFamily, what: str) -> None:
         )
 
 
+def require_trainable(family: DiTFamily, what: str) -> None:
+    """`UserError` for `what` unless the family predicts flow velocities, and is of nothing but clips and captions."""
+    require_flow(family, what)
+    refuse_untrained(family, what)
+
+
+def refuse_untrained(family: DiTFamily, what: str) -> None:
+    """`UserError` for `what`, which is made of clips and captions, where the family is of more than these."""
+    if family.untrained:
+        raise UserError(
+            f"{family.title} {family.untrained}, and {what} is of clips and captions alone",
+            "what works with it: generate, predictor=reuse or taylor, and benchmark",
+        )
+
+
 def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
     """Shift of the step grid that a pipeline's scheduler has, else the family's; None if no shift makes its grid."""
     if any(scheduler.config.get(option) for option in OTHER_GRIDS):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vidaccel.compat.torch import has_cpp_compiler, recompile_limit, set_recompile_limit
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of
+from vidaccel.families.walk import blocks_of, side_blocks_of
 from vidaccel.kernels import select, tangents
 
 BACKEND = "inductor"
@@ -81,7 +81,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool | None = False) -> Callable[[], None]:
-    """Compile every block of the trunk; with CUDA graphs on a CUDA device.
+    """Compile every block of the trunk and beside it; with CUDA graphs on a CUDA device.
 
     Returns:
         What undoes it.
@@ -89,7 +89,7 @@ def compile_blocks(transformer: nn.Module, family: DiTFamily, *, dynamic: bool |
     Raises:
         UserError: a block carries hooks or is compiled already.
     """
-    blocks = [block for _, block in blocks_of(transformer, family)]
+    blocks = [block for _, block in (*side_blocks_of(transformer, family), *blocks_of(transformer, family))]
     if any("forward" in vars(block) for block in blocks):
         raise UserError(
             f"the blocks of this {type(transformer).__name__} are hooked or compiled already",

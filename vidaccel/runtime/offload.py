@@ -62,7 +62,7 @@ def offload(pipe: DiffusionPipeline, family: DiTFamily, how: str, device: torch.
 
 def offload_trunk(transformer: nn.Module, family: DiTFamily, device: torch.device) -> None:
     """Each block of the trunk is on the device for its own call and on the CPU otherwise; the rest stays there."""
-    trunk, lists = nn.Module(), {kind.name for kind in family.block_lists}
+    trunk, lists = nn.Module(), {kind.name for kind in family.all_lists}
     for name, part in transformer.named_children():
         if name in lists:
             trunk.add_module(name, part)

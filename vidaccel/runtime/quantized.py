@@ -60,7 +60,7 @@ def quantize_blocks(transformer: nn.Module, family: DiTFamily, kind: str) -> lis
         else Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     )
     taken, linear = [], 0
-    for kind_of_block in family.block_lists:
+    for kind_of_block in family.all_lists:
         blocks = getattr(transformer, kind_of_block.name)
         names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
         chosen = quantizable(blocks, kind)

@@ -35,7 +35,7 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, boundaries_of, denoisers_of
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
-from vidaccel.models.grid import GridScheduler, fixed_shift, require_flow
+from vidaccel.models.grid import GridScheduler, fixed_shift, require_trainable
 from vidaccel.models.loading import (
     LoadedPipeline,
     as_student,
@@ -372,7 +372,7 @@ def _span(loaded: LoadedPipeline, attribute: str) -> tuple[float, float]:
 
 
 def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
-    require_flow(loaded.family, "distillation")
+    require_trainable(loaded.family, "distillation")
     method.check_teacher(loaded, velocity_of(loaded))
 
 
@@ -393,7 +393,7 @@ def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | Enco
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
     own, videos = GenerateConfig(), []
     for i, prompt in enumerate(prompts):
-        image = as_array(data[i % len(data)][0][IMAGE]) if copy.family.conditions else None
+        image = as_array(data[i % len(data)][0][IMAGE]) if copy.family.begins_with_image else None
         videos.append(generate(copy, [prompt], own, [config.seed + i], image=image).frames[0])
     if rank() == 0:
         contact_sheet(videos, file, labels=list(prompts))

@@ -112,23 +112,27 @@ def pass_flops(
     trunk = planned_trunk(model, family, rows, blocks=predictor_blocks)
     forecasters = {name: forecaster_class(name).costs(trunk) for name in FORECASTERS}
 
-    def blocks(counted) -> int:
-        return sum(depths[name] * layer.flops for name in kinds for layer in kinds[name].layers if counted(layer))
+    sides = {kind.name for kind in family.side_lists}  # which caches of what is within the trunk's blocks leave alone
 
-    attention = sum(depths[name] * kinds[name].attention for name in kinds)
+    def blocks(counted) -> int:
+        counts = ((name, layer) for name in kinds for layer in kinds[name].layers if name in sides or counted(layer))
+        return sum(depths[name] * layer.flops for name, layer in counts)
+
+    attention = {name: depths[name] * kinds[name].attention for name in kinds}
+    beside = sum(attention[name] for name in sides)
     return {
-        "full": PassFlops(outside, blocks(lambda layer: True), attention),
+        "full": PassFlops(outside, blocks(lambda layer: True), sum(attention.values())),
         **{
             name: PassFlops(0 if each.answers_pass else predicted_outside, each.linear, each.attention)
             for name, each in forecasters.items()
         },
-        "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), 0),
-        "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), 0),
+        "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), beside),
+        "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), beside),
     }
 
 
 def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
-    """Of everything but the trunk's blocks, and what is within the modules at the paths in `but`."""
+    """Of everything but blocks, and what is within the modules at the paths in `but`."""
     costs, left_out = family.costs, tuple(f"{path}." for path in but)
     layers = layer_flops(_without_blocks(model, family), costs.layers, rows)
     attention = sum(
@@ -140,5 +144,5 @@ def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: 
 
 
 def _without_blocks(model: nn.Module, family: DiTFamily) -> nn.ModuleDict:
-    trunk = {block_list.name for block_list in family.block_lists}
+    trunk = {block_list.name for block_list in family.all_lists}
     return nn.ModuleDict({name: child for name, child in model.named_children() if name not in trunk})

@@ -75,7 +75,7 @@ def _dtype(argument: Argument, of_model: torch.dtype) -> torch.dtype:
 
 def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:
     """Most bytes alive at once in a block of a `model` on the meta device, arguments included."""
-    return max(_block_bytes(model, family, block_list, rows) for block_list in family.block_lists)
+    return max(_block_bytes(model, family, block_list, rows) for block_list in family.all_lists)
 
 
 def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]) -> int:

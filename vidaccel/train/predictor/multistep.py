@@ -345,7 +345,7 @@ def runs_of(
         samples = [features[i] for i in range(count)]
         captions = [record["caption"] for _, record in samples]
         check_conditions(features, loaded)
-        images = [as_array(tensors[IMAGE]) for tensors, _ in samples] if loaded.family.conditions else None
+        images = [as_array(tensors[IMAGE]) for tensors, _ in samples] if loaded.family.begins_with_image else None
         first = samples[0][0]
         shape = first[LATENT].shape if LATENT in first else first["x"].shape
         asked = replace(asked, **video_size(loaded, shape))

@@ -196,7 +196,8 @@ class Starts:
         count = min(most, len(data))
         first = data[0][0]
         shape = first["x"].shape[1:] if "x" in first else first[LATENT].shape
-        if isinstance(data, EncodedSource) and not task.loaded.family.conditions:  # it would encode clips as well
+        family = task.loaded.family
+        if isinstance(data, EncodedSource) and not family.begins_with_image:  # it would encode clips as well
             captions = [data.source.record(i)["caption"] for i in range(count)]
             parts = [encode_texts(task.loaded, captions[i : i + AT_ONCE]) for i in range(0, count, AT_ONCE)]
             texts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

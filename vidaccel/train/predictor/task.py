@@ -29,7 +29,7 @@ from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance
 from vidaccel.models.folder import family_of_index, read_json
-from vidaccel.models.grid import Grid, own_grid, require_flow
+from vidaccel.models.grid import Grid, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.velocity import SwitchedVelocity, Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
@@ -109,7 +109,7 @@ def task_of(
     Raises:
         UserError: no predictor can be trained for this student, or on these data, or not as asked.
     """
-    require_flow(loaded.family, "the training of a predictor")
+    require_trainable(loaded.family, "the training of a predictor")
     if config.forecaster not in UNTRAINED:
         refuse_several(loaded.family)
     require_whole(loaded)

@@ -192,7 +192,7 @@ def _made_by_name(task: PredictorTask) -> Forecaster:
     seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
 
     def generate() -> None:
-        if not family.conditions:
+        if not family.begins_with_image:
             run_pipeline(task.loaded, captions, seeds, sampling, nullcontext(), "latent")
             return
         for (tensors, record), seed in zip(chosen, seeds, strict=True):  # a call takes one image
