@@ -14,7 +14,7 @@ from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.data.video import side_by_side
 from vidaccel.errors import UserError
 from vidaccel.models.calling import guidance_in_force, unwanted
-from vidaccel.models.lineage import teachers
+from vidaccel.models.lineage import lora_of_root, teachers
 from vidaccel.models.loading import LoadedPipeline, read_model
 from vidaccel.sampling import SCHEDULED_BY, Generated, too_small
 
@@ -38,7 +38,7 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
         return replace(
             plain,
             model=came_from[-1],
-            lora=None,
+            lora=None if config.compare_to else lora_of_root(config.model, came_from),
             student=None,
             **dict.fromkeys(("steps", "shift", "timesteps", "sigmas", "two_pass", "negative_prompt")),
             instantaneous=False,

@@ -1,9 +1,17 @@
 """Which model a row runs on, and what it says where there is none."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.models.test_adapters import comfyui
+from tests.students import save_teacher
 from vidaccel.bench.models import Models
-from vidaccel.bench.own_model import resolved
+from vidaccel.bench.output_folder import parents
+from vidaccel.bench.own_model import fitted, resolved
+from vidaccel.bench.reports.wording import in_words
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.errors import UserError
@@ -42,6 +50,50 @@ def test_rows_of_schedules_alone_name_their_folder_and_one_line_says_what_it_lac
             "no folder": "there is no predictor runs/nowhere",
         },
     )
+
+
+def test_lora_files_are_of_the_model_and_of_rows_that_name_their_own():
+    config = BenchmarkConfig(model="a", student="b", distilled="c", lora=["all.safetensors:0.5"])
+    models, two = Models(config, "cpu"), {"weights": "teacher", "two_pass": True}
+    own = {"model": "a", "lora": ["own.safetensors"]}
+    expected = {
+        ("a", "all.safetensors:0.5"): two,
+        ("a",): two | {"lora": []},
+        ("a", "own.safetensors"): own,
+        ("b",): {},
+        ("c",): {"weights": "teacher"},
+    }
+    assert [models.weights(MethodConfig(**row)) for row in expected.values()] == list(expected)
+
+
+def test_a_row_with_a_lora_file_runs_on_a_model_of_its_own(tmp_path):
+    save_teacher(tmp_path / "wan", "wan")
+    save_file(comfyui(), tmp_path / "lora.safetensors")
+    lora = [str(tmp_path / "lora.safetensors")]
+    config = BenchmarkConfig(model=str(tmp_path / "wan"), family="wan", dtype="float32")
+    models, row = Models(config, "cpu"), MethodConfig(model=config.model, guidance=1.0)
+    plain, given = (models.pipeline(replace(row, lora=each)).pipe.transformer for each in (None, lora))
+    assert plain is not given and plain is models.pipeline(row).pipe.transformer
+    assert not torch.equal(plain.blocks[0].attn1.to_q.weight, given.blocks[0].attn1.to_q.weight)
+    settings = {"model": config.model, "two_pass": True, "lora": lora}
+    assert in_words({"settings": settings, "passes": None, "steps": 4, "on": "teacher"}) == (
+        "wan, 4 steps of two passes, with lora.safetensors"
+    )
+    found = parents(replace(config, lora=lora), {"one": replace(row, lora=lora)})
+    assert found.keys() == {"model", "lora.0", "one.model", "one.lora.0"} and found["lora.0"] == found["one.lora.0"]
+
+
+@pytest.mark.parametrize(("said", "message"), [({"guidance_2": 3.0}, "has one transformer"), ({}, None)])
+def test_what_two_passes_are_told_is_checked_and_said_before_anything_runs(said, message, caplog):
+    config = BenchmarkConfig(
+        model="sprites/teacher", student="sprites/student", negative_prompt="a dog", dtype="float32", **said
+    )
+    if message:
+        with pytest.raises(UserError, match=message):
+            fitted(config, Models(config, "cpu"))
+    else:
+        fitted(config, Models(config, "cpu"))
+        assert "negative_prompt='a dog' is that of rows of two passes, and sprites/student was" in caplog.text
 
 
 def test_a_student_that_stands_in_for_the_model_in_one_pass_is_said():

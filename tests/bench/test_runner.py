@@ -159,9 +159,7 @@ def test_a_row_has_a_grid_and_a_scale_of_its_own(conf):
 
     def latents(method: MethodConfig, models: Models = models) -> torch.Tensor:
         with models.running(method, {}) as loaded:
-            return timed_generation(
-                loaded, method, (5, 32, 32), ["blue"], [0], models.config.guidance, decode=False
-            ).latents
+            return timed_generation(loaded, method, (5, 32, 32), ["blue"], [0], models.config, decode=False).latents
 
     plain = MethodConfig(steps=4)
     loaded, other = (each.pipeline(plain) for each in (models, others))

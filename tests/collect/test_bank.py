@@ -125,6 +125,17 @@ def test_another_text_is_cut_as_the_banks_are(bank, loaded):
     assert {name: t.shape[1:] for name, t in empty.items()} == {name: t.shape[1:] for name, t in bank.texts.items()}
 
 
+def test_a_text_that_is_to_be_cut_alike_is_kept_whole(folder, loaded):
+    """A long negative prompt beside short captions."""
+    unwanted = encode_texts(loaded, ["a red circle moving to the right and a blue square on white"])
+    held = Bank.of(folder, CPU, loaded.family, unwanted)
+    cut = held.cut(unwanted)
+    for text in loaded.family.text_tensors:
+        if text.mask:
+            mask = next(each.stored for each in loaded.family.text_tensors if each.argument == text.mask)
+            assert cut[mask].sum() == unwanted[mask].sum() and cut[text.stored].shape[1] == cut[mask].shape[1]
+
+
 def test_no_words_of_another_text_are_cut_off():
     loaded = model("hunyuan_video")
     short = Bank(torch.zeros(1), cut_texts(_stored(encode_texts(loaded, ["a"])), loaded.family), torch.zeros(1, 1))

@@ -12,6 +12,7 @@ from tests.students import save_teacher
 from tests.tiny import SIZE
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel.artefacts import sha256_file
+from vidaccel.bench.generation import timed_generation
 from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import resolved, with_ancestors
 from vidaccel.cli.main import app
@@ -20,7 +21,7 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
-from vidaccel.models.calling import call_arguments, warn_of_guidance
+from vidaccel.models.calling import warn_of_guidance
 from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import SwitchedVelocity, velocity_of
@@ -176,9 +177,29 @@ def test_a_benchmark_has_its_teacher_guided_as_the_student(made):
     student, teacher = models.pipeline(MethodConfig()), models.pipeline(MethodConfig(weights="teacher", two_pass=True))
     student.call = student.call | {"guidance": 4.0, "guidance_2": 2.0}
     rows, lacking = resolved({"teacher": MethodConfig(weights="teacher", two_pass=True, as_called=True)}, models)
-    assert not lacking and rows["teacher"].guidance is None
-    arguments = call_arguments(teacher)
-    assert (arguments["guidance_scale"], arguments["guidance_scale_2"]) == (4.0, 2.0)
+    assert not lacking and (rows["teacher"].guidance, rows["teacher"].guidance_2) == (4.0, 2.0)
+    ways = ({}, {"guidance": 5.0}, {"guidance_2": 3.0})
+    two = MethodConfig(weights="teacher", two_pass=True, as_called=True)
+    for said, expected in zip(ways, ((4.0, 2.0), (None, None), (4.0, 3.0)), strict=True):
+        models.config = replace(config, family="wan22", **said)
+        row = resolved({"teacher": two}, models)[0]["teacher"]
+        assert (row.guidance, row.guidance_2) == expected
+    seen = []
+    teacher.pipe.set_progress_bar_config(disable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        call = type(teacher.pipe).__call__
+        patch.setattr(type(teacher.pipe), "__call__", lambda pipe, **more: seen.append(more) or call(pipe, **more))
+        for method, said in (
+            (replace(two, steps=2, guidance=4.0, guidance_2=2.0), {"guidance": 7.0, "guidance_2": 6.0}),
+            (replace(two, steps=2, guidance=4.0), {"guidance_2": 6.0}),
+            (replace(two, steps=2), {"guidance": 7.0, "guidance_2": 6.0, "negative_prompt": "a dog"}),
+        ):
+            timed_generation(teacher, method, tuple(SIZE.values()), ["blue"], [0], BenchmarkConfig(**said), False)
+    assert [(each["guidance_scale"], each["guidance_scale_2"], each["negative_prompt"]) for each in seen] == [
+        (4.0, 2.0, [""]),
+        (4.0, 4.0, [""]),
+        (7.0, 6.0, ["a dog"]),
+    ]
 
 
 @pytest.mark.parametrize("forecaster", ["learned", "linear", "multistep"])

@@ -138,7 +138,7 @@ def _free_name(method: MethodConfig, taken: Iterable[str]) -> str:
     """Model and steps, as rows of the tables that ship are called; with what else differs behind it."""
     model = method.model.rstrip("/").rpartition("/")[2] if method.model else method.weights
     name = f"{model}-{method.steps}" + ("-cfg" if method.two_pass else "")
-    for key in ("shift", "guidance"):
+    for key in ("shift", "guidance", "guidance_2"):
         if (value := getattr(method, key)) is not None:
             name += f"-{key}-{value:g}"
     taken = set(taken)

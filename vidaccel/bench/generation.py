@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vidaccel.config.benchmark import MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
@@ -53,25 +53,33 @@ def timed_generation(
     size: Size,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guidance: float | None = None,
+    shared: BenchmarkConfig | None = None,
     decode: bool = True,
     image: np.ndarray | None = None,
 ) -> TimedGeneration:
-    """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed, and all
-    begin with `image`, uint8 [H, W, 3] of their size, where the model begins with one.
+    """Run the pipeline as it is, caches and all, on prompts that each start from the noise of their own seed.
+
+    Args:
+        shared: what says guidance where the row does not.
+        decode: whether latents are decoded.
+        image: uint8 [H, W, 3] of the videos' size that all begin with, where the model begins with one.
 
     Raises:
         FloatingPointError: the videos are not finite.
         UserError: settings that the model cannot follow.
     """
     frames, height, width = size
+    shared = shared or BenchmarkConfig()
+    second = shared.guidance_2 if method.guidance is None else None
     config = GenerateConfig(
         steps=method.steps,
         shift=method.shift,
         timesteps=method.timesteps,
         sigmas=method.sigmas,
-        guidance=guidance if method.guidance is None else method.guidance,
+        guidance=shared.guidance if method.guidance is None else method.guidance,
+        guidance_2=second if method.guidance_2 is None else method.guidance_2,
         two_pass=method.two_pass,
+        negative_prompt=shared.negative_prompt if method.two_pass else None,
         instantaneous=method.weights == "teacher" and not method.as_called,
         num_frames=frames,
         height=height,

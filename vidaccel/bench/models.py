@@ -44,7 +44,7 @@ class Models:
 
     def __init__(self, config: BenchmarkConfig, device: str = "auto"):
         self.config, self.device = config, resolve_device(device)
-        self._pipelines: dict[str, LoadedPipeline | UserError] = {}
+        self._pipelines: dict[tuple[str, ...], LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._made: dict[tuple, Forecaster] = {}
         self._images: list[np.ndarray] | None = None
@@ -55,16 +55,17 @@ class Models:
         Raises:
             UserError: the same each time, if there is no such model or it cannot be loaded.
         """
-        path = self.path(method)
-        if path not in self._pipelines:
+        key = path, *lora = self.weights(method)
+        if key not in self._pipelines:
             self._park(self._loaded())  # a model is loaded on the device, which may have no room for two
+            how = {"device": self.device.type, "dtype": self.config.dtype, "lora": lora}
             try:
-                loaded = load_named(path, self.config.model, device=self.device.type, dtype=self.config.dtype)
+                loaded = load_named(path, self.config.model, **how)
                 prepare(loaded, self.config)
-                self._pipelines[path] = loaded
+                self._pipelines[key] = loaded
             except UserError as error:
-                self._pipelines[path] = error
-        loaded = self._pipelines[path]
+                self._pipelines[key] = error
+        loaded = self._pipelines[key]
         if isinstance(loaded, UserError):
             standing_in = method.weights == "teacher" and path == self.config.student != self.config.model
             why = "a single pass of the teacher needs guidance distilled into it: " if standing_in else ""
@@ -109,6 +110,12 @@ class Models:
         if which is None:
             raise UserError(f"no {self.missing(method)}= is named", "name a folder")
         return which
+
+    def weights(self, method: MethodConfig) -> tuple[str, ...]:
+        """The model that the row runs on, and LoRA files that are added to it."""
+        path = self.path(method)
+        own = self.config.lora if path == self.config.model else None
+        return path, *((own or ()) if method.lora is None else method.lora)
 
     def missing(self, method: MethodConfig) -> str | None:
         """The setting that has to name what the row runs on, and names nothing."""
@@ -221,8 +228,8 @@ class Models:
             return Multistep.from_pretrained(self.predictor_folder(method))
         full = method.schedule() if method.budget is None else list(self.searched(method).full_steps)
         grid = Grid.listed(method.timesteps, method.sigmas)
-        sampled = method.steps, method.shift, grid, method.guidance, tuple(full)
-        key = loaded.source, method.on_skipped, method.order, *sampled
+        sampled = method.steps, method.shift, grid, method.guidance, method.guidance_2, tuple(full)
+        key = self.weights(method), method.on_skipped, method.order, *sampled
         if key not in self._made:
             generate = partial(self._calibrate, method, loaded)
             making = Making(loaded.pipe, loaded.family, method.order, None, full, generate)
@@ -236,7 +243,7 @@ class Models:
         apart = range(len(prompts)) if self.config.images else [None]  # of images, a call takes one
         for i in apart:
             which, image = (slice(None), None) if i is None else (slice(i, i + 1), self.image(i, size))
-            timed_generation(loaded, method, size, prompts[which], seeds[which], self.config.guidance, False, image)
+            timed_generation(loaded, method, size, prompts[which], seeds[which], self.config, False, image)
 
     def _schedule(self, method: MethodConfig) -> dict[str, Any]:
         if method.budget is None:

@@ -11,6 +11,7 @@ from vidaccel.artefacts import RUN_FILE, differences, read_json, read_run, sha25
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict, with_current_names
 from vidaccel.errors import UserError
+from vidaccel.models.adapters import Adapter
 from vidaccel.models.loading import local_path
 from vidaccel.train.checkpoints import flat
 
@@ -41,11 +42,14 @@ def open_output_folder(
 
 
 def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dict[str, str]:
-    """SHA-256 of the run.json of each local model and predictor, by its role; a row's own by the row's name."""
+    """SHA-256 of the run.json of each local model and predictor and of each LoRA file, by its role; a row's own by the
+    row's name."""
     roles = {role: getattr(config, role) for role in ("model", "student", "distilled", "predictor")}
     for name, method in methods.items():
         roles |= {f"{name}.model": method.model, f"{name}.predictor": method.predictor}
     files = {role: local_path(path) / RUN_FILE for role, path in roles.items() if path is not None}
+    for name, lora in {"": config.lora, **{f"{name}.": method.lora for name, method in methods.items()}}.items():
+        files |= {f"{name}lora.{i}": Adapter.parsed(each).file for i, each in enumerate(lora or ())}
     return {role: sha256_file(file) for role, file in files.items() if file.exists()}
 
 

@@ -21,7 +21,7 @@ from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force, second_guidance
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid
-from vidaccel.models.lineage import recorded, teachers
+from vidaccel.models.lineage import lora_of_root, recorded, teachers
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.worlds import WORLDS, shipped_models, world
 
@@ -47,10 +47,13 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
     if not found:
         refuse_unfinished(local_path(config.student))
         raise UserError(f"{config.student} is no student", "name it as model=, or set model=FOLDER beside it")
-    changes = {"model": found[-1]}
+    changes: dict[str, Any] = {"model": found[-1]}
+    if config.lora is None and (lora := lora_of_root(config.student, found)):
+        changes["lora"] = lora
     if config.distilled is None and len(found) > 1 and _is_cfg(found[-2]) and not _is_half(found[-2]):
         changes["distilled"] = found[-2]
-    said = " ".join(f"{key}={value}" for key, value in changes.items())
+    shown = {key: f"[{','.join(value)}]" if key == "lora" else value for key, value in changes.items()}
+    said = " ".join(f"{key}={value}" for key, value in shown.items())
     log.info("%s, which %s was distilled from", said, config.student)
     return replace(config, **changes)
 
@@ -67,6 +70,9 @@ def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
     if dropped := _foreign(config, loaded):
         log.info("%s is no model of %s: without %s", config.model, " or ".join(WORLDS), ", ".join(dropped))
         config = replace(config, **dict.fromkeys(dropped))
+    if config.guidance_2 is not None:
+        second_guidance(loaded, config.guidance, config.guidance_2, None)  # now, whether it has a second
+    _say_of_students_negative_prompt(config)
     models.config = config
     if config.sizes is None:
         made_for = loaded if config.student is None else models.pipeline(MethodConfig())
@@ -76,6 +82,17 @@ def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
         config = replace(config, scored_prompts=min(config.scored_prompts, len(config.prompts)))
     models.config = config
     return config
+
+
+def _say_of_students_negative_prompt(config: BenchmarkConfig) -> None:
+    inside = _recorded_call(config.student).get("negative_prompt")
+    if config.negative_prompt is not None and config.student and config.negative_prompt != (inside or ""):
+        log.warning(
+            "negative_prompt=%r is that of rows of two passes, and %s was distilled away from %r",
+            config.negative_prompt,
+            config.student,
+            inside or "",
+        )
 
 
 def _of_one_size(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -163,11 +180,9 @@ def _as_called(method: MethodConfig, models: Models) -> MethodConfig:
         for key in student.call.keys() & {"negative_prompt"} - loaded.call.keys():
             loaded.call = loaded.call | {key: student.call[key]}
         if method.guidance is None and config.guidance is None:
-            second = second_guidance(student, None, None, None)
-            if second is None:
-                return replace(row, guidance=student.default("guidance"))
-            # A row has one scale for both of two transformers.
-            loaded.call = loaded.call | {"guidance": student.default("guidance"), "guidance_2": second}
+            second = config.guidance_2 if method.guidance_2 is None else method.guidance_2
+            second = second_guidance(student, None, second, None)
+            return replace(row, guidance=student.default("guidance"), guidance_2=second)
     return row
 
 

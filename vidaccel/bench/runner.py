@@ -241,10 +241,11 @@ class Benchmark:
 
     def _warm_up(self, method: MethodConfig, size: Size) -> None:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
-        same = {name: getattr(method, name) for name in ("weights", "model", "two_pass", "guidance", "as_called")}
+        keys = ("weights", "model", "lora", "two_pass", "guidance", "guidance_2", "as_called")
+        same: dict[str, Any] = {name: getattr(method, name) for name in keys}
         loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
         prompt, image = self.timed_prompts[:1], self.models.image(0, size)
-        timed_generation(loaded, one_step, size, prompt, [self.config.seed], self.config.guidance, image=image)
+        timed_generation(loaded, one_step, size, prompt, [self.config.seed], self.config, image=image)
 
     def _announce(self) -> None:
         """Say how long scoring may take, and what difference it will be able to see."""
@@ -416,7 +417,7 @@ class Benchmark:
     ) -> TimedGeneration:
         """`first` is the place of the first prompt among those of the configuration, whose image is taken."""
         image = self.models.image(first, row.size)
-        return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config.guidance, decode, image)
+        return timed_generation(loaded, row.method, row.size, prompts, seeds, self.config, decode, image)
 
     def _attempt(self, row: Row, work: Callable[[], None], written: bool = True) -> None:
         """Do a piece of a row's work, unless it has ended the process before; then all that is known is written, into

@@ -88,11 +88,17 @@ class Bank:
         return {name: tensor[:, : self.texts[name].shape[1]] for name, tensor in text.items()}
 
     @classmethod
-    def of(cls, features: ShardFolder | EncodedSource, device: torch.device, family: DiTFamily) -> "Bank":
+    def of(
+        cls,
+        features: ShardFolder | EncodedSource,
+        device: torch.device,
+        family: DiTFamily,
+        beside: Text | None = None,
+    ) -> "Bank":
         """All samples of a feature folder of kind `encoded`, one caption a clip, in the folder's order.
 
-        Texts are cut to the longest mask of their family (`cut_texts`). The folder passes through the host's memory
-        whole.
+        Texts are cut to the longest mask of their family (`cut_texts`), and of texts `beside` them, which are to be cut
+        alike. The folder passes through the host's memory whole.
         """
         held = {
             name: torch.empty(len(features), *t.shape, dtype=t.dtype, device="cpu")
@@ -106,7 +112,7 @@ class Bank:
                     tensors[index] = sample[name]
                 bar.advance()
         latents = held.pop(LATENT).to(device)
-        texts = {name: text.to(device) for name, text in cut_texts(held, family).items()}
+        texts = {name: text.to(device) for name, text in cut_texts(held, family, beside).items()}
         return cls(latents, texts, torch.arange(len(features), device=device).view(-1, 1))
 
 
@@ -118,15 +124,21 @@ def world_bank(loaded: LoadedPipeline, clips: int, captions: int, seed: int, spl
     return next((bank for bank in banks if bank is not None), None)
 
 
-def cut_texts(texts: Mapping[str, Tensor], family: DiTFamily) -> dict[str, Tensor]:
-    """Texts [M, ...] by stored name without the tokens that every mask leaves out, but for rounding up to a multiple of
-    `ROUNDED_TO` and for tokens that the family needs. Where padding is not masked (Wan) nothing is cut."""
+def cut_texts(
+    texts: Mapping[str, Tensor], family: DiTFamily, beside: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Texts [M, ...] by stored name without the tokens that every mask leaves out, those of texts `beside` them too.
+
+    But for rounding up to a multiple of `ROUNDED_TO` and for tokens that the family needs. Where padding is not masked
+    (Wan) nothing is cut.
+    """
     cut, stored = dict(texts), {text.argument: text.stored for text in family.text_tensors}
     for text in family.text_tensors:
         if text.mask is None:
             continue
         mask = stored[text.mask]
-        used = texts[mask].bool().any(0).nonzero()
+        own = texts[mask].bool().any(0)
+        used = (own if beside is None else own | beside[mask].to(own.device).bool().any(0)).nonzero()
         longest = max(int(used.max()) + 1 if len(used) else 0, text.least)
         length = -(-longest // ROUNDED_TO) * ROUNDED_TO
         for name in (text.stored, mask):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vidaccel.config.checks import require, settle_times
+from vidaccel.config.checks import require, require_scales, settle_times
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.forecasters.registry import FORECASTERS
@@ -82,6 +82,9 @@ class MethodConfig:
     """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     guidance: float | None = None
     """Classifier-free guidance scale g of this row alone."""
+    guidance_2: float | None = None
+    """That of the second of two transformers; null is that of `guidance` where the row says one, else the
+    benchmark's."""
     two_pass: bool = False
     """true: two forward passes a step, with and without the prompt (classifier-free guidance)."""
     as_called: bool = False
@@ -119,17 +122,19 @@ class MethodConfig:
     those of the model's own full run."""
     model: str | None = None
     """Weights of this row alone, in place of the benchmark's teacher or student."""
+    lora: list[str] | None = None
+    """LoRA files that are added to the model of this row alone, each FILE or FILE:SCALE; [] adds none where the
+    benchmark's `lora` adds some."""
     predictor: str | None = None
     """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep, of schedules alone where
     there is nothing to train."""
 
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
-        g = self.guidance
         settle_times(self, unless=50)
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
-        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+        require_scales(self)
         require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         require(self.order >= 0, "order", self.order, "must be at least 0")
         known = (*FORECASTERS, *LEFT_OUT)
@@ -213,6 +218,9 @@ class BenchmarkConfig(RuntimeConfig):
     model: str | None = None
     """The teacher: a shipped model (sprites/teacher), a diffusers pipeline folder or, to run it, a hub id. A plan
     reads only its transformer's settings; null: `transformer`."""
+    lora: list[str] | None = None
+    """LoRA files that are added to `model` when it is loaded, each FILE or FILE:SCALE, for all rows that run on it and
+    name none."""
     student: str | None = None
     """The distilled student, as `model`."""
     distilled: str | None = None
@@ -259,6 +267,11 @@ class BenchmarkConfig(RuntimeConfig):
     """Of the first prompt's noise; prompt i gets seed + i."""
     guidance: float | None = None
     """Classifier-free guidance scale g of all rows that name none; null is each model's own."""
+    guidance_2: float | None = None
+    """That of the second of two transformers; null is that of `guidance` where this is said."""
+    negative_prompt: str | None = None
+    """What rows of two passes lead away from; null is the model's own, else what the student leads away from. Students
+    have theirs inside."""
     rounds: int = 3
     """Times that every row is timed, one after the other."""
     timed_prompts: int = 1
@@ -341,8 +354,7 @@ class BenchmarkConfig(RuntimeConfig):
             require(name in (EQUAL_COMPUTE, *self.methods), "contrasts", name, "is the name of a row, or equal compute")
         processes = self.scoring_processes
         require(processes is None or processes >= 0, "scoring_processes", processes, "must be at least 0, or null")
-        g = self.guidance
-        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+        require_scales(self)
 
     @property
     def videos(self) -> list[tuple[int, int, int]]:

@@ -19,6 +19,13 @@ def require_clip_size(config: Any) -> None:
         require(config.features is None, key, value, "goes without features, which have a size and a rate of their own")
 
 
+def require_scales(config: Any) -> None:
+    """Of settings with scales of guidance."""
+    for key in ("guidance", "guidance_2"):
+        g = getattr(config, key)
+        require(g is None or 1 <= g < math.inf, key, g, "is a number from 1 up, or null")
+
+
 def settle_times(config: Any, unless: int | None = None) -> None:
     """Of settings with `timesteps` and `sigmas`, a grid's times in place of `steps` and `shift`: they fall, and `steps`
     becomes their number; it may not be another, `unless` it is this one."""

@@ -35,6 +35,9 @@ class DistillConfig:
     """`cfg` (two-pass guidance into one pass) or `mean_velocity` (few steps)."""
     teacher: str = "sprites/teacher"
     """The model to distil: shipped, a local folder, or a hub id."""
+    lora: list[str] | None = None
+    """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE: the student starts as
+    that model, and has them in its weights."""
     denoiser: str | None = None
     """Which of two transformers is distilled (Wan 2.2 A14B): `transformer`, then, from the folder that this made,
     `transformer_2`; null where there is one."""

@@ -1,5 +1,6 @@
 """What a student was distilled from, by the run.json of each model on the way."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def teachers(model: str, hint: str) -> list[str]:
         found.append(teacher)
         model = teacher
     return found
+
+
+def lora_of_root(model: str, found: Sequence[str]) -> list[str] | None:
+    """LoRA files that the last of the model's `teachers` had when it was distilled."""
+    run = recorded([model, *found][-2]) if found else None
+    return None if run is None else run["config"].get("lora")
 
 
 def root_of(model: str) -> str:

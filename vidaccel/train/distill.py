@@ -7,7 +7,7 @@ B batch, C channels, T frames, H and W latent pixels
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +33,7 @@ from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, boundaries_of, denoisers_of
+from vidaccel.models.adapters import Adapter
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.grid import GridScheduler, fixed_shift, require_trainable
@@ -47,7 +48,7 @@ from vidaccel.models.loading import (
 )
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
-from vidaccel.models.velocity import Velocity, velocity_of
+from vidaccel.models.velocity import Text, Velocity, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.processes import locked_by_first, processes, rank, world
 from vidaccel.sampling import generate
@@ -109,8 +110,8 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     config = _resolved(config, method)
     files = read_model(config.teacher)
     config = _of_one_denoiser(config, method, files.contents.family)
-    whole = config.denoiser is None
-    loaded = load_pipeline(files, device=device, denoiser_dtype="float32", placed=whole and world() == 1)
+    whole, lora = config.denoiser is None, config.lora or ()
+    loaded = load_pipeline(files, device=device, denoiser_dtype="float32", placed=whole and world() == 1, lora=lora)
     span = (0.0, 1.0)
     if config.denoiser is not None:
         span = _span(loaded, config.denoiser)
@@ -121,7 +122,8 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     seen = None
     if clips is None:
         seen, provenance = open_data(loaded, config)
-        clips = _in_memory(loaded, config, seen, provenance, target)
+        told = called_as_told(loaded, config, seen)
+        clips = _in_memory(loaded, config, seen, provenance, target, lambda: encode_texts(told, [unwanted(told)]))
     data, provenance, held_out = clips
     told = called_as_told(loaded, config, seen or data)
     say_sources(told, config, seen or data, loaded)
@@ -183,6 +185,7 @@ def _shaping(config: DistillConfig) -> dict:
     elsewhere = {"train", "start", "features", "on_damage", "data", "clips", *CLIP_SIZE, "seed"}
     elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
     elsewhere |= {"bank", "gate_samples", "gate_runs"}  # what was learnt from says what that means
+    elsewhere |= {"lora"}  # the teacher's hashes have them
     elsewhere |= {"negative_prompt"}  # which may be the features' or the teacher's: see `made_of`
     return _of_one_method({key: value for key, value in configuration.to_dict(config).items() if key not in elsewhere})
 
@@ -223,6 +226,7 @@ def _in_memory(
     data: ShardFolder | EncodedSource,
     made_of: dict,
     target: torch.device,
+    unconditional: Callable[[], Text],
 ) -> Clips:
     """`data` in the device's memory where settings say so, and clips that are kept out of it for the gates."""
     cuda = target.type == "cuda" and world() == 1
@@ -238,7 +242,7 @@ def _in_memory(
     fits = cuda and size < torch.cuda.mem_get_info(target)[0] / 4
     if not (config.bank == "on" or from_folder or (config.bank == "auto" and fits)):
         return Clips(data, made_of, rendered)
-    bank = Bank.of(data, target, loaded.family)
+    bank = Bank.of(data, target, loaded.family, unconditional())
     log.info("%d clips are in the device's memory: %.1f GiB", len(bank), size / 2**30)
     if not from_folder:
         return Clips(bank, made_of, rendered)
@@ -273,7 +277,7 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipel
     It embeds what `start`, whose weights it is to go on from, does as well.
     """
     loaded_embeds, family, attribute = velocity_of(loaded).embeds, loaded.family, loaded.family.denoisers[0].attribute
-    copy = _beside(config.teacher, loaded)
+    copy = _beside(config.teacher, loaded, config.lora or ())
     transformer = getattr(copy.pipe, attribute)
     method = method_of(config.method)
     more = start.conditioning.config.embeds if start and start.conditioning else ()
@@ -315,12 +319,12 @@ def _foreign(config: DistillConfig) -> UserError:
     )
 
 
-def _beside(source: str, loaded: LoadedPipeline) -> LoadedPipeline:
+def _beside(source: str, loaded: LoadedPipeline, lora: Sequence[str] = ()) -> LoadedPipeline:
     """That model with a transformer of its own and all other parts those of `loaded`, which are not read again."""
     modules = {name: part for name, part in loaded.pipe.components.items() if isinstance(part, nn.Module)}
     own = loaded.family.denoisers[0].attribute
     modules.pop(own)
-    made = load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32")
+    made = load_pipeline(source, device=loaded.pipe.device.type, given=modules, denoiser_dtype="float32", lora=lora)
     return made if len(made.family.denoisers) == 1 else of_one(made, own)
 
 
@@ -333,12 +337,23 @@ def _of_one_denoiser(config: DistillConfig, method: Method, family: DiTFamily) -
     names = [denoiser.attribute for denoiser in family.denoisers]
     if config.denoiser not in (None, *names):
         raise UserError(f"denoiser={config.denoiser}, and {family.title} has {', '.join(names)}", "name one of them")
+    adapters = [Adapter.parsed(each) for each in config.lora or ()]
+    if adapters and config.train.lora_rank and not config.merge_lora:
+        raise UserError(
+            "an adapter apart belongs to its teacher as that is on disk, without the files of lora=",
+            "leave merge_lora=true",
+        )
     if len(names) == 1:
         return replace(config, denoiser=None)
     if config.denoiser is None:
         raise UserError(
             f"{family.title} denoises with {len(names)} transformers, and nothing says which is distilled",
             f"one at a time: denoiser={names[0]}, then denoiser={names[1]} with teacher= the folder that this made",
+        )
+    if others := [str(each) for each in adapters if each.denoiser in names and each.denoiser != config.denoiser]:
+        raise UserError(
+            f"lora={others[0]} is not for the {config.denoiser} that is distilled, and would be lost",
+            "give it when that one is distilled",
         )
     if method.embeds == "r":
         raise UserError(
@@ -428,8 +443,16 @@ def _save(
         seed=config.seed,
         started=started,
         measured=str(measured) if measured else None,
-        parents={"start": sha256_file(local_path(config.start) / RUN_FILE)} if config.start else {},
+        parents=_parents(config),
     )
+
+
+def _parents(config: DistillConfig) -> dict[str, str]:
+    """What it was made of besides the teacher, by its hash."""
+    files = {f"lora.{i}": Adapter.parsed(each).file for i, each in enumerate(config.lora or ())}
+    if config.start:
+        files["start"] = local_path(config.start) / RUN_FILE
+    return {role: sha256_file(file) for role, file in files.items()}
 
 
 def _gathered(student: Velocity, config: DistillConfig) -> Velocity | None:

@@ -1,5 +1,6 @@
 """What a row does, in words: names of rows are a configuration's own, and a stranger has not read it."""
 
+from pathlib import Path
 from typing import Any
 
 STAND_INS = {
@@ -38,8 +39,9 @@ def in_words(run: dict[str, Any]) -> str:
         stand_in = STAND_INS.get(settings.get("on_skipped", ""), settings.get("on_skipped"))
         full = len(run["full_steps"] or ())
         said += f", {full} in full{_chosen(settings)}, else {stand_in}"
-    own = [f"{key} {settings[key]:g}" for key in ("shift", "guidance") if settings.get(key) is not None]
-    return ", ".join([said, *own])
+    own = [f"{key} {settings[key]:g}" for key in ("shift", "guidance", "guidance_2") if settings.get(key) is not None]
+    lora = [f"with {Path(file).name}" for file in settings.get("lora") or ()]
+    return ", ".join([said, *own, *lora])
 
 
 def _model(run: dict[str, Any]) -> str:
