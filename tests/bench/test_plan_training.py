@@ -134,6 +134,10 @@ def test_a_forecaster_of_scalars(full):
     made = planned("train-predictor", "wan_14b", "forecaster=multistep", "full_steps=[0,1,4]", "steps=8")
     assert made.work[0].total == pytest.approx(2 * 80 * 11 * full)
     assert made.parameters["trained"] == 0
+    once, twice = (
+        planned("train-predictor", "wan_14b", "forecaster=reuse", "steps=8", *more) for more in (["guidance=1"], [])
+    )
+    assert twice.work[0].total == 2 * once.work[0].total
 
 
 def test_a_real_training_at_toy_size(tmp_path):

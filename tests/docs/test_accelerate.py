@@ -38,6 +38,7 @@ MADE = {
     "turns": "photos/photo.jpg: 60x40, 33% cropped away, scaled to 32x32",
     "published.mp4": "20 steps, 8 full + 12 predicted passes",
     "every3.mp4": "6 steps, 4 full + 8 predicted passes",
+    "searched.mp4": "20 steps, 16 full + 24 predicted passes",
     "both.mp4": "right path/to/Wan2.1-T2V-1.3B-Diffusers, 6 steps, 12 passes",
     "cfg.mp4": "50 steps, 50 passes",
     "student.mp4": "20 steps, 20 passes",

@@ -13,7 +13,7 @@ from vidaccel.models.calling import latent_size
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, new_conditioning
 from vidaccel.models.grid import GridScheduler, current_step, shift_of, step_grid
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import Velocity, guided_velocity, per_sample, velocity_of
+from vidaccel.models.velocity import GuidedVelocity, Velocity, guided_velocity, per_sample, velocity_of
 
 
 def test_a_number_of_each_sample_is_broadcast_over_it():
@@ -171,6 +171,23 @@ def test_guidance_by_two_passes_is_extrapolation_from_the_empty_text():
     expected = x * (t * (sums[1] + g * (sums[0] - sums[1]))).view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(guided_velocity(velocity, x, t, text, empty, g), expected)
     assert torch.equal(guided_velocity(velocity, x, t, text, text, g), velocity(x, t, text))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hunyuan_video_15", "wan_i2v"])
+def test_both_passes_in_one_of_a_doubled_batch(name):
+    """Of texts with masks, and of conditions, which are the same in both."""
+    pipe, family, seen = one_pass(name)
+    x, t, text = inputs(pipe, family, seen.kwargs)
+    conditions = {each.stored for each in family.conditions}
+    empty = {key: tensor.roll(1, -1)[:1] for key, tensor in text.items() if key not in conditions}
+    velocity = Velocity(pipe.transformer, family)
+    both = GuidedVelocity(velocity, empty, 4.0)
+    expected = guided_velocity(velocity, x, t, text, empty, torch.full_like(t, 4.0))
+    torch.testing.assert_close(both(x, t, text), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, velocity(x, t, text), rtol=1e-2)
+    with pytest.raises(ValueError, match="the scale is set"):
+        both(x, t, text, g=t)
 
 
 def test_a_pass_outside_given_raises():

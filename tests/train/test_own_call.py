@@ -9,13 +9,17 @@ from tests.tiny import tiny_pipeline
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel.collect.encode import encode_texts
 from vidaccel.config.distill import DistillConfig
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.loading import load_pipeline
+from vidaccel.models.velocity import GuidedVelocity
 from vidaccel.train import distill as module
 from vidaccel.train.distill import distill
 from vidaccel.train.own_call import with_scales
+from vidaccel.train.predictor.multistep import runs_of
+from vidaccel.train.predictor.task import task_of
 
 SAID = {"guidance": 9.0, "negative_prompt": "a green square"}
 
@@ -89,3 +93,29 @@ def test_the_range_holds_the_scale_that_the_student_is_called_with(teachers, sca
     assert with_scales(DistillConfig(), own).guidance_range == chosen
     given = DistillConfig(guidance=scale, guidance_range=[1.0, 2.0])
     assert with_scales(given, teachers["wan"]).guidance_range == [1.0, 2.0]
+
+
+def test_so_is_a_search_of_a_model_in_two_passes(model, caplog):
+    loaded = load_pipeline(model / "wan")
+    own = {"student": str(model / "wan"), "features": str(model / "features"), "shift": 3.0, "steps": 4}
+
+    def task(**changes):
+        return task_of(loaded, PredictorConfig(**own | {"forecaster": "reuse"} | changes), None)
+
+    for changes, guidance, away_from in (
+        ({}, 9.0, "a green square"),
+        ({"guidance": 3.0, "negative_prompt": "a dog"}, 3.0, "a dog"),
+    ):
+        made = task(**changes)
+        assert isinstance(made.student, GuidedVelocity) and not made.student.embeds("g")
+        assert made.sampling.guidance == made.student.guidance == guidance
+        expected = encode_texts(loaded, [away_from])["prompt_embeds"]
+        assert torch.equal(made.student.empty["prompt_embeds"], expected)
+        assert made.provenance["guidance"] == guidance and made.provenance["negative_prompt"] == away_from
+    assert not isinstance(task(guidance=1.0).student, GuidedVelocity)
+    with pytest.raises(UserError, match="negative_prompt='a dog' needs two passes"):
+        task(guidance=1.0, negative_prompt="a dog")
+    with pytest.raises(UserError, match=r"makes two passes a step, and.*\nhint: .*forecaster=reuse|taylor|multistep"):
+        task(forecaster="learned")
+    sampler, _, span = runs_of(PredictorConfig(**own, forecaster="multistep"), loaded)
+    assert (sampler.guidance, sampler.negative_prompt, span) == (9.0, "a green square", (9.0, 9.0))

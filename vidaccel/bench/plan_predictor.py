@@ -137,8 +137,15 @@ def _disk(config: PredictorConfig, costs: Costs, steps: int, samples: int) -> di
     return features_disk(count, config.clips if config.pairs == "served" else samples, clip)
 
 
-def _search(config: PredictorConfig, costs: Costs, steps: int, halves: bool) -> Work:
-    """Stretches, how errors grow, and the cheapest lists run as they serve: of these at most."""
+def _two_pass(config: PredictorConfig, model: PlannedModel, costs: Costs) -> bool:
+    """Whether the model's own runs make two passes a step."""
+    settings: Any = costs.transformer.config
+    embeds_scale = costs.family.g_config and settings.get(costs.family.g_config)
+    return model.call.get("two_pass", not (embeds_scale or "g" in model.embeds)) and config.guidance != 1
+
+
+def _search(config: PredictorConfig, costs: Costs, steps: int, halves: bool, passes: int = 1) -> Work:
+    """Stretches, how errors grow, and the cheapest lists run as they serve: of these at most; `passes` a step."""
     prompts, history = config.search_prompts, config.history if config.forecaster == "learned" else 1
     if config.forecaster == "taylor":
         history = 2
@@ -152,7 +159,7 @@ def _search(config: PredictorConfig, costs: Costs, steps: int, halves: bool) -> 
     predicted = prompts * stretches.predicted + config.checked_prompts * lists.predicted
     name = "predictor" if config.forecaster == "learned" else config.forecaster
     what = f"search: {prompts} prompts, and lists on {config.checked_prompts} (at most)"
-    return work(what, full * costs.full.total + predicted * costs.passes[name].total, halves)
+    return work(what, passes * (full * costs.full.total + predicted * costs.passes[name].total), halves)
 
 
 def _lists(config: PredictorConfig, steps: int, every: range) -> Search:
@@ -171,7 +178,7 @@ def _untrained(
     if config.forecaster == "multistep":
         parts = [_fitted(config, model, costs, steps, halves)]
     else:
-        parts = [_search(config, costs, steps, halves)]
+        parts = [_search(config, costs, steps, halves, 1 + _two_pass(config, model, costs))]
     shared: dict[str, float] = {"the model": (HALF if halves else FLOAT32) * costs.weights}
     precision = "bfloat16" if halves else "float32"
     held = Held(shared, {"activations": float(config.mse.batch_size * costs.quiet(precision))}, 0.0)
@@ -182,9 +189,7 @@ def _untrained(
 
 def _fitted(config: PredictorConfig, model: PlannedModel, costs: Costs, steps: int, halves: bool) -> Work:
     """The model's own runs, how errors grow in them, and lists as they are served."""
-    settings: Any = costs.transformer.config
-    embeds_scale = costs.family.g_config and settings.get(costs.family.g_config)
-    two_pass = model.call.get("two_pass", not (embeds_scale or "g" in model.embeds))
+    two_pass = _two_pass(config, model, costs)
     runs = config.runs + config.checked_prompts
     if config.full_steps is not None:
         passes = runs * (steps + len(config.full_steps))

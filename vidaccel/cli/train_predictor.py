@@ -1,5 +1,6 @@
 """`vidaccel train-predictor`: what stands in for a student's trunk on most steps, and on which of them."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,7 +92,9 @@ def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule
     schedule = schedules[len(schedules) // 3]
     listed = {name: getattr(config, name) for name in ("timesteps", "sigmas") if getattr(config, name)}
     grid = listed or {"steps": schedule.steps}
-    given = {name: getattr(config, name) for name in ("shift", "guidance") if getattr(config, name) is not None}
+    own = {name: getattr(config, name) for name in ("shift", "guidance", "guidance_2")}
+    given = {name: value for name, value in own.items() if value is not None}
     said = ({"budget": schedule.budget} | grid | given).items()
     words += [f"{name}={str(value).replace(' ', '')}" for name, value in said]
+    words += [shlex.quote(f"negative_prompt={config.negative_prompt}")] if config.negative_prompt else []
     return f"`vidaccel generate PROMPT {' '.join(words)}`"

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
-from vidaccel.config.checks import require, require_clip_size, settle_times
+from vidaccel.config.checks import require, require_clip_size, require_scales, settle_times
 from vidaccel.config.training import TrainConfig
+
+TWO_PASS = ("reuse", "taylor", "multistep")
+"""Forecasters for models that make two passes a step as well; the first two are for two transformers too."""
 
 
 @dataclass
@@ -121,8 +124,11 @@ class PredictorConfig:
     large, are then not all that is learnt."""
     guidance: float | None = None
     """Scale g that the predictor learns to work at, for a student that embeds it; null is the student's own."""
+    guidance_2: float | None = None
+    """For `reuse`, `taylor`: that of the second of two transformers; null is that of `guidance` where it is said."""
     negative_prompt: str | None = None
-    """Of `multistep`: what two passes of its runs lead away from; null is the model's own."""
+    """Of `multistep`, `reuse` and `taylor`: what two passes of a model's runs lead away from; null is that of the
+    features, else the model's own."""
     guidance_range: list[float] | None = None
     """[low, high] of scales drawn uniformly in its place, for a predictor that is to serve many."""
     steps: int | None = None
@@ -170,8 +176,10 @@ class PredictorConfig:
             rule = "is for forecaster=multistep, in place of budgets"
             alone = self.forecaster == "multistep" and budgets is None
             require(alone, "full_steps", self.full_steps, rule)
-        for_two = self.negative_prompt is None or self.forecaster == "multistep"
-        require(for_two, "negative_prompt", self.negative_prompt, "is for forecaster=multistep: others make one pass")
+        for key, forecasters in (("negative_prompt", TWO_PASS), ("guidance_2", TWO_PASS[:2])):
+            value, fits = getattr(self, key), self.forecaster in forecasters
+            rule = f"is for forecaster={'|'.join(forecasters)}: others make one pass of one transformer"
+            require(value is None or fits, key, value, rule)
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs != "data"
         require(both, "history", self.history, "needs pairs=trajectory or served: noised clips have one full step")
@@ -196,8 +204,7 @@ class PredictorConfig:
         require(0 < self.lag <= 1, "lag", self.lag, "must be in (0, 1]")
         widest = self.restrict
         require(widest is None or 0 < widest <= 1, "restrict", widest, "must be in (0, 1], or null")
-        g = self.guidance
-        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up, or null")
+        require_scales(self)
         scales = self.guidance_range
         if scales is not None:
             fits = len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf

@@ -156,6 +156,40 @@ class SwitchedVelocity(Velocity):
         return denoiser_at(t[0], self.boundaries)
 
 
+class GuidedVelocity(Velocity):
+    """`guided_velocity` at one scale, both passes in one of a doubled batch, so that what is remembered of a pass is of
+    both."""
+
+    def __init__(self, velocity: Velocity, empty: Text, guidance: float, second: float | None = None):
+        """`velocity` embeds no scale, `empty` [1, ...] is the unconditional text without conditions, and `second` the
+        scale of all but the first of several transformers, where it is another."""
+        super().__init__(velocity.transformer, velocity.family, None, velocity.scale)
+        self.velocity, self.empty, self.guidance, self.second = velocity, empty, guidance, second
+
+    def embeds(self, number: str) -> bool:
+        """As of the model, of which nobody tells a scale."""
+        return number != "g" and self.velocity.embeds(number)
+
+    def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
+        """As of a `Velocity`, without g."""
+        if g is not None:
+            raise ValueError("one was given for g, and the scale is set")
+        both = {
+            name: torch.cat([tensor, self.empty.get(name, tensor).expand(len(x), *tensor.shape[1:]).to(tensor)])
+            for name, tensor in text.items()
+        }
+        twice = None if r is None else r.repeat(2)
+        made = self.velocity(x.repeat(2, *(1,) * (x.ndim - 1)), t.repeat(2), both, twice)
+        conditional, unconditional = made.chunk(2)
+        return unconditional + self._scale(t) * (conditional - unconditional)
+
+    def _scale(self, t: Tensor) -> float:
+        switched = self.velocity
+        if self.second is None or not isinstance(switched, SwitchedVelocity) or switched.denoiser(t) == 0:
+            return self.guidance
+        return self.second
+
+
 def velocity_of(loaded: "LoadedPipeline") -> Velocity:
     """The pipeline's transformer, or transformers by turns, with what is attached to it and told of sizes as the
     pipeline tells it."""

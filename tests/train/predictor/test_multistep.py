@@ -340,8 +340,8 @@ MISTAKES = {
     "a negative ridge": (["ridge=-1"], "from 0 up"),
     "another forecaster's full steps": (["forecaster=taylor", "full_steps=[0,2]"], "is for forecaster=multistep"),
     "another forecaster's negative prompt": (
-        ["forecaster=taylor", "negative_prompt=dull"],
-        "is for forecaster=multistep",
+        ["forecaster=linear", "negative_prompt=dull"],
+        "is for forecaster=reuse|taylor|multistep",
     ),
     "no such forecaster": (["forecaster=oracle"], "is learned or multistep"),
     "a folder of something else": (["-o", "FEATURES"], "features/1"),

@@ -20,7 +20,7 @@ from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.grid import Grid, GridScheduler
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import velocity_of
+from vidaccel.models.velocity import GuidedVelocity, velocity_of
 from vidaccel.train.predictor.search import list_errors, stretch_costs
 
 GRID = Grid.shifted(6, 3.0)
@@ -68,10 +68,14 @@ def test_a_run_of_our_own_is_the_pipelines_with_a_scale_for_each(loaded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True], ids=["one pass", "two"])
 @pytest.mark.parametrize("forecaster", [Reuse(), Taylor(grid=GRID)], ids=["reuse", "taylor"])
-def test_lists_are_as_attached_and_stretches_stay_on_their_side(loaded, forecaster):
+def test_lists_are_as_attached_and_stretches_stay_on_their_side(loaded, forecaster, guided):
     velocity, noise = velocity_of(loaded), torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    text = encode_texts(loaded, ["a red circle"])
+    text, told = encode_texts(loaded, ["a red circle"]), {}
+    if guided:
+        velocity = GuidedVelocity(velocity, encode_texts(loaded, ["a dog"]), 4.0, 2.0)
+        told = {"guidance_scale": 4.0, "guidance_scale_2": 2.0, "negative_prompt": "a dog"}
     lists = [(0, 3), (0, 1, 3), (0, 2, 3, 4)]
     with trunks_of(loaded, forecaster.history) as trunks:
         costs = stretch_costs(velocity, trunks, forecaster, noise, text, GRID.tensor, None, FIRSTS)
@@ -82,16 +86,16 @@ def test_lists_are_as_attached_and_stretches_stay_on_their_side(loaded, forecast
     found = candidates(costs.tolist(), 3)
     assert set(found) == {2, 3, 4, 5, 6}
     assert all(3 in full for ways in found.values() for _, full in ways)
-    plain = run(loaded, noise)
+    plain = run(loaded, noise, **told)
     named = "taylor" if forecaster.history > 1 else "reuse"
     for full, error in errors.items():
         with vidaccel.attach(loaded.pipe, predictor=named, steps=6, full_steps=list(full)):
-            got = run(loaded, noise)
+            got = run(loaded, noise, **told)
         torch.testing.assert_close(
             float((got - plain).square().sum() / plain.square().sum()), float(error), rtol=1e-2, atol=1e-9
         )
     with vidaccel.attach(loaded.pipe, predictor=named, steps=6, full_steps=[0, 1, 2, 3]):
-        alone = float((run(loaded, noise) - plain).square().sum() / plain.square().sum())
+        alone = float((run(loaded, noise, **told) - plain).square().sum() / plain.square().sum())
     assert float(last) == pytest.approx(alone, rel=1e-2)
 
 

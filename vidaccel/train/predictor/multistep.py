@@ -36,7 +36,7 @@ from vidaccel.artefacts import (
 from vidaccel.cache.policy import check_full_steps
 from vidaccel.cache.schedule import Schedule, candidates, read_schedules, write_schedules
 from vidaccel.collect.encode import IMAGE, LATENT, as_array
-from vidaccel.collect.features import check_conditions, open_features
+from vidaccel.collect.features import called_like, check_conditions, open_features
 from vidaccel.collect.source import images_of, open_source
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config import loader as configuration
@@ -345,6 +345,7 @@ def runs_of(
         samples = [features[i] for i in range(count)]
         captions = [record["caption"] for _, record in samples]
         check_conditions(features, loaded)
+        loaded = called_like(features, loaded)
         images = [as_array(tensors[IMAGE]) for tensors, _ in samples] if loaded.family.begins_with_image else None
         first = samples[0][0]
         shape = first[LATENT].shape if LATENT in first else first["x"].shape

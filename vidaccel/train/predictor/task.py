@@ -6,6 +6,7 @@ is a few per cent of the student, and every other scale is another function to l
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +18,26 @@ from vidaccel.cache.checks import check_pipeline
 from vidaccel.cache.trunk import Trunk
 from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank
-from vidaccel.collect.features import check_tensors, open_features
+from vidaccel.collect.encode import encode_texts
+from vidaccel.collect.features import called_like, check_tensors, open_features
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
-from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.predictor import TWO_PASS, PredictorConfig
+from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
-from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance
+from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance, unwanted
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline, local_path
-from vidaccel.models.velocity import SwitchedVelocity, Velocity, velocity_of
+from vidaccel.models.velocity import GuidedVelocity, SwitchedVelocity, Velocity, velocity_of
 from vidaccel.train.predictor.pairs import Data
 
+log = logging.getLogger(__name__)
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
 UNTRAINED = ("reuse", "taylor")
@@ -115,16 +119,23 @@ def task_of(
     require_whole(loaded)
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     student = velocity_of(loaded).requires_grad_(False).eval()
-    guidance = _guidance(loaded, config, student)
-    if isinstance(student, SwitchedVelocity):
-        student.second = second_guidance(loaded, config.guidance, None, False if student.embeds("g") else None)
+    own = None if student.embeds("g") else loaded.call.get("two_pass", True)
+    twice = bool(own) and config.forecaster in UNTRAINED
+    guidance = _guidance(loaded, config, student, twice)
+    if isinstance(student, SwitchedVelocity) and student.embeds("g"):
+        student.second = second_guidance(loaded, config.guidance, config.guidance_2, False)
     data, provenance = opened or _open_data(loaded, config)
+    told = called_like(data, loaded) if twice and isinstance(data, ShardFolder) else loaded
+    if twice:
+        guidance, _ = guidance_in_force(told, config.guidance, None)
     grid = Grid.listed(config.timesteps, config.sigmas) or (made.grid if made else None)
     if grid is None:
         steps = loaded.default("steps")
         shifted = Grid.shifted(steps, config.shift) if config.shift else None
         grid = shifted or own_grid(loaded.pipe.scheduler, loaded.family, steps)
     sampling = _sampling(grid, guidance, config, data)
+    student, guided = _guided(student, told, config, sampling.guidance, twice)
+    provenance = provenance | guided
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
     looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
@@ -133,6 +144,30 @@ def task_of(
     boundaries = boundaries_of(loaded.pipe, loaded.family)
     whole = Trunks(trunks, boundaries) if boundaries else trunks[0]
     return PredictorTask(config, loaded, student, whole, data, provenance, sampling)
+
+
+def _guided(
+    student: Velocity, loaded: LoadedPipeline, config: PredictorConfig, guidance: float, twice: bool
+) -> tuple[Velocity, dict[str, Any]]:
+    """The student in two passes where it makes some, called as `loaded` is; and what tells that from others.
+
+    Raises:
+        UserError: a negative prompt, and one pass a step.
+    """
+    if not twice or guidance == 1:
+        if config.negative_prompt:
+            raise UserError(
+                f"negative_prompt={config.negative_prompt!r} needs two passes a step, and {loaded.source} makes one",
+                "leave it out; a student has the one inside that it was distilled with",
+            )
+        return student, {}
+    away_from = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
+    said = {"guidance": guidance, "negative_prompt": away_from}
+    second = second_guidance(loaded, config.guidance, config.guidance_2, True)
+    if second is not None:
+        said["guidance_2"] = second
+    log.info("two passes a step: %s", " ".join(f"{name}={value}" for name, value in said.items()))
+    return GuidedVelocity(student, encode_texts(loaded, [away_from]), guidance, second), said
 
 
 def check_student(config: PredictorConfig) -> None:
@@ -170,14 +205,13 @@ def search_of(config: PredictorConfig, student: str, data: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity) -> float:
+def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity, twice: bool) -> float:
     guidance, two_pass = guidance_in_force(loaded, config.guidance, False if student.embeds("g") else None)
-    if two_pass and guidance > 1:
+    if two_pass and guidance > 1 and not twice:
         raise UserError(
             f"{loaded.source} makes two passes a step, and a predictor is trained for one",
-            "set guidance=1, as a step-distilled LoRA wants it"
-            if len(loaded.family.denoisers) > 1
-            else "distil its guidance first (vidaccel distill --conf cfg), or set guidance=1",
+            f"distil its guidance first (vidaccel distill --conf cfg), take forecaster={'|'.join(TWO_PASS)}, or set "
+            "guidance=1",
         )
     if config.guidance_range and not student.embeds("g"):
         raise UserError(

@@ -83,6 +83,7 @@ STAGES = ("mse", "adversarial")
 NOT_SHAPING = {
     "student",
     "lora",
+    "guidance_2",
     "negative_prompt",
     "timesteps",
     "sigmas",
