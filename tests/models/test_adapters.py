@@ -12,12 +12,14 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import load
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
+from vidaccel.models import adapters
 from vidaccel.models.adapters import Adapter, add_adapters
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 
 D, RANK, ALPHA = 24, 2, 4.0
 NORM = "diffusion_model.blocks.1.norm3.diff"
+QUERY_NORM = "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff"
 
 
 def comfyui() -> dict[str, torch.Tensor]:
@@ -34,6 +36,26 @@ def comfyui() -> dict[str, torch.Tensor]:
     return weights
 
 
+def hunyuan(fused: bool = True) -> dict[str, torch.Tensor]:
+    """A LoRA of the tiny HunyuanVideo-1.5 in ComfyUI's names, or in the original ones with q, k and v apart."""
+    generator, layers = torch.Generator().manual_seed(1), {}
+    refiner = "txt_in.individual_token_refiner.blocks.0"
+    for layer, gives, takes in (
+        ("double_blocks.0.img_attn.qkv" if fused else "double_blocks.0.img_attn_q", 3 * D if fused else D, D),
+        ("double_blocks.1.txt_attn.proj", D, D),
+        ("double_blocks.1.img_mlp.0" if fused else "double_blocks.1.img_mlp.fc1", 2 * D, D),
+        (f"{refiner}.mlp.2" if fused else f"{refiner}.mlp.fc2", D, 4 * D),
+        ("time_in.out_layer" if fused else "time_in.mlp.2", D, D),
+        ("final_layer.adaLN_modulation.1", 2 * D, D),
+    ):
+        name = f"diffusion_model.{layer}" if fused else layer
+        layers[f"{name}.lora_down.weight"] = torch.randn(RANK, takes, generator=generator)
+        layers[f"{name}.lora_up.weight"] = torch.randn(gives, RANK, generator=generator)
+        layers[f"{name}.diff_b"] = torch.randn(gives, generator=generator)
+        layers[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return layers | ({QUERY_NORM: torch.zeros(D)} if fused else {})
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A file as above, and one of a HunyuanVideo-1.5 in diffusers' layout, which says its own scale."""
@@ -45,8 +67,8 @@ def files(tmp_path_factory):
     return {"wan": folder / "wan.safetensors", "hunyuan_video_15": folder / "hunyuan"}
 
 
-def add(pipe, family, *adapters):
-    add_adapters(pipe, FAMILIES[family], [Adapter.parsed(str(each)) for each in adapters])
+def add(pipe, family, *files):
+    add_adapters(pipe, FAMILIES[family], [Adapter.parsed(str(each)) for each in files])
 
 
 def test_a_file_in_comfyuis_layout_is_added_by_its_scale(files):
@@ -78,6 +100,40 @@ def test_a_pipeline_whose_class_has_no_loader_takes_diffusers_own_layout(files):
     torch.testing.assert_close(pipe.transformer.transformer_blocks[0].attn.to_q.weight, expected)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["ComfyUI's", "the original"])
+def test_names_of_hunyuan_video_15_are_converted_here(fused, tmp_path):
+    """Whose pipeline has no loader."""
+    pipe, lora = tiny_pipeline("hunyuan_video_15"), hunyuan(fused)
+    expected = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
+    save_file(lora, tmp_path / "lora.safetensors")
+    add(pipe, "hunyuan_video_15", f"{tmp_path / 'lora.safetensors'}:0.5")
+
+    def add_rows(ours: str, theirs: str, rows: slice = slice(None), swapped: bool = False) -> None:
+        name = next(name.removesuffix(".alpha") for name in lora if name.endswith(f"{theirs}.alpha"))
+        down, up = (lora[f"{name}.lora_{way}.weight"] for way in ("down", "up"))
+        change, bias = 0.5 * ALPHA / RANK * up @ down, 0.5 * lora[f"{name}.diff_b"]
+        if swapped:  # diffusers has the scale before the shift
+            change, bias = torch.cat(change.chunk(2)[::-1]), torch.cat(bias.chunk(2)[::-1])
+        expected[f"{ours}.weight"] += change[rows]
+        expected[f"{ours}.bias"] += bias[rows]
+
+    block = "transformer_blocks"
+    if fused:
+        for i, letter in enumerate("qkv"):
+            add_rows(f"{block}.0.attn.to_{letter}", "img_attn.qkv", slice(i * D, (i + 1) * D))
+    else:
+        add_rows(f"{block}.0.attn.to_q", "img_attn_q")
+    add_rows(f"{block}.1.attn.to_add_out", "txt_attn.proj")
+    add_rows(f"{block}.1.ff.net.0.proj", "img_mlp.0" if fused else "img_mlp.fc1")
+    add_rows("context_embedder.token_refiner.refiner_blocks.0.ff.net.2", "mlp.2" if fused else "mlp.fc2")
+    add_rows("time_embed.timestep_embedder.linear_2", "time_in.out_layer" if fused else "time_in.mlp.2")
+    add_rows("norm_out.linear", "adaLN_modulation.1", swapped=True)
+    after = pipe.transformer.state_dict()
+    assert after.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def without(name):
     weights = comfyui()
     del weights[name]
@@ -106,7 +162,11 @@ WRONG = {
     ),
     "does not load: KeyError.*blocks.0.self_attn.q.lora_up": ("wan", without(f"{FIRST}.lora_up.weight")),
     "has no layer for": ("hunyuan_video", comfyui()),
-    "in a layout that is not known: diffusion_model.": ("hunyuan_video_15", comfyui()),
+    "has .* weights that this HunyuanVideo15Transformer3DModel has no layer for": ("hunyuan_video_15", comfyui()),
+    "has 1 weights that diffusers leaves out, and which are not zero, such as .*img_attn.norm.query_norm.diff\n": (
+        "hunyuan_video_15",
+        hunyuan() | {QUERY_NORM: torch.ones(D)},
+    ),
     "does not load: ": ("wan", comfyui() | {f"{FIRST}.lora_up.weight": torch.full((D, RANK), torch.inf)}),
 }
 
@@ -117,6 +177,13 @@ def test_a_file_of_another_model_or_that_would_not_be_added_wholly_is_refused(me
     save_file(weights, tmp_path / "wrong.safetensors")
     with pytest.raises(UserError, match=message):
         add(unchanged_pipes[family], family, tmp_path / "wrong.safetensors")
+
+
+def test_names_that_nobody_knows_are_refused(tmp_path, unchanged_pipes, monkeypatch):
+    monkeypatch.setattr(adapters, "original_name", lambda name, family: None)
+    save_file(hunyuan(), tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="in a layout that is not known: diffusion_model."):
+        add(unchanged_pipes["hunyuan_video_15"], "hunyuan_video_15", tmp_path / "lora.safetensors")
 
 
 @pytest.fixture(scope="module")

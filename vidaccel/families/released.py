@@ -5,6 +5,7 @@ A file's names are the base model's original ones. diffusers' own conversion of 
 of HunyuanVideo-1.5's blocks and refiner too; a layout says the rest.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,32 @@ LAYOUTS = (
     ),
 )
 """All that are known."""
+
+
+COMFYUI = (
+    (r"_attn\.(qkv|proj)\.", r"_attn_\1."),
+    (r"_mod\.lin\.", "_mod.linear."),
+    (r"(_mlp|blocks\.\d+\.mlp)\.0\.", r"\1.fc1."),
+    (r"(_mlp|blocks\.\d+\.mlp)\.2\.", r"\1.fc2."),
+    (r"c_embedder\.in_layer\.", "c_embedder.linear_1."),
+    (r"c_embedder\.out_layer\.", "c_embedder.linear_2."),
+    (r"(t_embedder|time_in)\.in_layer\.", r"\1.mlp.0."),
+    (r"(t_embedder|time_in)\.out_layer\.", r"\1.mlp.2."),
+)
+"""What ComfyUI calls layers of HunyuanVideo-1.5, as regular expressions, and what they are originally called."""
+
+
+def original_name(name: str, family: str) -> str | None:
+    """A weight's name, ComfyUI's or the original one, as diffusers' conversion of HunyuanVideo takes it; None for a
+    family whose names are not known, or whose pipeline has a loader of its own."""
+    layout = next((each for each in LAYOUTS if each.what == "student" and family in each.families), None)
+    if layout is None or family == "hunyuan_video":
+        return None
+    for theirs, original in COMFYUI:
+        name = re.sub(theirs, original, name)
+    for theirs, ours in layout.renamed:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def recognised(names: Sequence[str], file: object) -> tuple[Layout, str]:

@@ -16,12 +16,15 @@ from typing import Any, Self, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidaccel.artefacts import own_files
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
+from vidaccel.families.released import original_name
 from vidaccel.models.folder import PICKLES, safetensors_header
 from vidaccel.models.weights import reading
 
@@ -30,6 +33,15 @@ NAMED = re.compile(r"transformer(_\w+)?")
 """What a transformer is called that an adapter is for."""
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 """How the names of an adapter's weights end, behind that of the layer, in diffusers' layout."""
+ENDINGS = {
+    ".lora_down.weight": "down",
+    ".lora_A.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_B.weight": "up",
+    ".diff_b": "bias",
+    ".alpha": "alpha",
+}
+"""How they end in other layouts, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +131,8 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
     hint = f"take a LoRA that was made for this {type(transformer).__name__}"
     safetensors_header(adapter.file)
     with reading(adapter.file, hint):
-        _refuse_left_out(pipe, adapter.file)
-        weights, metadata = _converted(pipe, str(adapter.file.parent), weight_name=adapter.file.name)
+        _refuse_left_out(pipe, family, adapter.file)
+        weights, metadata = _converted(pipe, family, str(adapter.file.parent), weight_name=adapter.file.name)
     prefix = f"{family.denoisers[0].attribute}."  # also of what is for another, as the pipeline's own loader has it
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     _refuse_unmatched(adapter.file, weights, transformer, hint)
@@ -132,9 +144,11 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
         transformer.unload_lora()
 
 
-def _converted(pipe: DiffusionPipeline, source: Any, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _converted(
+    pipe: DiffusionPipeline, family: DiTFamily, source: Any, **more: Any
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Weights in diffusers' layout, and what the file says of ranks and scales: by the pipeline's loader, if it has
-    one; else they have to be in that layout already."""
+    one; else they have to be in that layout already, or in one of the base model's names that are known here."""
     convert: Any = getattr(type(pipe), "lora_state_dict", None)
     if convert is None:
         from diffusers.loaders import SD3LoraLoaderMixin  # which takes that layout as it is
@@ -142,6 +156,9 @@ def _converted(pipe: DiffusionPipeline, source: Any, **more: Any) -> tuple[dict[
         convert = cast(Any, SD3LoraLoaderMixin).lora_state_dict
         names = source if isinstance(source, Mapping) else safetensors_header(Path(source) / more["weight_name"])
         foreign = [name for name in names if not name.endswith(PARTS) or name.startswith("diffusion_model.")]
+        if foreign and original_name("", family.name) is not None:
+            given = source if isinstance(source, Mapping) else load_file(Path(source) / more["weight_name"])
+            return _from_original(given, family), None
         if foreign:
             raise UserError(
                 f"a LoRA of {type(pipe).__name__} in a layout that is not known: {foreign[0]}",
@@ -150,7 +167,36 @@ def _converted(pipe: DiffusionPipeline, source: Any, **more: Any) -> tuple[dict[
     return convert(source, return_lora_metadata=True, local_files_only=True, use_safetensors=True, **more)
 
 
-def _refuse_left_out(pipe: DiffusionPipeline, file: Path) -> None:
+def _from_original(given: Mapping[str, Tensor], family: DiTFamily) -> dict[str, Tensor]:
+    """A LoRA in the base model's names, or ComfyUI's, in diffusers' layout: `alpha` goes into the weights, and what
+    belongs to no pair of matrices, such as the `.diff` of norms, is left out."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, weight in given.items():
+        part = next((part for part in ENDINGS if name.endswith(part)), "")
+        layers.setdefault(name.removesuffix(part).removeprefix("diffusion_model."), {})[ENDINGS.get(part, part)] = (
+            weight
+        )
+    found: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        if "down" not in parts and "up" not in parts:
+            continue
+        down, up = parts["down"], parts["up"]
+        scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
+        for name, rows in _named(f"{layer}.weight", scale * up, family).items():
+            pair = {PARTS[0]: down, PARTS[1]: rows}
+            found |= {name.removesuffix(".weight") + part: weight for part, weight in pair.items()}
+        if "bias" in parts:
+            biases = _named(f"{layer}.bias", parts["bias"], family)
+            found |= {name.removesuffix(".bias") + PARTS[2]: bias for name, bias in biases.items()}
+    return found
+
+
+def _named(name: str, rows: Tensor, family: DiTFamily) -> dict[str, Tensor]:
+    """What a layer adds to its output, by the names of diffusers, whose layers may be parts of it."""
+    return convert_hunyuan_video_transformer_to_diffusers({original_name(name, family.name): rows})
+
+
+def _refuse_left_out(pipe: DiffusionPipeline, family: DiTFamily, file: Path) -> None:
     """`UserError` if the conversion leaves out weights that are not zero."""
     with safe_open(file, framework="pt") as stored:
         names = list(stored.keys())
@@ -159,7 +205,7 @@ def _refuse_left_out(pipe: DiffusionPipeline, file: Path) -> None:
         leaves = {name: torch.ones(shapes[name], device="meta", requires_grad=True) for name in names}
         traced = {name: stored.get_tensor(name) if name in scalars else leaves[name] * 1 for name in names}
         with torch.enable_grad():
-            found, _ = _converted(pipe, traced)
+            found, _ = _converted(pipe, family, traced)
             reached = [weight.sum() for weight in found.values() if weight.requires_grad]
             arrived = torch.autograd.grad(reached, list(leaves.values()), allow_unused=True) if reached else ()
         used = {name for name, gradient in zip(leaves, arrived, strict=bool(reached)) if gradient is not None}
