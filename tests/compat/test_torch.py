@@ -130,6 +130,10 @@ def test_is_traceable_wrapper_subclass():
     assert not compat.is_traceable_wrapper_subclass(torch.ones(2))
 
 
+def test_composite():
+    assert compat.composite(torch.ops.aten.matmul.default) and not compat.composite(torch.ops.aten.mm.default)
+
+
 def test_forget_groups():
     class Mesh:
         pass

@@ -20,6 +20,7 @@ __all__ = [
     "add_all",
     "call_of",
     "compiled_call",
+    "composite",
     "convolved",
     "convolved_by_onednn",
     "forget_groups",
@@ -40,6 +41,11 @@ __all__ = [
 # What these operations are called where PyTorch counts operations, which knows neither.
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 INT8_PRODUCT = torch.ops.aten._int_mm
+
+
+def composite(operation: Any) -> bool:
+    """Whether an operation that a mode sees is made of others, which `operation.decompose` calls."""
+    return operation._can_decompose()
 
 
 def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable]:

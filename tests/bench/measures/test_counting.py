@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.tiny import CALLS, SIZE, TEXT_TO_VIDEO, calls_of_a_step, tiny_pipeline
 from vidaccel.bench.baselines.registry import switched_on
 from vidaccel.bench.generation import timed_generation
-from vidaccel.bench.measures.counting import FORMULAS, Observer, held_bytes
+from vidaccel.bench.measures.counting import FORMULAS, Flops, Observer, held_bytes
 from vidaccel.bench.measures.flops import pass_flops, width
 from vidaccel.bench.measures.memory import cache_bytes
 from vidaccel.bench.measures.peak_memory import PeakMemory
@@ -144,9 +144,14 @@ def test_pab_leaves_attention(model):
 
 
 def counted(call) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        call()
-    return counter.get_total_flops()
+    """As PyTorch counts, also where operations are seen before they are taken apart."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            call()
+        with mode(), Flops() as flops:
+            call()
+        assert flops.total == counter.get_total_flops()
+    return flops.total
 
 
 def test_counted_operations():

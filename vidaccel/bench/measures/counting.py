@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vidaccel.cache.whole_pass import scalars_on
 from vidaccel.compat.cache_dit import kept_by
 from vidaccel.compat.diffusers import attention_backends, hook_registry
-from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, storage_key
+from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, TorchDispatchMode, composite, storage_key
 from vidaccel.families.walk import denoisers_of, passes_of_call
 from vidaccel.models.grid import step_of
 from vidaccel.models.loading import LoadedPipeline
@@ -46,7 +46,7 @@ class Observer:
         self.passes: list[CountedPass] = []
         self._pipe, self._family = loaded.pipe, loaded.family
         self._denoisers = denoisers_of(loaded.pipe, loaded.family)
-        self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        self._counter = Flops()
         self._corrected = 0
         """FLOPs of attention that the counter did not see."""
         self._stack = ExitStack()
@@ -102,7 +102,7 @@ class Observer:
         return counting
 
     def _total(self) -> int:
-        return self._counter.get_total_flops() + self._corrected
+        return self._counter.total + self._corrected
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
         self._before, self._step = self._total(), step_of(self._pipe).index
@@ -113,6 +113,35 @@ class Observer:
         held = sum(held_bytes(each, but=grid) for each in self._denoisers)
         passes = passes_of_call(self._pipe, self._family)
         self.passes += [CountedPass(self._step, (self._total() - self._before) // passes, held)] * passes
+
+
+class Flops(TorchDispatchMode):
+    """What PyTorch's counter counts, in total alone: it asks at each operation which modules it is in, for most of the
+    time that counting takes."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+        self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
+        self._known: dict[Any, tuple[bool, Callable[..., int] | None]] = {}
+        """Whether each operation is made of others, and its formula."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not hasattr(func, "overloadpacket"):  # of higher order, such as a condition: what is inside is seen
+            return NotImplemented
+        kwargs = kwargs or {}
+        if func not in self._known:
+            self._known[func] = composite(func), self._formulas.get(func.overloadpacket)
+        made_of_others, formula = self._known[func]
+        if made_of_others:
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def _attention(query: Sequence[int], key: Sequence[int], *others: Any, out_shape: Any = None, **options: Any) -> int:
