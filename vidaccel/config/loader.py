@@ -169,7 +169,7 @@ def _with_rows_apart(settings: Mapping[str, Any], schema: type[Schema]) -> Schem
 def _groups_of_rows(schema: type) -> dict[str, type]:
     """Those settings of `schema` that hold rows by name, and the dataclass of a row."""
     of_dict = {key: get_args(hint) for key, hint in get_type_hints(schema).items() if get_origin(hint) is dict}
-    return {key: args[1] for key, args in of_dict.items() if is_dataclass(args[1])}
+    return {key: cast(type, args[1]) for key, args in of_dict.items() if is_dataclass(args[1])}
 
 
 def _typed(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
