@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "accelerate-your-model.md"
 LEFT_OUT = ("compile=true", "--random-weights", "-o runs/untrained", "-o runs/bench")
 FEWER = {
     "distill": ["train.steps=1", "train.accumulate=1"],
-    "train-predictor": ["mse.steps=1", "mse.accumulate=1", "clips=2", "search_prompts=1"],
+    "train-predictor": ["mse.steps=1", "mse.accumulate=1", "clips=2", "search_prompts=1", "tried=1"],
     "benchmark": ["timed_seconds=0", "prompts=[a red circle]"],
 }
 """What is not the point, on the machine of a test."""

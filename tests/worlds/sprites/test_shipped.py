@@ -190,7 +190,7 @@ def test_a_predictor_is_trained_for_the_shipped_student_without_any_settings(tmp
     """Through runs of it that start from captions of rendered scenes; here from two, for one step."""
     monkeypatch.chdir(tmp_path)
     small = ["clips=2", "search_prompts=1", "mse.steps=1", "mse.batch_size=2"]
-    small += ["runs=16", "checked_prompts=4", "tried=1"]  # of the scalars on top
+    small += ["runs=5", "checked_prompts=2", "tried=1"]  # of the scalars on top
     result = CliRunner().invoke(app, ["train-predictor", *small])
     assert result.exit_code == 0, result.output
     assert "runs/predictor: the predictor and these schedules; `vidaccel generate PROMPT" in result.stdout
