@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.collect.conftest import CAPTIONS, save_model
-from tests.data.conftest import full_disk  # noqa: F401
+from tests.data.conftest import drifting, full_disk  # noqa: F401
 from vidaccel.artefacts import sha256_file
-from vidaccel.collect.features import check_made_for, check_tensors, open_features
+from vidaccel.collect.features import called_like, check_made_for, check_tensors, open_features
 from vidaccel.collect.job import collect, plan
 from vidaccel.collect.kinds import job_of
 from vidaccel.collect.source import EncodedSource, open_source
 from vidaccel.config.collect import CollectConfig
+from vidaccel.data.clips import write_clips
 from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes
@@ -219,3 +220,50 @@ def test_a_full_disk_leaves_a_folder_that_goes_on(loaded, clips, features, full_
     filler.unlink()
     collect(job, full_disk / "features")
     assert tree(full_disk / "features") == tree(features)
+
+
+def test_clips_of_several_sizes_lie_in_one_folder(loaded, tmp_path, caplog):
+    """Each brought to the nearest; whoever takes one size gets that which most have."""
+    caplog.set_level("INFO")
+    shapes = ((9, 64, 96), (9, 96, 64), (5, 64, 64), (9, 128, 192), (9, 70, 100))
+    write = ((drifting(frames, height, width), f"clip {frames}") for frames, height, width in shapes)
+    write_clips(tmp_path / "clips", write, fps=8)
+    several = [[9, 32, 48], [9, 48, 32], [5, 32, 32]]
+    asked = config(tmp_path / "clips", sizes=several, batch_size=2, fps=8)
+    job = job_of(loaded, asked)
+    assert "3 clips of 9 x 32 x 48; 1 clips of 9 x 48 x 32; 1 clips of 5 x 32 x 32" in caplog.text
+    planned = plan(job)
+    collect(job, tmp_path / "features")
+    index = json.loads((tmp_path / "features" / "index.json").read_text())
+    sizes = [sample["size"] for shard in index["shards"] for sample in shard["samples"]]
+    assert sizes == [several[i] for i in (0, 1, 2, 0, 0)]
+    shards = sum(path.stat().st_size for path in (tmp_path / "features").glob("*.tar"))
+    assert 5 * planned.sample_bytes == pytest.approx(shards, abs=3 * 1024 + 5)
+    read = open_features(tmp_path / "features", "encoded", loaded.hashes, several_sizes=True)
+    for (tensors, record), (frames, height, width), shape in zip(read, sizes, shapes, strict=True):
+        assert tensors["latent"].shape[1:] == ((frames - 1) // 4 + 1, height // 8, width // 8)
+        assert record["caption"] == f"clip {shape[0]}"
+    alone = job.compute([1])[0][0]
+    assert torch.equal(alone["latent"], read[1][0]["latent"])
+    some = open_features(tmp_path / "features", "encoded", loaded.hashes)
+    assert [record["file"] for _, record in some] == ["00000.mp4", "00003.mp4", "00004.mp4"]
+    assert "3 of 5 samples: those of the size that most have" in caplog.text
+    call = called_like(read, loaded).call
+    assert [call[name] for name in ("num_frames", "height", "width")] == several[0]
+    one = config(tmp_path / "clips", sizes=[[5, 32, 32]], fps=8)
+    collect(job_of(loaded, one), tmp_path / "one")
+    assert '"size"' not in (tmp_path / "one" / "index.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"sizes": [[5, 32, 32]], "height": 32}, "goes with data="),
+        ({"sizes": [[5, 32, 32]], "kind": "trajectory"}, "goes with data="),
+        ({"sizes": [[5, 32]]}, "list of"),
+        ({"sizes": []}, "list of"),
+    ],
+)
+def test_sizes_that_make_no_sense(clips, said, message):
+    with pytest.raises(UserError, match=message):
+        config(clips, **said)

@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def open_features(
-    folder: str | Path, kind: str | None, hashes: Mapping[str, str], on_damage: str = "stop"
+    folder: str | Path,
+    kind: str | None,
+    hashes: Mapping[str, str],
+    on_damage: str = "stop",
+    several_sizes: bool = False,
 ) -> ShardFolder:
     """A feature folder to train on, every byte of it checked.
 
@@ -33,6 +37,8 @@ def open_features(
         kind: `encoded` or `trajectory`; None takes both.
         hashes: those of the model that will be trained on it, as `LoadedPipeline` has them.
         on_damage: `stop`, or `skip` to go on without the shards that are damaged, which a warning names.
+        several_sizes: whether whoever trains takes videos of several; else it gets those of the commonest, and a line
+            says so.
 
     Raises:
         UserError: it is unfinished, of another kind, made with another model, or damaged.
@@ -41,7 +47,11 @@ def open_features(
     features = ShardFolder(folder, kind, on_damage=on_damage)
     if on_damage == "stop":
         features.verify()
-    return features
+    if several_sizes or features.buckets is None:
+        return features
+    some = features.commonest()
+    log.info("%d of %d samples: those of the size that most have", len(some), len(features))
+    return some
 
 
 def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
@@ -85,9 +95,10 @@ def check_conditions(features: ShardFolder, loaded: LoadedPipeline) -> None:
 
 
 def called_like(features: ShardFolder, loaded: LoadedPipeline) -> LoadedPipeline:
-    """The model with what these features say of its call in place of its own: the videos' size and rate, and what was
-    said of guidance when they were collected. A student keeps its own scale, which it was given by a training."""
-    tensors, record = features[0]
+    """The model with what these features say of its call in place of its own: the videos' size (that which most have)
+    and rate, and what was said of guidance when they were collected. A student keeps its own scale, which it was given
+    by a training."""
+    tensors, record = features.commonest()[0]
     latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
     said: dict[str, Any] = video_size(loaded, latent.shape)
     config = read_run(features.folder, FORMAT)["config"]

@@ -1,7 +1,7 @@
 """The making of a feature folder: how large it will be, and its writing, whatever its kind."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from vidaccel.artefacts import RUN_FILE, is_finished, sha256_file, write_run
 from vidaccel.collect.features import FORMAT
 from vidaccel.config import loader as configuration
 from vidaccel.config.collect import CollectConfig
+from vidaccel.data.buckets import Size
 from vidaccel.data.shards import Sample, sample_bytes, write_shards
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
@@ -37,14 +38,17 @@ class Job:
     """SHA-256 of each weight file that had a part in it."""
     settings: dict[str, Any]
     """What else the samples depend on, as JSON can hold it."""
+    sizes: Sequence[Size] | None = None
+    """Of the videos, where there are several."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How large a feature folder will be, told by its first sample."""
+    """How large a feature folder will be, told by its first sample, or the first of each size."""
 
     count: int
     sample_bytes: int
+    """Of one; of several sizes on average."""
 
     def __str__(self) -> str:
         total = si(self.count * self.sample_bytes, "B")
@@ -52,14 +56,19 @@ class Plan:
 
 
 def plan(job: Job) -> Plan:
-    """Computes one sample.
+    """Computes one sample, or one of each size.
 
     Raises:
         UserError: the folder would be larger than the config's `max_gigabytes`.
     """
-    with Progress("measuring one sample", total=1) as bar:
-        planned = Plan(job.count, sample_bytes(job.compute([0])[0]))
-        bar.advance()
+    counts = Counter(job.sizes or [None] * job.count)
+    each = 0
+    with Progress("measuring one sample", total=len(counts)) as bar:
+        for size, count in counts.items():
+            first = 0 if job.sizes is None or size is None else job.sizes.index(size)
+            each += count * sample_bytes(job.compute([first])[0])
+            bar.advance()
+    planned = Plan(job.count, each // job.count)
     limit = job.config.max_gigabytes
     if limit is not None and planned.count * planned.sample_bytes > limit * 1e9:
         raise UserError(
@@ -94,6 +103,7 @@ def collect(job: Job, folder: Path) -> bool:
         per_shard=config.per_shard,
         batch_size=config.batch_size,
         title=f"collecting {config.kind}",
+        sizes=job.sizes,
     )
     cuts.counts = sum(gathered(range(world()), lambda _: cuts.counts), Counter())
     cuts.summarise()

@@ -7,6 +7,8 @@ folder.
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from vidaccel.collect.encode import encode_samples, first_frames
 from vidaccel.config.collect import CollectConfig
+from vidaccel.data.buckets import Size
 from vidaccel.data.clips import ClipFolder
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.data.shards import Sample
@@ -27,11 +30,12 @@ from vidaccel.models.calling import check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import WORLDS, world
 
+log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
 class ClipSource(Protocol):
-    """Clips of one size and rate with their captions."""
+    """Clips of one rate, and of one size unless they are a folder's, with their captions."""
 
     def __len__(self) -> int: ...
 
@@ -50,6 +54,8 @@ class FolderClips:
     """The usable clips of a folder, in the order of its captions.jsonl."""
 
     clips: ClipFolder
+    several: tuple[Size, ...] = ()
+    """Sizes that clips are brought to, where there are several."""
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -71,9 +77,14 @@ class FolderClips:
         listing = json.dumps([clips.files, clips.captions, sizes])
         return {
             "data": hashlib.sha256(listing.encode()).hexdigest(),
-            "size": [clips.num_frames, clips.height, clips.width],
+            **({"sizes": self.several} if self.several else {"size": [clips.num_frames, clips.height, clips.width]}),
             "fps": clips.fps,
         }
+
+
+def sizes_of(source: ClipSource) -> Sequence[Size] | None:
+    """The size of each clip's video, where they may have several."""
+    return source.clips.sizes if isinstance(source, FolderClips) and source.several else None
 
 
 class EncodedSource:
@@ -119,8 +130,10 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
             and the model does not understand rendered scenes.
     """
     size, fps = size_of(loaded, config), config.fps or loaded.default("fps")
+    if config.sizes is not None:
+        return _of_several_sizes(loaded, config, fps)
     if config.data is not None:
-        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
+        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share, sizes=()))
     for name in WORLDS:
         if (source := world(name).clip_source(loaded, config.clips, config.seed, size, fps)) is not None:
             return source
@@ -128,6 +141,24 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
         f"there are no clips: {loaded.source} is no model of a world whose clips can be rendered ({', '.join(WORLDS)})",
         "give a folder of videos with captions.jsonl: data=FOLDER",
     )
+
+
+def _of_several_sizes(loaded: LoadedPipeline, config: CollectConfig, fps: float) -> FolderClips:
+    several = tuple((frames, height, width) for frames, height, width in config.sizes or ())
+    for frames, height, width in several:
+        check_sizes(loaded, num_frames=frames, height=height, width=width)
+    clips = ClipFolder(
+        config.data or "",
+        num_frames=several[0][0],
+        height=several[0][1],
+        width=several[0][2],
+        fps=fps,
+        max_bad_share=config.max_bad_share,
+        sizes=several,
+    )
+    counts = Counter(clips.sizes)
+    log.info("%s", "; ".join(f"{count} clips of {t} x {h} x {w}" for (t, h, w), count in counts.most_common()))
+    return FolderClips(clips, several)
 
 
 def size_of(loaded: LoadedPipeline, config: CollectConfig) -> dict[str, int]:

@@ -28,6 +28,9 @@ class CollectConfig:
     """Pixels that clips are scaled and cropped to, or that trajectories have; null is the model's own."""
     width: int | None = None
     """Pixels that clips are scaled and cropped to, or that trajectories have; null is the model's own."""
+    sizes: list[list[int]] | None = None
+    """[frames, height, width] of several sizes, in place of those three: each clip of a folder is brought to the
+    nearest in shape whose frames it has, and trainings take batches of one size each."""
     fps: float | None = None
     """Frames a second that clips are brought to."""
     steps: int | None = None
@@ -69,6 +72,15 @@ class CollectConfig:
         require(self.kind in kinds, "kind", self.kind, f"is {' or '.join(kinds)}")
         require(not self.cache or self.kind == "trajectory", "cache", self.cache, "goes with kind=trajectory")
         require(bool(self.model.strip()), "model", self.model, "must name a model")
+        if self.sizes is not None:
+            alone = all(getattr(self, key) is None for key in ("num_frames", "height", "width"))
+            fits = alone and self.kind == "encoded" and self.data is not None
+            rule = "goes with data= and kind=encoded, without num_frames, height and width"
+            require(fits, "sizes", self.sizes, rule)
+            each = bool(self.sizes) and all(len(size) == 3 and min(size) >= 1 for size in self.sizes)
+            require(
+                each, "sizes", self.sizes, "is a list of [frames, height, width]: sizes=[[81,480,832],[49,832,480]]"
+            )
         for key in ("clips", "batch_size", "per_shard"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         settle_times(self)

@@ -9,7 +9,7 @@ C channels (3, RGB), T frames, H height, W width
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vidaccel.artefacts import atomic_path, check_writable
+from vidaccel.data.buckets import Size, nearest
 from vidaccel.data.captions import CAPTIONS_FILE, read_captions
 from vidaccel.data.order import epoch_order
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClipFolder:
-    """The usable clips of a folder, each cut to the same frames, rate and size.
+    """The usable clips of a folder, each cut to the same frames, rate and size, or to one of a few sizes.
 
     `clips[i]` is (video float32 [C, T, H, W] in [-1, 1], caption), decoded from the start of the file at each call; it
     raises `BadClip` if a clip that passed the check fails further in. `skipped` holds the reasons why some of
@@ -48,9 +49,13 @@ class ClipFolder:
         width: int,
         fps: float,
         max_bad_share: float = 0.1,
+        sizes: Sequence[Size] = (),
     ):
+        """Each clip is brought to num_frames, height and width, or to the nearest of `sizes` where there are some."""
         self.folder = Path(folder)
         self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self._known = list(sizes) or [(num_frames, height, width)]
+        self.sizes: list[Size] = []
         self.files: list[str] = []
         self.captions: list[str] = []
         self.skipped: list[str] = []
@@ -65,11 +70,9 @@ class ClipFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        path = self.folder / self.files[index]
+        path, (num_frames, height, width) = self.folder / self.files[index], self.sizes[index]
         try:
-            frames = read_video(
-                path, fps=self.fps, num_frames=self.num_frames, height=self.height, width=self.width
-            )  # [T, H, W, C] uint8
+            frames = read_video(path, fps=self.fps, num_frames=num_frames, height=height, width=width)  # [T, H, W, C]
         except BadClip as error:
             raise BadClip(f"{path}: {error}") from error
         video = torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous().float()
@@ -85,7 +88,7 @@ class ClipFolder:
             file, caption = _parse(line)
             named += f" ({file})"
             self._require_order(file, caption)
-            probe_video(self.folder / file, fps=self.fps, num_frames=self.num_frames)
+            size = self._size(self.folder / file)
         except (BadClip, OSError, ValueError) as error:  # the last for a name that no file can have
             reason = error.strerror if isinstance(error, OSError) else error
             self.skipped.append(f"{named}: {reason}")
@@ -93,6 +96,22 @@ class ClipFolder:
         else:
             self.files.append(file)
             self.captions.append(caption)
+            self.sizes.append(size)
+
+    def _size(self, path: Path) -> Size:
+        """The one of those known that a clip is brought to; `BadClip` if it has too few frames for any."""
+        if len(self._known) == 1:
+            probe_video(path, fps=self.fps, num_frames=self._known[0][0])
+            return self._known[0]
+        *longer, shortest = sorted({frames for frames, _, _ in self._known}, reverse=True)
+        for frames in longer:
+            try:
+                height, width = probe_video(path, fps=self.fps, num_frames=frames)
+            except BadClip:
+                continue
+            return nearest([size for size in self._known if size[0] <= frames], width / height, height)
+        height, width = probe_video(path, fps=self.fps, num_frames=shortest)
+        return nearest([size for size in self._known if size[0] == shortest], width / height, height)
 
     def _require_order(self, file: str, caption: str) -> None:
         if len(caption) < _LONGEST_NAME and not (self.folder / file).exists() and (self.folder / caption).is_file():
@@ -104,10 +123,11 @@ class ClipFolder:
                 logger.warning("%d of %d clips in %s are left out", len(self.skipped), total, self.folder)
             return
         first = "; ".join(self.skipped[:_REASONS_SHOWN])
+        fewest = min(frames for frames, _, _ in self._known)
         raise UserError(
             f"{len(self.skipped)} of {total} clips in {self.folder} cannot be used{': ' if first else ''}{first}",
             f"mend or remove them: at least one clip must be left, and at most {max_bad_share:.0%} may be bad; "
-            f"of shorter clips less can be asked: num_frames= (now {self.num_frames}) and fps= (now {self.fps:g})",
+            f"of shorter clips less can be asked: num_frames= (now {fewest}) and fps= (now {self.fps:g})",
         )
 
 

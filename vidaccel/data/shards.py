@@ -10,6 +10,7 @@ because the end of a shard is cut off or damaged. It cuts back to the last whole
 because the last bits of what a GPU computes can depend on what else is in the batch.
 """
 
+import copy
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vidaccel.artefacts import check_writable, differences, explained, read_json, sha256_file, write_json
+from vidaccel.data.buckets import Buckets, Size
 from vidaccel.data.order import epoch_order, index_at
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
@@ -53,8 +55,12 @@ class _Span:
     offset: int
     length: int
     kind: str
+    size: list[int] | None = None
+    """Of its video, where the folder has several."""
 
     def __post_init__(self):
+        whole = isinstance(self.size, list) and all(type(each) is int for each in self.size)
+        _require(self.size is None or whole, "a size is no list of whole numbers")
         _require(isinstance(self.key, str) and isinstance(self.kind, str), "a key or kind is no text")
         _require(type(self.offset) is int and type(self.length) is int, "an offset or length is no whole number")
 
@@ -85,13 +91,15 @@ def write_shards(
     per_shard: int = 256,
     batch_size: int = 1,
     title: str = "writing features",
+    sizes: Sequence[Size] | None = None,
 ) -> None:
     """Write samples 0 ... `count` - 1 to `folder`, `per_shard` a shard, and then index.json.
 
     `compute` maps at most `batch_size` consecutive indices to their samples; tensors may be of any device and dtype.
     What an earlier, killed run stored is kept and not computed again. Of many processes each writes whole shards, and
     they may be as many as they were before or not. `settings` (what JSON can hold) is all that the
-    samples depend on. run.json is left to the caller.
+    samples depend on. `sizes` are those of the videos, which the index has where there are several. run.json is left to
+    the caller.
 
     Raises:
         UserError: the folder was begun with other settings, cannot be written, or holds a damaged shard.
@@ -127,16 +135,20 @@ def write_shards(
                 for _ in batch:
                     advance()
             _finish(shard)
-    on_first(lambda: _write_index(folder, shards, kind))
+    on_first(lambda: _write_index(folder, shards, kind, sizes if len(set(sizes or ())) > 1 else None))
 
 
-def _write_index(folder: Path, shards: Mapping[Path, range], kind: str) -> None:
+def _write_index(folder: Path, shards: Mapping[Path, range], kind: str, sizes: Sequence[Size] | None) -> None:
     with Progress("hashing shards", total=len(shards)) as bar:
         entries = []
         for shard, indices in shards.items():
-            entries.append(_describe(shard, indices, kind))
+            entry = asdict(_describe(shard, indices, kind))
+            for span, index in zip(entry["samples"], indices, strict=True):
+                del span["size"]
+                span |= {} if sizes is None else {"size": list(sizes[index])}
+            entries.append(entry)
             bar.advance()
-    write_json(folder / INDEX_FILE, {"shards": [asdict(entry) for entry in entries]})
+    write_json(folder / INDEX_FILE, {"shards": entries})
 
 
 def sample_bytes(sample: Sample) -> int:
@@ -167,6 +179,9 @@ class ShardFolder:
         if on_damage == "skip":
             self._shards = self._whole_shards()
         self._samples = [(shard.file, span) for shard in self._shards for span in shard.samples]
+        sizes = [tuple(span.size or ()) for _, span in self._samples]
+        self.buckets = Buckets(sizes) if len(set(sizes)) > 1 else None
+        """Of videos of several sizes."""
         for shard in self._shards:
             path = self.folder / shard.file
             if not path.is_file():
@@ -202,6 +217,14 @@ class ShardFolder:
     def at(self, position: int, seed: int) -> int:
         """The index of the sample drawn at `position`, counted from 0 over all epochs."""
         return index_at(position, len(self), seed)
+
+    def commonest(self) -> "ShardFolder":
+        """The samples of the size that most have; the folder itself where all have one."""
+        if self.buckets is None:
+            return self
+        some = copy.copy(self)
+        some._samples, some.buckets = [self._samples[i] for i in self.buckets.commonest], None
+        return some
 
     def verify(self) -> None:
         """Read every byte and compare with the index; raises `UserError` naming the shards that differ."""

@@ -133,9 +133,14 @@ def read_video(
         return np.stack([cover(frame, height, width, listing.pixel_aspect) for frame in frames])[inverse]
 
 
-def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> None:
-    """Raise the `BadClip` that `read_video` would, by decoding the source up to the last frame it needs."""
-    _plan(Path(path), fps, num_frames, start)
+def probe_video(path: str | os.PathLike, *, fps: float, num_frames: int, start: float = 0.0) -> tuple[float, float]:
+    """Height and width of the picture as it is shown, in its lines.
+
+    Raises:
+        BadClip: that which `read_video` would, found by decoding the source up to the last frame that it needs.
+    """
+    _, listing, _ = _plan(Path(path), fps, num_frames, start)
+    return listing.height, listing.width * listing.pixel_aspect
 
 
 def _plan(path: Path, fps: float, num_frames: int, start: float) -> tuple[ModuleType, ffmpeg.Listing, np.ndarray]:

@@ -206,7 +206,7 @@ def _recorded(teacher: LoadedPipeline, now: Mapping[str, Any], settings: Mapping
 def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[ShardFolder | EncodedSource, dict[str, Any]]:
     """The encoded clips to train on, and what tells them from others."""
     if config.features is not None:
-        features = open_features(config.features, "encoded", loaded.hashes, config.on_damage)
+        features = open_features(config.features, "encoded", loaded.hashes, config.on_damage, several_sizes=True)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
@@ -236,6 +236,14 @@ def _in_memory(
         log.info("how much of its stage the student learns is not computed here: gate_samples=64 does, on 64 clips")
     if world() > 1 and (config.bank == "on" or count):
         raise UserError("several processes keep no bank of clips, and compute no gates", "set bank=auto gate_samples=0")
+    if isinstance(data, ShardFolder) and data.buckets is not None:
+        if config.bank == "on" or config.gate_samples:
+            raise UserError(
+                f"the clips in {data.folder} have {len(data.buckets.groups)} sizes, and a bank and gates are of one",
+                "leave bank= and gate_samples= out, or collect features of one size",
+            )
+        log.info("clips of %d sizes, batches of one each: read from disk, and no gates", len(data.buckets.groups))
+        return Clips(data, made_of)
     rendered = world_bank(loaded, count, 1, config.seed, "held_out") if count else None
     from_folder = count and rendered is None
     size = sum(tensor.nbytes for tensor in data[0][0].values()) * len(data)
@@ -405,6 +413,7 @@ def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
 def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | EncodedSource, file: Path) -> None:
     """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side; they begin
     with images of the first samples where they begin with any. Every process makes them, one writes."""
+    data = data.commonest() if isinstance(data, ShardFolder) else data
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
     own, videos = GenerateConfig(), []
     for i, prompt in enumerate(prompts):

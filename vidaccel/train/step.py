@@ -149,9 +149,10 @@ class GraphStep:
         set_rate(self.optimizers, rate)
         generator = generator_for(self.seed, step, drawing_device(self.objective, self.model))
         batch = self.objective.draw(step, generator)
-        captured = self._captured.get(batch.variant)
+        key = batch.variant, *(tensor.shape for tensor in batch.tensors.values())  # clips may have several sizes
+        captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[batch.variant] = self._prepared(batch)
+            captured = self._captured[key] = self._prepared(batch)
         for name, tensor in batch.tensors.items():
             captured.tensors[name].copy_(tensor)
         seed_dropout(self.seed, step)

@@ -32,6 +32,13 @@ def taken(data: Data, chosen: Sequence[int], device: torch.device) -> dict[str, 
     return batch([tensors for tensors, _ in data.read(chosen)], device, torch.float32)
 
 
+def drawn(data: Data, index: int, count: int, seed: int) -> list[int]:
+    """The samples of batch `index`, all of one size."""
+    if isinstance(data, ShardFolder) and data.buckets is not None:
+        return data.buckets.batch(index, count, seed)
+    return [data.at(index * count + i, seed) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Distillation:
     """What a loss is computed from."""
@@ -59,7 +66,7 @@ class Distillation:
     def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Text]:
         """x_0 and eps [B, C, T, H, W], t and g [B], and text, of forward pass `index`."""
         size, device = self.config.train.batch_size, next(self.student.parameters()).device
-        chosen = [self.data.at(index * size + i, self.config.seed) for i in range(size)]
+        chosen = drawn(self.data, index, size, self.config.seed)
         text = taken(self.data, chosen, device)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)

@@ -1,0 +1,79 @@
+"""Clips of several sizes in one folder: batches of one size, and a student called for the size that most have."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from tests.students import save_teacher
+from tests.train.test_distill import CAPTIONS, TRAIN
+from vidaccel.artefacts import write_run
+from vidaccel.collect.encode import encode_texts, rows
+from vidaccel.config.distill import DistillConfig
+from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.training import TrainConfig
+from vidaccel.data.shards import write_shards
+from vidaccel.errors import UserError
+from vidaccel.models.loading import load_pipeline
+from vidaccel.models.weight_hashes import encoder_hashes
+from vidaccel.train.distill import distill
+from vidaccel.train.methods.base import Distillation
+from vidaccel.train.predictor.task import task_of
+
+SIZES = [(5, 32, 32), (5, 32, 48), (5, 32, 48), (5, 32, 48), (5, 32, 32)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Wan, and features of two sizes, the second the more common."""
+    folder = tmp_path_factory.mktemp("buckets")
+    loaded = load_pipeline(save_teacher(folder / "wan", "wan"))
+    generator = torch.Generator().manual_seed(0)
+    captions = [CAPTIONS[i % 3] for i in range(len(SIZES))]
+    samples = rows(loaded, encode_texts(loaded, captions), [{"caption": c, "fps": 8} for c in captions], "float32")
+    for (tensors, _), (_, height, width) in zip(samples, SIZES, strict=True):
+        tensors["latent"] = torch.randn(4, 2, height // 8, width // 8, generator=generator)
+    made = {"count": len(SIZES), "kind": "encoded", "settings": {}, "sizes": SIZES}
+    write_shards(folder / "features", lambda indices: [samples[i] for i in indices], **made)
+    about = {"format": "features/1", "command": "test", "config": {}, "seed": 0, "started": datetime.now(UTC)}
+    write_run(folder / "features", **about, made_with=encoder_hashes(loaded), kind="encoded")
+    return folder
+
+
+def config(model, **changes) -> DistillConfig:
+    own = {"teacher": str(model / "wan"), "features": str(model / "features"), "sample_steps": 3}
+    return DistillConfig(**own | {"train": TrainConfig(**TRAIN | {"steps": 4})} | changes)
+
+
+def test_batches_are_of_one_size_each(model, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shapes, draw = [], Distillation.draw
+
+    def noted(task, index, generator):
+        drawn = draw(task, index, generator)
+        if index < 10**9:
+            shapes.append(tuple(drawn[0].shape))
+        return drawn
+
+    monkeypatch.setattr(Distillation, "draw", noted)
+    distill(config(model), tmp_path / "cfg")
+    # Of an epoch of three batches two are of the larger clips.
+    assert len(shapes) == 4 and sorted(shapes[:3]) == [(2, 4, 2, 4, 4), (2, 4, 2, 4, 6), (2, 4, 2, 4, 6)]
+    assert "clips of 2 sizes, batches of one each" in caplog.text
+    call = json.loads((tmp_path / "cfg" / "run.json").read_text())["call"]
+    assert [call[name] for name in ("num_frames", "height", "width")] == [5, 32, 48]
+
+
+@pytest.mark.parametrize("asked", [{"bank": "on"}, {"gate_samples": 1}])
+def test_a_bank_and_gates_are_of_one_size(model, tmp_path, asked):
+    with pytest.raises(UserError, match="have 2 sizes, and a bank and gates are of one"):
+        distill(config(model, **asked), tmp_path / "out")
+
+
+def test_a_predictor_takes_those_of_the_size_that_most_have(model):
+    asked = PredictorConfig(
+        student=str(model / "wan"), features=str(model / "features"), forecaster="reuse", guidance=1.0, shift=3.0
+    )
+    task = task_of(load_pipeline(model / "wan"), asked, None)
+    assert len(task.data) == 3 and {task.data[i][0]["latent"].shape[-1] for i in range(3)} == {6}
