@@ -21,6 +21,7 @@ _MODULES = {
     "load_predictor": "vidaccel.forecasters.learned",
     "save_model": "vidaccel.models.saving",
     "generate": "vidaccel.api",
+    "export_model": "vidaccel.api",
     "collect_features": "vidaccel.api",
     "distill": "vidaccel.api",
     "train_predictor": "vidaccel.api",

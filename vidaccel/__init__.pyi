@@ -1,6 +1,7 @@
 from vidaccel.api import benchmark as benchmark
 from vidaccel.api import collect_features as collect_features
 from vidaccel.api import distill as distill
+from vidaccel.api import export_model as export_model
 from vidaccel.api import generate as generate
 from vidaccel.api import plan as plan
 from vidaccel.api import train_predictor as train_predictor

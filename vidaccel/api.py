@@ -82,6 +82,25 @@ def generate(
     return videos[0] if isinstance(prompt, str) else videos
 
 
+def export_model(
+    output: str | Path, config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
+) -> dict[str, Any]:
+    """Write the model of these settings into the folder `output` for diffusers alone, its guidance fixed; returns what
+    its pipeline is to be called with.
+
+    Raises:
+        UserError: the model is a student of mean velocities, which diffusers alone has no place for.
+    """
+    from vidaccel.models.exporting import export_model as export
+    from vidaccel.models.loading import load_pipeline, read_model
+
+    settings = settings_of("generate", config or "teacher", overrides)
+    files, lora = read_model(settings.model, settings.student), settings.lora or ()
+    loaded = load_pipeline(files, device=device, dtype=settings.dtype, lora=lora)
+    said = {name: getattr(settings, name) for name in ("model", "student", "lora", "guidance", "guidance_2", "dtype")}
+    return export(output, loaded, guidance=settings.guidance, guidance_2=settings.guidance_2, config=said)
+
+
 def collect_features(
     config: CollectConfig | str,
     output: str | Path | None,

@@ -42,6 +42,7 @@ MADE = {
     "both.mp4": "right path/to/Wan2.1-T2V-1.3B-Diffusers, 6 steps, 12 passes",
     "cfg.mp4": "50 steps, 50 passes",
     "student.mp4": "20 steps, 20 passes",
+    "runs/cfg-for-diffusers": "for diffusers alone; call its pipeline with num_inference_steps=50",
     "ten.mp4": "10 steps, 10 passes",
     "fast.mp4": "20 steps, 8 full + 12 predicted passes",
 }

@@ -4,7 +4,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -80,6 +80,14 @@ def generate(
             "much faster, and what it costs.",
         ),
     ] = False,
+    export: Annotated[
+        bool,
+        typer.Option(
+            "--export",
+            help="Make no video, but a folder (-o) of the model that diffusers loads alone, its guidance fixed: of a "
+            "student of method=cfg, or a plain model with its LoRAs.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
     print_conf: PrintConf = False,
     explain: Explain = None,
@@ -106,6 +114,9 @@ def generate(
     given = {key: None if value == "null" else value for key, value in given.items()}
     overrides += [f"{key}=null" for key in withdrawn(given)]
     config = settings("generate", conf or default_conf(given), overrides, print_conf, explain)
+    if export:
+        _export(config, output, [*free, *filter(None, (prompts, image, images, sheet))], device)
+        return
     texts = _prompts(free, prompts)
     files = _outputs(output, len(texts), many=prompts is not None)
     pictures = _images(image, images, len(texts), many=prompts is not None)
@@ -123,6 +134,21 @@ def generate(
         report = _make_many(config, texts, pictures, files, device, say)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
+
+
+def _export(config: GenerateConfig, output: Path | None, others: Sequence[str | Path], device: str) -> None:
+    if output is None or others:
+        raise UserError(
+            f"--export makes a folder{f', and not a video of {others[0]}' if others else ', and none is named'}",
+            "vidaccel generate --export model=MODEL -o FOLDER",
+        )
+    refuse_many("--export")
+    quiet_libraries()
+    from vidaccel.api import export_model
+
+    arguments = export_model(output, config, device=device)
+    said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    typer.echo(f"{output}: for diffusers alone; call its pipeline with {said}")
 
 
 def _check_outputs(files: list[Path], sheet: Path | None) -> None:

@@ -46,6 +46,13 @@ On clips that were kept out of its training, 0 for an untrained student and 1 fo
     how = f"distilled to {call['steps']} steps of one pass each by `{command}`"
     if "student" in config:
         how = f"distilled to {call['steps']} steps of one pass each by others, whose weights `{command}` read"
+    own_scale = conditioning is not None and conditioning.config.embeds == ("g",) and not adapter
+    exported = (
+        "\n`vidaccel generate --export model=path/to/this/folder -o ANOTHER` writes one that it loads, whose scale is "
+        "fixed (`guidance=`).\n"
+        if own_scale
+        else ""
+    )
     more = f"vidaccel distill teacher=path/to/this/folder denoiser={undistilled} -o ANOTHER"
     half = f"\nNo model yet: its {undistilled} is as it was, and `{more}` distils it too.\n" if undistilled else ""
     return f"""# A student of {root}
@@ -70,7 +77,7 @@ arguments and `loaded.guidance = 4` in Python.
 
 diffusers alone does not load this folder, and is not to be made to: its classes have no place for what tells this
 transformer how far a step goes, and the videos would be wrong.
-
+{exported}
 ## How it was made
 
 By `{command}` with these settings; run.json has versions, seed and hashes beside them.
@@ -82,6 +89,30 @@ By `{command}` with these settings; run.json has versions, seed and hashes besid
 
 All of the folder without `checkpoints/` and `samples/`. Whether that is allowed is decided by the licence of the model
 it was distilled from.
+"""
+
+
+def exported_card(
+    family: DiTFamily, source: str, pipeline: str, arguments: Mapping[str, Any], guidance: str | None
+) -> str:
+    """Of a folder for diffusers alone; `arguments` are those of its call, `guidance` the scale that a student is fixed
+    at."""
+    said = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    fixed = (
+        f", its guidance fixed at {guidance}: one pass a step, without any of the pipeline's own" if guidance else ""
+    )
+    return f"""# {source} for diffusers
+
+A {family.title}{fixed}.
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("path/to/this/folder")
+video = pipe("a cat on a surfboard"{said}).frames[0]
+```
+
+Whether it may be passed on is decided by the licence of the model that it came from.
 """
 
 

@@ -1,0 +1,100 @@
+"""Models that diffusers loads without vidaccel make what they make here, at the scale that they were fixed at."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import vidaccel
+from tests.models.test_adapters import comfyui
+from tests.students import save, save_teacher, student, trained
+from tests.tiny import SIZE
+from vidaccel.cli.main import app
+from vidaccel.compat.diffusers import hook_registry
+from vidaccel.errors import UserError
+from vidaccel.models.exporting import export_model
+from vidaccel.models.grid import running_grid
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, of_one
+
+
+def guided(folder, family: str) -> LoadedPipeline:
+    """A student that embeds g alone; of two transformers both."""
+    if family != "wan22":
+        return load_pipeline(student(folder, family, ("g",)))
+    teacher = of_one(load_pipeline(save_teacher(folder / "teacher", family)), "transformer")
+    first = load_pipeline(save(folder / "first", teacher, trained(teacher, ("g",))))
+    second = of_one(first, "transformer_2")
+    return load_pipeline(save(folder / "both", second, trained(second, ("g",))))
+
+
+def latents(pipe, **arguments) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red circle", generator=generator, output_type="latent", **arguments).frames
+
+
+@pytest.mark.parametrize("family", ["wan", "wan22", "hunyuan_video_15", "ltx_video"])
+def test_a_student_at_a_fixed_scale(family, tmp_path):
+    loaded = guided(tmp_path, family)
+    before = {name: weight.clone() for name, weight in loaded.pipe.transformer.state_dict().items()}
+    second = {"guidance_2": 2.0} if family == "wan22" else {}
+    arguments = export_model(tmp_path / "plain", loaded, guidance=5.0, **second)
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.pipe.transformer.state_dict().items())
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "plain")
+    assert type(plain).__module__.startswith("diffusers.") and type(plain.scheduler).__module__.startswith("diffusers.")
+    assert hook_registry(plain.transformer) is None
+    made = latents(plain, **arguments)
+    assert arguments["num_inference_steps"] == 4
+    own = loaded.pipe.scheduler
+    own.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert running_grid(own, loaded.family).fits(running_grid(plain.scheduler, loaded.family).times)
+    loaded.pipe.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
+    for each, scale in zip((loaded, *loaded.further), (5.0, 2.0), strict=False):
+        each.hook.guidance = scale
+    torch.testing.assert_close(made, latents(loaded.pipe, **arguments), rtol=1e-3, atol=1e-4)
+    loaded.hook.guidance = 1.0
+    assert not torch.allclose(made, latents(loaded.pipe, **arguments), rtol=1e-2, atol=1e-3)
+    again = load_pipeline(tmp_path / "plain")  # here it is a plain model that is called without guidance
+    assert again.conditioning is None and again.guidance == 1.0 and again.default("steps") == 4
+    assert "negative_prompt" not in again.call and again.call["num_frames"] == SIZE["num_frames"]
+
+
+def test_a_plain_model_with_its_loras(tmp_path):
+    save_teacher(tmp_path / "wan", "wan")
+    save_file(comfyui(), tmp_path / "lora.safetensors")
+    lora = [f"{tmp_path / 'lora.safetensors'}:0.5"]
+    arguments = vidaccel.export_model(tmp_path / "fused", model=str(tmp_path / "wan"), lora=lora)
+    assert arguments["guidance_scale"] == 3.0 and arguments["negative_prompt"] == ""
+    expected = load_pipeline(tmp_path / "wan", lora=lora).pipe.transformer.state_dict()
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "fused")
+    assert isinstance(plain.scheduler, diffusers.UniPCMultistepScheduler)
+    assert all(torch.equal(weight, expected[name]) for name, weight in plain.transformer.state_dict().items())
+    assert json.loads((tmp_path / "fused" / "run.json").read_text())["config"]["lora"] == lora
+
+
+def test_what_diffusers_has_no_place_for_is_refused(tmp_path):
+    loaded = load_pipeline(student(tmp_path, "wan"))
+    with pytest.raises(UserError, match=r"how far it goes \(r\)"):
+        export_model(tmp_path / "plain", loaded)
+    assert not (tmp_path / "plain").exists()
+    first = of_one(load_pipeline(save_teacher(tmp_path / "two", "wan22")), "transformer")
+    half = load_pipeline(save(tmp_path / "half", first, trained(first, ("g",))))
+    with pytest.raises(UserError, match="the transformer_2 of .* has not been distilled"):
+        export_model(tmp_path / "plain", half)
+
+
+def test_the_command(tmp_path):
+    guided(tmp_path, "wan")
+    words = ["generate", "--export", f"model={tmp_path / 'student'}", "guidance=5", "-o", str(tmp_path / "plain")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "call its pipeline with num_inference_steps=4, " in result.stdout and "guidance_scale=1.0" in result.stdout
+    readme = (tmp_path / "plain" / "README.md").read_text()
+    assert "its guidance fixed at 5" in readme and "WanPipeline.from_pretrained" in readme
+    assert "--export" in (tmp_path / "student" / "README.md").read_text()
+    for wrong, message in ((words[:-2], "and none is named"), ([*words, "a cat"], "not a video of a cat")):
+        refused = CliRunner().invoke(app, wrong)
+        assert refused.exit_code == 2 and message in refused.stderr

@@ -1,0 +1,133 @@
+"""A model as a folder that diffusers loads alone: nothing is told its transformer any more, so its scale is fixed.
+
+The embedding of g adds one vector to the timestep's at a given scale, which a bias of the model's own takes in. That of
+r is another at every step: a student of mean velocities stays a folder of vidaccel's.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from vidaccel.artefacts import RUN_FILE, atomic_folder, check_output, sha256_file, write_run
+from vidaccel.errors import UserError
+from vidaccel.families.walk import denoisers_of
+from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
+from vidaccel.models.cards import README, exported_card
+from vidaccel.models.grid import ListedScheduler, fixed_shift
+from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.saving import FORMAT
+
+COMMAND = "vidaccel generate --export"
+FIXED = ("two_pass", "guidance", "guidance_2", "negative_prompt")
+"""Settings of a student's call that its weights hold in the end."""
+
+
+def export_model(
+    folder: str | Path,
+    loaded: LoadedPipeline,
+    *,
+    guidance: float | None = None,
+    guidance_2: float | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the model, LoRA files that were loaded with it in its weights, for plain diffusers.
+
+    Args:
+        folder: what takes its place there is whole or not there.
+        loaded: a plain model, or a student that embeds g alone.
+        guidance: the scale that a student is fixed at; None is its own.
+        guidance_2: that of the second of two transformers.
+        config: settings for run.json.
+
+    Returns:
+        What the pipeline is to be called with beside its prompt.
+
+    Raises:
+        UserError: the model embeds r, half of it is distilled, its grid is a list of times, or the folder cannot be
+            written.
+    """
+    check_output(folder, FORMAT)
+    require_whole(loaded)
+    _require_no_r(loaded)
+    scale, _ = guidance_in_force(loaded, guidance, None)
+    scales = [scale, second_guidance(loaded, guidance, guidance_2, None) or scale]
+    distilled = loaded.conditioning is not None
+    call = {name: value for name, value in loaded.call.items() if not (distilled and name in FIXED)}
+    call |= {"guidance": 1.0} if distilled else {"guidance": scale}
+    arguments = call_arguments(loaded, guidance=guidance, guidance_2=guidance_2)
+    run = Path(loaded.source) / RUN_FILE
+    started = datetime.now(UTC)
+    with atomic_folder(folder) as draft:
+        with _without_conditioning(loaded, scales), _with_scheduler(loaded):
+            loaded.pipe.save_pretrained(draft)
+        fixed = f"{scale:g}" if distilled else None
+        card = exported_card(loaded.family, loaded.source, type(loaded.pipe).__name__, arguments, fixed)
+        (draft / README).write_text(card, encoding="utf-8")
+        write_run(
+            draft,
+            format=FORMAT,
+            command=COMMAND,
+            config=dict(config or {}),
+            seed=0,
+            started=started,
+            parents={"model": sha256_file(run)} if run.is_file() else {},
+            call=call,
+        )
+    return arguments
+
+
+def _require_no_r(loaded: LoadedPipeline) -> None:
+    if isinstance(loaded.pipe.scheduler, ListedScheduler):
+        raise UserError(
+            f"{loaded.source} is sampled at listed times, which no scheduler of diffusers alone holds",
+            "share the folder as it is, for vidaccel",
+        )
+    for each in (loaded, *loaded.further):
+        embeds = each.conditioning.config.embeds if each.conditioning else ()
+        if "r" in embeds or (each.hook is not None and each.conditioning is None):
+            raise UserError(
+                f"{loaded.source} is told at every step how far it goes (r), for which diffusers alone has no place",
+                "share the folder as it is, for vidaccel; what can be exported is a student of method=cfg, or a plain "
+                "model with its LoRAs",
+            )
+
+
+@contextmanager
+def _without_conditioning(loaded: LoadedPipeline, scales: list[float]) -> Iterator[None]:
+    """What each transformer's embedding of g adds at its scale, in the bias before it."""
+    with torch.no_grad(), ExitStack() as stack:
+        for each, scale in zip((loaded, *loaded.further), scales, strict=False):
+            if each.conditioning is None:
+                continue
+            linear: Any = denoisers_of(each.pipe, each.family)[0].get_submodule(each.family.timestep_embedder).linear_2
+            own = linear.bias.detach().clone()
+            device = next(each.conditioning.parameters()).device
+            added = each.conditioning(g=torch.tensor([scale], device=device))[0]
+            linear.bias.copy_(own.float() + added.to(own.device).float())
+            stack.callback(linear.bias.copy_, own)
+        yield
+
+
+@contextmanager
+def _with_scheduler(loaded: LoadedPipeline) -> Iterator[None]:
+    """The pipeline with a scheduler of diffusers' own on a student's grid: flow-match Euler, which most pipelines hand
+    their grid to; UniPC, as Wan ships it, where a pipeline leaves that to its scheduler."""
+    pipe, own = loaded.pipe, loaded.pipe.scheduler
+    if loaded.conditioning is not None:
+        shift = fixed_shift(own, loaded.family)
+        handed = {"sigmas", "timesteps"} & inspect.signature(type(pipe).__call__).parameters.keys()
+        if handed:
+            pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        else:
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            pipe.scheduler = UniPCMultistepScheduler(**flow)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
