@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
@@ -29,6 +30,8 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -36,6 +39,7 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from diffusers.pipelines.mochi import pipeline_mochi
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -101,7 +105,26 @@ def padded_less(init: Callable[..., None]) -> Callable[..., None]:
 for each in HunyuanVideo15Pipeline, HunyuanVideo15ImageToVideoPipeline:
     each.__init__ = padded_less(each.__init__)
 
-CALLS = {"hunyuan_video": HUNYUAN_CALL}
+MOCHI_FRAMES = 4
+"""Of a latent frame in the tiny autoencoder, as in others; the pipeline takes it for 6."""
+
+
+def frames_of_four(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        assert self.vae_temporal_scale_factor == 6
+        self.vae_temporal_scale_factor = MOCHI_FRAMES
+
+    return made
+
+
+MochiPipeline.__init__ = frames_of_four(MochiPipeline.__init__)
+MOCHI_TIMES = pipeline_mochi.linear_quadratic_schedule
+pipeline_mochi.linear_quadratic_schedule = lambda steps, *more: MOCHI_TIMES(steps, *more) if steps > 1 else [1.0]
+"""Of one step as well, for which the pipeline's own divides by zero."""
+
+CALLS = {"hunyuan_video": HUNYUAN_CALL, "mochi": {"max_sequence_length": 5}}
 """What a tiny pipeline has to be called with, for families that need anything."""
 
 
@@ -440,20 +463,52 @@ def ltx_video() -> DiffusionPipeline:
     )
 
 
+def mochi() -> DiffusionPipeline:
+    width, latent = 32, 4
+    return MochiPipeline(
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(VOCABULARY), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+        ),
+        tokenizer=word_tokenizer(max_length=256),
+        transformer=MochiTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=3,
+            pooled_projection_dim=12,
+            in_channels=latent,
+            text_embed_dim=width,
+            time_embed_dim=12,
+        ),
+        vae=AutoencoderKLMochi(
+            encoder_block_out_channels=(32,) * 4,
+            decoder_block_out_channels=(32,) * 4,
+            latent_channels=latent,
+            layers_per_block=(1, 1, 1, 1, 1),
+            temporal_expansions=(1, 2, 2),
+            spatial_expansions=(2, 2, 2),
+            add_attention_block=(False,) * 5,
+            latents_mean=None,
+            latents_std=None,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    )
+
+
 BUILDERS = {
     "cogvideox": cogvideox,
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_15": hunyuan_video_15,
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
     "ltx_video": ltx_video,
+    "mochi": mochi,
     "wan": wan,
     "wan22": wan22,
     "wan22_i2v": wan22_i2v,
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"wan_vace"}
-"""Families that are another one's trunk with more around it: most tests of a single room do with that one."""
+VARIED = {"mochi", "wan_vace"}
+"""Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""
 ALL_TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].begins_with_image)

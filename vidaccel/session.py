@@ -126,7 +126,13 @@ def session(
     first = pictures[0] if pictures else None
     if warm_up is not None:
         listed = config.timesteps or config.sigmas or isinstance(loaded.pipe.scheduler, ListedScheduler)
-        generate(loaded, [warm_up], config if listed else replace(config, steps=1), [config.seed], image=first)
+        generate(
+            loaded,
+            [warm_up],
+            config if listed else replace(config, steps=loaded.family.least_steps),
+            [config.seed],
+            image=first,
+        )
     with predicted_steps(loaded, config) as attachment:
         policy = attachment and attachment.policy
         if isinstance(policy, FullSteps) and len(policy.full_steps) == policy.steps:

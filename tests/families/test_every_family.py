@@ -236,12 +236,11 @@ def toy(model: Model) -> BenchmarkConfig:
     methods = {"full": MethodConfig(weights="teacher", steps=3, two_pass=True)}
     methods["predictor"] = MethodConfig(steps=3, full_steps=[0, 2])
     pipe = tiny_pipeline(model.family.name)
-    streams = {stream for _, stream in model.family.costs.layers} - {"one", "video", "text", "all"}
     return BenchmarkConfig(
         family=model.family.name,
         transformer={key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")},
         compression=list(compression_of(pipe, model.family)),
-        text_tokens={stream: 729 if stream == "image" else 16 for stream in streams},
+        text_tokens={stream: 729 if stream == "image" else 16 for stream in model.family.costs.texts},
         sizes=[list(SIZE.values())],
         dtype="float32",
         predictor_blocks=1,

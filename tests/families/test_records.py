@@ -15,7 +15,7 @@ from tests.tiny import BUILDERS, called, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.fused import FusedBlock
-from vidaccel.families.registry import FAMILIES, PIPELINES, family_of_pipeline
+from vidaccel.families.registry import FAMILIES, PIPELINES, UNSUPPORTED, family_of_pipeline
 from vidaccel.families.walk import boundaries_of, named_arguments, named_outputs
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -147,7 +147,8 @@ def test_branches_are_all_that_is_added_to_the_tokens(family, pipes):
         for name in (*kind.branches, *kind.feeding):
             block.get_submodule(name)
         within = [layer.split(".")[0] for layer in kind.residual_layers]
-        assert set(within) == set(kind.branches) and not set(kind.branches) & set(kind.feeding)
+        gated = all(name.startswith("norm") for name in within)  # as diffusers calls what makes gates
+        assert (gated or set(within) == set(kind.branches)) and not set(kind.branches) & set(kind.feeding)
 
 
 @EVERY_FAMILY
@@ -308,6 +309,14 @@ def test_unknown_pipeline_names_the_supported_ones():
         family_of_pipeline("StableDiffusionPipeline")
     assert "StableDiffusionPipeline" in caught.value.message
     assert all(name in caught.value.hint for name in PIPELINES)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_pipeline_that_predicted_steps_would_get_wrong_is_refused_with_the_reason(name):
+    assert hasattr(diffusers, name) and name not in PIPELINES
+    with pytest.raises(UserError) as caught:
+        family_of_pipeline(name)
+    assert caught.value.message == f"{name} {UNSUPPORTED[name]}" and "WanPipeline" in caught.value.hint
 
 
 def test_reading_the_registry_imports_no_torch():

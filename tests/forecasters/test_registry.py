@@ -20,7 +20,7 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.base import Making, PlannedTrunk
 from vidaccel.forecasters.registry import FORECASTERS, Entry, attachable, forecaster_class
 
-TRUNK = PlannedTrunk(width=4, rows=(10, 3), block_linear=1000, block_attention=100, block_parameters=50)
+TRUNK = PlannedTrunk(width=4, rows=(10, 3), linear=2000, attention=200, parameters=100)
 
 AVERAGE = '''
     """The mean of the last full passes."""

@@ -24,7 +24,7 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
-from vidaccel.families.walk import blocks_of, conditions_of, patch_of
+from vidaccel.families.walk import blocks_of, conditions_of, latent_channels, patch_of
 
 FLOAT32, HALF = 4, 2
 GATHERED_BLOCKS = 2
@@ -126,8 +126,7 @@ class Costs:
     @property
     def latent(self) -> int:
         """Numbers in one."""
-        config: Any = self.transformer.config
-        return (config.out_channels or config.in_channels) * math.prod(patch_of(self.transformer)) * self.rows["video"]
+        return latent_channels(self.transformer) * math.prod(patch_of(self.transformer)) * self.rows["video"]
 
     @property
     def texts(self) -> int:
@@ -137,8 +136,9 @@ class Costs:
         conditions = conditions_of(self.transformer, self.family)
         shapes += [(each.tokens, each.width_config) for each in conditions if each.tokens and each.width_config]
         found = sum(math.prod(self.rows[n] if n in self.rows else config[n] for n in shape) for shape in shapes)
+        own = latent_channels(self.transformer)
         if any(each.argument is None for each in conditions):  # as many channels again as stand behind the latent's
-            found += self.latent * (config.in_channels - config.out_channels) // config.out_channels
+            found += self.latent * (config.in_channels - own) // own
         return found
 
     @property

@@ -27,7 +27,7 @@ from vidaccel.bench.sizes import meta_transformer, new_transformer, planned_fami
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.families.base import BlockList
-from vidaccel.families.walk import call_block, conditions_of, named_arguments
+from vidaccel.families.walk import call_block, conditions_of, latent_channels, named_arguments
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import DTYPES, resolve_device
@@ -128,7 +128,7 @@ class Model:
         config: Any = self.transformer.config
         frames, height, width = costs.size
         frame_step, pixel_step = self.config.compression
-        channels = config.out_channels or config.in_channels
+        channels = latent_channels(self.transformer)
         shape = 1, channels, (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
         options = {"dtype": DTYPES[self.config.dtype], "device": self.device}
         text = {}

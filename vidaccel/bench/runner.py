@@ -243,9 +243,10 @@ class Benchmark:
         """One step of a model that was just brought onto the device, and its decoder: no clock sees their first use."""
         keys = ("weights", "model", "lora", "two_pass", "guidance", "guidance_2", "as_called")
         same: dict[str, Any] = {name: getattr(method, name) for name in keys}
-        loaded, one_step = self.models.pipeline(method), MethodConfig(**same, steps=1)
+        loaded = self.models.pipeline(method)
+        fewest = MethodConfig(**same, steps=loaded.family.least_steps)
         prompt, image = self.timed_prompts[:1], self.models.image(0, size)
-        timed_generation(loaded, one_step, size, prompt, [self.config.seed], self.config, image=image)
+        timed_generation(loaded, fewest, size, prompt, [self.config.seed], self.config, image=image)
 
     def _announce(self) -> None:
         """Say how long scoring may take, and what difference it will be able to see."""

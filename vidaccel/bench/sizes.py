@@ -101,8 +101,7 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
 
 
 def _check_texts(family: DiTFamily, given: dict[str, int]) -> None:
-    costs = family.costs
-    streams = {stream for _, stream in costs.layers} - {"one", "video", "text", "all"}
+    streams = family.costs.texts
     if given.keys() != streams:
         raise UserError(
             f"text_tokens is for {', '.join(given) or 'nothing'}; {family.title} has {', '.join(sorted(streams))}",

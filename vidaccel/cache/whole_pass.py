@@ -32,7 +32,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of, denoisers_of, passes_of_call
 from vidaccel.forecasters.multistep import FittedList
-from vidaccel.models.grid import Step, current_step
+from vidaccel.models.grid import Step, current_step, times_of
 from vidaccel.models.own_call import keep_transformers
 from vidaccel.models.step_hook import StepHook, step_hook_of
 
@@ -130,16 +130,16 @@ class WholePass:
         try:
             if full:
                 output = call.full(args, kwargs)
-                self._keep(place, Left(x, _velocity(output).detach()))
+                self._keep(place, Left(x, self._flow(output[0]).detach()))
                 self.full_passes += passes
             elif self._scalars.network:
                 self.predicted_passes += passes  # before hooks on the end of the pass, which ask
-                network = _velocity(call.full(args, kwargs))  # as the network that is attached beneath answers it
-                output = _as_output(self._forecast(step, place, x, network), kwargs)
+                network = self._flow(call.full(args, kwargs)[0])  # as the network that is attached beneath answers it
+                output = _as_output(self._flow(self._forecast(step, place, x, network)), kwargs)
             else:
                 u = self._forecast(step, place, x)
                 self.predicted_passes += passes  # before hooks on the end of the pass, which ask
-                output = call.answered(_as_output(u, kwargs), args, kwargs)
+                output = call.answered(_as_output(self._flow(u), kwargs), args, kwargs)
         except BaseException:
             self._timesteps = None
             self.remembered.clear()
@@ -179,6 +179,10 @@ class WholePass:
         us, xs = zip(*((each.u, each.x) for each in known), strict=True)
         return self._scalars.velocity(step.index, us, xs, x, network, self._scale)
 
+    def _flow(self, u: Tensor) -> Tensor:
+        """A velocity that the transformer gives, as one from the video to noise; or that one, as it gives it."""
+        return -u if self._family.rises else u
+
     def _check_generation(self, transformer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse guidance that the scalars were not fitted for, when the first step, which is full, is over."""
         hook = step_hook_of(transformer)
@@ -212,7 +216,7 @@ class WholePass:
             lasts = [Left(*halves) for halves in zip(lasts[0].x.chunk(2), lasts[0].u.chunk(2), strict=True)]
             x = x.chunk(2)[0]
         first, second = lasts[:2]
-        times = self._pipe.scheduler.sigmas[:2].tolist()
+        times = times_of(self._pipe.scheduler)[:2].tolist()
         taken = (first.x.float() - x[:, : first.u.shape[1]].float()) / (times[0] - times[1])
         apart = (first.u.float() - second.u.float()).flatten()
         if not (square := float(apart @ apart)):
@@ -283,7 +287,3 @@ class _Output:
 def _as_output(u: Tensor, kwargs: dict[str, Any]) -> Any:
     """As a transformer that is called so gives a velocity."""
     return (u,) if kwargs.get("return_dict") is False else _Output(u)
-
-
-def _velocity(output: Any) -> Tensor:
-    return output[0]

@@ -11,7 +11,7 @@ from vidaccel.collect.encode import IMAGE, LATENT, encode_texts, is_mask
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import conditions_of, denoisers_of, stored_inputs
+from vidaccel.families.walk import conditions_of, denoisers_of, latent_channels, stored_inputs
 from vidaccel.models.calling import video_size
 from vidaccel.models.loading import LoadedPipeline
 
@@ -65,7 +65,7 @@ def check_tensors(features: ShardFolder, loaded: LoadedPipeline) -> None:
     known = empty.keys() | set(stored_inputs(transformer, loaded.family))
     others = tensors.keys() - known - NOT_TEXT or empty.keys() - tensors.keys()
     wanted = {text.stored: empty[text.stored].shape[-1] for text in loaded.family.text_tensors if not is_mask(text)}
-    wanted["latent"] = transformer.config.out_channels
+    wanted["latent"] = latent_channels(transformer)
     latent = tensors[LATENT] if LATENT in tensors else tensors["x"]
     found = {name: tensors[name].shape[-1] for name in tensors.keys() & wanted} | {"latent": latent.shape[-4]}
     others = others or {name for name in wanted if found[name] != wanted[name]}

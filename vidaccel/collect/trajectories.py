@@ -21,7 +21,7 @@ from vidaccel.collect.source import ClipSource, images_of, size_of
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
-from vidaccel.families.walk import boundaries_of, denoisers_of
+from vidaccel.families.walk import boundaries_of, denoisers_of, latent_channels
 from vidaccel.models.calling import guidance_in_force, latent_size, require_whole, second_guidance, unwanted
 from vidaccel.models.grid import Grid, denoiser_at, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline
@@ -91,7 +91,7 @@ class TrajectorySampler:
 
     def noise(self, seeds: list[int]) -> Tensor:
         """[B, C, T, H, W], as the pipeline draws it for generators of these seeds."""
-        shape = (1, self.transformer.config.out_channels, *latent_size(self.loaded, **self.size))
+        shape = (1, latent_channels(self.transformer), *latent_size(self.loaded, **self.size))
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(drawn).to(self.transformer.device, self.transformer.dtype)
 

@@ -37,8 +37,10 @@ class BlockList:
     feeding: tuple[str, ...] = ()
     """Modules of a block that only work for those, and have nothing to do where those give again what they gave."""
     residual_layers: tuple[str, ...] = ()
-    """Layers of a block, by dotted path, that write into the residual stream: with all of them zero a block is the
-    identity, and so a predictor's blocks begin."""
+    """Layers of a block, by dotted path, that write into the residual stream, or make the gates of all that is written:
+    with all of them zero a block is the identity, and so a predictor's blocks begin. Some blocks have not all."""
+    widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of returned tokens that are not as wide as the video's: transformer config keys whose product their width is."""
     added_after: str | None = None
     """Of a list beside the trunk: transformer config key with the positions of the trunk's blocks after which what its
     blocks give is added."""
@@ -210,6 +212,13 @@ class DiTFamily:
     predicts: str = "flow"
     """What the transformer gives: `flow` velocities, or `v` of a diffusion process, whose models are run, cached and
     planned, and not trained from."""
+    rises: bool = False
+    """Whether its times rise from 0, which is noise, to 1, and its velocities lead from noise to the video."""
+    times: str | None = None
+    """What makes the times, from 1 down, that the pipeline gives its scheduler for a number of steps, where they are
+    not in even steps: "module:name"."""
+    least_steps: int = 1
+    """Fewest steps that the pipeline takes."""
     latents: str = "BCTHW"
     """How the transformer takes latents and gives velocities: BCTHW, BTCHW, or `tokens`, [B, T H W, C]."""
     sized_inputs: tuple[SizedInput, ...] = ()

@@ -10,6 +10,7 @@ from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
 from vidaccel.families.ltx_video import LTX_VIDEO
+from vidaccel.families.mochi import MOCHI
 from vidaccel.families.wan import WAN
 from vidaccel.families.wan22 import WAN22
 from vidaccel.families.wan22_i2v import WAN22_I2V
@@ -24,6 +25,7 @@ FAMILIES: dict[str, DiTFamily] = {
         HUNYUAN_VIDEO_15,
         HUNYUAN_VIDEO_15_I2V,
         LTX_VIDEO,
+        MOCHI,
         WAN,
         WAN22,
         WAN22_I2V,
@@ -41,9 +43,23 @@ PIPELINES: dict[str, DiTFamily] = {
 """By diffusers pipeline class its family, of several that share it the one with the fewest denoisers."""
 
 
+_FORCING = "moves each latent frame along a grid of its own (diffusion forcing), so that a pass is of no one step"
+_CAUSAL = "keeps keys and values of earlier frames within its blocks, which a step that leaves them out would not"
+
+UNSUPPORTED: dict[str, str] = {
+    "AnyFlowFARPipeline": _CAUSAL,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _FORCING,
+    "SkyReelsV2DiffusionForcingPipeline": _FORCING,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _FORCING,
+}
+"""By diffusers pipeline class why it is of no family: what predicted steps would get wrong."""
+
+
 def family_of_pipeline(class_name: str, parts: Collection[str] = ()) -> DiTFamily:
     """The family of a diffusers pipeline class, of several that share it the one with the most denoisers that are among
     the names of the pipeline's `parts`; `UserError` naming the supported classes if there is none."""
+    if class_name in UNSUPPORTED:
+        raise UserError(f"{class_name} {UNSUPPORTED[class_name]}", f"supported: {', '.join(PIPELINES)}")
     if class_name not in PIPELINES:
         raise UserError(f"no model family is known for the pipeline {class_name}", f"supported: {', '.join(PIPELINES)}")
     others = [family for family in FAMILIES.values() if class_name in family.pipelines and len(family.denoisers) > 1]

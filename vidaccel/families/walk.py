@@ -3,6 +3,7 @@
 B batch, N tokens, D width
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,10 +103,25 @@ def patch_of(transformer: nn.Module) -> tuple[int, int, int]:
     """Latent frames, height and width of a video token."""
     config: Any = transformer.config
     patch = config.patch_size
-    return (config.patch_size_t or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    return (config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def latent_channels(transformer: nn.Module) -> int:
+    """C of the latents that a transformer denoises; it may take more."""
+    config: Any = transformer.config
+    return config.out_channels or config.in_channels
 
 
 def width(transformer: nn.Module) -> int:
-    """D of a transformer's tokens."""
+    """D of a transformer's video tokens."""
     config: Any = transformer.config
     return config.num_attention_heads * config.attention_head_dim
+
+
+def widths(config: Mapping[str, Any], kind: BlockList) -> dict[str, int]:
+    """D of the tokens that a block gives, by their names, for a transformer of this config."""
+    own = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        name: math.prod(config[key] for key in kind.widths[name]) if name in kind.widths else own
+        for name in kind.returns
+    }

@@ -79,21 +79,28 @@ class PlannedTrunk:
     """What a plan knows of the trunk that is stood in for, and of the forecaster's settings."""
 
     width: int
-    """D of the tokens."""
+    """D of the video's tokens."""
     rows: tuple[int, ...]
     """N of each kind of tokens that leave it: video and text, or both as one sequence."""
-    block_linear: int
-    """FLOPs of the linear layers of its last block."""
-    block_attention: int
-    """FLOPs of the attention of its last block."""
-    block_parameters: int
-    """Parameters of its last block."""
+    linear: int
+    """FLOPs of the linear layers of its last blocks, as many as a predictor has."""
+    attention: int
+    """FLOPs of their attention."""
+    parameters: int
+    """Their parameters."""
+    widths: tuple[int, ...] = ()
+    """D of each kind of tokens, where they are not all as wide as the video's."""
     blocks: int = 2
     """Blocks of a predictor that is trained."""
     history: int = 1
     """Full passes that such a one looks back on."""
     order: int = 0
     """As in `Making`."""
+
+    @property
+    def kinds(self) -> tuple[tuple[int, int], ...]:
+        """(N, D) of each kind of tokens that leave it."""
+        return tuple(zip(self.rows, self.widths or [self.width] * len(self.rows), strict=True))
 
 
 class ForecasterCosts(NamedTuple):

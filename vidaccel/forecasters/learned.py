@@ -43,6 +43,7 @@ to a pipeline, the network then serves under them wherever they have its list of
 B batch, N tokens, D width
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES, family_of
-from vidaccel.families.walk import blocks_of, call_block, denoisers_of, named_outputs, width
+from vidaccel.families.walk import blocks_of, call_block, denoisers_of, named_outputs, width, widths
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.forecasters.checkpoint import CORRECTION, PUBLISHED, SCALARS_FILE, Checkpointed, NetworkConfig
 from vidaccel.forecasters.multistep import Multistep
@@ -141,8 +142,9 @@ class Predictor(Checkpointed, nn.Module):
         fusions = ("tokens",) if self._joint else config.cached
         self._corrects = config.architecture == CORRECTION
         fusion, measured = (Fusion, config.cached) if self._corrects else (PublishedFusion, ())
-        self.fusions = nn.ModuleDict({name: fusion(config.width) for name in fusions})
-        self.statistics = nn.ModuleDict({name: Statistics(config.width) for name in measured})
+        own = widths(config.transformer, self._kind) | {"tokens": config.width}
+        self.fusions = nn.ModuleDict({name: fusion(own[name]) for name in fusions})
+        self.statistics = nn.ModuleDict({name: Statistics(own[name]) for name in measured})
         self.blocks = _blocks(config).to_empty(device=torch.get_default_device())
         self.scalars: Multistep | None = None
         """What was fitted with its answer as one more term; the network serves alone where there is nothing."""
@@ -192,13 +194,12 @@ class Predictor(Checkpointed, nn.Module):
 
     @staticmethod
     def costs(trunk: PlannedTrunk) -> ForecasterCosts:
-        D = trunk.width
-        fusion = 3 * D * D  # weights of a fusion, [D, 2 D] and [D, D]
+        # weights of a fusion are [D, 2 D] and [D, D]
         return ForecasterCosts(
             trunk.history,
-            linear=trunk.blocks * trunk.block_linear + sum(2 * N * fusion for N in trunk.rows),
-            attention=trunk.blocks * trunk.block_attention,
-            parameters=trunk.blocks * trunk.block_parameters + len(trunk.rows) * (fusion + 2 * D),
+            linear=trunk.linear + sum(2 * N * 3 * D * D for N, D in trunk.kinds),
+            attention=trunk.attention,
+            parameters=trunk.parameters + sum(3 * D * D + 2 * D for _, D in trunk.kinds),
         )
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
@@ -239,9 +240,8 @@ class Predictor(Checkpointed, nn.Module):
     def run_like(self, transformer: nn.Module) -> "Predictor":
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
         backend, fused kernels, torch.compile."""
-        original = blocks_of(transformer, FAMILIES[self.config.family])[-1][1]
-        weights, modules = plain_weights(original), dict(original.named_modules())
-        for block in self.blocks:
+        for block, original in self._beside(transformer):
+            weights, modules = plain_weights(original), dict(original.named_modules())
             for name, parameter in block.named_parameters():
                 parameter.data = parameter.data.to(weights[name].dtype)
             for name, module in block.named_modules():
@@ -254,14 +254,19 @@ class Predictor(Checkpointed, nn.Module):
 
     def attend_like(self, transformer: nn.Module) -> None:
         """Go about tokens that are split over several devices as the trunk's own blocks now do."""
-        modules: dict[str, Any] = dict(blocks_of(transformer, FAMILIES[self.config.family])[-1][1].named_modules())
         module: Any
-        for block in self.blocks:
+        for block, original in self._beside(transformer):
+            modules: dict[str, Any] = dict(original.named_modules())
             for name, module in block.named_modules():
                 if hasattr(module, "set_processor"):
                     processor = modules[name].processor
                     if parallel_of(processor) is not parallel_of(module.processor):
                         module.set_processor(processor)
+
+    def _beside(self, transformer: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Its blocks, each with the trunk's own in the same place from the end."""
+        own = [block for _, block in blocks_of(transformer, FAMILIES[self.config.family])]
+        return zip(self.blocks, own[-len(self.blocks) :], strict=True)
 
 
 def new_predictor(
@@ -293,8 +298,9 @@ def new_predictor(
     predictor = Predictor(NetworkConfig(family.name, width(transformer), blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(plain_weights(original))
+        layers = dict(block.named_modules())
         for name in kind.residual_layers if predictor.config.architecture == CORRECTION else ():
-            for parameter in block.get_submodule(name).parameters():
+            for parameter in layers[name].parameters() if name in layers else ():
                 nn.init.zeros_(parameter)
     for name, statistics in predictor.statistics.items():
         statistics.measure(entering[name].cpu(), cached[name].cpu())

@@ -40,7 +40,7 @@ class LinearMap(nn.Module):
 
     @staticmethod
     def costs(trunk: PlannedTrunk) -> ForecasterCosts:
-        return ForecasterCosts(1, linear=sum(2 * N * (2 * trunk.width + 1) * trunk.width for N in trunk.rows))
+        return ForecasterCosts(1, linear=sum(2 * N * (2 * D + 1) * D for N, D in trunk.kinds))
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
         cached = memory[0].tokens

@@ -64,9 +64,11 @@ def call_arguments(
     """
     require_whole(loaded)
     pipe, rule = loaded.pipe, loaded.family.guidance
-    steps = _given(steps, loaded, "steps")
-    if steps < 1:
-        raise UserError(f"steps={steps} denoises nothing", "take 1 step or more; 50 is usual without distillation")
+    count: int = _given(steps, loaded, "steps")
+    if count < 1:
+        raise UserError(f"steps={count} denoises nothing", "take 1 step or more; 50 is usual without distillation")
+    if count < (least := loaded.family.least_steps):
+        raise UserError(f"steps={count}, and the pipeline of {loaded.family.title} takes {least} or more", "take more")
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
     check_sizes(loaded, **sizes)
@@ -80,7 +82,7 @@ def call_arguments(
 
     second = second_guidance(loaded, guidance_given, guidance_2, two_pass)
 
-    arguments = {"num_inference_steps": steps, **sizes}
+    arguments = {"num_inference_steps": count, **sizes}
     if loaded.family.sized_by_image:  # which is of that size
         del arguments["height"], arguments["width"]
     if rule.cfg_argument:

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Self, cast
 
 import numpy as np
@@ -185,8 +186,13 @@ def current_step(scheduler: Any) -> Step:
             f"the transformer is called, and the {len(scheduler.timesteps)} steps of its pipeline's scheduler are over",
             "one pipeline at a time samples with a transformer: detach, or give the other the same scheduler",
         )
-    t, r = (float(scheduler.sigmas[i]) for i in (index, index + 1))
+    t, r = (float(time) for time in times_of(scheduler)[index : index + 2])
     return Step(index, len(scheduler.timesteps), t, r)
+
+
+def times_of(scheduler: Any) -> Tensor:
+    """The times [S + 1], from 1 down to 0, that a flow-matching scheduler has set; some have them turned round."""
+    return 1 - scheduler.sigmas if scheduler.config.get("invert_sigmas") else scheduler.sigmas
 
 
 def step_of(pipe: DiffusionPipeline) -> Step:
@@ -237,6 +243,8 @@ def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
     """Shift of the step grid that a pipeline's scheduler has, else the family's; None if no shift makes its grid."""
     if any(scheduler.config.get(option) for option in OTHER_GRIDS):
         return None
+    if family.times and not isinstance(scheduler, GridScheduler):
+        return None
     return scheduler.config.get("shift") or scheduler.config.get("flow_shift") or family.defaults.shift
 
 
@@ -266,7 +274,11 @@ def own_grid(scheduler: Any, family: DiTFamily, steps: int) -> Grid:
             "set shift=, such as shift=3, or list its times: sigmas=[1, 0.9, ...]",
         )
     asked = copy.deepcopy(scheduler)
-    asked.set_timesteps(steps, device="cpu")
+    if family.times and not asked.config.get("times"):
+        module, name = family.times.split(":")
+        asked.set_timesteps(sigmas=getattr(import_module(module), name)(steps), device="cpu")
+    else:
+        asked.set_timesteps(steps, device="cpu")
     return running_grid(asked, family)
 
 
@@ -280,14 +292,14 @@ def running_grid(scheduler: Any, family: DiTFamily) -> Grid:
     hint = "sample with a flow-matching scheduler and its own times, or with predictor=reuse and full steps of your own"
     if family.predicts != "flow":
         return Grid((*_shares(scheduler), 0.0))
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
+    if getattr(scheduler, "sigmas", None) is None:
         raise UserError(f"the {_named(scheduler)} has no times of flow matching", hint)
     try:
-        grid = Grid(tuple(sigmas.tolist()))
+        grid = Grid(tuple(times_of(scheduler).tolist()))
     except UserError as error:
         raise UserError(f"{error.message}, and they are those of the {_named(scheduler)}", hint) from error
     told = scheduler.timesteps.cpu().float() / scheduler.config.num_train_timesteps
+    told = 1 - told if scheduler.config.get("invert_sigmas") else told
     if len(told) != grid.steps or (told - grid.tensor[:-1]).abs().max() > ROUNDING:
         raise UserError(f"the {_named(scheduler)} has timesteps that are not those of its sigmas", hint)
     shift = shift_of(scheduler, family)
@@ -323,7 +335,10 @@ def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | No
 
 def _shifted(own: Any, shift: float) -> Any:
     if isinstance(own, ListedScheduler):
-        return GridScheduler(cast(Any, own.config).num_train_timesteps, shift)
+        config = cast(Any, own.config)
+        return GridScheduler(config.num_train_timesteps, shift, invert_sigmas=config.invert_sigmas)
+    if own.config.get("invert_sigmas"):  # whose pipeline gives times of its own to any other
+        return GridScheduler.from_config(own.config, shift=shift)
     key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
     if key is None or own.config.get("use_dynamic_shifting"):
         why = "takes it from the size of the video" if key else "knows none"
@@ -334,7 +349,8 @@ def _shifted(own: Any, shift: float) -> Any:
 class GridScheduler(FlowMatchEulerDiscreteScheduler):
     """Flow-match Euler on `step_grid`, also for a pipeline that leaves the grid to its scheduler, as Wan's does.
 
-    The stock one would then shift its smallest sigma twice and spend a last step on the hundredth part that remains.
+    The stock one would then shift its smallest sigma twice and spend a last step on the hundredth part that remains. Of
+    a pipeline whose times rise, as Mochi's, only the number of times that it gives is taken: they are in no even steps.
     """
 
     def set_timesteps(
@@ -345,6 +361,8 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
+        if sigmas is not None and cast(Any, self.config).invert_sigmas:
+            sigmas, num_inference_steps = None, len(sigmas)
         if sigmas is None and timesteps is None:
             sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
@@ -356,7 +374,8 @@ class ListedScheduler(FlowMatchEulerDiscreteScheduler):
     @classmethod
     def of(cls, grid: Grid, like: Any) -> Self:
         """With the training timesteps of another scheduler."""
-        made = cls(num_train_timesteps=like.config.get("num_train_timesteps", 1000), shift=1.0)
+        rises = like.config.get("invert_sigmas", False)
+        made = cls(num_train_timesteps=like.config.get("num_train_timesteps", 1000), shift=1.0, invert_sigmas=rises)
         made.register_to_config(times=list(grid.times))
         return made
 

@@ -77,6 +77,15 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class NothingMasked(TorchFunctionMode):
+    """Tells blocks that ask a mask where it is set that it is everywhere, since the meta device cannot say."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nonzero:
+            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.int64, device=args[0].device)
+        return func(*args, **(kwargs or {}))
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -96,7 +96,8 @@ def save_student(
             _write_pipeline(draft, teacher, transformer, dtype)
         if conditioning is not None:
             conditioning.save_pretrained(draft / conditioning_name(teacher.family.denoisers[0].attribute))
-        SCHEDULER(shift=shift).save_pretrained(draft / "scheduler")
+        scheduler = SCHEDULER(shift=shift, invert_sigmas=teacher.family.rises)
+        scheduler.save_pretrained(draft / "scheduler")
         call = teacher.call | {"steps": steps, "shift": shift, "two_pass": False} | _scales(teacher, guidance)
         source = str(config.get("teacher", teacher.source))
         card = student_card(

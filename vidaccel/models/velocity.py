@@ -85,11 +85,12 @@ class Velocity(nn.Module):
                 channels = torch.cat([x, given], dim=1)
             else:
                 arguments[condition.argument] = given
-        timestep = (1000 * t).to(x.dtype)
+        timestep = (1000 * (1 - t if self.family.rises else t)).to(x.dtype)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
             taken = as_taken(self.family, self._padded(channels))
             given = self.transformer(hidden_states=taken, timestep=timestep, **arguments, return_dict=False)[0]
-        return as_latents(self.family, given, x.shape[2:])
+        u = as_latents(self.family, given, x.shape[2:])
+        return -u if self.family.rises else u
 
     def _native(self, number: str) -> bool:
         key = getattr(self.family, f"{number}_config")

@@ -297,7 +297,8 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipel
         trained["guidance_range"] = tuple(with_scales(config, loaded).guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
     own = {"steps": config.sample_steps, "guidance": own_scale(config, loaded), "two_pass": False}
-    return as_student(replace(copy, call=loaded.call | own), conditioning, GridScheduler(shift=shift))
+    scheduler = GridScheduler(shift=shift, invert_sigmas=loaded.family.rises)
+    return as_student(replace(copy, call=loaded.call | own), conditioning, scheduler)
 
 
 def _started(config: DistillConfig, teacher: LoadedPipeline) -> LoadedPipeline | None:

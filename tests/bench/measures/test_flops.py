@@ -27,8 +27,9 @@ from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.costs import BlockCosts
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import call_block
+from vidaccel.families.walk import call_block, widths
 from vidaccel.forecasters.learned import Fusion, Predictor, Statistics, new_predictor
+from vidaccel.models.live_bytes import NothingMasked
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, CPU_ATTENTION)
@@ -150,7 +151,7 @@ def test_a_whole_pass_is_what_pytorch_counts(one_pass):
 
 @EVERY_FAMILY
 def test_a_full_size_block_is_what_pytorch_counts(family):
-    streams = {stream for _, stream in family.costs.layers} - {"one", "video", "text", "all"}
+    streams = family.costs.texts
     texts = {"prompt": 512 if "image" in streams else 77, "glyphs": 13, "image": 29}  # Wan's blocks count 512 as text
     texts = {stream: texts[stream] for stream in streams}
     known = signature(getattr(diffusers, family.transformer).__init__).parameters
@@ -160,9 +161,10 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     found = block_flops(model, family, rows)
     for block_list in family.all_lists:
         block = model.get_submodule(block_list.name)[0]
-        counter = counted(
-            lambda block=block, kind=block_list: call_block(kind, block, block_arguments(model, family, kind, rows))
-        )
+        with NothingMasked():
+            counter = counted(
+                lambda block=block, kind=block_list: call_block(kind, block, block_arguments(model, family, kind, rows))
+            )
         counts = counter.get_flop_counts()["Global"]
         attention = attention_of(counts)
         assert found[block_list.name].attention == attention
@@ -175,22 +177,27 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
 def test_a_predicted_pass_is_the_predictor_and_what_is_outside(one_pass):
     transformer, family, rows, _ = one_pass
     one, two = (pass_flops(transformer, family, rows, predictor_blocks=k) for k in (1, 2))
-    last = block_flops(transformer, family, rows)[family.block_lists[-1].name]
-    in_last = sum(layer.flops for layer in last.layers)
-    assert two["predictor"].blocks - one["predictor"].blocks == in_last
-    assert two["predictor"].attention == 2 * last.attention
-    mlp = Fusion(width(transformer))
-    streams = family.costs.fusions
-    inputs = [torch.zeros(1, rows[stream], mlp.outer.in_features) for stream in streams]
-    statistics = Statistics(mlp.outer.in_features)
-    fused = counted(lambda: [mlp(tokens, tokens, statistics) for tokens in inputs]).get_total_flops()
-    assert one["predictor"].blocks == in_last + fused
+    kind = family.block_lists[-1]
+    before, last = (
+        sum(each.flops for each in layer_flops(block, family.costs.blocks[kind.name].layers, rows))
+        for block in getattr(transformer, kind.name)[-2:]
+    )
+    attention = block_flops(transformer, family, rows)[kind.name].attention
+    assert two["predictor"].blocks - one["predictor"].blocks == before
+    assert two["predictor"].attention == 2 * attention
+    own = [width(transformer)] if kind.joint else widths(transformer.config, kind).values()
+    fused = 0
+    for D, stream in zip(own, family.costs.fusions, strict=True):
+        mlp, tokens, statistics = Fusion(D), torch.zeros(1, rows[stream], D), Statistics(D)
+        fused += counted(lambda mlp=mlp, given=(tokens, tokens, statistics): mlp(*given)).get_total_flops()
+    assert one["predictor"].blocks == last + fused
     assert one["predictor"].embedders == one["reuse"].total
 
 
 def test_predictor_parameters_are_those_of_a_predictor(one_pass):
     transformer, family, rows, _ = one_pass
-    tokens = {name: torch.randn(1, 4, width(transformer)) for name in family.block_lists[-1].returns}
+    own = widths(transformer.config, family.block_lists[-1])
+    tokens = {name: torch.randn(1, 4, D) for name, D in own.items()}
     for blocks in (1, 2):
         predictor = new_predictor(transformer, family, tokens, tokens, blocks)
         assert Predictor.costs(planned_trunk(transformer, family, rows, blocks=blocks)).parameters == parameters(

@@ -29,8 +29,9 @@ class Fora(PartsCache):
 
     def hooks(self, transformer: nn.Module) -> Iterator[tuple[nn.Module, PartHook]]:
         for kind, block in blocks_of(transformer, self.family):
-            yield from ((block.get_submodule(name), OutputHook(self)) for name in kind.branches)
-            yield from ((block.get_submodule(name), FeedingHook(self)) for name in kind.feeding)
+            parts = dict(block.named_children())  # a last block may have not all
+            yield from ((parts[name], OutputHook(self)) for name in kind.branches if parts.get(name) is not None)
+            yield from ((parts[name], FeedingHook(self)) for name in kind.feeding)
 
     def begin(self) -> None:
         self.full = self.step.index % self.every == 0 or not self.kept

@@ -8,16 +8,17 @@ FLOPs; text padding is counted, since the stock models compute it.
 N video tokens, L text tokens, D width, H heads
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.costs import Attentions, Layers
-from vidaccel.families.walk import blocks_of, width
+from vidaccel.families.walk import width, widths
 from vidaccel.forecasters.base import PlannedTrunk
 from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 
@@ -58,35 +59,61 @@ def layer_flops(module: nn.Module, streams: Layers, rows: Mapping[str, int]) -> 
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             stream = next(stream for pattern, stream in streams if fnmatchcase(name, pattern))
-            found.append(LayerFlops(name, stream, 2 * layer.weight.numel() * rows[stream]))
+            found.append(LayerFlops(name, stream, 2 * layer.weight.numel() * _count(rows, stream)))
     return found
 
 
-def attention_flops(attentions: Attentions, rows: Mapping[str, int], width: int) -> int:
-    """Of attentions with H heads of width D / H: 2 D a pair of query and key for the scores, 2 D for the values."""
-    return sum(4 * rows[queries] * rows[keys] * width for queries, keys in attentions)
+def _count(rows: Mapping[str, int], stream: str) -> int:
+    """Rows of a stream, or of one and some more."""
+    name, _, more = stream.partition("+")
+    return rows[name] + int(more or 0)
+
+
+def attention_flops(
+    attentions: Attentions, rows: Mapping[str, int], width: int, config: Mapping[str, int] | None = None
+) -> int:
+    """Of attentions with H heads of width D / H: 2 D a pair of query and key for the scores, 2 D for the values.
+
+    D is `width`, unless an attention names keys of the transformer's `config`.
+    """
+    total = 0
+    for queries, keys, *own in attentions:
+        D = math.prod((config or {})[key] for key in own) if own else width
+        total += 4 * _count(rows, queries) * _count(rows, keys) * D
+    return total
 
 
 def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> dict[str, BlockFlops]:
-    """Of one block of each list, by name of the list."""
-    return {
-        name: BlockFlops(
-            layer_flops(model.get_submodule(name)[0], costs.layers, rows),
-            attention_flops(costs.attentions, rows, width(model)),
-        )
-        for name, costs in family.costs.blocks.items()
-    }
+    """Of the first block of each list, by name of the list."""
+    return {name: next(_blocks_flops(model, family, rows, name, [0])) for name in family.costs.blocks}
 
 
-def planned_trunk(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], **settings: int) -> PlannedTrunk:
+def _blocks_flops(
+    model: Any, family: DiTFamily, rows: Mapping[str, int], name: str, places: Iterable[int]
+) -> Iterator[BlockFlops]:
+    """Of the blocks in these places of a list."""
+    blocks, costs = model.get_submodule(name), family.costs.blocks[name]
+    attention = attention_flops(costs.attentions, rows, width(model), model.config)
+    for place in places:
+        yield BlockFlops(layer_flops(blocks[place], costs.layers, rows), attention)
+
+
+def planned_trunk(
+    model: Any, family: DiTFamily, rows: Mapping[str, int], blocks: int = 2, **settings: int
+) -> PlannedTrunk:
     """What a forecaster's costs follow from; `settings` are those of `PlannedTrunk`."""
-    last = block_flops(model, family, rows)[family.block_lists[-1].name]
+    kind = family.block_lists[-1]
+    own = widths(model.config, kind)
+    lasts = range(-min(blocks, len(getattr(model, kind.name))), 0)
+    found = list(_blocks_flops(model, family, rows, kind.name, lasts))
     return PlannedTrunk(
         width=width(model),
         rows=tuple(rows[stream] for stream in family.costs.fusions),
-        block_linear=sum(layer.flops for layer in last.layers),
-        block_attention=last.attention,
-        block_parameters=parameters(blocks_of(model, family)[-1][1]),
+        linear=sum(layer.flops for block in found for layer in block.layers),
+        attention=sum(block.attention for block in found),
+        parameters=sum(parameters(getattr(model, kind.name)[place]) for place in lasts),
+        widths=() if kind.joint else tuple(own.values()),
+        blocks=blocks,
         **settings,
     )
 
@@ -105,8 +132,8 @@ def pass_flops(
         rows: number of rows of each stream (`sizes.rows`).
         predictor_blocks: blocks of the learned predictor.
     """
-    kinds = block_flops(model, family, rows)
-    depths = {name: len(model.get_submodule(name)) for name in kinds}
+    depths = {name: len(model.get_submodule(name)) for name in family.costs.blocks}
+    every = {name: list(_blocks_flops(model, family, rows, name, range(depth))) for name, depth in depths.items()}
     outside = _outside(model, family, rows)
     predicted_outside = _outside(model, family, rows, but=family.static_embedders)
     trunk = planned_trunk(model, family, rows, blocks=predictor_blocks)
@@ -115,10 +142,10 @@ def pass_flops(
     sides = {kind.name for kind in family.side_lists}  # which caches of what is within the trunk's blocks leave alone
 
     def blocks(counted) -> int:
-        counts = ((name, layer) for name in kinds for layer in kinds[name].layers if name in sides or counted(layer))
-        return sum(depths[name] * layer.flops for name, layer in counts)
+        layers = ((name, layer) for name, blocks in every.items() for block in blocks for layer in block.layers)
+        return sum(layer.flops for name, layer in layers if name in sides or counted(layer))
 
-    attention = {name: depths[name] * kinds[name].attention for name in kinds}
+    attention = {name: sum(block.attention for block in blocks) for name, blocks in every.items()}
     beside = sum(attention[name] for name in sides)
     return {
         "full": PassFlops(outside, blocks(lambda layer: True), sum(attention.values())),
@@ -131,16 +158,25 @@ def pass_flops(
     }
 
 
-def _outside(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
+def _outside(model: Any, family: DiTFamily, rows: Mapping[str, int], but: tuple[str, ...] = ()) -> int:
     """Of everything but blocks, and what is within the modules at the paths in `but`."""
     costs, left_out = family.costs, tuple(f"{path}." for path in but)
     layers = layer_flops(_without_blocks(model, family), costs.layers, rows)
     attention = sum(
-        len(model.get_submodule(path)) * attention_flops(attentions, rows, width(model))
+        _number(model.get_submodule(path)) * attention_flops(attentions, rows, width(model), model.config)
         for path, attentions in costs.attentions.items()
-        if not path.startswith(left_out)
+        if not f"{path}.".startswith(left_out)
     )
-    return sum(layer.flops for layer in layers if not f"{layer.name}.".startswith(left_out)) + attention
+    products = sum(
+        2 * model.get_parameter(name).numel() * _count(rows, stream)
+        for path, (name, stream) in costs.products.items()
+        if not f"{path}.".startswith(left_out)
+    )
+    return sum(layer.flops for layer in layers if not f"{layer.name}.".startswith(left_out)) + attention + products
+
+
+def _number(module: nn.Module) -> int:
+    return len(module) if isinstance(module, nn.ModuleList) else 1
 
 
 def _without_blocks(model: nn.Module, family: DiTFamily) -> nn.ModuleDict:

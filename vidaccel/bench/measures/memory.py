@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vidaccel.bench.measures.flops import planned_trunk, width
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.costs import Argument
-from vidaccel.families.walk import call_block, patch_of
+from vidaccel.families.walk import call_block, latent_channels, patch_of
 from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
-from vidaccel.models.live_bytes import FusedAttention, LiveBytes
+from vidaccel.models.live_bytes import FusedAttention, LiveBytes, NothingMasked
 
 
 class CacheBytes(NamedTuple):
@@ -47,11 +47,10 @@ def cache_bytes(
     }
     size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
     trunk = CacheBytes(
-        each=sum(rows[stream] for stream in costs.fusions) * width(model) * dtype.itemsize,
+        each=sum(N * D for N, D in planned.kinds) * dtype.itemsize,
         newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders),
     )
-    config: Any = model.config
-    latent = rows["video"] * math.prod(patch_of(model)) * config.out_channels * dtype.itemsize
+    latent = rows["video"] * math.prod(patch_of(model)) * latent_channels(model) * dtype.itemsize
     forecasters = {
         name: CacheBytes(2 * latent, 0) if forecaster_class(name).costs(planned).answers_pass else trunk
         for name in FORECASTERS
@@ -65,7 +64,8 @@ def _bytes(argument: Argument, model: nn.Module, rows: Mapping[str, int], dtype:
 
 def _shape(argument: Argument, model: nn.Module, rows: Mapping[str, int]) -> list[int]:
     config: Any = model.config
-    sizes = {**rows, "width": width(model), "head": config.attention_head_dim}
+    head = config.attention_head_dim
+    sizes = {**rows, "width": width(model), "head": head, "half": head // 2}
     return [sizes.get(size, config.get(size, size)) for size in argument.shape]
 
 
@@ -80,7 +80,7 @@ def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int
 
 def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]) -> int:
     block = model.get_submodule(block_list.name)[0]
-    with torch.no_grad(), LiveBytes() as live, FusedAttention():
+    with torch.no_grad(), LiveBytes() as live, FusedAttention(), NothingMasked():
         call_block(block_list, block, block_arguments(model, family, block_list, rows))
     return live.peak
 
@@ -91,7 +91,10 @@ def block_arguments(
     """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
-    known: dict[str, Argument | None] = {name: Argument((1, stream, "width")) for name, stream in tokens.items()}
+    own = {name: keys[0] for name, keys in block_list.widths.items() if len(keys) == 1}
+    known: dict[str, Argument | None] = {
+        name: Argument((1, stream, own.get(name, "width"))) for name, stream in tokens.items()
+    }
     known |= family.costs.blocks[block_list.name].arguments
     given = {}
     for name in block_list.arguments:

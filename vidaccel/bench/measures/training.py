@@ -17,7 +17,7 @@ from vidaccel.bench.measures.flops import PassFlops
 from vidaccel.bench.measures.memory import block_arguments
 from vidaccel.families.base import BlockList, DiTFamily
 from vidaccel.families.walk import call_block, named_outputs
-from vidaccel.models.live_bytes import FusedAttention, LiveBytes
+from vidaccel.models.live_bytes import FusedAttention, LiveBytes, NothingMasked
 
 FORWARD, TO_INPUTS, TO_WEIGHTS = 1.0, 1.0, 1.0
 ATTENTION_BACKWARD = 2.5
@@ -94,7 +94,7 @@ def _block(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: dic
     tokens = [arguments[name] for name in block_list.arguments[:2]]
     entering = [each.requires_grad_(True) for each in tokens if isinstance(each, Tensor)]
     hooks = [p.register_post_accumulate_grad_hook(_dropped) for p in blocks[0].parameters() if p.requires_grad]
-    with torch.enable_grad(), LiveBytes() as live, FusedAttention():
+    with torch.enable_grad(), LiveBytes() as live, FusedAttention(), NothingMasked():
         left = named_outputs(block_list, call_block(block_list, blocks[0], arguments))
         kept = live.now
         outputs = [each for each in left.values() if each.requires_grad]
