@@ -13,6 +13,7 @@ import torch
 
 from vidaccel.bench.generation import TimedGeneration
 from vidaccel.bench.judges import judged, judges
+from vidaccel.bench.measures.quality import summary
 from vidaccel.bench.rows import Row, Rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.worlds.sprites.captions import caption
@@ -96,3 +97,16 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_what_a_prompt_does_not_say_is_held_against_the_other_video(tmp_path):
+    scene = random_scene(random.Random(0), pair_share=0.0, lamps=1.0)
+    prompt, frames = caption(scene, random.Random(0)), to_uint8(render([scene])).numpy()
+    video = TimedGeneration(frames, torch.ones(1, 4, 5, 8, 8), 0.0, 0.0)
+    rows = Rows(tmp_path, [Row("student-20", MethodConfig(steps=20), (17, 64, 64))])
+    rows.save_reference((17, 64, 64), 0, video)
+    found = judged("sprites/lamps", prompt, video, rows.reference_file((17, 64, 64), 0), {})
+    assert found["likeness"]["agreement"] == 1 and found["marks"]["lamps"] > 0.9
+    told = summary([found, found], ["a", "b"], None)
+    assert told["fidelity"]["agreement"] == 1 and told["intervals"]["fidelity.agreement"] == [1, 1]
+    assert "agreement" not in summary([found | {"likeness": {"ssim": 1.0}}] * 2, ["a", "b"], None)["fidelity"]

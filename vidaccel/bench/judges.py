@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from vidaccel.bench.generation import TimedGeneration
-from vidaccel.bench.measures.quality import likeness
+from vidaccel.bench.measures.quality import AGREEMENT, likeness
 from vidaccel.bench.rows import read_reference
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.processes import world as processes_at_work
-from vidaccel.worlds import world
+from vidaccel.worlds import scorer_named
 
 Judged = dict[str, Any]
 """{"marks", "features", "likeness", "own"} of a video, as a row keeps them."""
@@ -60,12 +60,18 @@ def judged(
     """The one video in `made`: its scores, its likeness to the baseline's, and that to videos of the same model's own
     full runs by their names. A file that is not there is left out."""
     assert made.frames is not None
-    frames, judge = made.frames[0], world(scorer).scorer() if scorer else None
+    frames, judge = made.frames[0], scorer_named(scorer) if scorer else None
     reference = read_reference(baseline) if baseline else None
     owns = {name: read_reference(file) for name, file in own.items()}
+
+    def alike(other: TimedGeneration) -> dict[str, float | None]:
+        assert other.frames is not None
+        agreed = judge.agreement(frames, other.frames[0], prompt) if judge else None
+        return likeness(made, other, 0) | ({} if agreed is None else {AGREEMENT: agreed})
+
     return {
         "marks": dict(judge.score(frames, prompt)) if judge else None,
         "features": judge.features(frames, prompt) if judge else [],
-        "likeness": likeness(made, reference, 0) if reference else None,
-        "own": {name: likeness(made, other, 0) for name, other in owns.items() if other},
+        "likeness": alike(reference) if reference else None,
+        "own": {name: alike(other) for name, other in owns.items() if other},
     }

@@ -24,7 +24,7 @@ EQUAL_COMPUTE = "equal compute"
 SIZE = ("num_frames", "height", "width")
 """Of a video: settings, in the order of `sizes`."""
 
-DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips")
+DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "agreement")
 """Measures of likeness of which it is known which way is better: less or more motion is neither."""
 
 VBENCH_DIMENSIONS = (
@@ -336,7 +336,8 @@ class BenchmarkConfig(RuntimeConfig):
         require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
         dtypes = ("float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
-        require(self.scorer in (None, *WORLDS), "scorer", self.scorer, f"is one of {', '.join(WORLDS)}, or null")
+        scored = self.scorer is None or self.scorer.partition("/")[0] in WORLDS
+        require(scored, "scorer", self.scorer, f"is one of {', '.join(WORLDS)}, perhaps with /PROMPTS, or null")
         for key in ("seed", "scored_seed"):
             seed = getattr(self, key) or 0
             require(0 <= seed < 2**63, key, seed, "must be in 0 .. 2^63 - 1")

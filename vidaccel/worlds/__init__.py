@@ -7,7 +7,7 @@ imported when it is first asked for, so that a world of one's own is its folder 
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vidaccel.errors import UserError, nearest
 
@@ -26,7 +26,7 @@ Scores = Mapping[str, float]
 class Scorer(Protocol):
     """What tells how good a video is, from its frames and its prompt alone."""
 
-    spreads: ClassVar[Mapping[str, float]]
+    spreads: Mapping[str, float]
     """Score -> about the standard deviation, in points of a hundred, by which two samplings of one model differ from
     prompt to prompt: what tells beforehand how small a difference so many prompts can show. May be empty."""
 
@@ -49,6 +49,10 @@ class Scorer(Protocol):
     def features(self, frames: "np.ndarray", prompt: str) -> list[list[float]]:
         """What is measured of each thing that such a video shows: points of one space, about 1 in size, in which sets
         of videos are compared as a whole; none where a world has no such measure."""
+        ...
+
+    def agreement(self, frames: "np.ndarray", reference: "np.ndarray", prompt: str) -> float | None:
+        """How far two videos of a prompt agree in what it does not say, 0 to 1; None where there is nothing such."""
         ...
 
     def example(self, prompt: str, seed: int) -> "np.ndarray | None":
@@ -82,7 +86,10 @@ class World(Protocol):
         device; None for a model of another world."""
         ...
 
-    def scorer(self) -> Scorer: ...
+    def scorer(self, prompts: str = "") -> Scorer:
+        """With the world's own prompts or, where it has such, those of a set by its name; `UserError` if there is none.
+        A world without sets takes no argument."""
+        ...
 
 
 def world(name: str) -> World:
@@ -90,6 +97,20 @@ def world(name: str) -> World:
     if name not in WORLDS:
         raise UserError(f"no world is called {name}", nearest(name, WORLDS))
     return importlib.import_module(WORLDS[name])  # type: ignore[return-value]  # a module has the protocol's names
+
+
+def scorer_named(name: str) -> Scorer:
+    """The scorer of `WORLD`, or of `WORLD/PROMPTS` with a set of prompts that the world has beside its own.
+
+    Raises:
+        UserError: there is no such world or set.
+    """
+    of_world, _, prompts = name.partition("/")
+    found = world(of_world)
+    sets = getattr(found, "PROMPTS", ())
+    if prompts and prompts not in sets:
+        raise UserError(f"{of_world} has no prompts called {prompts}", nearest(prompts, sets))
+    return found.scorer(prompts) if prompts else found.scorer()
 
 
 def shipped_models() -> dict[str, Path]:

@@ -293,7 +293,7 @@ def test_a_margin_falls_where_a_shape_becomes_less_clear():
 
 def test_examples_show_what_the_prompt_says_and_are_measured_once(monkeypatch):
     scorer, calls = SpritesScorer(), []
-    monkeypatch.setattr(scoring, "detect", lambda frames: calls.append(1) or detect(frames))
+    monkeypatch.setattr(scoring, "detect", lambda frames, lamps: calls.append(1) or detect(frames, lamps))
     for i, prompt in enumerate(scorer.held_out_prompts(6)):
         frames = scorer.example(prompt, i)
         assert scorer.score(frames, prompt)["all_right"] == 1

@@ -24,16 +24,18 @@ from vidaccel.bench.measures.distribution import frechet, kernel_distance
 from vidaccel.bench.measures.pairs import Totals, averages, draws, interval
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError
-from vidaccel.worlds import Scorer, world
+from vidaccel.worlds import Scorer, scorer_named
 
 FIDELITY = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "dynamic_degree")
+AGREEMENT = "agreement"
+"""What a world says of two videos (`Scorer.agreement`), beside them."""
 FITTING_PROMPTS = 8
 DISTRIBUTION_RESAMPLES = 400
 
 
 def scorer_of(config: BenchmarkConfig) -> Scorer | None:
     """What scores this benchmark's videos; None where only their likeness to the baseline's is measured."""
-    return world(config.scorer).scorer() if config.scorer else None
+    return scorer_named(config.scorer) if config.scorer else None
 
 
 def prompts_of(config: BenchmarkConfig, count: int, stream: str = "report") -> list[str]:
@@ -166,7 +168,8 @@ def summary(
     fields["dimensions"] = scores or None
     for group in ("fidelity", "own_fidelity"):
         known = any(name.startswith(f"{group}.") for name in point)
-        fields[group] = {name: point.get(f"{group}.{name}") for name in FIDELITY} if known else None
+        names = [*FIDELITY, *([AGREEMENT] if f"{group}.{AGREEMENT}" in point else [])]
+        fields[group] = {name: point.get(f"{group}.{name}") for name in names} if known else None
     return fields | {"intervals": {name: list(interval(resampled[name])) for name in point}}
 
 

@@ -26,6 +26,7 @@ NAMES = {
     "ssim": "SSIM",
     "lpips": "LPIPS",
     "dynamic_degree": "motion",
+    "agreement": "details that agree",
 }
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vidaccel.worlds import Scorer, Split
     from vidaccel.worlds.sprites.source import RenderedScenes
 
+LAMPS = "lamps"
+PROMPTS = (LAMPS,)
+"""Sets of prompts beside the world's own: those with lamps."""
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -37,8 +40,8 @@ def bank(loaded: Any, clips: int, captions: int, seed: int, split: "Split") -> "
     return rendered_bank(loaded, Scenes(seed, split, lamps=lamps_share(loaded)), clips, captions)
 
 
-def scorer() -> "Scorer":
+def scorer(prompts: str = "") -> "Scorer":
     """See `vidaccel.worlds.World`."""
     from vidaccel.worlds.sprites.scoring import SpritesScorer
 
-    return SpritesScorer()
+    return SpritesScorer(prompts == LAMPS)

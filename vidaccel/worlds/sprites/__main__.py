@@ -58,13 +58,14 @@ def render_clips(
     clips: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
     seed: int = 0,
     held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
+    lamps: Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with lamps.")] = 0.0,
     debug: Debug = False,
 ) -> None:
     """Write clips of random scenes, each with a caption."""
 
     def one(index: int):
         rng = random.Random(f"{seed}/{index}")
-        scene = random_scene(rng, "held_out" if held_out else "train")
+        scene = random_scene(rng, "held_out" if held_out else "train", lamps=lamps)
         return to_uint8(render([scene])[0]).numpy(), caption(scene, rng)
 
     write_clips(output, map(one, range(clips)), FPS)
@@ -80,6 +81,7 @@ def score(
         "runs/score"
     ),
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 256,
+    lamps: Annotated[bool, typer.Option("--lamps", help="Those with lamps, for a model that knows them.")] = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -87,7 +89,8 @@ def score(
     quiet_libraries()
     config = configuration.load("generate", GenerateConfig, "teacher", [f"model={model}", *(overrides or [])])
     with processes(), locked_by_first(output):
-        summary = score_model(load_pipeline(config.model, device=device, dtype=config.dtype), config, prompts, output)
+        loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
+        summary = score_model(loaded, config, prompts, output, lamps)
     for name, score in summary.items():
         typer.echo(f"{name:24} {score['mean']:6.2f}  [{score['low']:.2f}, {score['high']:.2f}]")
 

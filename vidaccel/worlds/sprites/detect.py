@@ -26,6 +26,8 @@ MIN_VOTE = 0.75
 """Share of a clip's frames that must show an attribute for the clip to have it."""
 MIN_BACKGROUND_SHARE = 0.6
 """Share of a clip's pixels that must have the background's colour; the largest sprites leave 0.75."""
+MIN_BACKGROUND_WITH_LAMPS = 0.5
+"""The same where sprites may have lamps, which leave 0.6."""
 MIN_STRENGTH = 0.45
 """Share of a palette colour's saturation from which on a pixel counts towards a sprite of that colour."""
 MIN_AREA = 20
@@ -53,6 +55,7 @@ _AREAS = torch.tensor([math.pi, 4.0, 2.0, 8 * CROSS_ARM - 4 * CROSS_ARM**2])
 _DROP = torch.tensor([0.0, 0.0, 1 / 3, 0.0])
 """How far below its centre the centroid of each of SHAPES lies, at half extent 1."""
 _PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+_HUES = _PALETTE - _PALETTE.mean(1, keepdim=True)
 _GRAYS = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
 
 
@@ -76,7 +79,7 @@ class FoundSprite:
     overlap: torch.Tensor
     """[4, T], overlap over union with each of SHAPES drawn with the sprite's area at its place."""
     rgb: torch.Tensor
-    """[T, 3], the colour of the sprite's inside, in levels."""
+    """[T, 3], the colour of the sprite's inside, in levels; less its gray where there may be lamps."""
     colours: torch.Tensor
     """[T] indices into COLOURS, -1 where none is near."""
     alpha: torch.Tensor
@@ -102,8 +105,10 @@ class Detection:
     sprites: tuple[FoundSprite, ...]
 
 
-def detect(frames: np.ndarray | torch.Tensor) -> Detection:
+def detect(frames: np.ndarray | torch.Tensor, lamps: bool = False) -> Detection:
     """Find the background and the sprites in `frames`, uint8 [T, 64, 64, 3], T at least 2.
+
+    Where sprites may have `lamps`, brightness tells nothing of a sprite, and only hue is looked at.
 
     Raises:
         ValueError: for any other type or shape.
@@ -112,21 +117,25 @@ def detect(frames: np.ndarray | torch.Tensor) -> Detection:
     if video.dtype != torch.uint8 or video.shape[1:] != (SIZE, SIZE, 3) or len(video) < 2:
         raise ValueError(f"frames must be uint8 [T >= 2, {SIZE}, {SIZE}, 3], not {video.dtype} {list(video.shape)}")
     video = video.movedim(-1, 1).float().contiguous()
-    background, background_rgb = _find_background(video)
+    background, background_rgb = _find_background(video, MIN_BACKGROUND_WITH_LAMPS if lamps else MIN_BACKGROUND_SHARE)
     difference = video - background_rgb.view(3, 1, 1)
+    if lamps:
+        difference = difference - difference.mean(1, keepdim=True)
     seeds = _sprite_seeds(difference)
     every = seeds.any(0)
-    sprites = [_measure(difference, own, every & ~own, background_rgb) for own in seeds]
+    sprites = [_measure(difference, own, every & ~own, None if lamps else background_rgb) for own in seeds]
     return Detection(background, background_rgb, tuple(sprites))
 
 
-def _find_background(video: torch.Tensor) -> tuple[str | None, torch.Tensor]:
-    """The background's name and measured colour [3] in float frames [T, 3, H, W]: what most pixels are near to."""
+def _find_background(video: torch.Tensor, least: float) -> tuple[str | None, torch.Tensor]:
+    """The background's name and measured colour [3] in float frames [T, 3, H, W]: what most pixels are near to.
+
+    It has a name if that is the `least` share of them."""
     pixels = video.movedim(1, -1).reshape(-1, 3)
     near = torch.cdist(pixels, _GRAYS) < MAX_COLOUR_DISTANCE
     counts = near.sum(0)
     best = int(counts.argmax())
-    if counts[best] < MIN_BACKGROUND_SHARE * len(pixels):
+    if counts[best] < least * len(pixels):
         return None, pixels.median(0).values
     return tuple(BACKGROUNDS)[best], pixels[near[:, best]][::7].median(0).values
 
@@ -180,14 +189,14 @@ def _take_turns(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _measure(
-    difference: torch.Tensor, seeds: torch.Tensor, others: torch.Tensor, background: torch.Tensor
+    difference: torch.Tensor, seeds: torch.Tensor, others: torch.Tensor, background: torch.Tensor | None
 ) -> FoundSprite:
     """Everything about the sprite whose sure pixels are `seeds` [T, H, W].
 
     Args:
         difference: frames less the background, [T, 3, H, W].
         others: sure pixels of the other sprites, [T, H, W].
-        background: the background's colour, [3].
+        background: the background's colour, [3]; None where differences are those of hue alone.
     """
     seen = seeds.flatten(1).any(1)
     inside = _inside_colour(difference, seeds)
@@ -197,7 +206,8 @@ def _measure(
     centroid, states, overlap = _fit_templates(alpha)
     templates = overlap.argmax(0)
     shapes = torch.where(seen & (overlap.amax(0) >= MIN_IOU), templates, -1)
-    distance, colours = torch.cdist(inside + background, _PALETTE).min(1)
+    rgb, palette = (inside, _HUES) if background is None else (inside + background, _PALETTE)
+    distance, colours = torch.cdist(rgb, palette).min(1)
     colours = torch.where(seen & (distance < MAX_COLOUR_DISTANCE), colours, -1)
     usual = int(overlap[:, seen].mean(1).argmax())
     path = torch.cat([centroid, states[usual, :, 2:]], dim=1)
@@ -211,7 +221,7 @@ def _measure(
         templates=templates,
         shapes=shapes,
         overlap=overlap,
-        rgb=inside + background,
+        rgb=rgb,
         colours=colours,
         alpha=alpha,
     )

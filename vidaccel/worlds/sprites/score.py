@@ -16,6 +16,7 @@ import torch
 
 from vidaccel.numbers import bootstrap
 from vidaccel.worlds.sprites.detect import FULL_MOTION, MOTION_AXES, Detection, FoundSprite, detect, dilate
+from vidaccel.worlds.sprites.lamps import Lamps, agreement, find_lamps, lamps_of, lamps_score
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning
 from vidaccel.worlds.sprites.world import COLOURS, SHAPES, SIZE, SMALL, Scene, Sprite
 
@@ -28,6 +29,9 @@ QUALITY = (
     "imaging_quality",
     "dynamic_degree",
 )
+LAMPS = "lamps"
+LAMPS_WEIGHT = 0.25
+"""Share of quality that lamps have for prompts with them."""
 
 WORST_LEVELS = 32.0
 """Levels of 255 at which unsteady or noisy colour earns 0: an eighth of the range, seen by anyone."""
@@ -36,6 +40,8 @@ WORST_STRAY = 2.5
 SHARP, SMEARED = 2.5, 6.0
 """Widths of an edge in pixels, up to which it earns 1 and from which on 0. The renderer's own are 1 pixel wide, and up
 to SHARP in an mp4, which stores colour at half the size."""
+SHARP_HUE = 3.0
+"""SHARP where hue alone is looked at."""
 _LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 """Share of red, green and blue in brightness (BT.709)."""
 _PERIMETERS = torch.tensor([2 * math.pi, 8.0, 2 + 2 * math.sqrt(5), 8.0])
@@ -64,6 +70,11 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     - dynamic_degree: how far it moves (or grows) as the caption says, over how far the renderer's sprites do, at most
       1; for one that stands still, 1 - unwanted movement over the same distance.
 
+    Lamps, for prompts that have them, a mean over the sprites that should (lamps.py):
+
+    - lamps: the share of lamps in periods of four frames that are clearly on or off, less where they are not as random
+      as the renderer's. It is a quarter of quality; whatever else is scored looks at hue alone then.
+
     Part of no total, since rules with a threshold see nothing of a shape that becomes less clear:
 
     - margin: (1 + overlap over union with the wanted shape - that with the best other) / 2, a mean over the frames, 0
@@ -74,7 +85,11 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     Raises:
         ValueError: if `frames` has another type or shape.
     """
-    return score_found(detect(frames), frames, meaning)
+    return score_found(detect(frames, lamps=has_lamps(meaning)), frames, meaning)
+
+
+def has_lamps(meaning: Meaning | Scene) -> bool:
+    return any(sprite.lamps for sprite in meaning.sprites)
 
 
 def score_found(found: Detection, frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> dict[str, float]:
@@ -89,10 +104,11 @@ def score_found(found: Detection, frames: np.ndarray | torch.Tensor, meaning: Me
         "temporal_flicker": _level_score(_flicker(difference, background, found.sprites)),
     }
     clean = _level_score(_noise(difference, background))
+    sharp = SHARP_HUE if has_lamps(meaning) else SHARP
     subjects = {
         "subject_consistency": [sprite and _subject_consistency(sprite) for sprite in matched],
         "motion_smoothness": [sprite and _smoothness(sprite) for sprite in matched],
-        "imaging_quality": [sprite and clean * _sharpness(sprite) for sprite in matched],
+        "imaging_quality": [sprite and clean * _sharpness(sprite, sharp) for sprite in matched],
         "dynamic_degree": [
             sprite and _dynamic_degree(sprite, wanted.motion)
             for wanted, sprite in zip(meaning.sprites, matched, strict=True)
@@ -104,9 +120,38 @@ def score_found(found: Detection, frames: np.ndarray | torch.Tensor, meaning: Me
             sprite and _frames_right(sprite, wanted) for wanted, sprite in zip(meaning.sprites, matched, strict=True)
         ],
     }
+    if has_lamps(meaning):
+        boards = [lamps_score(board) if board else 0.0 for board in _boards(meaning, matched, video)]
+        scores[LAMPS] = sum(boards) / len(boards)
     whole = [scores[name] for name in ("shape", "colour", "motion", "background")]
     scores["all_right"] = float(min(whole) == 1)
     return scores | steady | {name: sum(score or 0.0 for score in each) / len(each) for name, each in subjects.items()}
+
+
+def lamps_agreement(
+    found: tuple[Detection, np.ndarray], reference: tuple[Detection, np.ndarray], meaning: Meaning | Scene
+) -> float | None:
+    """The share of the lamps of a reference clip that are the same way in this one, of sprites that should have some;
+    None where the reference has none that is clearly on or off. Each is what was found, and its frames."""
+    shares = []
+    theirs = _boards(meaning, _match(meaning.sprites, reference[0].sprites), torch.as_tensor(reference[1]))
+    ours = [
+        sprite
+        for sprite, wanted in zip(_match(meaning.sprites, found[0].sprites), meaning.sprites, strict=True)
+        if wanted.lamps
+    ]
+    for sprite, board in zip(ours, theirs, strict=True):
+        if board is not None:
+            same = sprite and lamps_of(torch.as_tensor(found[1]), sprite, len(board.there))
+            shares.append(agreement(same or None, board))
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _boards(meaning: Meaning | Scene, matched: Sequence[FoundSprite | None], video: torch.Tensor) -> list[Lamps | None]:
+    """Of each sprite that should have lamps."""
+    pairs = zip(meaning.sprites, matched, strict=True)
+    return [sprite and find_lamps(video, sprite) for wanted, sprite in pairs if wanted.lamps]
 
 
 def features(found: Detection, meaning: Meaning | Scene) -> list[list[float]]:
@@ -222,8 +267,8 @@ def _smoothness(sprite: FoundSprite) -> float:
     return max(0.0, 1 - stray / WORST_STRAY) * float(sprite.seen.float().mean())
 
 
-def _sharpness(sprite: FoundSprite) -> float:
-    return min(1.0, max(0.0, (SMEARED - _edge_width(sprite)) / (SMEARED - SHARP)))
+def _sharpness(sprite: FoundSprite, sharp: float) -> float:
+    return min(1.0, max(0.0, (SMEARED - _edge_width(sprite)) / (SMEARED - sharp)))
 
 
 def _edge_width(sprite: FoundSprite) -> float:
@@ -255,7 +300,7 @@ def summarise(
     Returns:
         {dimension: {"mean", "low", "high"}}, in percent.
     """
-    names = [name for name in SEMANTIC + QUALITY if any(name in clip for clip in clips)]
+    names = [name for name in (*SEMANTIC, *QUALITY, LAMPS) if any(name in clip for clip in clips)]
     scores = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
     low, high = bootstrap(scores, lambda drawn: _averages(drawn, names), resamples, seed)
     columns = zip([*names, "semantic", "quality", "total"], _averages(scores, names), low, high, strict=True)
@@ -274,8 +319,13 @@ def _averages(scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def totals(means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`semantic`, `quality` and `total` from averages of dimensions, arrays of one shape; NaN counts for nothing."""
+    """`semantic`, `quality` and `total` from averages of dimensions, arrays of one shape; NaN counts for nothing.
+
+    Lamps, where they were scored, are a quarter of quality, as `pair` is a fifth of semantic."""
     semantic, quality = (
         np.nanmean(np.stack([means[name] for name in group if name in means]), axis=0) for group in (SEMANTIC, QUALITY)
     )
+    if LAMPS in means:
+        lamps = means[LAMPS]
+        quality = np.where(np.isnan(lamps), quality, (1 - LAMPS_WEIGHT) * quality + LAMPS_WEIGHT * lamps)
     return {"semantic": semantic, "quality": quality, "total": (4 * quality + semantic) / 5}

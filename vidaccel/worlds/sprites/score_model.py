@@ -5,7 +5,6 @@ become marks.jsonl when all are there: a run that was stopped is gone on with by
 """
 
 import json
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
@@ -21,18 +20,18 @@ from vidaccel.processes import on_first, sharing
 from vidaccel.ranks import share
 from vidaccel.sampling import generate, predicted_steps
 from vidaccel.train.checkpoints import flat
-from vidaccel.worlds.sprites.captions import caption
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.score import score_clip, summarise
-from vidaccel.worlds.sprites.world import random_scene
+from vidaccel.worlds.sprites.scoring import SpritesScorer
 
 SCORE_BATCH = 8
 
 
 def score_model(
-    loaded: LoadedPipeline, config: GenerateConfig, prompts: int, folder: Path
+    loaded: LoadedPipeline, config: GenerateConfig, prompts: int, folder: Path, lamps: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Score the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names.
+    """Score the model on held-out prompts, half of one sprite, half of two, with the predictor that `config` names; on
+    those with lamps if asked for.
 
     A killed run goes on where it was. Every process returns the averages. `folder` gets marks.jsonl, a line a prompt,
     and score.json, the averages with their intervals.
@@ -44,9 +43,8 @@ def score_model(
         "prompts": prompts,
         "config": configuration.to_dict(config),
         "hashes": {**loaded.hashes, **predictor_hashes(config.predictor)},
-    }
-    rng = random.Random("held out")
-    texts = [caption(random_scene(rng, "held_out", pair_share=i % 2), rng) for i in range(prompts)]
+    } | ({"lamps": True} if lamps else {})
+    texts = SpritesScorer(lamps).held_out_prompts(prompts)
     with predicted_steps(loaded, config) as attachment:
         todo = on_first(lambda: _begin(folder, settings))
         with sharing("scoring", total=prompts, done=prompts - sum(map(len, todo))) as advance:
