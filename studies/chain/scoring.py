@@ -19,7 +19,7 @@ from vidaccel.bench.measures.pairs import averages, differences, draws, interval
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sampling import generate
-from vidaccel.worlds import Scores, world
+from vidaccel.worlds import Scores, scorer_named
 
 SHOWN = ("total", "semantic", "quality")
 
@@ -30,17 +30,17 @@ def workers(count: int) -> ProcessPoolExecutor:
 
 
 def score_row(
-    loaded: LoadedPipeline, config: GenerateConfig, of_world: str, prompts: int, batch: int, file: Path, pool
+    loaded: LoadedPipeline, config: GenerateConfig, scorer: str, prompts: int, batch: int, file: Path, pool
 ) -> list[Scores]:
     """Scores of the model's videos of the first held-out prompts, prompt i from seed i; from `file` if it has them."""
     if file.exists():
         return [json.loads(line)["scores"] for line in file.read_text().splitlines()]
-    texts = world(of_world).scorer().held_out_prompts(prompts)
+    texts = scorer_named(scorer).held_out_prompts(prompts)
     pending = []
     for first in range(0, prompts, batch):
         some = texts[first : first + batch]
         made = generate(loaded, some, config, list(range(first, first + len(some))))
-        pending += [pool.submit(score, of_world, *pair) for pair in zip(made.frames, some, strict=True)]
+        pending += [pool.submit(score, scorer, *pair) for pair in zip(made.frames, some, strict=True)]
     scores = [future.result() for future in pending]
     with atomic_path(file) as temporary:
         lines = (
@@ -50,29 +50,29 @@ def score_row(
     return scores
 
 
-def score(of_world: str, frames: np.ndarray, prompt: str) -> Scores:
+def score(scorer: str, frames: np.ndarray, prompt: str) -> Scores:
     """In a worker."""
-    return world(of_world).scorer().score(frames, prompt)
+    return scorer_named(scorer).score(frames, prompt)
 
 
-def summary(of_world: str, prompts: Sequence[str], rows: Mapping[str, list[Scores]]) -> dict[str, Any]:
+def summary(scorer: str, prompts: Sequence[str], rows: Mapping[str, list[Scores]]) -> dict[str, Any]:
     """By row, in points of a hundred: means with intervals, and the paired differences to the first row.
 
     Prompts that mean the same are drawn together.
     """
-    scorer = world(of_world).scorer()
-    meanings = [scorer.meaning(prompt) for prompt in prompts]
+    judge = scorer_named(scorer)
+    meanings = [judge.meaning(prompt) for prompt in prompts]
     columns = {row: _columns(scores) for row, scores in rows.items()}
     first, report = next(iter(columns)), {}
     ones, drawn = np.ones((1, len(meanings))), draws(tuple(meanings))
     for row, own in columns.items():
-        means, resampled = (averages(own, each, scorer.totals) for each in (ones, drawn))
+        means, resampled = (averages(own, each, judge.totals) for each in (ones, drawn))
         report[row] = {
             name: dict(zip(("mean", "low", "high"), _percent(means[name][0], *interval(resampled[name])), strict=True))
             for name in means
         }
         if row != first:
-            found = differences(own, columns[first], meanings, scorer.totals)
+            found = differences(own, columns[first], meanings, judge.totals)
             report[row]["paired"] = {
                 name: dict(zip(("mean", "low", "high"), _percent(*found[name][:3]), strict=True)) for name in found
             }
@@ -97,7 +97,7 @@ def table(report: Mapping[str, Any]) -> str:
     """A line a row."""
     lines = []
     for name, row in report.items():
-        means = "  ".join(f"{key} {row[key]['mean']:6.2f}" for key in SHOWN)
+        means = "  ".join(f"{key} {row[key]['mean']:6.2f}" for key in (*SHOWN, *({"lamps"} & row.keys())))
         paired = row.get("paired", {}).get("total")
         delta = "" if paired is None else f"  {paired['mean']:+.2f} ({paired['low']:+.2f} to {paired['high']:+.2f})"
         lines.append(f"{name:20} {means}{delta}")

@@ -10,6 +10,8 @@ from vidaccel.worlds import WORLDS
 CONF = Path(__file__).parent
 STAGES = ("cfg", "few_steps", "forecasters", "score")
 """In the order in which they run."""
+MAKING = ("autoencoder", "teacher")
+"""Stages before those, which run only where they are named: a teacher that goes on from the shipped one."""
 
 
 @dataclass
@@ -21,9 +23,16 @@ class ChainConfig:
     minutes: float = 8.0
     """In all, loading and compiling included."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Of `cfg`, `few_steps`, `forecasters` and `score`."""
+    """Of `autoencoder`, `teacher`, `cfg`, `few_steps`, `forecasters` and `score`."""
     shares: dict[str, float] = field(
-        default_factory=lambda: {"cfg": 0.35, "few_steps": 0.4, "forecasters": 0.15, "score": 0.1}
+        default_factory=lambda: {
+            "autoencoder": 1.0,
+            "teacher": 1.0,
+            "cfg": 0.35,
+            "few_steps": 0.4,
+            "forecasters": 0.15,
+            "score": 0.1,
+        }
     )
     """Of the time, by stage; of stages that do not run the others have theirs."""
     work: str = "runs/chain"
@@ -48,10 +57,18 @@ class ChainConfig:
     """Videos that are made at once."""
     score_steps: list[int] = field(default_factory=lambda: [20, 8, 4, 3, 2])
     """Steps of the student that are scored."""
+    scorer: str = ""
+    """What scores, with a set of prompts: `WORLD/PROMPTS`. Empty is the world, with its own."""
     grids: list[int] = field(default_factory=lambda: [8, 6, 20, 10])
     """Steps of the grids that forecasters are made for, the first ones first."""
     reserve: float = 12.0
     """Seconds of each training stage for loading before it and for gates and files after it."""
+    making: str = "lamps"
+    """Configuration of `python -m vidaccel.sprites make` that autoencoder and teacher are made by."""
+    autoencoder: list[str] = field(default_factory=list)
+    """Settings of the autoencoder's stage, beside those."""
+    teacher: list[str] = field(default_factory=list)
+    """Settings of the teacher's."""
     cfg: list[str] = field(default_factory=list)
     """Settings of the CFG distillation, beside those of --conf sprites/cfg."""
     few_steps: list[str] = field(default_factory=list)
@@ -64,8 +81,10 @@ class ChainConfig:
     def __post_init__(self) -> None:
         require(self.world in WORLDS, "world", self.world, f"is one of {', '.join(WORLDS)}")
         require(0 < self.minutes < math.inf, "minutes", self.minutes, "must be above 0 and finite")
-        unknown = [stage for stage in self.stages if stage not in STAGES]
-        require(not unknown and bool(self.stages), "stages", self.stages, f"are of {', '.join(STAGES)}")
+        unknown = [stage for stage in self.stages if stage not in (*MAKING, *STAGES)]
+        require(not unknown and bool(self.stages), "stages", self.stages, f"are of {', '.join((*MAKING, *STAGES))}")
+        scored = self.scorer.partition("/")[0] in ("", self.world)
+        require(scored, "scorer", self.scorer, f"is {self.world}/PROMPTS, or empty")
         wrong = [stage for stage in self.stages if not 0 < self.shares.get(stage, 0) < math.inf]
         require(not wrong, "shares", self.shares, f"are above 0 for each stage that runs: {', '.join(wrong)} is not")
         for key in ("scenes", "captions", "held_out", "runs", "prompts", "score_batch", "piece_mib"):
@@ -74,7 +93,7 @@ class ChainConfig:
 
     def ends(self) -> dict[str, float]:
         """Seconds since the start at which each stage ends."""
-        running = [stage for stage in STAGES if stage in self.stages]
+        running = [stage for stage in (*MAKING, *STAGES) if stage in self.stages]
         whole, passed, ends = sum(self.shares[stage] for stage in running), 0.0, {}
         for stage in running:
             passed += self.shares[stage]

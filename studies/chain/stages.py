@@ -1,5 +1,7 @@
 """The stages of a chain, each by the product's own functions, and each within its time.
 
+    work/round-1/autoencoder   the shipped model, its autoencoder and words trained further (only where named)
+    work/round-1/teacher       that model, its transformer trained on the new latents (only where named)
     work/round-1/cfg           the teacher, its guidance distilled into one pass
     work/round-1/student       that model in few steps
     work/round-1/scalars       fitted to the student's runs
@@ -20,7 +22,8 @@ from pathlib import Path
 import torch
 
 from studies.chain import pieces, scoring
-from studies.chain.settings import STAGES, ChainConfig
+from studies.chain.settings import MAKING, STAGES, ChainConfig
+from studies.late import measured, open_autoencoder
 from vidaccel.artefacts import RUN_FILE, read_json, read_run, write_json
 from vidaccel.collect.bank import Bank, world_bank
 from vidaccel.config import loader as configuration
@@ -34,12 +37,22 @@ from vidaccel.train.distill import GATES_FILE, Clips, distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor.multistep import train_multistep
 from vidaccel.train.predictor.training import train_served
-from vidaccel.worlds import world
+from vidaccel.worlds import scorer_named, world
+from vidaccel.worlds.sprites.make import make_model
+from vidaccel.worlds.sprites.settings import CONF as WORLD_CONF
+from vidaccel.worlds.sprites.settings import SpritesConfig
 
 log = logging.getLogger(__name__)
 SHORTEST = 2.0
 """Seconds of training under which a stage is not begun."""
-MADE_BY = {"cfg": ("cfg",), "few_steps": ("student",), "forecasters": ("scalars", "predictor"), "score": ("scores",)}
+MADE_BY = {
+    "autoencoder": ("autoencoder",),
+    "teacher": ("teacher",),
+    "cfg": ("cfg",),
+    "few_steps": ("student",),
+    "forecasters": ("scalars", "predictor"),
+    "score": ("scores",),
+}
 """The folders of each stage."""
 
 
@@ -55,7 +68,7 @@ class Chain:
         self.device = resolve_device(self.config.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        rounds = sorted(self.work.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+        rounds = sorted(self.work.glob("round-*"), key=_number)
         unfinished = rounds and not (rounds[-1] / "finished.json").exists()
         self.earlier = rounds[:-1] if unfinished else rounds
         self.round = rounds[-1] if unfinished else self.work / f"round-{len(rounds) + 1}"
@@ -65,7 +78,7 @@ class Chain:
         """Every stage; returns what is to be said of them."""
         self.round.mkdir(parents=True, exist_ok=True)
         report: dict[str, object] = {"device": self._device_name(), "round": self.round.name, "stages": {}}
-        for stage in (stage for stage in STAGES if stage in self.config.stages):
+        for stage in (stage for stage in (*MAKING, *STAGES) if stage in self.config.stages):
             before = self._passed()
             self._check_time(stage)
             self._say(f"{stage} until {self.ends[stage]:.0f} s")
@@ -102,23 +115,61 @@ class Chain:
 
     # The stages
 
+    def _autoencoder(self) -> str:
+        """Words and autoencoder of the newest model, then lamps as they come through it, and when they are settled."""
+        start = self.newest("teacher") or self.newest("autoencoder") or self._shipped("teacher")
+        minutes = self._minutes_left("autoencoder")
+        words = [f"autoencoder.clips.minutes={0.6 * minutes}", f"autoencoder.decoder.minutes={0.4 * minutes}"]
+        words += ["teacher.train.minutes=null", "teacher.train.steps=0", "score_prompts=1", "steps=1"]
+        made = self._made("autoencoder", start, [*words, *self.config.autoencoder])
+        found = measured(open_autoencoder(str(made)), 16, 0)
+        write_json(self.round / "late.json", {name: row._asdict() for name, row in found.items()})
+        return "\n".join(f"{name}: d {row.d:.1f}, settled at {row.t:.2f}" for name, row in found.items())
+
+    def _teacher(self) -> str:
+        """The transformer of the newest model on the latents of its autoencoder."""
+        start = self.newest("autoencoder") or self.newest("teacher")
+        if start is None:
+            raise UserError("teacher, and there is no autoencoder yet", "run stages=[autoencoder,teacher]")
+        words = ["text.train.steps=0", f"teacher.train.minutes={self._minutes_left('teacher')}"]
+        for part in ("images", "clips", "decoder"):
+            words += [f"autoencoder.{part}.minutes=null", f"autoencoder.{part}.steps=0"]
+        made = self._made("teacher", start, [*words, *self.config.teacher])
+        scores = (read_json(made / file, "run the stage again") for file in ("score.json", "score-lamps.json"))
+        return "\n".join(", ".join(f"{key} {row[key]['mean']:.1f}" for key in row) for row in scores)
+
+    def _made(self, stage: str, start: Path | str, words: list[str]) -> Path:
+        """A model folder by the world's own stages, which go on where a call was stopped."""
+        done, work = self.round / stage, self.round / f"making-{stage}"
+        if not (done / RUN_FILE).exists():
+            words = [f"start={start}", f"device={self.config.device}", *words]
+            make_model(configuration.load(WORLD_CONF, SpritesConfig, self.config.making, words), work)
+            (work / "model").rename(done)
+        return done
+
+    def _minutes_left(self, stage: str) -> float:
+        return max(self.ends[stage] - self._passed() - self.config.reserve, SHORTEST) / 60
+
     def _cfg(self) -> str:
-        start = self.newest("cfg") or self._shipped("student")
-        self._distilled("cfg", "cfg", "sprites/cfg", self.config.cfg, self._shipped("teacher"), start)
+        self._distilled("cfg", "cfg", "sprites/cfg", self.config.cfg, self._teacher_name(), self._start("cfg"))
         return self._gates("cfg")
 
     def _few_steps(self) -> str:
-        teacher = self.newest("cfg")
+        teacher = self._of_teacher("cfg")
         if teacher is None:
             raise UserError("few_steps, and there is no CFG-distilled model yet", "run stages=[cfg,few_steps]")
-        start = self.newest("student") or self._shipped("student")
         self._distilled(
-            "few_steps", "student", "sprites/restricted_meanflow", self.config.few_steps, str(teacher), start
+            "few_steps",
+            "student",
+            "sprites/restricted_meanflow",
+            self.config.few_steps,
+            str(teacher),
+            self._start("student"),
         )
         return self._gates("student")
 
     def _distilled(
-        self, stage: str, name: str, conf: str, overrides: list[str], teacher: str, start: Path | str
+        self, stage: str, name: str, conf: str, overrides: list[str], teacher: str, start: str | None
     ) -> None:
         if (self.round / name / RUN_FILE).exists():
             return
@@ -132,7 +183,7 @@ class Chain:
         config = replace(
             config,
             teacher=teacher,
-            start=str(start),
+            start=start,
             seed=self.config.seed + 1000 * len(self.earlier),
             gate_runs=self.config.runs,
             train=train,
@@ -181,56 +232,78 @@ class Chain:
     def _score(self) -> str:
         student = self._student()
         folder = self.round / "scores"
-        config, shared = self.config, self.work / "scores"
+        config = self.config
+        teacher_of = self.newest("teacher")
+        shared = (teacher_of.parent / "teacher-scores") if teacher_of else self.work / "scores"
         shared.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
+        scorer = config.scorer or config.world
+        of = scorer.replace(config.world, "", 1).replace("/", "-")
         rows: dict[str, list] = {}
-        texts = world(config.world).scorer().held_out_prompts(config.prompts)
+        texts = scorer_named(scorer).held_out_prompts(config.prompts)
         with scoring.workers(max(1, min(14, (torch.get_num_threads() if self.device.type == "cpu" else 14)))) as pool:
 
             def row(name: str, loaded: LoadedPipeline, given: GenerateConfig, file: Path) -> None:
-                rows[name] = scoring.score_row(
-                    loaded, given, config.world, config.prompts, config.score_batch, file, pool
-                )
-                report = scoring.summary(config.world, texts, rows)
+                rows[name] = scoring.score_row(loaded, given, scorer, config.prompts, config.score_batch, file, pool)
+                report = scoring.summary(scorer, texts, rows)
                 scoring.write_summary(folder, report, config.prompts)
                 self._say(scoring.table({name: report[name]}))
 
-            teacher = load_pipeline(self._shipped("teacher"), device=config.device, dtype="float32")
-            row("teacher-50", teacher, GenerateConfig(model=str(teacher.source)), shared / "teacher-50.jsonl")
+            teacher = load_pipeline(self._teacher_name(), device=config.device, dtype="float32")
+            row("teacher-50", teacher, GenerateConfig(model=str(teacher.source)), shared / f"teacher-50{of}.jsonl")
             loaded = load_pipeline(student, device=config.device, dtype="float32")
             for steps in config.score_steps:
                 if self._passed() > self.ends["score"] - 2:
                     self._say(f"no time is left to score {steps} steps")
                     break
                 given = GenerateConfig(model=str(student), steps=steps)
-                row(f"student-{steps}", loaded, given, folder / f"student-{steps}.jsonl")
-        return scoring.table(scoring.summary(config.world, texts, rows))
+                row(f"student-{steps}", loaded, given, folder / f"student-{steps}{of}.jsonl")
+        return scoring.table(scoring.summary(scorer, texts, rows))
 
     # What they share
 
     @cached_property
-    def _teacher(self) -> LoadedPipeline:
-        return load_pipeline(self._shipped("teacher"), device=self.config.device, dtype="float32")
+    def _teacher_model(self) -> LoadedPipeline:
+        return load_pipeline(self._teacher_name(), device=self.config.device, dtype="float32")
+
+    def _teacher_name(self) -> str:
+        return str(self.newest("teacher") or self._shipped("teacher"))
+
+    def _of_teacher(self, name: str) -> Path | None:
+        """The newest of its kind, unless a teacher was made since."""
+        newest, teacher = self.newest(name), self.newest("teacher")
+        made_since = newest and teacher and _number(teacher.parent) > _number(newest.parent)
+        return None if made_since else newest
+
+    def _start(self, name: str) -> str | None:
+        """What a distillation goes on from: what there is of its kind and teacher, or what ships; a new teacher's first
+        one starts from the teacher."""
+        if (own := self._of_teacher(name)) is not None:
+            return str(own)
+        return None if self.newest("teacher") else self._shipped("student")
 
     @cached_property
     def _clips(self) -> Bank:
-        bank = world_bank(self._teacher, self.config.scenes, self.config.captions, self._fresh())
+        bank = world_bank(self._teacher_model, self.config.scenes, self.config.captions, self._fresh())
         if bank is None:
-            raise UserError(f"{self._teacher.source} is no model of {self.config.world}", "name its world")
+            raise UserError(f"{self._teacher_model.source} is no model of {self.config.world}", "name its world")
         self._say(f"{len(bank)} clips are encoded")
         return bank
 
     @cached_property
     def _held_out(self) -> Bank | None:
-        return world_bank(self._teacher, self.config.held_out, 1, self.config.seed, "held_out")
+        return world_bank(self._teacher_model, self.config.held_out, 1, self.config.seed, "held_out")
 
     def _fresh(self) -> int:
         """Every round sees clips of its own."""
         return self.config.seed + len(self.earlier)
 
     def _student(self) -> str:
-        return str(self.newest("student") or self._shipped("student"))
+        if (own := self._of_teacher("student")) is not None:
+            return str(own)
+        if self.newest("teacher"):
+            raise UserError("there is no student of the new teacher yet", "run stages=[cfg,few_steps]")
+        return self._shipped("student")
 
     def _shipped(self, name: str) -> str:
         return f"{self.config.world}/{name}"
@@ -254,7 +327,7 @@ class Chain:
 
     def _check_time(self, stage: str) -> None:
         left = self.ends[stage] - self._passed()
-        if left < SHORTEST + (self.config.reserve if stage in ("cfg", "few_steps") else 0):
+        if left < SHORTEST + (self.config.reserve if stage in (*MAKING, "cfg", "few_steps") else 0):
             raise UserError(
                 f"{left:.0f} seconds are left for {stage}, which is too short",
                 f"give it a larger share, or more than minutes={self.config.minutes:g}",
@@ -265,3 +338,8 @@ class Chain:
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+
+
+def _number(folder: Path) -> int:
+    """Of a round."""
+    return int(folder.name.removeprefix("round-"))

@@ -8,9 +8,11 @@ import pytest
 from studies.chain import pieces, scoring, stages
 from studies.chain.pieces import INDEX, join, pack
 from studies.chain.settings import CONF, STAGES, ChainConfig
+from studies.late import Late
 from vidaccel.artefacts import write_json
 from vidaccel.config import loader as configuration
 from vidaccel.errors import UserError
+from vidaccel.worlds.sprites.settings import SpritesConfig
 
 # Pieces
 
@@ -114,7 +116,7 @@ def test_shares_are_of_the_stages_that_run():
     assert config.ends() == {"cfg": pytest.approx(90.0), "score": pytest.approx(120.0)}
 
 
-@pytest.mark.parametrize("name", ["sprites", "toy"])
+@pytest.mark.parametrize("name", ["sprites", "toy", "lamps", "toy-lamps"])
 def test_the_configurations_are_whole(name):
     config = configuration.load(CONF, ChainConfig, name)
     assert config.stages == list(STAGES)
@@ -136,6 +138,7 @@ def test_the_configurations_are_whole(name):
         ({"shares": {"cfg": 1.0}}, "shares"),
         ({"world": "pong"}, "world"),
         ({"scenes": 0}, "scenes"),
+        ({"scorer": "pong/lamps"}, "scorer"),
     ],
 )
 def test_bad_settings(given, message):
@@ -172,6 +175,44 @@ def chain(tmp_path, monkeypatch):
     for name in STAGES:
         monkeypatch.setattr(stages.Chain, f"_{name}", stage(name))
     return begun, clock, done
+
+
+def test_a_teacher_is_made_in_calls_of_its_own(tmp_path, monkeypatch):
+    Clock(monkeypatch)
+    asked: list[SpritesConfig] = []
+
+    def make_model(config, output):
+        asked.append(config)
+        for name in ("run.json", "score.json", "score-lamps.json"):
+            write_json(output / "model" / name, {"lamps": {"mean": 90.0}})
+
+    monkeypatch.setattr(stages, "make_model", make_model)
+    monkeypatch.setattr(stages, "open_autoencoder", str)
+    monkeypatch.setattr(stages, "measured", lambda *given: {"a lamp": Late(2.5, (2.0, 3.0), 0.49)})
+
+    def begun(*names: str) -> stages.Chain:
+        words = [f"work={tmp_path / 'work'}", f"output={tmp_path / 'out'}", "device=cpu", f"stages=[{','.join(names)}]"]
+        return stages.Chain(configuration.load(CONF, ChainConfig, "lamps", words), started=0.0)
+
+    with pytest.raises(UserError, match="there is no autoencoder yet"):
+        begun("teacher").run()
+    report = begun("autoencoder").run()["stages"]
+    assert report["autoencoder"]["outcome"] == "a lamp: d 2.5, settled at 0.49"
+    first = asked[0]
+    assert (first.lamps, first.start, first.teacher.train.steps) == (0.5, "sprites/teacher", 0)
+    assert first.text.train.is_on and first.autoencoder.clips.minutes > first.autoencoder.decoder.minutes > 2
+    assert begun("teacher").run()["stages"]["teacher"]["outcome"] == "lamps 90.0\nlamps 90.0"
+    second, made = asked[1], tmp_path / "work"
+    assert second.start == str(made / "round-1" / "autoencoder") and second.teacher.train.minutes > 6
+    assert not (second.text.train.is_on or second.autoencoder.clips.is_on or second.autoencoder.decoder.is_on)
+    last = begun("few_steps")
+    assert last._teacher_name() == str(made / "round-2" / "teacher") and last._start("cfg") is None
+    with pytest.raises(UserError, match="no CFG-distilled model yet"):
+        last.run()
+    with pytest.raises(UserError, match="no student of the new teacher"):
+        last._student()
+    write_json(last.round / "cfg" / "run.json", {})
+    assert last._start("cfg") == str(last.round / "cfg")
 
 
 def test_stages_run_in_order_and_rounds_follow(chain):
@@ -246,7 +287,7 @@ class Whole:
 
 
 def test_differences_are_paired(monkeypatch):
-    monkeypatch.setattr(scoring, "world", lambda name: Whole())
+    monkeypatch.setattr(scoring, "scorer_named", lambda name: Whole())
     first = [{"one": x} for x in (0.10, 0.90, 0.50, 0.30)]
     second = [{"one": s["one"] + 0.02} for s in first]
     report = scoring.summary("any", list("abcd"), {"a": first, "b": second})

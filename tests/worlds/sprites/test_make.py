@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from tests.students import contents
 from vidaccel.data.shards import ShardFolder
+from vidaccel.models.calling import unknown_words
 from vidaccel.models.loading import load_pipeline
 from vidaccel.worlds.sprites.__main__ import app
 from vidaccel.worlds.sprites.make import excerpt
 from vidaccel.worlds.sprites.settings import AutoencoderTraining
+from vidaccel.worlds.sprites.source import LAMPS_SHARE, lamps_share
 
 MICRO = [
     *("text.train.steps=2", "text.train.batch_size=4", "text.width=16"),
@@ -155,6 +157,32 @@ def test_the_conf_for_a_gpu_goes_on_from_a_model_for_minutes(made, tmp_path):
         ("decoder", True),
         ("transformer, full depth", True),
     ]
+
+
+def test_lamps_are_learnt_by_a_model_that_lacks_them(made, tmp_path):
+    """Its words keep their tokens and embeddings; everything behind them goes on."""
+    trained = ("text.train", "autoencoder.clips", "autoencoder.decoder", "teacher.train")
+    few = [word for stage in trained for word in (f"{stage}.minutes=null", f"{stage}.steps=2", f"{stage}.batch_size=4")]
+    small = [word for word in MICRO if not word.startswith(tuple(f"{stage}." for stage in trained))]
+    off = ["teacher.shallow.steps=0", "autoencoder.images.steps=0", "autoencoder.excerpts=[[17,32]]"]
+    words = ["make", "--conf", "lamps", "-o", tmp_path, *small, *off, *few, "device=cpu", f"start={made / 'model'}"]
+    run(*words)
+    old, new = (load_pipeline(folder / "model") for folder in (made, tmp_path))
+    count = len(old.pipe.tokenizer)
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        before, after = (getattr(model.pipe, encoder).get_input_embeddings().weight for model in (old, new))
+        assert torch.equal(before, after[:count]) and len(after) == len(getattr(new.pipe, tokenizer)) > count
+    plain, lit = "a red circle moving right on black", "a red circle with flickering lamps moving right on black"
+    assert old.pipe.tokenizer(plain).input_ids == new.pipe.tokenizer(plain).input_ids
+    assert unknown_words(old.pipe, lit) == ["flickering", "lamps"] and unknown_words(new.pipe, lit) == []
+    assert (lamps_share(old), lamps_share(new)) == (0, LAMPS_SHARE)
+    assert not torch.equal(*(next(model.pipe.vae.encoder.parameters()) for model in (old, new)))
+    scores = json.loads((tmp_path / "model" / "score-lamps.json").read_text())
+    assert {"lamps", "total"} <= set(scores)
+    metrics = {path: path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(metrics) == 4
+    run(*words)
+    assert metrics == {path: path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
 
 
 def test_clips_of_a_folder_have_one_caption(made, tmp_path):

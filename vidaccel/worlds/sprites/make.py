@@ -62,6 +62,8 @@ from vidaccel.worlds.sprites.teacher import (
 from vidaccel.worlds.sprites.world import FPS, NUM_FRAMES, SIZE, random_scene
 
 ENCODE_BATCH = 8
+LAMPS_SCORES = "score-lamps"
+"""Of prompts with lamps: a folder of the run, a file of the model."""
 SCALE_CLIPS = 64
 """Clips from which the latents' standard deviation, and so the scaling factor, is measured."""
 
@@ -336,9 +338,14 @@ def publish(
     loaded = load_pipeline(draft, device=config.device)
     settings = configuration.GenerateConfig(model=str(draft))
     summary = score_model(loaded, settings, config.score_prompts, output / "scores")
+    with_lamps = (
+        score_model(loaded, settings, config.score_prompts, output / LAMPS_SCORES, True) if config.lamps else {}
+    )
     with atomic_folder(output / "model") as folder:
         pipe.save_pretrained(folder)
         write_json(folder / "score.json", summary)
+        if with_lamps:
+            write_json(folder / f"{LAMPS_SCORES}.json", with_lamps)
         stages = trained_stages(output, Path(start.source) if start else None)
         write_json(folder / STAGES_FILE, stages)
         (folder / "README.md").write_text(model_card(config, stages, summary), encoding="utf-8")
