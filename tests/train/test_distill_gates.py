@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from tests.train.test_distill import logged, settings, world  # noqa: F401
+from vidaccel.train.curves import draw_curves
 from vidaccel.train.distill import distill
 
 BANK = {"bank": "on", "train": {"steps": 2}}
@@ -32,6 +33,31 @@ def test_gates_are_of_clips_that_are_kept_out_and_stand_on_the_card(world, tmp_p
     few = settings(world, "hunyuan_video", method="mean_velocity", gate_samples=1, gate_runs=0, **BANK)
     distill(few, tmp_path / "few", "cpu")
     assert json.loads((tmp_path / "few" / "gates.json").read_text())["mean_velocity_gap"] == {}
+
+
+def test_gates_on_the_way_are_curves_and_change_nothing_else(world, tmp_path):  # noqa: F811
+    train = {"steps": 3, "log_every": 2}
+    own = {"bank": "on", "gate_samples": 1, "guidance_range": [1.0, 4.0]}
+    distill(settings(world, "hunyuan_video", **own, train=train), tmp_path / "plain", "cpu")
+    distill(settings(world, "hunyuan_video", **own, train=train | {"gates_every": 1}), tmp_path / "looked", "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "looked" / "metrics.jsonl").read_text().splitlines()]
+    names = {f"guidance_gap_closed/g={g}" for g in ("1.5", "2", "3", "4")}
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(names <= line.keys() for line in lines)
+    at_the_end = json.loads((tmp_path / "looked" / "gates.json").read_text())["guidance_gap"]["closed"]
+    assert lines[-1]["guidance_gap_closed/g=3"] == pytest.approx(at_the_end["3"], abs=1e-6)
+    assert (tmp_path / "looked" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "plain" / "gates.png").exists()
+    for name in ("gates.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "looked" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_curves_go_on_where_a_number_is_missing(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(
+        '{"step": 1, "loss": 2}\n{"step": 2, "gap/a": 0.5, "other/b": null}\n{"step": 3, "other/b": 1}\n'
+    )
+    draw_curves(metrics, ["gap/a", "other/b"], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
 def test_without_gates_nothing_is_kept_out(world, tmp_path):  # noqa: F811

@@ -107,6 +107,9 @@ class PredictorConfig:
     """What it learns from: `data` (noised clips), `trajectory` (the student's own sampling, predicted steps included)
     or `served` (whole runs from new noise under `lists` of full steps, to the student's own latents, with gradients
     through all predicted steps; captions are all that is taken of the data, and there is no second stage)."""
+    scalars_every: int = 0
+    """Of `served`, with scalars: optimiser steps between fits of them while it trains. It then learns as one term of
+    theirs; 0 trains the network alone, and they are fitted when it is trained."""
     lists: list[list[int]] | None = None
     """Of `served`: lists of full steps that take turns; null is some of a quarter to half of the steps,
     closer together where there is more noise."""
@@ -189,6 +192,10 @@ class PredictorConfig:
         served = self.pairs == "served"
         recomputing = served and self.mse.checkpointing
         require(not recomputing, "mse.checkpointing", True, "is not for pairs=served: its passes are whole runs")
+        every = self.scalars_every
+        require(every >= 0, "scalars_every", every, "must be at least 0")
+        fitted = served and self.scalars is not False and self.checked_prompts > 0
+        require(not every or fitted, "scalars_every", every, "is for pairs=served, and for scalars on top of it")
         require(self.lists is None or served, "lists", self.lists, "is for pairs=served")
         second = self.adversarial.steps
         alone = self.stage == "search" or not self.adversarial.is_on

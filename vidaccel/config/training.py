@@ -54,6 +54,9 @@ class TrainConfig:
     sample_every: int = 1000
     """Steps between sample sheets of the averaged weights, where a training makes them, one at its end besides; 0 is
     never."""
+    gates_every: int = 0
+    """Steps between looks at how much the averaged weights have learnt, where a training has a number for it, into
+    metrics.jsonl and gates.png, one at its end besides; 0 leaves it at the one when all is done."""
     trackers: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: names of trackers that accelerate knows, such as tensorboard or wandb."""
 
@@ -66,7 +69,7 @@ class TrainConfig:
         require(minutes is None or 0 < minutes < math.inf, "minutes", minutes, "must be above 0 and finite, or null")
         for key in ("batch_size", "accumulate", "save_every", "log_every", "evaluate_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("warmup", "lora_rank", "sample_every"):
+        for key in ("warmup", "lora_rank", "sample_every", "gates_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be at least 0")
         require(self.steps is None or self.steps >= 0, "steps", self.steps, "must be at least 0, or null")
         require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be above 0 and finite")

@@ -1,6 +1,6 @@
 """README.md of a folder that a training leaves: what it is, how it is called, how it was made, what to pass on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -116,8 +116,28 @@ Whether it may be passed on is decided by the licence of the model that it came 
 """
 
 
-def predictor_card(*, student: str, command: str, config: Mapping[str, Any], budgets: Mapping[int, list[int]]) -> str:
-    """Of a predictor's folder; `budgets` are numbers of full steps by the steps of their grid."""
+def predictor_card(
+    *,
+    student: str,
+    command: str,
+    config: Mapping[str, Any],
+    budgets: Mapping[int, list[int]],
+    learnt: Sequence[str] = (),
+) -> str:
+    """Of a predictor's folder; `budgets` are numbers of full steps by the steps of their grid, `learnt` lines of how
+    near it comes."""
+    lines = "".join(f"    {line}\n" for line in learnt)
+    errors = (
+        f"""## How far it has learnt
+
+Errors of the final latents beside the student's own run of full steps, by the steps that are full. Reuse gives the
+last full step's output again: a share of 1 is no better than that, and 0 is exact. run.json has them too.
+
+{lines}
+"""
+        if lines
+        else ""
+    )
     steps, few = next(iter((steps, numbers[len(numbers) // 3]) for steps, numbers in budgets.items()))
     known = "; ".join(f"{_listed(numbers)} of {steps} steps" for steps, numbers in budgets.items())
     return f"""# A predictor for {student}
@@ -145,7 +165,7 @@ By `{command}` with these settings; run.json has versions, seed and hashes besid
 ```yaml
 {_yaml(config)}```
 
-## Pass it on
+{errors}## Pass it on
 
 All of the folder without `checkpoints/` and `trajectories/`, together with the student.
 """

@@ -166,6 +166,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         recorded=partial(_recorded, loaded, _shaping(config)),
         evaluate=lambda model: _evaluate(model, loss, config.seed),
         rates={} if config.embedding_rate == 1 else {"conditioning": config.embedding_rate},
+        measure=None if held_out is None else lambda: _measured(task, method, held_out, brief=True)[0].curves(),
         sample=lambda step: (
             _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen and whole else None
         ),
@@ -260,8 +261,9 @@ def _in_memory(
     return Clips(bank, made_of | {"kept_out": kept_out}, held_out)
 
 
-def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured:
-    """Computes the numbers that say whether the student was trained, says them and writes them down."""
+def _measured(task: Distillation, method: Method, clips: Bank, brief: bool = False) -> tuple[Measured, int]:
+    """The numbers that say whether the student was trained, on the same clips and noise every time, and on how many
+    runs."""
     device, config = clips.latents.device, task.config
     generator = generator_for(config.seed, EVALUATION_INDEX)
     text = clips.batch([clip * clips.captions for clip in range(len(clips))], torch.float32)
@@ -270,7 +272,13 @@ def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -
     large = sum(p.numel() for p in task.student.parameters()) > LARGE
     runs = (0 if large else len(clips)) if config.gate_runs is None else min(config.gate_runs, len(clips))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
-        measured = method.gates(task, HeldOut(x_0, eps, text, generator, runs, max(config.train.batch_size, 32)))
+        held_out = HeldOut(x_0, eps, text, generator, runs, max(config.train.batch_size, 32), brief)
+        return method.gates(task, held_out), runs
+
+
+def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured:
+    """Computes them, says them and writes them down."""
+    measured, runs = _measured(task, method, clips)
     for line in str(measured).splitlines():
         log.info("%s", line)
     for gate in measured.gates:

@@ -81,6 +81,8 @@ class HeldOut(NamedTuple):
     runs: int
     """Of them, those that costly numbers are computed on."""
     batch_size: int
+    brief: bool = False
+    """Whether what has no gate is left out, as in a look on the way."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,13 @@ class Measured:
             *guidance_gates(self.guidance.closed if self.guidance else {}),
             *mean_velocity_gates(self.mean_velocity),
         ]
+
+    def curves(self) -> dict[str, float]:
+        """What can be followed through a training, by quantity and where it was taken (curves.py)."""
+        by_scale = self.guidance.closed if self.guidance else {}
+        return {f"guidance_gap_closed/g={g:g}": share for g, share in by_scale.items()} | {
+            f"mean_velocity_gap_closed/{steps} steps": share for steps, share in self.mean_velocity.items()
+        }
 
     def __str__(self) -> str:
         """Rows of numbers, each with what it is."""

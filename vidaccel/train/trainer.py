@@ -34,6 +34,9 @@ from vidaccel.processes import on_first, rank, world
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
 from vidaccel.train.checkpoints import Checkpoints, State, Tensors, flat, unflat
+from vidaccel.train.curves import FILE as CURVES
+from vidaccel.train.curves import draw_curves
+from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.metrics import ByProducts, Metrics, check_trackers
 from vidaccel.train.muon import StackedMuon
 from vidaccel.train.objective import Loss, Objective
@@ -46,8 +49,8 @@ log = logging.getLogger(__name__)
 MOST_BAD_STEPS = 10
 MUON_RATE = 5.0
 """Muon's rate over AdamW's, both in AdamW's measure of an update's size (arXiv 2502.16982); sprites was trained so."""
-WITHOUT_EFFECT = ("trackers", "sample_every", "graph")
-"""Settings that may change between a run and its continuation."""
+WITHOUT_EFFECT = ("trackers", "sample_every", "gates_every", "graph", "minutes")
+"""Settings that may change between a run and its continuation; one of minutes is repeated by its steps."""
 
 
 def train(
@@ -62,6 +65,7 @@ def train(
     recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     evaluate: Callable[[nn.Module], float] | None = None,
     sample: Callable[[int], None] | None = None,
+    measure: Callable[[], Mapping[str, float]] | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> nn.Module:
     """Trains the parameters of `model` that require gradients, from the newest checkpoint in `folder` if there is one.
@@ -78,6 +82,8 @@ def train(
             Called every `evaluate_every` steps, in every process, and averaged over them. The best checkpoint is kept.
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place,
             after the checkpoint of that step. If it fails a warning says so, and training goes on.
+        measure: called every `gates_every` steps while averaged weights are in place; what it gives stands in the line
+            of that step, and as curves in `gates.png`.
         rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
             scaled down by their own norm: two parts that work against each other are trained as if apart.
 
@@ -137,7 +143,8 @@ def train(
             due = partial(_due, since=last_good, done=state.step, last=last)
             logged = state.step % config.log_every == 0 or last
             if outcome is None:
-                if not logged and not any(map(due, (config.evaluate_every, config.save_every, config.sample_every))):
+                others = config.evaluate_every, config.save_every, config.sample_every, config.gates_every
+                if not logged and not any(map(due, others)):
                     progress.advance()
                     continue
                 outcome = make_step.outcome()
@@ -151,12 +158,20 @@ def train(
                     line["evaluation"] = mean([evaluate(model)])[0]
                 if line["evaluation"] < state.best:
                     state.best, state.best_step = line["evaluation"], state.step
+            found: Mapping[str, float] = {}
+            if good and measure and due(config.gates_every):
+                with average.in_place(), eagerly(), autocast(config, device):
+                    found = measure()
+                line |= found
             line |= {"skipped": state.skipped, "seconds": round(state.seconds, 1)}
             with checkpoints.last_good_named():
-                if "evaluation" in line or logged:
+                if "evaluation" in line or logged or found:
                     on_first(partial(metrics.write, line))
                 if good and (due(config.save_every) or state.best_step == state.step):
                     checkpoints.save(state)
+            if found:
+                drawn = partial(draw_curves, folder / METRICS, list(found), folder / CURVES)
+                by_products.make(partial(on_first, drawn), f"the curves of step {state.step}")
             if good and sample and due(config.sample_every):
                 with average.in_place(), eagerly(), autocast(config, device):
                     by_products.make(lambda: sample(state.step), f"the samples of step {state.step}")

@@ -22,6 +22,7 @@ from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
 from vidaccel.forecasters.base import Cached
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.multistep import FittedList
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.grid import Grid
 from vidaccel.models.loading import load_pipeline
@@ -125,6 +126,29 @@ def test_a_served_run_by_hand():
     errors = [abs(a - b) / b for a, b in zip((second, third, fourth), by_hand[2:], strict=True)]
     assert float(error) == pytest.approx(errors[2], rel=1e-3)
     assert float(value) == pytest.approx(2 * errors[2] + 0.5 * (errors[0] + errors[1]), rel=1e-3)
+
+
+def test_a_served_run_under_scalars_by_hand():
+    """Steps 1 and 3, with the network's answer, velocities and latents of the full steps before and the step's own
+    latent as terms."""
+    serving, x = toy(), noise().double()
+    numbers = {1: torch.tensor([0.5, 0.2, 0.1, -0.3]), 3: torch.tensor([0.4, 0.3, 0.1, 0.2, -0.1, 0.05])}
+    own = serving.own(x, {}, None, kept=1)
+    first, second = 1.0, 1 - 0.5 * 0.25
+    third = second - 0.25 * (0.5 * 0.5 * first + 0.2 * 0.5 * first + 0.1 * second - 0.3 * first)
+    fourth = third * (1 - 0.5 * 0.375)
+    answer = 0.4 * 0.5 * third + 0.3 * 0.5 * third + 0.1 * 0.5 * first + 0.2 * fourth - 0.1 * third + 0.05 * first
+    last = fourth - 0.125 * answer
+    made = serving.served(Reuse(), (0, 2), own, {}, None, numbers)
+    for state, factor in zip(made, (third, fourth, last), strict=True):
+        assert torch.allclose(state, factor * x, rtol=1e-5)
+    as_reuse = {1: torch.tensor([1.0, 0, 0, 0]), 3: torch.tensor([1.0, 0, 0, 0, 0, 0])}
+    for under, alone in zip(
+        serving.served(Reuse(), (0, 2), own, {}, None, as_reuse),
+        serving.served(Reuse(), (0, 2), own, {}, None),
+        strict=True,
+    ):
+        assert torch.allclose(under, alone)
 
 
 def test_gradients_go_through_later_full_steps():
@@ -233,12 +257,16 @@ def test_runs_begin_with_the_first_captions(world):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_in_static_memory_is_the_plain_step(world, family):
-    """Lists of full steps are variants of the loss."""
+    """Lists of full steps are variants of the loss, and scalars come with what is drawn."""
     task = task_for(world, family, lists=[[0, 2], [0, 1], [0, 1, 3]], guidance_range=[2.0, 5.0])
     starts, weights, outcomes = Starts.of(task, 3), [], []
     with task.trunk:
         made = start_predictor(task, starts)
-        objective = module.objective_of(task, starts)
+        made_up = {
+            each: FittedList(each, numbers_for(each), 4, times=task.sampling.grid.times, network=True)
+            for each in module.lists_of(task)
+        }
+        objective = module.objective_of(task, starts, fits=lambda step: made_up)
         assert [objective.draw(i, generator_for(0, i)).variant for i in range(4)] == [(0, 2), (0, 1), (0, 1, 3), (0, 2)]
         g = objective.draw(0, generator_for(0, 0)).tensors["g"]
         assert ((g >= 2) & (g <= 5)).all() and g[0] != g[1]
@@ -255,6 +283,12 @@ def test_a_step_in_static_memory_is_the_plain_step(world, family):
         assert a.norm > 0 and a.skipped == b.skipped == 0
     for a, b in zip(*weights, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def numbers_for(full_steps: tuple[int, ...]) -> dict[int, tuple[float, ...]]:
+    """Of each predicted step of four: nearly the network's answer."""
+    others = [step for step in range(4) if step not in full_steps]
+    return {step: (0.9, 0.1, *[0.01] * (2 * sum(full < step for full in full_steps))) for step in others}
 
 
 def test_nothing_in_the_loss_asks_for_a_value(world, monkeypatch):
@@ -303,23 +337,36 @@ def test_a_predictor_that_is_worse_than_reuse_is_said_to_be(world, tmp_path, cap
     assert any(each["of_reuse"] > 1 for each in read_run(tmp_path, "predictor/1")["compared"])
 
 
-def test_a_killed_training_ends_as_one_that_was_not(world, tmp_path, monkeypatch):
-    train_predictor(settings(world), tmp_path / "straight")
+@pytest.mark.parametrize("changes", [{}, {"scalars_every": 2, "runs": 10}], ids=["alone", "under scalars"])
+def test_a_killed_training_ends_as_one_that_was_not(world, tmp_path, monkeypatch, changes):
+    """Under scalars within the two steps of a fit, which is not made again."""
+    config = settings(world, "hunyuan_video", **changes)
+    config = replace(config, mse=replace(config.mse, steps=4, gates_every=2))
+    train_predictor(config, tmp_path / "straight")
     plain, calls = module.served_loss, []
 
     def interrupted(*given):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return plain(*given)
 
     monkeypatch.setattr(module, "served_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_predictor(settings(world), tmp_path / "killed")
+        train_predictor(config, tmp_path / "killed")
     monkeypatch.undo()
-    train_predictor(settings(world), tmp_path / "killed")
+    train_predictor(config, tmp_path / "killed")
     for name in ("model.safetensors", "config.json", "schedule.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    folder = tmp_path / "killed" / "checkpoints" / "mse"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curves = {f"error_over_reuse/{' '.join(map(str, each))}" for each in default_lists(4)}
+    assert [curves <= line.keys() for line in lines] == [False, True, False, True] and (folder / "gates.png").exists()
+    if changes:
+        assert len(list(folder.glob("scalars-*.json"))) == 2
+        weights = (tmp_path / "straight" / "model.safetensors").read_bytes()
+        train_predictor(replace(config, scalars_every=0), tmp_path / "alone")
+        assert (tmp_path / "alone" / "model.safetensors").read_bytes() != weights
 
 
 def test_two_full_steps_are_looked_back_on_if_asked_for(world, tmp_path):
@@ -337,10 +384,18 @@ def test_a_bank_trains_one_that_serves(world, tmp_path):
     run = read_run(tmp_path, "predictor/1")
     verify_files(tmp_path, run)
     assert len(run["compared"]) == 3 and (tmp_path / "README.md").exists()
-    best = min((each for each in found if len(each.full_steps) == 2), key=lambda each: each.error)
     schedules = {schedule.budget: schedule for schedule in read_schedules(tmp_path / "schedule.json")}
-    assert schedules[2].full_steps == best.full_steps and schedules[2].expected_error == pytest.approx(best.error)
-    assert schedules[3].full_steps == (0, 1, 3)
+    on_top = {len(each["full_steps"]): each for each in run["fitted"]}
+    assert on_top and (tmp_path / "scalars.json").exists()
+    for budget, schedule in schedules.items():
+        if budget in on_top:  # kept because they are better than the network alone
+            made, error = on_top[budget]["full_steps"], on_top[budget]["error"]
+            assert error < on_top[budget]["network"]
+        else:
+            best = min((each for each in found if len(each.full_steps) == budget), key=lambda each: each.error)
+            made, error = best.full_steps, best.error
+        assert (schedule.full_steps, schedule.expected_error) == (tuple(made), pytest.approx(error))
+    assert "scalars on top" in (tmp_path / "README.md").read_text()
     before = contents(tmp_path)
     assert train_served(loaded, bank, config, tmp_path) == found
     assert contents(tmp_path) | {"run.json": ""} == before | {"run.json": ""}

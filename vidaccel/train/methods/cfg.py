@@ -14,7 +14,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.gates import GUIDANCE_PASSES, HeldOut, Measured, guidance_gap
+from vidaccel.train.gates import GUIDANCE_PASSES, TIMES, HeldOut, Measured, guidance_gap
 from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.objective import Batch, Loss, Objective, in_batch, text_of
 from vidaccel.train.passes import Passes
@@ -48,8 +48,12 @@ def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
 
 
 def _gates(task: Distillation, held_out: HeldOut) -> Measured:
-    x_0, eps, text, generator, _, size = held_out
-    gap = guidance_gap(task.student, task.teacher, x_0, eps, text, task.empty, task.shift, generator, batch_size=size)
+    x_0, eps, text, generator, _, size, brief = held_out
+    gap = guidance_gap(
+        *(task.student, task.teacher, x_0, eps, text, task.empty, task.shift, generator),
+        times=() if brief else TIMES,
+        batch_size=size,
+    )
     return Measured(guidance=gap)
 
 

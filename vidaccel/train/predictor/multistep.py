@@ -330,11 +330,7 @@ def runs_of(
         UserError: there are no two captions, or the model cannot be sampled so.
     """
     refuse_several(loaded.family)
-    high = max(config.guidance_range) if config.guidance_range else config.guidance
-    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt")
-    named = {name: getattr(config, name) for name in names}
-    wanted = config.runs + config.checked_prompts
-    asked = CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
+    asked, wanted = _collected(config), config.runs + config.checked_prompts
     if config.features is None:
         source = open_source(loaded, asked)
         chosen = range(min(wanted, len(source)))
@@ -352,10 +348,35 @@ def runs_of(
         asked = replace(asked, **video_size(loaded, shape))
     prompts: list[Prompt] = list(zip(captions, images or [None] * len(captions), strict=True))
     prompts = told_apart(prompts, config.runs, config.checked_prompts)
+    sampler, span = _sampled(config, loaded, asked)
+    return sampler, prompts, span
+
+
+def sampler_of(config: PredictorConfig, loaded: LoadedPipeline) -> tuple[TrajectorySampler, tuple[float, float]]:
+    """How the model is sampled, in its own size, and the range of guidance.
+
+    Raises:
+        UserError: it cannot be sampled so.
+    """
+    return _sampled(config, loaded, _collected(config))
+
+
+def _sampled(
+    config: PredictorConfig, loaded: LoadedPipeline, asked: CollectConfig
+) -> tuple[TrajectorySampler, tuple[float, float]]:
     sampler = TrajectorySampler(loaded, asked)
     if sampler.steps < 2:
         raise UserError("a model of one step has nothing to predict from", "set steps to 2 or more")
-    return sampler, prompts, _span(config, loaded, sampler)
+    return sampler, _span(config, loaded, sampler)
+
+
+def _collected(config: PredictorConfig) -> CollectConfig:
+    """The settings of the runs, as those who collect trajectories know them."""
+    high = max(config.guidance_range) if config.guidance_range else config.guidance
+    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt")
+    named = {name: getattr(config, name) for name in names}
+    wanted = config.runs + config.checked_prompts
+    return CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
 
 
 def told_apart(captions: Sequence[T], fitted: int, tried: int) -> list[T]:

@@ -7,14 +7,20 @@ than the network alone on the runs that nothing was fitted to.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from vidaccel.cache.schedule import Schedule, candidates
+from vidaccel.collect.bank import Bank
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
 from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.train.objective import generator_for, text_of
 from vidaccel.train.predictor.multistep import (
     estimated_costs,
     fit_lists,
@@ -22,12 +28,17 @@ from vidaccel.train.predictor.multistep import (
     newest_alone,
     relative_error,
     runs_of,
+    sampler_of,
     served_final,
 )
-from vidaccel.train.predictor.runs import Beneath, Runs, own_runs
+from vidaccel.train.predictor.runs import Beneath, Runs, own_runs, runs_from
+from vidaccel.train.predictor.served import Starts, relative_squares
 from vidaccel.train.predictor.task import PredictorTask
 
 log = logging.getLogger(__name__)
+FITTED_INDEX = 10**9 + 3
+"""Of the generators that runs from a bank are drawn by, those to fit to and those to try on: further than any training
+goes."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class OnTop:
     """Of the network alone."""
     reuse: float
     """Of the last full step's velocity given again."""
+    than_network: tuple[float, float]
+    """Mean over the runs of how much larger a run's error is than that of the network alone, and its standard error;
+    NaN of a single run."""
+    than_scalars: tuple[float, float]
+    """Likewise than that of scalars alone."""
 
     def record(self) -> dict[str, Any]:
         """As run.json has it."""
@@ -52,15 +68,59 @@ class OnTop:
             "of_reuse": self.error / self.reuse if self.reuse else None,
             "scalars": self.scalars,
             "network": self.network,
+            "than_network": [number if math.isfinite(number) else None for number in self.than_network],
+            "than_scalars": [number if math.isfinite(number) else None for number in self.than_scalars],
         }
 
     def __str__(self) -> str:
-        alone = f"scalars alone {self.scalars:.3f}, network alone {self.network:.3f}, reuse {self.reuse:.3f}"
-        return f"{' '.join(map(str, self.made.full_steps))}: {self.error:.3f} ({alone})"
+        (network, network_off), (scalars, scalars_off) = self.than_network, self.than_scalars
+        return (
+            f"{' '.join(map(str, self.made.full_steps))}: {self.error:.3f} (scalars alone {self.scalars:.3f}, a run "
+            f"{scalars:+.3f} +- {scalars_off:.3f}; network alone {self.network:.3f}, a run {network:+.3f} +- "
+            f"{network_off:.3f}; reuse {self.reuse:.3f})"
+        )
+
+
+class Fitting(NamedTuple):
+    """What scalars are fitted to and tried on."""
+
+    runs: Runs
+    """The first `PredictorConfig.runs` to fit to, the others to try on."""
+    span: tuple[float, float]
+    """Of their guidance."""
+
+
+def fitting_runs(task: PredictorTask) -> Fitting | None:
+    """The student's own, on the task's data; None, and a line that says why, where no scalars can be fitted."""
+    config, prompts = task.config, None
+    if isinstance(task.data, Bank):
+        sampler, span = sampler_of(config, task.loaded)
+    else:
+        sampler, prompts, span = runs_of(config, task.loaded)
+    if sampler.empty or sampler.grid.times != task.sampling.grid.times:
+        why = "makes two passes a step" if sampler.empty else "is sampled on a grid that no shift makes"
+        log.warning("no scalars are fitted on top of the network: the model %s", why)
+        return None
+    wanted = config.runs + config.checked_prompts
+    log.info("scalars on top of the network: %d runs, guidance from %g to %g", wanted, *span)
+    if prompts is not None:
+        return Fitting(own_runs(sampler, prompts, config.seed, span, config.mse.batch_size), span)
+    tried, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
+    drawn = [
+        starts.draw(count, generator_for(config.seed, FITTED_INDEX + i), task.device)
+        for i, (starts, count) in enumerate(((learnt, config.runs), (tried, config.checked_prompts)))
+    ]
+    whole = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
+    noise, text = whole.pop("noise"), text_of(whole)
+    return Fitting(runs_from(sampler, noise, text, config.seed, span, config.mse.batch_size), span)
 
 
 def fit_on_top(
-    task: PredictorTask, predictor: Predictor, schedules: Sequence[Schedule], lists: Iterable[tuple[int, ...]]
+    task: PredictorTask,
+    predictor: Predictor,
+    schedules: Sequence[Schedule],
+    lists: Iterable[tuple[int, ...]],
+    fitting: Fitting | None = None,
 ) -> tuple[list[OnTop], Multistep | None]:
     """The best lists of a network on top of which scalars pay, one for each budget that is wanted, none for a model
     that makes two passes a step; and the scalars of these with what the network has for other grids.
@@ -69,18 +129,16 @@ def fit_on_top(
         predictor: as it serves, on the student of the task, whose trunk is attached.
         schedules: those that were searched for the network alone.
         lists: further ones to try.
+        fitting: the runs, if they are there already.
 
     Raises:
         UserError: there are fewer runs than unknowns, or the fit is singular.
     """
     config, steps = task.config, task.sampling.grid.steps
-    sampler, prompts, span = runs_of(config, task.loaded)
-    if sampler.empty or sampler.grid.times != task.sampling.grid.times:
-        why = "makes two passes a step" if sampler.empty else "is sampled on a grid that no shift makes"
-        log.warning("no scalars are fitted on top of the network: the model %s", why)
+    fitting = fitting or fitting_runs(task)
+    if fitting is None:
         return [], None
-    log.info("scalars on top of the network: %d runs, guidance from %g to %g", len(prompts), *span)
-    runs = own_runs(sampler, prompts, config.seed, span, config.mse.batch_size)
+    runs, span = fitting
     budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))
@@ -88,30 +146,44 @@ def fit_on_top(
     wanted |= {full for ways in found.values() for _, full in ways}
     beneath = Beneath(task.trunk, predictor)
     made = fit_lists(runs, sorted(full for full in wanted if len(full) in budgets), config.runs, config.ridge, beneath)
-    best: dict[int, FittedList] = {}
-    for each, _ in made:
-        budget = len(each.full_steps)
-        if budget not in best or _error(each) < _error(best[budget]):
+    best: dict[int, tuple[FittedList, Tensor]] = {}
+    for each in made:
+        budget = len(each[0].full_steps)
+        if budget not in best or _error(each[0]) < _error(best[budget][0]):
             best[budget] = each
-    compared = _compared(
-        runs, sorted(best.values(), key=lambda each: each.full_steps), config.runs, config.ridge, beneath
-    )
+    ordered = sorted(best.values(), key=lambda each: each[0].full_steps)
+    compared = _compared(runs, ordered, config.runs, config.ridge, beneath)
     for each in compared:
         log.info("error of the final latents on %d runs at %s", len(runs) - config.runs, each)
+        if each.than_scalars[0] >= 0:
+            places = " ".join(map(str, each.made.full_steps))
+            log.warning("at %s the network adds nothing to scalars alone, which cost no pass (multistep)", places)
     kept = [each for each in compared if each.error < each.network]
     return kept, _with_other_grids(task, predictor, [each.made for each in kept], span)
 
 
-def _compared(runs: Runs, best: Sequence[FittedList], fitted: int, ridge: float, beneath: Beneath) -> list[OnTop]:
+def _compared(
+    runs: Runs, best: Sequence[tuple[FittedList, Tensor]], fitted: int, ridge: float, beneath: Beneath
+) -> list[OnTop]:
+    """`best` with the final latents that each leads to on the runs that nothing was fitted to."""
     tried, found = runs.part(slice(fitted, None)), []
-    own = tried.states[-1]
-    alone = {each.full_steps: each for each, _ in fit_lists(runs, [each.full_steps for each in best], fitted, ridge)}
-    for each in best:
+    own, lists = tried.states[-1], [each.full_steps for each, _ in best]
+    alone = {each.full_steps: (each, x) for each, x in fit_lists(runs, lists, fitted, ridge)}
+    for each, x in best:
+        scalars, by_scalars = alone[each.full_steps]
         network = served_final(tried, newest_alone(each, network=True), beneath)
-        reuse = served_final(tried, newest_alone(alone[each.full_steps]))
-        errors = relative_error(network, own), relative_error(reuse, own)
-        found.append(OnTop(each, _error(each), _error(alone[each.full_steps]), *errors))
+        reuse = served_final(tried, newest_alone(scalars))
+        errors = _error(each), _error(scalars), relative_error(network, own), relative_error(reuse, own)
+        found.append(OnTop(each, *errors, *(_run_by_run(x, other, own) for other in (network, by_scalars))))
     return found
+
+
+def _run_by_run(x: Tensor, other: Tensor, own: Tensor) -> tuple[float, float]:
+    """Mean over runs of the error of latents x [N, ...] less that of others, and its standard error."""
+    mine, theirs = (relative_squares(each, own).double().sqrt() for each in (x, other))
+    differences = mine - theirs
+    spread = float(differences.std()) if len(differences) > 1 else math.nan
+    return float(differences.mean()), spread / math.sqrt(len(differences))
 
 
 def _error(made: FittedList) -> float:

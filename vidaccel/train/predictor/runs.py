@@ -20,6 +20,7 @@ from vidaccel.collect.encode import encode_prompts
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.errors import UserError
 from vidaccel.forecasters.base import Cached, Forecaster
+from vidaccel.models.velocity import Text
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
 from vidaccel.train.objective import generator_for
@@ -143,8 +144,42 @@ def own_runs(
     Raises:
         UserError: a run is not finite.
     """
+
+    def begin(rows: slice) -> tuple[Tensor, Text]:
+        captions = [caption for caption, _ in prompts[rows]]
+        images = [image for _, image in prompts[rows] if image is not None] or None
+        text = encode_prompts(sampler.loaded, captions, images, sampler.size["num_frames"])
+        return sampler.noise([seed + i for i in range(rows.start, rows.stop)]), text
+
+    return _runs(sampler, len(prompts), begin, seed, guidance_range, batch_size)
+
+
+def runs_from(
+    sampler: TrajectorySampler,
+    noise: Tensor,
+    text: Text,
+    seed: int,
+    guidance_range: tuple[float, float],
+    batch_size: int,
+) -> Runs:
+    """As `own_runs`, from this noise [N, C, T, H, W] and text [N, ...]."""
+
+    def begin(rows: slice) -> tuple[Tensor, Text]:
+        return noise[rows], {name: tensor[rows] for name, tensor in text.items()}
+
+    return _runs(sampler, len(noise), begin, seed, guidance_range, batch_size)
+
+
+def _runs(
+    sampler: TrajectorySampler,
+    count: int,
+    begin: Callable[[slice], tuple[Tensor, Text]],
+    seed: int,
+    guidance_range: tuple[float, float],
+    batch_size: int,
+) -> Runs:
+    """`begin` gives noise and text of some of them."""
     low, high = guidance_range
-    count = len(prompts)
     drawn = low + (high - low) * torch.rand(count, generator=generator_for(seed, GUIDANCE_INDEX))
     g = None if sampler.g is None else drawn
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sampler.steps)]
@@ -152,10 +187,7 @@ def own_runs(
     with Progress("the model's own runs", total=math.ceil(count / batch_size)) as progress:
         for first in range(0, count, batch_size):
             rows = slice(first, min(first + batch_size, count))
-            captions = [caption for caption, _ in prompts[rows]]
-            images = [image for _, image in prompts[rows] if image is not None] or None
-            text = encode_prompts(sampler.loaded, captions, images, sampler.size["num_frames"])
-            noise = sampler.noise([seed + i for i in range(rows.start, rows.stop)])
+            noise, text = begin(rows)
             scales = None if g is None else g[rows].to(noise.device)
 
             def keep(step: int, x: Tensor, u: Tensor) -> None:

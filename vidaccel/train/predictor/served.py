@@ -6,14 +6,15 @@ data only texts are wanted.
 
     loss = 2 e_S + 1/2 (e of the other states that a predicted step came before),    e = |x' - x*| / |x*|, a sample's
 
-with x* the student's own run of full steps alone, from the same noise.
+with x* the student's own run of full steps alone, from the same noise. Under scalars (in_loop.py) the network's answer
+is one of their terms, as it is where they serve on top of it.
 
 B runs, S steps, M texts, C channels, T frames, H and W latent pixels
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -28,12 +29,14 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.multistep import HISTORY, FittedList, multistep_velocity
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.grid import Grid
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.flow_matching import sample_guidance
 from vidaccel.train.objective import Batch, Objective, generator_for, in_batch, text_of
+from vidaccel.train.predictor.in_loop import Fits
 from vidaccel.train.predictor.search import list_errors
 from vidaccel.train.predictor.task import PredictorTask
 
@@ -101,24 +104,38 @@ class Serving:
         own: tuple[list[Tensor], list[Cached]],
         text: Text,
         g: Tensor | None,
+        numbers: Mapping[int, Tensor] | None = None,
     ) -> list[Tensor]:
         """The states of a run with these full steps, from the one that its first predicted step leads to on.
 
         Args:
             own: of the same run in full, with what all steps before that one have left.
+            numbers: of each predicted step, [terms] or [terms, B], the scalars on top of the network, if there are
+                some.
         """
         first = leading(full_steps)
         x, states, history = own[0][first], [], forecaster.history
         memory = tuple(reversed(own[1][:first]))[:history]
+        known = [(self.mean(i, *own[0][i : i + 2]), own[0][i]) for i in reversed(range(first))][:HISTORY]
         for index in range(first, self.steps):
+            before = x
             if index in full_steps:
                 x, left = self.full_step(index, x, text, g)
                 memory = (left, *memory)[:history]
+                known = [(self.mean(index, before, x), before), *known][:HISTORY]
             else:
                 with self.trunk.predicted(forecaster, self.grid[index], memory):
                     x = self.step(index, x, text, g)
+                if numbers is not None:
+                    us, xs = zip(*known, strict=True)
+                    u = multistep_velocity(numbers[index], us, xs, before, self.mean(index, before, x))
+                    x = (before.float() - (self.grid[index] - self.grid[index + 1]) * u.float()).to(x.dtype)
             states.append(x)
         return states
+
+    def mean(self, index: int, x: Tensor, after: Tensor) -> Tensor:
+        """The velocity of a step that led from x to `after`."""
+        return (x - after) / (self.grid[index] - self.grid[index + 1])
 
 
 def leading(full_steps: FullSteps) -> int:
@@ -139,10 +156,11 @@ def served_loss(
     noise: Tensor,
     text: Text,
     g: Tensor | None,
+    numbers: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of runs from noise [B, C, T, H, W], and the mean error of their final latents, both []."""
     own = serving.own(noise, text, g, kept=leading(full_steps))
-    states = serving.served(forecaster, full_steps, own, text, g)
+    states = serving.served(forecaster, full_steps, own, text, g, numbers)
     pairs = zip(states, own[0][-len(states) :], strict=True)
     *before, last = ((relative_squares(x, of_own) + TINY).sqrt().mean() for x, of_own in pairs)
     return OF_THE_END * last + OF_OTHERS * sum(before), last.detach()
@@ -234,12 +252,14 @@ def served_objective(
     count: int,
     scales: tuple[float, float] | None,
     passes: int = 1,
+    fits: Callable[[int], Mapping[FullSteps, FittedList]] | None = None,
 ) -> Objective:
     """Of a predictor, by batches of `count` runs. Their variant is the list of full steps, which is the same in all
     `passes` of an optimiser step: sharded weights are waited for in each.
 
     Args:
         scales: guidance, lowest and highest; None for a student that embeds none.
+        fits: the scalars that the network is under in an optimiser step, by list; None trains it alone.
     """
 
     def draw(index: int, generator: torch.Generator) -> Batch:
@@ -247,18 +267,38 @@ def served_objective(
         tensors = starts.draw(count, generator, device)
         if scales is not None:
             tensors["g"] = sample_guidance(count, *scales, generator).to(device)
-        return Batch(tensors, lists[index // passes % len(lists)])
+        step = index // passes
+        variant = lists[step % len(lists)]
+        if fits is not None:
+            tensors |= in_numbers(fits(step)[variant], tensors.get("g"), device)
+        return Batch(tensors, variant)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = batch.tensors
         full_steps = cast(FullSteps, batch.variant)
         forecaster = cast(Forecaster, model)
+        numbers = None if fits is None else numbers_of(tensors)
         value, error = served_loss(
-            serving, forecaster, full_steps, tensors["noise"], text_of(tensors), tensors.get("g")
+            serving, forecaster, full_steps, tensors["noise"], text_of(tensors), tensors.get("g"), numbers
         )
         return value, {"error": error}
 
     return Objective(draw, loss, (serving.student,))
+
+
+NUMBERS = "scalars."
+"""What the names of scalars begin with in a `Batch`."""
+
+
+def in_numbers(made: FittedList, g: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+    """Scalars for runs of these scales, by the names that they have in a `Batch`: [terms], or [terms, B] where they
+    change with the scale."""
+    return {f"{NUMBERS}{step}": made.numbers(step, g).to(device) for step in made.coefficients}
+
+
+def numbers_of(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The scalars in a `Batch`, by step."""
+    return {int(name.removeprefix(NUMBERS)): each for name, each in tensors.items() if name.startswith(NUMBERS)}
 
 
 # how good one is
@@ -307,13 +347,7 @@ def compare(task: PredictorTask, forecaster: Forecaster, starts: Starts, lists: 
     """`compared` on as many runs as the settings have prompts to search on, said in the log; warns of a forecaster that
     is worse than reuse."""
     config = task.config
-    generator = generator_for(config.seed, TRIED_INDEX)
-    batches, left = [], config.search_prompts
-    while left:
-        size = min(left, config.mse.batch_size)
-        batches.append(_drawn_as_sampled(task, starts, size, generator))
-        left -= size
-    found = compared(serving_of(task), task.sampling.grid, forecaster, lists, batches)
+    found = compared(serving_of(task), task.sampling.grid, forecaster, lists, _tried(task, starts))
     log.info(
         "error of the final latents on %d runs, as served at %s", config.search_prompts, "; ".join(map(str, found))
     )
@@ -323,6 +357,51 @@ def compare(task: PredictorTask, forecaster: Forecaster, starts: Starts, lists: 
             "; ".join(" ".join(map(str, each.full_steps)) for each in worse),
         )
     return found
+
+
+def _tried(task: PredictorTask, starts: Starts) -> list[dict[str, Tensor]]:
+    """The runs (`Batch.tensors`) that a predictor is compared on, some at a time; the same every time."""
+    config = task.config
+    generator, left, batches = generator_for(config.seed, TRIED_INDEX), config.search_prompts, []
+    while left:
+        size = min(left, config.mse.batch_size)
+        batches.append(_drawn_as_sampled(task, starts, size, generator))
+        left -= size
+    return batches
+
+
+@dataclass
+class Shares:
+    """Errors of the final latents beside those of reuse while a predictor is trained, under the scalars that are in
+    force, by the names of curves (train/curves.py)."""
+
+    task: PredictorTask
+    forecaster: Forecaster
+    starts: Starts
+    """What the runs begin with that it is compared on."""
+    fits: Fits | None = None
+    _reuse: dict[FullSteps, float] = field(default_factory=dict)
+
+    def __call__(self) -> dict[str, float]:
+        served = self.task.config.pairs == "served"
+        lists = lists_of(self.task) if served else default_lists(self.task.sampling.grid.steps)
+        if not self._reuse:
+            self._reuse = self._errors(Reuse(), lists)
+        found = self._errors(self.forecaster, lists, self.fits)
+        return {f"error_over_reuse/{' '.join(map(str, each))}": found[each] / self._reuse[each] for each in found}
+
+    def _errors(self, forecaster: Forecaster, lists: Sequence[FullSteps], fits: Fits | None = None):
+        """Roots of mean squares over the runs, by list."""
+        serving, squares = serving_of(self.task), dict.fromkeys(lists, 0.0)
+        with torch.no_grad():
+            for tensors in _tried(self.task, self.starts):
+                noise, text, g = tensors["noise"], text_of(tensors), tensors.get("g")
+                own = serving.own(noise, text, g, kept=max(map(leading, squares)))
+                for each in squares:
+                    numbers = fits and numbers_of(in_numbers(fits.latest[each], g, noise.device))
+                    x = serving.served(forecaster, each, own, text, g, numbers)[-1]
+                    squares[each] += float(relative_squares(x, own[0][-1]).sum())
+        return {each: (square / self.task.config.search_prompts) ** 0.5 for each, square in squares.items()}
 
 
 def _drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -389,8 +468,8 @@ def start_predictor(task: PredictorTask, starts: Starts) -> Predictor:
     )
 
 
-def objective_of(task: PredictorTask, starts: Starts, passes: int = 1) -> Objective:
+def objective_of(task: PredictorTask, starts: Starts, passes: int = 1, fits: Fits | None = None) -> Objective:
     """`served_objective` as a task's settings say."""
     low, high = task.config.guidance_range or (task.sampling.guidance,) * 2
     scales = (low, high) if task.student.embeds("g") else None
-    return served_objective(serving_of(task), starts, lists_of(task), task.config.mse.batch_size, scales, passes)
+    return served_objective(serving_of(task), starts, lists_of(task), task.config.mse.batch_size, scales, passes, fits)

@@ -56,12 +56,15 @@ from vidaccel.sampling import run_pipeline
 from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, shard
 from vidaccel.train.predictor.discriminator import Discriminator
+from vidaccel.train.predictor.in_loop import Fits
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
-from vidaccel.train.predictor.on_top import fit_on_top
+from vidaccel.train.predictor.on_top import Fitting, fit_on_top, fitting_runs
 from vidaccel.train.predictor.pairs import Pair, Pairs
+from vidaccel.train.predictor.runs import Beneath
 from vidaccel.train.predictor.search import NOISE_INDEX, PROBE, search_schedules
 from vidaccel.train.predictor.served import (
     Compared,
+    Shares,
     Starts,
     compare,
     default_lists,
@@ -217,12 +220,13 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     dtype = "bfloat16" if halves else "float32"
     loaded = load_named(config.student, config.model, device=device, dtype=dtype, lora=config.lora or ())
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
+    fitting = None
     with task.trunk:
         if run is None:
             before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
             on_top = Multistep.on_top_of(output) if before and config.scalars is not False else None
             torch.manual_seed(config.seed)
-            (_train_served if config.pairs == "served" else _train)(task, output)
+            fitting = (_train_served if config.pairs == "served" else _train)(task, output)
             run = _described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"], run[SEARCHED] = before["searched_on"], before.get(SEARCHED, {})
@@ -240,7 +244,7 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
         if config.stage != "search":
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
         if _wants_scalars(config, output):
-            schedules = _fit_on_top(task, output, run, schedules)
+            schedules = _fit_on_top(task, output, run, schedules, fitting)
     known[str(task.sampling.grid.steps)] = asked
     on_first(lambda: _finish(task, output, run, schedules))
     return schedules
@@ -254,12 +258,19 @@ def _wants_scalars(config: PredictorConfig, output: Path) -> bool:
     return config.scalars
 
 
-def _fit_on_top(task: PredictorTask, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> list[Schedule]:
-    """Fit scalars on top of the predictor in `output`, into it; the schedules with those that these serve best."""
+def _fit_on_top(
+    task: PredictorTask,
+    output: Path,
+    run: dict[str, Any],
+    schedules: list[Schedule],
+    fitting: Fitting | None = None,
+) -> list[Schedule]:
+    """Fit scalars on top of the predictor in `output`, into it; the schedules with those that these serve best.
+    `fitting` are the runs for that, if they are there already."""
     grid, predictor = task.sampling.grid, serving_predictor(task, output)
     trained = lists_of(task) if task.config.pairs == "served" else []
     try:
-        found, scalars = fit_on_top(task, predictor, schedules, trained)
+        found, scalars = fit_on_top(task, predictor, schedules, trained, fitting)
     except UserError as error:
         if task.config.scalars:
             raise
@@ -292,10 +303,11 @@ def _save_on_top(output: Path, scalars: Multistep | None) -> None:
 
 def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, output: Path) -> list[Compared]:
     """Train a predictor by `pairs=served` for a student that is loaded, in float32, where it is: on the captions of a
-    bank but for the last `search_prompts`, on which it is compared with reuse under each list that it was trained with.
+    bank but for the last `search_prompts`, on which it is compared with reuse under each list that it was trained with,
+    and on which scalars on top of it are tried.
 
-    The folder `output` is a predictor's as of the command, with the best of those lists for each number of full steps
-    in place of searched ones. Goes on where an earlier call was stopped.
+    The folder `output` is a predictor's as of the command, where for each number of full steps the best of those lists
+    and of those that scalars serve better stands in place of searched ones. Goes on where an earlier call was stopped.
 
     Raises:
         UserError: no predictor can be trained for this student, or not as asked.
@@ -307,15 +319,17 @@ def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, ou
         task = task_of(loaded, config, None, (bank, {"clips": len(bank), "captions": bank.captions}))
         torch.manual_seed(config.seed)
         with task.trunk:
-            _train_served(task, output)
+            fitting = _train_served(task, output)
             found = _compare(task, output, [])
-        grid = task.sampling.grid
-        best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
-        schedules = [
-            Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times)
-            for each in best.values()
-        ]
-        run = _described(task, config, started) | {"compared": [each.record() for each in found]}
+            grid = task.sampling.grid
+            best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
+            schedules = [
+                Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times)
+                for each in best.values()
+            ]
+            run = _described(task, config, started) | {"compared": [each.record() for each in found]}
+            if _wants_scalars(config, output):
+                schedules = _fit_on_top(task, output, run, schedules, fitting)
         _finish(task, output, run, schedules)
     return found
 
@@ -328,22 +342,32 @@ def _train(task: PredictorTask, output: Path) -> None:
     _say_size(predictor, student)
     _shard(task, predictor, discriminator)
     predictor_loss = PredictorLoss(student, task.trunk, predictor, relative=config.relative)
-    _stage("mse", task, pairs, predictor_loss, output)
+    looks = config.mse.gates_every or config.adversarial.gates_every
+    measure = Shares(task, predictor, Starts.of(task, config.search_prompts)) if looks else None
+    _stage("mse", task, pairs, predictor_loss, output, measure)
     if config.adversarial.is_on:
         judged = PredictorLoss(student, task.trunk, predictor, discriminator, config.discriminator, config.relative)
-        _stage("adversarial", task, pairs, judged, output)
+        _stage("adversarial", task, pairs, judged, output, measure)
     _save(predictor, output)
 
 
-def _train_served(task: PredictorTask, output: Path) -> None:
-    """The one stage of `pairs=served`."""
+def _train_served(task: PredictorTask, output: Path) -> Fitting | None:
+    """The one stage of `pairs=served`; returns the runs that scalars were fitted to on the way, if they were."""
     config, passes = task.config, task.config.mse.accumulate * world()
-    _, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
+    tried, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
     predictor = start_predictor(task, learnt)
     _say_size(predictor, task.student)
     _shard(task, predictor)
-    _trained("mse", task, predictor, objective_of(task, learnt, passes), output)
+    fitting = fitting_runs(task) if config.scalars_every else None
+    fits = None
+    if fitting is not None:
+        lists, beneath = lists_of(task), Beneath(task.trunk, predictor)
+        runs, folder = fitting.runs.part(slice(config.runs)), output / CHECKPOINTS / "mse"
+        fits = Fits(runs, lists, beneath, folder, config.scalars_every, config.ridge)
+    measure = Shares(task, predictor, tried, fits)
+    _trained("mse", task, predictor, objective_of(task, learnt, passes, fits), output, measure)
     _save(predictor, output)
+    return fitting
 
 
 def _say_size(predictor: Predictor, student: Velocity) -> None:
@@ -391,7 +415,14 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
     return seen
 
 
-def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: PredictorLoss, output: Path) -> None:
+def _stage(
+    name: str,
+    task: PredictorTask,
+    pairs: Pairs,
+    predictor_loss: PredictorLoss,
+    output: Path,
+    measure: Shares | None,
+) -> None:
     config: TrainConfig = getattr(task.config, name)
     passes = config.accumulate * world()
     in_turn = name == "adversarial" and task.config.discriminator.in_turn
@@ -401,10 +432,17 @@ def _stage(name: str, task: PredictorTask, pairs: Pairs, predictor_loss: Predict
         turn = TURNS[step % len(TURNS)] if in_turn else None
         return predictor_loss(pairs.draw(index, config.batch_size, step, generator), turn)
 
-    _trained(name, task, predictor_loss, loss, output)
+    _trained(name, task, predictor_loss, loss, output, measure)
 
 
-def _trained(name: str, task: PredictorTask, model: nn.Module, loss: Loss, output: Path) -> None:
+def _trained(
+    name: str,
+    task: PredictorTask,
+    model: nn.Module,
+    loss: Loss,
+    output: Path,
+    measure: Shares | None = None,
+) -> None:
     config, shaping = getattr(task.config, name), _shaping(task, name)
     train(
         model,
@@ -415,6 +453,7 @@ def _trained(name: str, task: PredictorTask, model: nn.Module, loss: Loss, outpu
         title=f"predictor, {name}",
         settings=shaping,
         recorded=partial(_recorded, now=shaping),
+        measure=measure,
         rates={"discriminator": task.config.discriminator.learning_rate / config.learning_rate},
     )
 
@@ -494,7 +533,10 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
     budgets: dict[int, list[int]] = {}
     for schedule in sorted([*schedules, *kept], key=lambda s: (s.steps != steps, s.steps, s.budget)):
         budgets.setdefault(schedule.steps, []).append(schedule.budget)
-    card = predictor_card(student=task.config.student, command=COMMAND, config=run["config"], budgets=budgets)
+    learnt = learnt_by(run.get("compared", []), run.get("fitted", []))
+    card = predictor_card(
+        student=task.config.student, command=COMMAND, config=run["config"], budgets=budgets, learnt=learnt
+    )
     (output / README).write_text(card, encoding="utf-8")
     write_run(
         output,
@@ -509,6 +551,25 @@ def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: l
         fitted=run.get("fitted", []),
         **{SEARCHED: {key: asked for key, asked in run.get(SEARCHED, {}).items() if int(key) in budgets}},
     )
+
+
+def learnt_by(compared: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> list[str]:
+    """Lines of a card: what run.json says of the network alone, and of scalars on top of it."""
+    alone = [f"{_places(each)}: {each['error']:.3f}, {_share(each)} of reuse" for each in compared]
+    on_top = [
+        f"{_places(each)} of {each['steps']}, scalars on top: {each['error']:.3f}, {_share(each)} of reuse "
+        f"(scalars alone {each['scalars']:.3f}, network alone {each['network']:.3f})"
+        for each in fitted
+    ]
+    return [*alone, *on_top]
+
+
+def _places(each: Mapping[str, Any]) -> str:
+    return " ".join(map(str, each["full_steps"]))
+
+
+def _share(each: Mapping[str, Any]) -> str:
+    return "-" if each["of_reuse"] is None else f"{each['of_reuse']:.2f}"
 
 
 def _is_done(task: PredictorTask, output: Path, before: dict[str, Any], run: dict[str, Any]) -> bool:

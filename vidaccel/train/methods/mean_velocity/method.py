@@ -17,7 +17,15 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.processes import world
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.gates import MEAN_VELOCITY_PASSES, RUN_GUIDANCE, HeldOut, Measured, mean_velocity_gap_closed
+from vidaccel.train.gates import (
+    GRIDS,
+    MEAN_VELOCITY_GATES,
+    MEAN_VELOCITY_PASSES,
+    RUN_GUIDANCE,
+    HeldOut,
+    Measured,
+    mean_velocity_gap_closed,
+)
 from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
 from vidaccel.train.methods.mean_velocity.jvp import MeanVelocity
@@ -119,8 +127,9 @@ def _gates(task: Distillation, held_out: HeldOut) -> Measured:
     text = {name: tensor[:runs] for name, tensor in held_out.text.items()}
     low, high = task.config.guidance_range or (RUN_GUIDANCE, RUN_GUIDANCE)
     g = min(max(RUN_GUIDANCE, low), high)
+    grids = tuple(MEAN_VELOCITY_GATES) if held_out.brief else GRIDS
     closed = mean_velocity_gap_closed(
-        task.student, task.teacher, noise, text, task.shift, g, batch_size=held_out.batch_size
+        task.student, task.teacher, noise, text, task.shift, g, grids, batch_size=held_out.batch_size
     )
     return Measured(mean_velocity=closed)
 
