@@ -43,7 +43,7 @@ from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCALARS_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor, new_predictor
-from vidaccel.forecasters.multistep import Multistep
+from vidaccel.forecasters.multistep import HISTORY, Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
@@ -358,8 +358,10 @@ def _train_served(task: PredictorTask, output: Path) -> Fitting | None:
     predictor = start_predictor(task, learnt)
     _say_size(predictor, task.student)
     _shard(task, predictor)
-    fitting = fitting_runs(task) if config.scalars_every else None
-    fits = None
+    few = config.scalars is None and config.runs < 2 * HISTORY + 2  # the numbers of a step
+    if few and config.scalars_every:
+        log.warning("the network is trained alone: %d runs are too few to fit scalars to", config.runs)
+    fitting, fits = (fitting_runs(task) if config.scalars_every and not few else None), None
     if fitting is not None:
         lists, beneath = lists_of(task), Beneath(task.trunk, predictor)
         runs, folder = fitting.runs.part(slice(config.runs)), output / CHECKPOINTS / "mse"
