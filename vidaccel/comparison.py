@@ -29,7 +29,9 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
             is of another family.
     """
     stock = {field.name: field.default for field in fields(RuntimeConfig)}
-    plain = replace(config, **stock, **dict.fromkeys(SCHEDULED_BY), predictor=None, force=False, compare_to=None)
+    plain = replace(
+        config, **stock, **dict.fromkeys(SCHEDULED_BY), predictor=None, decoder=None, force=False, compare_to=None
+    )
     came_from = [config.compare_to] if config.compare_to else teachers(config.model, HINT)
     if config.student and not came_from:  # released weights are of the model whose place they take
         came_from = [config.model]

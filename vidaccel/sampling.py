@@ -69,6 +69,8 @@ class Generated:
     """Final ones, float32 [B, C, T, H, W], on the CPU."""
     guidance_2: float | None = None
     """CFG scale of the second of two transformers."""
+    decoder: str | None = None
+    """The distilled decoder that made the frames."""
 
     def summary(self) -> str:
         frames, height, width = self.frames.shape[1:4]
@@ -77,7 +79,8 @@ class Generated:
             reference = REFERENCE_PASSES * self.pass_seconds
             about = f"50 steps of two full passes take about {reference:.1f} s"
             seconds += f" ({about if self.seconds['denoise'] < reference else too_small(self.pass_seconds)})"
-        return f"{frames} frames {width}x{height}; {self.how()}; {seconds}, decoding {self.seconds['decode']:.1f} s"
+        by = f" by {self.decoder}" if self.decoder else ""
+        return f"{frames} frames {width}x{height}; {self.how()}; {seconds}, decoding {self.seconds['decode']:.1f} s{by}"
 
     def how(self) -> str:
         """Steps, passes and guidance."""
@@ -142,7 +145,8 @@ def generate(
     seconds = {"text": passes.first - started, "denoise": passes.last - passes.first, "decode": ended - passes.last}
     count, predicted, typical = len(passes.full) + passes.predicted, passes.predicted, float(np.median(passes.full))
     latents = final_latents(loaded, passes.latents, frames.shape[1:4])
-    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents, second)
+    by = loaded.decoder and loaded.decoder.source
+    return Generated(eight_bits(frames), steps, count, predicted, typical, scale, seconds, latents, second, by)
 
 
 def run_pipeline(

@@ -113,7 +113,9 @@ def session(
         _check_devices(config, files, target)
     pictures, said = fitted_images(files, config, images)
     whole = config.offload == "none"
-    loaded = load_pipeline(files, device=device, dtype=config.dtype, lora=config.lora or (), placed=whole)
+    loaded = load_pipeline(
+        files, device=device, dtype=config.dtype, lora=config.lora or (), placed=whole, decoder=config.decoder
+    )
     ran = runtime.prepare(loaded, config, target)
     if config.parallel.devices > 1:
         ran["parallel"] = _split(loaded, config, target)

@@ -141,5 +141,7 @@ def _free_name(method: MethodConfig, taken: Iterable[str]) -> str:
     for key in ("shift", "guidance", "guidance_2"):
         if (value := getattr(method, key)) is not None:
             name += f"-{key}-{value:g}"
+    if method.decoder is not None:
+        name += f"-{method.decoder.rstrip('/').rpartition('/')[2]}"
     taken = set(taken)
     return next(each for each in (name, *(f"{name} ({i})" for i in range(2, 1000))) if each not in taken)

@@ -27,8 +27,16 @@ from vidaccel.forecasters.learned import Predictor, predictor_at
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
+from vidaccel.models.decoder import read_decoder, with_decoder
 from vidaccel.models.grid import Grid, on_grid
-from vidaccel.models.loading import LoadedPipeline, load_named, local_path, resolve_device
+from vidaccel.models.loading import (
+    LoadedPipeline,
+    load_named,
+    local_path,
+    named_decoder,
+    read_model,
+    resolve_device,
+)
 from vidaccel.runtime.prepare import prepare
 
 NAMED = 3
@@ -47,6 +55,7 @@ class Models:
         self._pipelines: dict[tuple[str, ...], LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._made: dict[tuple, Forecaster] = {}
+        self._decoders: dict[tuple[str, str], nn.Module] = {}
         self._images: list[np.ndarray] | None = None
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
@@ -165,6 +174,23 @@ class Models:
         """The schedule of the row's budget, from the folder of its predictor; `UserError` where there is none."""
         return pick(schedules_of(self.predictor_folder(method)), method.budget, method.steps)
 
+    def check_decoder(self, method: MethodConfig) -> None:
+        """`UserError` where the row's distilled decoder is not there, or is not for its model's latents."""
+        assert method.decoder is not None
+        model = self.path(method)
+        named = self.config.model if local_path(model).is_file() else model  # which a released student is a file of
+        named_decoder(method.decoder, read_model(named or model))
+
+    def autoencoder(self, method: MethodConfig, loaded: LoadedPipeline) -> nn.Module:
+        """What makes the row's frames: the pipeline's own autoencoder, or that with the row's decoder."""
+        if method.decoder is None:
+            return loaded.pipe.vae
+        key = method.decoder, loaded.source
+        if key not in self._decoders:
+            files = read_decoder(local_path(method.decoder), method.decoder)
+            self._decoders[key] = with_decoder(loaded.pipe.vae, files)
+        return self._decoders[key]
+
     def parameters(self, method: MethodConfig, loaded: LoadedPipeline) -> int:
         """Of transformer, added embeddings and predictor."""
         denoisers = denoisers_of(loaded.pipe, loaded.family)
@@ -174,28 +200,49 @@ class Models:
 
     def modules(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
         """All that the row needs on the device: the whole pipeline, added embeddings and predictor."""
-        return [*_parts(loaded), *self._added(method, loaded)]
+        own = getattr(loaded.pipe, "vae", None)
+        parts = [self.autoencoder(method, loaded) if part is own else part for part in _parts(loaded)]
+        return [*parts, *self._added(method, loaded)]
 
     @contextmanager
     def running(self, method: MethodConfig, settings: dict[str, Any]) -> Iterator[LoadedPipeline]:
-        """The row's pipeline under its cache (with these settings), its forecaster, or nothing.
+        """The row's pipeline with its decoder, under its cache (with these settings), its forecaster, or nothing.
 
         Raises:
             Exception: whatever stands against it.
         """
         self.place(method)
-        loaded, grid = self.pipeline(method), Grid.listed(method.timesteps, method.sigmas)
+        loaded = self.pipeline(method)
+        with self.decoded(method, loaded), self._sampled(method, loaded, settings):
+            yield loaded
+
+    @contextmanager
+    def decoded(self, method: MethodConfig, loaded: LoadedPipeline) -> Iterator[None]:
+        """The pipeline with the row's decoder, for the time of a `with` block."""
+        if method.decoder is None:
+            yield
+            return
+        own = loaded.pipe.vae
+        loaded.pipe.vae = self.autoencoder(method, loaded)
+        try:
+            yield
+        finally:
+            loaded.pipe.vae = own
+
+    @contextmanager
+    def _sampled(self, method: MethodConfig, loaded: LoadedPipeline, settings: dict[str, Any]) -> Iterator[None]:
+        grid = Grid.listed(method.timesteps, method.sigmas)
         if method.cache is not None:
             with switched_on(loaded, method, settings):
-                yield loaded
+                yield
         elif method.full_count() == method.steps:
-            yield loaded
+            yield
         else:
             with (
                 on_grid(loaded.pipe, method.shift, grid),  # which a schedule has to fit
                 attach(loaded, predictor=self._forecaster(method, loaded), **self._schedule(method)),
             ):
-                yield loaded
+                yield
 
     def _added(self, method: MethodConfig, loaded: LoadedPipeline) -> list[nn.Module]:
         added: list[nn.Module] = _conditionings(loaded)
@@ -257,6 +304,7 @@ class Models:
                 yield from _parts(loaded)
                 yield from _conditionings(loaded)
         yield from self._predictors.values()
+        yield from self._decoders.values()
 
     @staticmethod
     def _park(modules: Iterable[nn.Module]) -> None:

@@ -42,11 +42,12 @@ def open_output_folder(
 
 
 def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dict[str, str]:
-    """SHA-256 of the run.json of each local model and predictor and of each LoRA file, by its role; a row's own by the
-    row's name."""
+    """SHA-256 of the run.json of each local model, predictor and decoder and of each LoRA file, by its role; a row's own
+    by its name."""
     roles = {role: getattr(config, role) for role in ("model", "student", "distilled", "predictor")}
     for name, method in methods.items():
         roles |= {f"{name}.model": method.model, f"{name}.predictor": method.predictor}
+        roles |= {f"{name}.decoder": method.decoder}
     files = {role: local_path(path) / RUN_FILE for role, path in roles.items() if path is not None}
     for name, lora in {"": config.lora, **{f"{name}.": method.lora for name, method in methods.items()}}.items():
         files |= {f"{name}lora.{i}": Adapter.parsed(each).file for i, each in enumerate(lora or ())}

@@ -27,7 +27,7 @@ from vidaccel.worlds import WORLDS, shipped_models, world
 
 log = logging.getLogger(__name__)
 
-OF_A_WORLD = ("student", "distilled", "predictor", "scorer")
+OF_A_WORLD = ("student", "distilled", "predictor", "decoder", "scorer")
 """Settings that may name what a world ships."""
 
 
@@ -60,7 +60,8 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
 
 def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
     """With the family of the model, the size that it or the student is made for where none is said, and as many scored
-    prompts as there are; without the shipped student, predictor and scorer where the model is not of their world."""
+    prompts as there are; without shipped student, predictor, decoder and scorer where the model is not of their
+    world."""
     assert config.model is not None
     planned_family(config)  # whose name is one, whatever the model's is
     loaded = models.pipeline(MethodConfig(model=config.model))
@@ -120,6 +121,8 @@ def resolved(methods: Mapping[str, MethodConfig], models: Models) -> Resolved:
         row = row if row.full_share is None else _of_a_share(row, models.predictor_folder(row))
         if row.budget is not None:
             models.searched(row)
+        if row.decoder is not None:
+            models.check_decoder(row)
         return row
 
     return _sorted_out(methods, fitting)

@@ -1,5 +1,6 @@
 """`distill --plan`: what distilling a model costs."""
 
+import pkgutil
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, embedding_width
 from vidaccel.train.distill import EVALUATION_PASSES, GATE_SHARE, LARGE, SHEET_PROMPTS, gate_samples
 from vidaccel.train.methods import method_of
-from vidaccel.train.methods.base import Method
+from vidaccel.train.methods.base import Method, OtherTraining
 from vidaccel.train.passes import Passes
 
 
@@ -44,8 +45,11 @@ def plan_distillation(
     Raises:
         UserError: nothing says how large the teacher is, or it makes no such videos.
     """
+    method = method_of(config.method)
+    if isinstance(method, OtherTraining):
+        return pkgutil.resolve_name(method.plan)(config, plan, conf, named)
     model = planned_model(config.teacher, plan, conf, named, asked_size(config))
-    costs, method, train = Costs(model), method_of(config.method), config.train
+    costs, train = Costs(model), config.train
     settings = config.own_settings
     target_passes: Passes = method.passes(settings if settings is None else method.resolved(settings))
     halves, low_rank = train.precision == "bfloat16", None

@@ -27,7 +27,7 @@ from vidaccel.config.defaults import default_conf
 def distill(
     overrides: Settings = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder of the student, its checkpoints and metrics.")
+        Path, typer.Option("-o", "--output", help="Folder of what is made, its checkpoints and metrics.")
     ] = Path("runs/student"),
     conf: Annotated[str | None, typer.Option("--conf", help=default_said("distill"), show_default=False)] = None,
     plan: Planning = False,
@@ -36,7 +36,7 @@ def distill(
     explain: Explain = None,
     debug: Debug = False,
 ) -> None:
-    """Distil a model, going on where an earlier run of the same command was stopped.
+    """Distil a model, or its decoder (method=decoder), going on where an earlier run of the same command was stopped.
 
     vidaccel distill teacher=path/to/model features=runs/features -o runs/cfg
 
@@ -53,7 +53,9 @@ def distill(
         show_plan(config, planned, conf or default_conf("distill", words), words)
         return
     if api.distill(config, output, device=device):
-        if (other := _undistilled(output, config.denoiser)) is None:
+        if config.method == "decoder":
+            typer.echo(f"{output}: the decoder; `vidaccel generate PROMPT decoder={output}` decodes with it")
+        elif (other := _undistilled(output, config.denoiser)) is None:
             typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
             typer.echo(f"to share: {output} without checkpoints/ and samples/")
         else:

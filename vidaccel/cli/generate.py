@@ -243,6 +243,8 @@ def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dic
 
     apart = ("seed", "compare_to", "offload")  # said for each video, or what changes none
     config = {name: value for name, value in to_dict(ready.config).items() if name not in apart}
+    if config["decoder"] is None:  # which earlier versions did not know
+        del config["decoder"]
     common = {"vidaccel": __version__, "config": config, "hashes": _hashes(ready), "full_steps": _full_steps(ready)}
     common["dtype"] = str(next(denoisers_of(ready.loaded.pipe, ready.loaded.family)[0].parameters()).dtype)
     pictures = [sha256_file(image) for image in images] or [None]
@@ -352,6 +354,7 @@ def _report(
         "passes": last["passes"],
         "full_steps": _full_steps(ready),
         "predictor": config.predictor,
+        "decoder": config.decoder,
         "shift": None if listed else config.shift or shift_of(loaded.pipe.scheduler, loaded.family),
         "times": listed and list(listed.times),
         "guidance": last["guidance"],
@@ -372,7 +375,12 @@ def _full_steps(ready: "Session") -> list[int] | None:
 def _hashes(ready: "Session") -> dict[str, str]:
     from vidaccel.forecasters.checkpoint import predictor_hashes
 
-    return {**ready.loaded.hashes, **predictor_hashes(ready.config.predictor)}
+    decoder = ready.loaded.decoder
+    return {
+        **ready.loaded.hashes,
+        **predictor_hashes(ready.config.predictor),
+        **(decoder.hashes if decoder else {}),
+    }
 
 
 def _told_apart(words: list[str], prompt: str | None, file: Path | None) -> tuple[list[str], list[str]]:

@@ -146,12 +146,26 @@ def encode_videos(autoencoder: nn.Module, videos: Tensor, at_once: int = 1) -> T
     """
     parts = videos.to(autoencoder.device, autoencoder.dtype).split(at_once)
     mean = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts]).float()
+    centre, spread, factor = _statistics(autoencoder, mean)
+    return mean * factor if centre is None else (mean - centre) * factor / spread
+
+
+def decodable(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Latents [B, C, T, H, W] in the transformer's units -> as the autoencoder decodes them, float32: what
+    `encode_videos` did to them undone."""
+    latents = latents.float()
+    centre, spread, factor = _statistics(autoencoder, latents)
+    return latents / factor if centre is None else latents * spread / factor + centre
+
+
+def _statistics(autoencoder: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
+    """Centre and spread of an autoencoder's latents, [C, 1, 1, 1] where it has them, and its scaling factor."""
     config, buffers = autoencoder.config, dict(autoencoder.named_buffers())
     statistics = [config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std")]
     if statistics[0] is None:
-        return mean * config.scaling_factor
-    centre, spread = (torch.as_tensor(each).to(mean).view(-1, 1, 1, 1) for each in statistics)
-    return (mean - centre) * config.get("scaling_factor", 1.0) / spread
+        return None, None, config.scaling_factor
+    centre, spread = (torch.as_tensor(each).to(like).view(-1, 1, 1, 1) for each in statistics)
+    return centre, spread, config.get("scaling_factor", 1.0)
 
 
 def encode_samples(

@@ -128,6 +128,8 @@ class MethodConfig:
     predictor: str | None = None
     """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep, of schedules alone where
     there is nothing to train."""
+    decoder: str | None = None
+    """The folder of the distilled decoder that makes this row's frames, in place of the benchmark's."""
 
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
@@ -228,6 +230,9 @@ class BenchmarkConfig(RuntimeConfig):
     student sampled with r = t."""
     predictor: str | None = None
     """Folder of the trained predictor, or a shipped one (sprites/predictor)."""
+    decoder: str | None = None
+    """Folder of a distilled decoder that makes the frames of all rows but the baseline; null is the autoencoder's
+    own."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Arguments of the family's transformer class that are not its defaults."""
     compression: list[int] = field(default_factory=lambda: [4, 8])
@@ -375,7 +380,13 @@ class BenchmarkConfig(RuntimeConfig):
                 raise UserError(f'there is no method "{name}"', nearest(name, self.methods))
         rows = {}
         for name in names:
-            rows[name] = self.methods[name]
+            rows[name] = row = self._decoded(name)
             if swept:
-                rows |= {name + suffix: row for suffix, row in self.methods[name].swept().items()}
+                rows |= {name + suffix: other for suffix, other in row.swept().items()}
         return rows
+
+    def _decoded(self, name: str) -> MethodConfig:
+        """The row of that name with the decoder that it gets."""
+        row = self.methods[name]
+        own = row.decoder is not None or self.decoder is None or name == self.baseline
+        return row if own else replace(row, decoder=self.decoder)

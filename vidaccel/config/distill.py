@@ -32,7 +32,7 @@ class DistillConfig:
     """`vidaccel distill`. Each method's own settings are a group of its name, which other methods do not read."""
 
     method: str = "cfg"
-    """`cfg` (two-pass guidance into one pass) or `mean_velocity` (few steps)."""
+    """`cfg` (two-pass guidance into one pass), `mean_velocity` (few steps) or `decoder` (a narrower decoder)."""
     teacher: str = "sprites/teacher"
     """The model to distil: shipped, a local folder, or a hub id."""
     lora: list[str] | None = None
@@ -42,9 +42,11 @@ class DistillConfig:
     """Which of two transformers is distilled (Wan 2.2 A14B): `transformer`, then, from the folder that this made,
     `transformer_2`; null where there is one."""
     start: str | None = None
-    """A student of this teacher by this method, whose weights are trained further; null starts from the teacher's."""
+    """A student of this teacher by this method (of `decoder` a decoder's folder), whose weights are trained further;
+    null starts from the teacher's."""
     features: str | None = None
-    """A folder of encoded clips from `vidaccel collect-features`; null encodes while training."""
+    """A folder of encoded clips from `vidaccel collect-features` (of `decoder` of trajectories too, whose last latents
+    are taken); null encodes while training."""
     on_damage: str = "stop"
     """At a damaged shard of it: `stop`, or `skip` to go on without."""
     data: str | None = None

@@ -177,6 +177,18 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """What sizes the decoder of the family's autoencoder, by the keys of its diffusers config."""
+
+    widths: str
+    """Channels: a list of those of each level, or one number that all levels have multiples of."""
+    depth: str
+    """Residual blocks of each level: one number, or a list."""
+    base: str | None = None
+    """The key that says the widths where they are null."""
+
+
+@dataclass(frozen=True)
 class DiTFamily:
     """One family of video diffusion transformers."""
 
@@ -250,6 +262,8 @@ class DiTFamily:
     """Whether the autoencoder takes several videos at once."""
     chunked_autoencoder: str | None = None
     """diffusers class of its autoencoder, where that goes through time in chunks, all of which take the same."""
+    decoder: DecoderConfig | None = None
+    """What makes its decoder narrower; None where nobody has tried."""
     blank_inputs: tuple[BlankInput, ...] = ()
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
     conditions: tuple[Condition, ...] = ()

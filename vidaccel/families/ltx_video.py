@@ -7,6 +7,7 @@ small. The autoencoder of 0.9.1 and later takes the last step of denoising itsel
 
 from vidaccel.families.base import (
     BlockList,
+    DecoderConfig,
     Denoiser,
     DiTFamily,
     Guidance,
@@ -85,4 +86,5 @@ LTX_VIDEO = DiTFamily(
     static_embedders=("rope", "caption_projection"),
     # diffusers' own plan (0.42.1) splits the text as well, and fails on its mask.
     split=SequenceSplit(outputs={"rope": (1, 1), "proj_in": (1,)}, local=("attn2",)),
+    decoder=DecoderConfig("decoder_block_out_channels", "decoder_layers_per_block"),
 )

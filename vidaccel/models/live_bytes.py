@@ -97,3 +97,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+class Unwritten(TorchFunctionMode):
+    """Leaves writes into parts of a tensor out: HunyuanVideo-1.5 makes its mask by one for each token."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is Tensor.__setitem__ else func(*args, **(kwargs or {}))

@@ -30,6 +30,7 @@ from vidaccel.file_hashes import FileHashes
 from vidaccel.models.adapters import Adapter, add_adapters, check_denoisers
 from vidaccel.models.calling import guidance_in_force, second_guidance, set_guidance, warn_of_guidance
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.decoder import DecoderFiles, check_decoder, read_decoder, with_decoder
 from vidaccel.models.decoding import speed_up
 from vidaccel.models.folder import (
     ModelFolder,
@@ -80,6 +81,8 @@ class LoadedPipeline:
     """How its latents become frames: `auto`, `tiled` or `whole` (runtime/decode.py)."""
     devices: DeviceMesh | None = None
     """Of one dimension: the processes that make a video together, each with this pipeline."""
+    decoder: DecoderFiles | None = None
+    """The distilled decoder that its autoencoder decodes with, if not its own."""
 
     def default(self, name: str) -> Any:
         """A field of `SamplingDefaults` (steps, guidance, fps, ...): the model's own value, else its family's."""
@@ -119,6 +122,7 @@ def load_pipeline(
     placed: bool = True,
     lora: Sequence[str] = (),
     student: str | Path | None = None,
+    decoder: str | Path | None = None,
 ) -> LoadedPipeline:
     """Load a model after checking that it is whole and supported.
 
@@ -134,10 +138,11 @@ def load_pipeline(
             transformer:FILE:SCALE or transformer_2:FILE:SCALE.
         student: a file of weights that others have released, in the place of the transformer's; `read_model` was given
             it where that has been called.
+        decoder: the folder of a distilled decoder, in the place of the autoencoder's own.
 
     Raises:
-        UserError: the model, the student or a LoRA cannot be found, is broken, foreign or a pickle, or the device is
-            not there.
+        UserError: the model, the student, a LoRA or the decoder cannot be found, is broken, foreign or a pickle, or the
+            device is not there.
     """
     target = resolve_device(device)
     if dtype not in ("auto", *DTYPES):
@@ -146,6 +151,7 @@ def load_pipeline(
     files = model if isinstance(model, ModelFiles) else read_model(model, student)
     check_denoisers(files.contents.family, adapters)
     modules = dict(given or {})
+    narrow = None if decoder is None else named_decoder(decoder, files)
     denoisers = [denoiser.attribute for denoiser in files.contents.family.denoisers]
     if len(denoisers) == 1:  # whose name then changes neither what is added nor what the model is known by
         adapters = [replace(each, denoiser=None) for each in adapters]
@@ -153,16 +159,18 @@ def load_pipeline(
     if files.student is not None:
         component = files.contents.components[denoisers[0]]
         config = read_json(component.folder / component.config_name)
-        stored_in = _dtype([files.student.file], denoiser_dtype or dtype, target)
+        stored_in = stored_dtype([files.student.file], denoiser_dtype or dtype, target)
         modules[denoisers[0]], conditioning = released_student(
             files.student, component.cls, config, files.contents.family, stored_in
         )
     for component in files.contents.components.values():
         if component.is_module and component.name not in modules:
             wanted = denoiser_dtype if denoiser_dtype and component.name in denoisers else dtype
-            modules[component.name] = load_module(component, _dtype(component.weight_files, wanted, target))
+            modules[component.name] = load_module(component, stored_dtype(component.weight_files, wanted, target))
             if component.name == "vae":
                 speed_up(modules["vae"])
+    if narrow is not None:
+        modules["vae"] = with_decoder(modules["vae"], narrow)
     if files.contents.lora:
         merge_adapter(modules[denoisers[0]], files.contents.lora)
     pipe, family = _assemble(files.contents, modules), files.contents.family
@@ -173,9 +181,17 @@ def load_pipeline(
     hashes = _hashes(files.contents, adapters, files.student) if adapters else files.hashes
     parts = _said_by_parts(pipe, family)
     loaded = LoadedPipeline(pipe, family, files.source, files.call, hashes, parts=parts, trunk=trunk)
+    loaded.decoder = narrow
     if files.student is not None:
         return _as_released(loaded, files.student, conditioning)
     return _as_saved(loaded, files.contents)
+
+
+def named_decoder(decoder: str | Path, files: "ModelFiles") -> DecoderFiles:
+    """The decoder of that name or in that folder, for a model; `UserError` where it is not whole or for another."""
+    found, vae = read_decoder(local_path(decoder), str(decoder)), files.contents.components["vae"]
+    check_decoder(found, vae.cls, read_json(vae.folder / vae.config_name), files.hashes, files.source)
+    return found
 
 
 def load_named(student: str | Path, model: str | Path | None, **how: Any) -> LoadedPipeline:
@@ -251,7 +267,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _dtype(files: Sequence[Path], name: str, device: torch.device) -> torch.dtype:
+def stored_dtype(files: Sequence[Path], name: str, device: torch.device) -> torch.dtype:
     """The dtype to hold a module in; "auto" on cuda is the one that most bytes of its weights are stored in."""
     if name != "auto":
         return DTYPES[name]

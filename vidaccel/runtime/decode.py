@@ -22,14 +22,13 @@ from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import compression_of, latent_size
-from vidaccel.models.live_bytes import FusedAttention, LiveBytes, weight_bytes
+from vidaccel.models.live_bytes import FusedAttention, LiveBytes, Unwritten, weight_bytes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.runtime.shared_tiles import sharing_tiles
 
@@ -147,18 +146,11 @@ def _traced(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
             z, told = torch.empty(*latent[:2], some, *latent[3:], dtype=vae.dtype), {}
             if vae.config.get("timestep_conditioning"):
                 told["temb"] = torch.empty(len(z), dtype=vae.dtype)
-            with torch.no_grad(), LiveBytes() as live, FusedAttention(), _Unwritten():
+            with torch.no_grad(), LiveBytes() as live, FusedAttention(), Unwritten():
                 frames = blank.decode(z, **told).sample
         whole = frames.nbytes * frames_of // some
         known[latent] = live.peak + 2 * (whole - frames.nbytes), whole
     return known[latent]
-
-
-class _Unwritten(TorchFunctionMode):
-    """Leaves writes into parts of a tensor out: HunyuanVideo-1.5 makes its mask by one for each token."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if func is Tensor.__setitem__ else func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -54,7 +54,7 @@ from vidaccel.processes import locked_by_first, processes, rank, world
 from vidaccel.sampling import generate
 from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.methods import METHODS, method_of
-from vidaccel.train.methods.base import Data, Distillation, Method
+from vidaccel.train.methods.base import Data, Distillation, Method, OtherTraining
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.own_call import called_as_told, own_scale, say_sources, warn_of_scale, with_scales
 from vidaccel.train.parallel import full_state, shard
@@ -98,9 +98,14 @@ def distill(config: DistillConfig, output: Path, device: str = "auto", clips: Cl
         UserError: teacher, data and settings do not go together, or cannot be read.
         TrainingFailed: the training did not stay finite.
     """
-    check_output(output, MODEL)
+    method = method_of(config.method)
+    other = isinstance(method, OtherTraining)
+    check_output(output, method.format if other else MODEL)
     with processes(), locked_by_first(output):
-        _distill(config, output, device, clips)
+        if other:
+            method.run(config, output, device)
+        else:
+            _distill(config, output, device, clips)
         return rank() == 0
 
 

@@ -1,6 +1,7 @@
 """Methods are found by their line in one table, and their settings without torch."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import distill
 from vidaccel.train.methods import METHODS, Entry, method_of
-from vidaccel.train.methods.base import Method
+from vidaccel.train.methods.base import Method, OtherTraining
 from vidaccel.train.methods.mean_velocity.settings import TARGETS, MeanVelocityTraining
 from vidaccel.train.methods.mean_velocity.target import Target
 
@@ -34,7 +35,10 @@ def schema(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_each_line_names_a_method(name):
     method, config = method_of(name), DistillConfig(method=name)
-    assert isinstance(method, Method) and method.embeds in ("r", "g")
+    if isinstance(method, OtherTraining):
+        assert callable(method.run) and callable(pkgutil.resolve_name(method.plan)) and method.format.endswith("/1")
+    else:
+        assert isinstance(method, Method) and method.embeds in ("r", "g")
     assert (config.own_settings is None) == (METHODS[name].settings is None)
 
 
@@ -76,7 +80,7 @@ def test_its_settings_are_a_group_in_yaml_and_in_overrides(schema, tmp_path, cap
 def test_a_method_that_is_not_there():
     with pytest.raises(UserError, match="method='toy' is not possible") as error:
         DistillConfig(method="toy")
-    assert error.value.hint == "method is cfg or mean_velocity"
+    assert error.value.hint == "method is cfg or decoder or mean_velocity"
 
 
 def test_a_run_does_not_care_for_the_settings_of_other_methods(world, schema, tmp_path):  # noqa: F811

@@ -5,7 +5,16 @@ It predicts v of a diffusion process, is sampled by DDIM with timesteps of its o
 the 2B model, which adds positions to the tokens). The embedding of its timestep is narrower than its tokens.
 """
 
-from vidaccel.families.base import BlockList, Denoiser, DiTFamily, Guidance, SamplingDefaults, SizedInput, TextTensor
+from vidaccel.families.base import (
+    BlockList,
+    DecoderConfig,
+    Denoiser,
+    DiTFamily,
+    Guidance,
+    SamplingDefaults,
+    SizedInput,
+    TextTensor,
+)
 from vidaccel.families.costs import Argument, BlockCosts, FamilyCosts
 
 COGVIDEOX = DiTFamily(
@@ -62,4 +71,5 @@ COGVIDEOX = DiTFamily(
     chunked_autoencoder="AutoencoderKLCogVideoX",
     sized_inputs=(SizedInput("image_rotary_emb", function="vidaccel.families.cogvideox.rotary:rotations"),),
     static_embedders=("patch_embed.text_proj",),
+    decoder=DecoderConfig("block_out_channels", "layers_per_block"),
 )

@@ -5,6 +5,7 @@ What HunyuanVideo-1.5 has in common with it is named here and used there.
 
 from vidaccel.families.base import (
     BlockList,
+    DecoderConfig,
     Denoiser,
     DiTFamily,
     Guidance,
@@ -111,4 +112,5 @@ HUNYUAN_VIDEO = DiTFamily(
     chunked_autoencoder="AutoencoderKLHunyuanVideo",
     split=SPLIT,
     fused="vidaccel.families.hunyuan_video.fused",
+    decoder=DecoderConfig("block_out_channels", "layers_per_block"),
 )

@@ -4,7 +4,15 @@ diffusers' `TransformerBlockRegistry` does not know its blocks (0.42), and its p
 a transformer built with `use_meanflow` takes. Defaults are those of the 480p model.
 """
 
-from vidaccel.families.base import BlankInput, Denoiser, DiTFamily, Guidance, SamplingDefaults, TextTensor
+from vidaccel.families.base import (
+    BlankInput,
+    DecoderConfig,
+    Denoiser,
+    DiTFamily,
+    Guidance,
+    SamplingDefaults,
+    TextTensor,
+)
 from vidaccel.families.costs import Argument, FamilyCosts
 from vidaccel.families.hunyuan_video import (
     CONDITIONING_LAYERS,
@@ -69,4 +77,5 @@ HUNYUAN_VIDEO_15 = DiTFamily(
     split=SPLIT,
     fused="vidaccel.families.hunyuan_video_15.fused",
     needs_mask=True,
+    decoder=DecoderConfig("block_out_channels", "layers_per_block"),
 )

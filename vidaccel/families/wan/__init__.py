@@ -6,6 +6,7 @@ from it. Defaults are those of the 480p models.
 
 from vidaccel.families.base import (
     BlockList,
+    DecoderConfig,
     Denoiser,
     DiTFamily,
     Guidance,
@@ -63,4 +64,5 @@ WAN = DiTFamily(
     chunked_autoencoder="AutoencoderKLWan",
     split=SequenceSplit(),
     fused="vidaccel.families.wan.fused",
+    decoder=DecoderConfig("decoder_base_dim", "num_res_blocks", base="base_dim"),
 )

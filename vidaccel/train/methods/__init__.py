@@ -19,6 +19,7 @@ class Entry(NamedTuple):
 
 METHODS = {
     "cfg": Entry("vidaccel.train.methods.cfg:METHOD"),
+    "decoder": Entry("vidaccel.train.methods.decoder.method:METHOD", "vidaccel.train.methods.decoder:DecoderTraining"),
     "mean_velocity": Entry(
         "vidaccel.train.methods.mean_velocity.method:METHOD",
         "vidaccel.train.methods.mean_velocity.settings:MeanVelocityTraining",

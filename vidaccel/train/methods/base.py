@@ -5,6 +5,7 @@ B batch, C channels, T frames, H and W latent pixels
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ class Distillation:
             t = self.span[0] + (self.span[1] - self.span[0]) * t
         g = sample_guidance(size, *self.config.guidance_range, generator)
         return x_0, eps, t.to(device), g.to(device), text
+
+
+@dataclass(frozen=True)
+class OtherTraining:
+    """A method that trains something else than a model's transformer, as the line of it in `METHODS` names it."""
+
+    run: Callable[[DistillConfig, Path, str], None]
+    """All of `vidaccel distill`: settings, the folder, which is locked, and a device."""
+    format: str
+    """Of the folder that it makes."""
+    plan: str
+    """What works out its `--plan`, as "module:name", called as `bench.plan_distill.plan_distillation`."""
 
 
 @dataclass(frozen=True)
