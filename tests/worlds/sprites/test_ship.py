@@ -22,9 +22,12 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
 from vidaccel.models.conditioning import embedding_width
+from vidaccel.models.decoder import autoencoder_hash, write_decoder
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate, predicted_steps
+from vidaccel.train.methods.decoder import DecoderTraining
+from vidaccel.train.methods.decoder.method import student_of
 from vidaccel.worlds.sprites import SHIPPED
 from vidaccel.worlds.sprites.__main__ import app
 
@@ -249,6 +252,31 @@ def test_a_student_of_another_model_is_refused(made, tmp_path):
         in output
     )
     assert not (tmp_path / "shipped").exists()
+
+
+def test_a_decoder_gets_a_card_and_decodes_as_before(tmp_path):
+    teacher = load_pipeline("sprites/teacher")
+    settings = DecoderTraining(widths=[2, 2, 4, 4], layers_per_block=0)
+    write_decoder(tmp_path / "made", student_of(teacher.pipe.vae, teacher.family, settings), torch.float16)
+    config = asdict(DistillConfig(method="decoder", decoder=settings))
+    save_metrics(tmp_path / "more", step=7, seconds=120.0, loss=0.25, skipped=3)
+    (tmp_path / "more" / "metrics.jsonl").rename(tmp_path / "made" / "metrics.jsonl")
+    of = {"family": "hunyuan_video", "autoencoder": autoencoder_hash(teacher.hashes)}
+    of |= {"measured": {"psnr_db": 31.25, "clips": 16}}
+    common = {"command": "vidaccel distill", "config": config, "seed": 0, "started": STARTED}
+    write_run(tmp_path / "made", format="decoder/1", **common, **of)
+    words = ["--decoder", tmp_path / "made", "--decoder-remark", "Halted twice.", "-o", tmp_path / "shipped"]
+    assert "decoder, with a card each" in run("ship", *words)
+    shipped, run_file = tmp_path / "shipped" / "decoder", read_run(tmp_path / "shipped" / "decoder", "decoder/1")
+    verify_files(shipped, run_file)
+    assert {key: run_file[key] for key in of} == of
+    card = (shipped / "README.md").read_text()
+    assert "in place of 1,488,355, channels [2, 2, 4, 4] of [16, 24, 48, 64]. 31.2 dB" in card
+    assert "Halted twice." in card and "| decoder | 7 | 2 | 0.2500 | 3 |" in card
+    latent = torch.randn(1, 16, 1, 8, 8)
+    before, after = (load_pipeline("sprites/student", decoder=each) for each in (tmp_path / "made", shipped))
+    with torch.no_grad():
+        assert torch.equal(*(each.pipe.vae.decode(latent).sample for each in (before, after)))
 
 
 def test_an_unfinished_folder_is_refused(made, tmp_path):

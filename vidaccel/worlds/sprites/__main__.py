@@ -25,7 +25,7 @@ from vidaccel.worlds.sprites.make import make_model
 from vidaccel.worlds.sprites.render import render, to_uint8
 from vidaccel.worlds.sprites.score_model import score_model
 from vidaccel.worlds.sprites.settings import CONF, SpritesConfig
-from vidaccel.worlds.sprites.ship import ship_predictor, ship_scalars, ship_student
+from vidaccel.worlds.sprites.ship import ship_decoder, ship_predictor, ship_scalars, ship_student
 from vidaccel.worlds.sprites.world import FPS, random_scene
 
 app = typer.Typer(help="The sprites world: make its model, render its clips, score a model.", no_args_is_help=True)
@@ -89,7 +89,7 @@ def score(
     quiet_libraries()
     config = configuration.load("generate", GenerateConfig, "teacher", [f"model={model}", *(overrides or [])])
     with processes(), locked_by_first(output):
-        loaded = load_pipeline(config.model, device=device, dtype=config.dtype)
+        loaded = load_pipeline(config.model, device=device, dtype=config.dtype, decoder=config.decoder)
         summary = score_model(loaded, config, prompts, output, lamps)
     for name, score in summary.items():
         typer.echo(f"{name:24} {score['mean']:6.2f}  [{score['low']:.2f}, {score['high']:.2f}]")
@@ -103,6 +103,7 @@ def ship(
     scalars: Annotated[
         Path | None, typer.Option(help="A `vidaccel train-predictor forecaster=multistep` folder.")
     ] = None,
+    decoder: Annotated[Path | None, typer.Option(help="A `vidaccel distill method=decoder` folder.")] = None,
     distilled: Annotated[
         Path | None, typer.Option(help="The CFG-distilled teacher of the student; not kept, unless it is given.")
     ] = None,
@@ -110,19 +111,22 @@ def ship(
     remark: Annotated[str, typer.Option(help="What the student's card is to say of its training as well.")] = "",
     predictor_remark: Annotated[str, typer.Option(help="The same of the predictor's.")] = "",
     scalars_remark: Annotated[str, typer.Option(help="The same of the scalars'.")] = "",
+    decoder_remark: Annotated[str, typer.Option(help="The same of the decoder's.")] = "",
     machine: Annotated[str | None, typer.Option(help="What the student was trained on, if not this machine.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder with one for each.")] = Path("runs/shipped"),
     debug: Debug = False,
 ) -> None:
     """Put what was distilled from the shipped teacher into the form that it ships in, with cards: what is named."""
-    made = {"student": student, "predictor": predictor, "scalars": scalars}
+    made = {"student": student, "predictor": predictor, "scalars": scalars, "decoder": decoder}
     named = [name for name, folder in made.items() if folder is not None]
     if not named:
-        raise UserError("nothing to ship is named", "name some of --student, --predictor and --scalars")
+        raise UserError("nothing to ship is named", "name some of --student, --predictor, --scalars and --decoder")
     if student is not None:
         ship_student(student, distilled, results, remark, output / "student", machine)
     if predictor is not None:
         ship_predictor(predictor, results, output / "predictor", predictor_remark)
     if scalars is not None:
         ship_scalars(scalars, output / "scalars", scalars_remark)
+    if decoder is not None:
+        ship_decoder(decoder, output / "decoder", decoder_remark)
     typer.echo(f"{output}: {', '.join(named)}, with a card each")

@@ -42,7 +42,11 @@ def score_model(
     settings = {
         "prompts": prompts,
         "config": configuration.to_dict(config),
-        "hashes": {**loaded.hashes, **predictor_hashes(config.predictor)},
+        "hashes": {
+            **loaded.hashes,
+            **predictor_hashes(config.predictor),
+            **(loaded.decoder.hashes if loaded.decoder else {}),
+        },
     } | ({"lamps": True} if lamps else {})
     texts = SpritesScorer(lamps).held_out_prompts(prompts)
     with predicted_steps(loaded, config) as attachment:

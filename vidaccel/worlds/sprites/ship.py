@@ -1,14 +1,16 @@
-"""A student of the shipped teacher, its predictor and its fitted scalars, as the package has them.
+"""A student of the shipped teacher, its predictor, its fitted scalars and a decoder, as the package has them.
 
     student/     the transformer, conditioning/ and scheduler/; run.json names sprites/teacher for the rest
     predictor/   as `vidaccel train-predictor` left it
     scalars/     as `vidaccel train-predictor forecaster=multistep` left them
+    decoder/     as `vidaccel distill method=decoder` left it
 
 Each has a card with how it was made and what a results.json of `vidaccel benchmark` says about it. No weight changes,
 and so neither does the identity by which a predictor knows its student.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,6 +27,10 @@ from vidaccel.forecasters.checkpoint import CONFIG_FILE, SCALARS_FILE, SCHEDULE_
 from vidaccel.forecasters.checkpoint import FORMAT as PREDICTOR
 from vidaccel.forecasters.multistep import FORMAT as SCALARS
 from vidaccel.forecasters.multistep import Multistep
+from vidaccel.models.decoder import ENCODING, check_decoder, read_decoder
+from vidaccel.models.decoder import FORMAT as DECODER
+from vidaccel.models.decoder import WEIGHTS_FILE as DECODER_WEIGHTS
+from vidaccel.models.folder import read_json, safetensors_header
 from vidaccel.models.loading import read_model
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
@@ -44,6 +50,10 @@ number of full steps, those that the search found. Licence: Apache-2.0."""
 NO_PASS = """\
 Fitted scalars: on the steps that are not full they give a velocity of sprites/student from the last ones and their
 latents, without a pass of it, for guidance from {low:g} to {high:g}. Licence: Apache-2.0."""
+NARROW = """\
+Decodes latents of sprites/teacher and sprites/student in the place of their own decoder, whose frames it was taught:
+{ours:,} parameters in place of {theirs:,}, channels {narrow} of {wide}. {psnr:.1f} dB to those frames on {clips} clips
+that it was not trained on. Licence: Apache-2.0."""
 ERRORS = [
     "Error of the final latents beside a run of full steps alone, on prompts and noise that nothing was fitted to, by",
     "which each list was chosen among the tried; and its share of that of the last full step's velocity given again.",
@@ -141,6 +151,34 @@ def ship_scalars(scalars: Path, output: Path, remark: str = "") -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
         told = {key: run[key] for key in ("searched_on", "compared") if key in run}
         _finish(folder, run, SCALARS, run["parents"], **told)
+
+
+def ship_decoder(decoder: Path, output: Path, remark: str = "") -> None:
+    """Write the decoder to `output`, with its card; arguments and errors as for `ship_student`."""
+    found, teacher = read_decoder(decoder), read_model(TEACHER)
+    component, run = teacher.contents.components["vae"], found.run
+    wide = read_json(component.folder / component.config_name)
+    check_decoder(found, component.cls, wide, teacher.hashes, TEACHER)
+    command = _command(f"distill --conf sprites/decoder -o {decoder}", run, "features")
+    sizes = [
+        sum(math.prod(shape) for name, (_, shape) in safetensors_header(file).items() if not name.startswith(ENCODING))
+        for file in (found.folder / DECODER_WEIGHTS, *component.weight_files)
+    ]
+    about = NARROW.format(
+        ours=sizes[0],
+        theirs=sum(sizes[1:]),
+        narrow=found.config["block_out_channels"],
+        wide=wide["block_out_channels"],
+        psnr=run["measured"]["psnr_db"],
+        clips=run["measured"]["clips"],
+    )
+    with atomic_folder(output) as folder:
+        for name in (CONFIG_FILE, DECODER_WEIGHTS):
+            shutil.copy(found.folder / name, folder / name)
+        card = _card("sprites/decoder", about, {"decoder": (command, run, decoder / METRICS)}, [], [remark])
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        told = {key: run[key] for key in ("family", "autoencoder", "measured")}
+        _finish(folder, run, DECODER, run["parents"], **told)
 
 
 def _command(words: str, run: Mapping[str, Any], *keys: str) -> str:
