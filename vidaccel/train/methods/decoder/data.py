@@ -78,7 +78,9 @@ class Lessons:
 
     def __init__(self, latents: Latents, vae: Any, settings: DecoderTraining, seed: int):
         self.latents, self.vae, self.settings, self.seed = latents, vae, settings, seed
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._kept: dict[int, Tensor] = {}
+        """Latents, by their index, and in `_frames` the teacher's frames of them."""
+        self._frames: dict[int, Tensor] = {}
         self._room = settings.kept * GIB
 
     def draw(self, index: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -96,35 +98,25 @@ class Lessons:
 
     def of(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The same of those latents, whole."""
-        missing = [i for i in chosen if i not in self._kept or self._kept[i][1] is None]
-        made = dict(zip(missing, self._made(missing), strict=True)) if missing else {}
-        pairs = [made[i] if i in made else self._kept[i] for i in chosen]
+        z, missing = self._latents_of(chosen), [place for place, i in enumerate(chosen) if i not in self._frames]
+        made = dict(zip(missing, self._pair(z[missing])[1].half(), strict=True)) if missing else {}
+        for place, frames in made.items():
+            self._keep(self._frames, chosen[place], frames)
+        frames = [made[place] if place in made else self._frames[i] for place, i in enumerate(chosen)]
         # In float32 before they are stacked: autocast to bfloat16 refuses float16.
-        z, frames = (torch.stack([pair[k].float() for pair in pairs]).to(self.vae.device) for k in (0, 1))
-        return z, frames
-
-    def _made(self, missing: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        z, frames = self._pair(self._latents_of(missing))
-        pairs = list(zip(z, frames.half(), strict=True))
-        for i, (latent, video) in zip(missing, pairs, strict=True):
-            self._keep(i, latent, video)
-        return pairs
+        return z, torch.stack([each.float() for each in frames]).to(self.vae.device)
 
     def _latents_of(self, chosen: Sequence[int]) -> Tensor:
         missing = [i for i in chosen if i not in self._kept]
         read = dict(zip(missing, self.latents.read(missing), strict=True)) if missing else {}
         for i, latent in read.items():
-            self._keep(i, latent, None)
-        return torch.stack([read[i] if i in read else self._kept[i][0] for i in chosen]).to(self.vae.device)
+            self._keep(self._kept, i, latent)
+        return torch.stack([read[i] if i in read else self._kept[i] for i in chosen]).to(self.vae.device)
 
-    def _keep(self, index: int, latent: Tensor, frames: Tensor | None) -> None:
-        size = latent.nbytes + (0 if frames is None else frames.nbytes)
-        before = self._kept.get(index)
-        if before is not None:
-            size -= before[0].nbytes
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = latent.cpu(), None if frames is None else frames.cpu()
+    def _keep(self, kept: dict[int, Tensor], index: int, tensor: Tensor) -> None:
+        if tensor.nbytes <= self._room and index not in kept:
+            self._room -= tensor.nbytes
+            kept[index] = tensor.cpu()
 
     @torch.no_grad()
     def _pair(self, z: Tensor) -> tuple[Tensor, Tensor]:
