@@ -110,6 +110,46 @@ def test_has_cpp_compiler():
         assert not compat.has_cpp_compiler()
 
 
+@pytest.mark.parametrize("public", [True, False], ids=["F.scaled_mm", "torch._scaled_mm"])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_scaled_product_with_fast_accumulation(public, rows, monkeypatch):
+    """Both ways, on a CPU too, whose sums are in float32 whatever `use_fast_accum` says."""
+    if public and not hasattr(nn.functional, "scaled_mm"):
+        pytest.skip("this torch has no F.scaled_mm")
+    told, name = [], "scaled_mm" if public else "_scaled_mm"
+    product = getattr(nn.functional if public else torch, name)
+
+    def watched(*args, **kwargs):
+        told.append(kwargs["use_fast_accum"] if public else args[-1])
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional if public else torch, name, watched)
+    monkeypatch.setattr(compat, "_PUBLIC_PRODUCT", public)
+    draw = torch.Generator().manual_seed(rows)
+    a, b = (torch.randn(n, 32, generator=draw).to(torch.float8_e4m3fn) for n in (rows, 48))
+    scale_a, scale_b, bias = (torch.rand(n, generator=draw) + 0.5 for n in ((rows, 1), (1, 48), (48,)))
+    wanted = (a.double() * scale_a) @ (b.double() * scale_b.t()).t()
+    for added in (None, bias):
+        got = compat.scaled_product(a, b.t(), scale_a, scale_b, torch.float32, added)
+        expected = wanted if added is None else wanted + added
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    assert told == [True, True]
+
+
+def test_fp8_product_is_what_scaled_product_runs():
+    class Seen(compat.TorchDispatchMode):
+        packets = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.packets = (*self.packets, func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    a, b = (torch.ones(16, 16).to(torch.float8_e4m3fn) for _ in range(2))
+    with Seen() as seen:
+        compat.scaled_product(a, b.t(), torch.ones(16, 1), torch.ones(1, 16), torch.bfloat16)
+    assert compat.FP8_PRODUCT in seen.packets
+
+
 def test_torch_dispatch_mode_sees_operations():
     class Seen(compat.TorchDispatchMode):
         names = ()

@@ -23,7 +23,13 @@ from triton.backends.nvidia import __file__ as nvidia_backend
 from triton.compiler import ASTSource
 
 H200 = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
 
 
 class Recorder:
@@ -133,7 +139,11 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
                 fused.tangent([(q, q, q, q, weight, weight)], angle, angle, interleaved, 1e-6)
                 fused.backward(q, q, weight, angle, angle, interleaved, 1e-6)
 
-    ops = (adaln, gated_residual_adaln, qk_norm_rope, attention_jvp)
+    def quantize_rows(fused):
+        fused.quantize(empty(N, W), None, False)
+        fused.quantize(empty(N, 4 * W), empty(N, W), True)
+
+    ops = (adaln, gated_residual_adaln, qk_norm_rope, attention_jvp, quantize_rows)
     return {op.__name__: op for op in ops}
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 __all__ = [
     "CPU_ATTENTION",
+    "FP8_PRODUCT",
     "INT8_PRODUCT",
     "KeepsFloat32",
     "TorchDispatchMode",
@@ -31,6 +32,7 @@ __all__ = [
     "lerp_all",
     "recompile_limit",
     "scale_all",
+    "scaled_product",
     "set_compiled_call",
     "set_convolution",
     "set_recompile_limit",
@@ -41,6 +43,13 @@ __all__ = [
 # What these operations are called where PyTorch counts operations, which knows neither.
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 INT8_PRODUCT = torch.ops.aten._int_mm
+
+_PUBLIC_PRODUCT = hasattr(nn.functional, "scaled_mm")
+"""Whether this torch has products of scaled rows under a public name."""
+FP8_PRODUCT = torch.ops.aten._scaled_mm_v2 if _PUBLIC_PRODUCT else torch.ops.aten._scaled_mm
+FAST_ACCUMULATION = True
+"""Sums of such products are taken as Hopper's tensor cores hold them, with fewer digits than float32, instead of every
+few of them added up in float32: faster, and little beside what rounding to float8 costs each factor."""
 
 
 def composite(operation: Any) -> bool:
@@ -94,6 +103,22 @@ def convolved_by_onednn(conv: nn.Conv3d, input: Tensor, weight: Tensor, bias: Te
     """The same by oneDNN, whatever PyTorch would choose, for numbers as padding; it has no public name."""
     padding = cast("tuple[int, ...]", conv.padding)
     return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, conv.groups)
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """(a scale_a) (b scale_b) + bias, [M, N] in `out_dtype`, which on a CUDA device is bfloat16.
+
+    From float8 a [M, K] with contiguous rows and b [K, N] with contiguous columns, scales [M, 1] and [1, N] in float32,
+    bias [N] in `out_dtype`; K and N are multiples of 16, M need not be one.
+    """
+    if not _PUBLIC_PRODUCT:
+        return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, out_dtype, FAST_ACCUMULATION)
+    by_rows = nn.functional.ScalingType.RowWise
+    return nn.functional.scaled_mm(
+        a, b, scale_a, by_rows, scale_b, by_rows, bias=bias, output_dtype=out_dtype, use_fast_accum=FAST_ACCUMULATION
+    )
 
 
 class KeepsFloat32(nn.Module):

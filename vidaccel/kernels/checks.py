@@ -21,10 +21,10 @@ def check_tensors(op: str, *tensors: Tensor) -> None:
             raise ValueError(f"{op}: the fused kernel takes {supported}, not {tensor.dtype}; use kernels=reference")
 
 
-def check_width(op: str, width: int) -> None:
+def check_width(op: str, width: int, widest: int = WIDEST) -> None:
     """Raises for a row that registers cannot hold: the kernel would run, from memory, and slowly."""
-    if width > WIDEST:
-        raise ValueError(f"{op}: the fused kernel takes rows of up to {WIDEST}, not {width}; use kernels=reference")
+    if width > widest:
+        raise ValueError(f"{op}: the fused kernel takes rows of up to {widest}, not {width}; use kernels=reference")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -21,10 +21,14 @@ def autotuned(configs: list[triton.Config], key: list[str], possible: Callable |
 
     `possible(configs, arguments, **constants)` says which of them can run with these arguments; by default all.
     """
-    interpreted = triton.knobs.runtime.interpret
     prune = {"early_config_prune": possible} if possible else None
-    chosen = configs[:1] if interpreted else configs
-    return triton.autotune(chosen, key=key, prune_configs_by=prune, cache_results=not interpreted)
+    chosen = configs[:1] if interpreted() else configs
+    return triton.autotune(chosen, key=key, prune_configs_by=prune, cache_results=not interpreted())
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return triton.knobs.runtime.interpret
 
 
 @triton.jit
