@@ -1,5 +1,7 @@
 """Whole models with fused ops against the stock models: outputs, and the derivative pass along a trajectory."""
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -8,11 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.kernels.compare import DEVICE, relative_error
 from tests.runtime import test_fuse as models
 from vidaccel.cache.trunk import Trunk
+from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.wan import WAN
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
 from vidaccel.runtime.compiled import compile_blocks
 from vidaccel.runtime.fuse import fuse
+from vidaccel.runtime.quantized import LEAST_CAPABILITY, quantize_blocks
 
 CASES = ("hunyuan-video, texts of two lengths", "hunyuan-video-1.5, one text", "wan")
 
@@ -29,6 +33,25 @@ def test_the_fused_model_equals_the_stock_model(case):
         expected = models.run(model, inputs)
         with fuse(model, "fused"):
             assert relative_error(models.run(model, inputs), expected) <= 1e-5
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < LEAST_CAPABILITY["fp8"], reason="no products of fp8"
+)
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["hunyuan-video, texts of two lengths", "wan"])
+def test_the_fused_model_in_fp8_is_that_of_reference_ops(case):
+    model, inputs = build(case)
+    if DEVICE == "cuda":  # whose products of fp8 are in bfloat16; Triton's interpreter knows float32
+        model = model.bfloat16()
+        inputs = {name: x.bfloat16() if x.is_floating_point() and x.ndim > 2 else x for name, x in inputs.items()}
+    family = HUNYUAN_VIDEO if "hunyuan" in case else WAN
+    quantised = {kernels: copy.deepcopy(model) for kernels in ("reference", "fused")}
+    for kernels, each in quantised.items():
+        quantize_blocks(each, family, "fp8", kernels)
+        fuse(each, kernels)
+    got, expected = (models.run(quantised[kernels], inputs) for kernels in ("fused", "reference"))
+    assert relative_error(got, expected) <= 0.03
 
 
 def derivative(model, inputs, direction):

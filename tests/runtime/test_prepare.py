@@ -177,6 +177,18 @@ def test_quantisation_that_is_not_there(monkeypatch):
     error = refused(check, RuntimeConfig(quantize="fp8"), torch.device("cuda"))
     assert "8.9, and this GPU has 8.6" in error.message and "int8" in error.hint
     check(RuntimeConfig(quantize="int8"), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check(RuntimeConfig(quantize="fp8"), torch.device("cuda"))  # which needs no other package
+
+
+@pytest.mark.parametrize(("kernels", "quantising"), [("reference", "auto"), ("fused", "fused"), ("auto", "auto")])
+def test_fp8_quantises_by_what_is_fastest_unless_fused_is_asked_for(saved, monkeypatch, kernels, quantising):
+    told = []
+    monkeypatch.setattr(runtime, "check", lambda config, device: None)
+    monkeypatch.setattr(runtime, "quantize_blocks", lambda *arguments: told.append(arguments[2:]))
+    prepare(load_pipeline(saved("wan"), dtype="bfloat16"), RuntimeConfig(quantize="fp8", kernels=kernels))
+    assert told == [("fp8", quantising)]
 
 
 def test_fp8_goes_with_bfloat16(saved, monkeypatch):
@@ -212,6 +224,5 @@ def test_an_int8_model_makes_nearly_the_same_video(saved):
 
 
 def test_a_model_too_narrow_to_quantise(saved):
-    pytest.importorskip("torchao", reason="the extra `quant` is not installed")
     transformer = load_pipeline(saved("wan")).pipe.transformer
     assert "multiples of 16" in refused(quantize_blocks, transformer, FAMILIES["wan"], "fp8").message

@@ -17,7 +17,9 @@ class RuntimeConfig:
     trim_text: bool = False
     """Cut text padding off and drop its mask where a batch allows, which lets flash attention run; changes rounding."""
     quantize: str = "none"
-    """Linear layers of the transformer's blocks: `none`, `int8` or `fp8` (weights and activations)."""
+    """Linear layers of the transformer's blocks, weights and activations: `none`, `fp8` (compute capability 8.9) or
+    `int8` (torchao, for compile=true). Activations are brought to fp8 by Triton where there is Triton, whichever
+    `kernels` says."""
     compile: bool = False
     """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
 

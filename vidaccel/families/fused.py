@@ -10,6 +10,8 @@ B batch, N tokens, D width, H heads
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from vidaccel.kernels.quantize_rows.reference import Rows
+
 
 class FusedBlock:
     """Base of the fused form of a block, before its stock class."""
@@ -37,6 +39,12 @@ class FusedProcessor:
             parallel_config=self._parallel_config,
         )
         return out.flatten(2, 3).to(q.dtype)
+
+
+def quantised_once(x: Tensor, *layers: nn.Module) -> Tensor | Rows:
+    """`x` for layers that all take it: in float8, if that is what each of them would make of it by itself."""
+    makers = [getattr(layer, "rows", None) for layer in layers]
+    return makers[0](x) if makers[0] is not None and all(makers) else x
 
 
 def modulation(norm: nn.Module, temb: Tensor, parts: int) -> tuple[Tensor, ...]:

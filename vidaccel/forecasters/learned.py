@@ -240,16 +240,18 @@ class Predictor(Checkpointed, nn.Module):
     def run_like(self, transformer: nn.Module) -> "Predictor":
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
         backend, fused kernels, torch.compile."""
+        computes: Any = transformer.dtype
         for block, original in self._beside(transformer):
             weights, modules = plain_weights(original), dict(original.named_modules())
             for name, parameter in block.named_parameters():
-                parameter.data = parameter.data.to(weights[name].dtype)
+                held = weights[name].dtype
+                parameter.data = parameter.data.to(held if held.itemsize > 1 else computes)  # else it is quantised
             for name, module in block.named_modules():
                 if hasattr(module, "set_processor"):
                     module.set_processor(modules[name].processor)
             fuse_like(block, original)
             compile_like(block, original)
-        self.fusions.to(transformer.dtype)
+        self.fusions.to(computes)
         return self
 
     def attend_like(self, transformer: nn.Module) -> None:

@@ -27,6 +27,9 @@ ROUNDING = 2**-7
 BASE = ".base_layer"
 """What peft puts into the names of weights that an adapter runs beside."""
 
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that are not quantised."""
+
 Sample = Mapping[str, Tensor]
 """Numbers [R] on the CPU, by the name of their matrix in the transformer's files."""
 
@@ -37,7 +40,7 @@ def trunk_sample(transformer: nn.Module, family: DiTFamily) -> Sample:
     found = {}
     for kind in family.block_lists:
         for name, weight in getattr(transformer, kind.name).named_parameters(prefix=kind.name):
-            plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+            plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.device.type != "meta"
             if plain and weight.ndim == 2 and ".lora_" not in name:
                 found[name.replace(BASE, "")] = weight.detach()[0, :NUMBERS]
     return {name: numbers.to("cpu", copy=True) for name, numbers in found.items()}

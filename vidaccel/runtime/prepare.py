@@ -76,7 +76,9 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
         if config.trim_text:
             _trim(transformer, loaded.family, config.attention)
         if config.quantize != "none":
-            quantize_blocks(transformer, loaded.family, config.quantize)
+            # What brings activations to fp8 is no part of the stock model: by default it is what is fastest.
+            ours = "fused" if config.kernels == "fused" else "auto"
+            quantize_blocks(transformer, loaded.family, config.quantize, ours)
         if config.compile:
             # Texts cut to their length differ in it; everything else keeps its shape.
             compile_blocks(transformer, loaded.family, dynamic=None if config.trim_text else False)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vidaccel.cache.whole_pass import scalars_on
 from vidaccel.compat.cache_dit import kept_by
 from vidaccel.compat.diffusers import attention_backends, hook_registry
-from vidaccel.compat.torch import CPU_ATTENTION, INT8_PRODUCT, TorchDispatchMode, composite, storage_key
+from vidaccel.compat.torch import CPU_ATTENTION, FP8_PRODUCT, INT8_PRODUCT, TorchDispatchMode, composite, storage_key
 from vidaccel.families.walk import denoisers_of, passes_of_call
 from vidaccel.models.grid import step_of
 from vidaccel.models.loading import LoadedPipeline
@@ -156,8 +156,9 @@ def _product(left: Sequence[int], right: Sequence[int], *others: Any, out_shape:
 FORMULAS = {
     CPU_ATTENTION: _attention,
     INT8_PRODUCT: _product,
+    FP8_PRODUCT: _product,
 }
-"""Of operations that PyTorch's counter takes for none: attention on a CPU, and products of int8 weights."""
+"""Of operations that PyTorch's counter takes for none: attention on a CPU, and products of int8 and float8 weights."""
 
 
 def held_bytes(transformer: nn.Module, but: tuple[Tensor, ...] = ()) -> int:

@@ -3,6 +3,8 @@
 B batch, N video tokens, L text tokens, D width, H heads
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_hunyuan_video import (
@@ -12,7 +14,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor
 
-from vidaccel.families.fused import FusedBlock, FusedProcessor, modulation
+from vidaccel.families.fused import FusedBlock, FusedProcessor, modulation, quantised_once
 from vidaccel.kernels.adaln.op import adaln
 from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
@@ -22,21 +24,20 @@ class HunyuanVideoProcessor(FusedProcessor):
     """Joint attention of video and text, for HunyuanVideo's two kinds of block and for HunyuanVideo-1.5."""
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+        self, attn, hidden_states, encoder_hidden_states: Any = None, attention_mask=None, image_rotary_emb=None
     ) -> tuple[Tensor, Tensor]:
         text_length = encoder_hidden_states.shape[1]
         single_stream = attn.add_q_proj is None
         if single_stream:
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        q, k, v = (
-            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        projections = attn.to_q, attn.to_k, attn.to_v
+        given = quantised_once(hidden_states, *projections)
+        q, k, v = (project(given).unflatten(2, (attn.heads, -1)) for project in projections)
         text = None
         if not single_stream:
             projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            text_q, text_k, text_v = (
-                project(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for project in projections
-            )
+            given = quantised_once(encoder_hidden_states, *projections)
+            text_q, text_k, text_v = (project(given).unflatten(2, (attn.heads, -1)) for project in projections)
             text = text_q, text_k, attn.norm_added_q.weight, attn.norm_added_k.weight
             v = torch.cat([v, text_v], dim=1)
         q, k = qk_norm_rope(
@@ -114,7 +115,12 @@ class FusedHunyuanVideoSingleBlock(FusedBlock, HunyuanVideoSingleTransformerBloc
             attention_mask=attention_mask,
             image_rotary_emb=image_rotary_emb,
         )
-        features = torch.cat([torch.cat(attended, dim=1), self.act_mlp(self.proj_mlp(normed))], dim=2)
+        attended, features = torch.cat(attended, dim=1), self.proj_mlp(normed)
+        rows = getattr(self.proj_out, "rows", None)
+        if rows is None:
+            features = torch.cat([attended, self.act_mlp(features)], dim=2)
+        else:
+            features = rows(features, left=attended, gelu=True)
         return torch.addcmul(x, gate[:, None], self.proj_out(features)).split(lengths, dim=1)
 
 

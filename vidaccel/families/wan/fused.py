@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from vidaccel.families.fused import FusedBlock, FusedProcessor
+from vidaccel.families.fused import FusedBlock, FusedProcessor, quantised_once
 from vidaccel.kernels.adaln.op import adaln
 from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
@@ -26,7 +26,9 @@ class WanProcessor(FusedProcessor):
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            projections = attn.to_q, attn.to_k, attn.to_v
+            given = quantised_once(hidden_states, *projections)
+            q, k, v = (project(given) for project in projections)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         cos, sin = (angle.flatten(0, 2) for angle in rotary_emb)
         q, k = qk_norm_rope(
