@@ -42,8 +42,8 @@ def open_output_folder(
 
 
 def parents(config: BenchmarkConfig, methods: Mapping[str, MethodConfig]) -> dict[str, str]:
-    """SHA-256 of the run.json of each local model, predictor and decoder and of each LoRA file, by its role; a row's own
-    by its name."""
+    """SHA-256 of the run.json of each local model, predictor and decoder and of each LoRA file, by its role; a row's
+    own by its name."""
     roles = {role: getattr(config, role) for role in ("model", "student", "distilled", "predictor")}
     for name, method in methods.items():
         roles |= {f"{name}.model": method.model, f"{name}.predictor": method.predictor}
