@@ -21,7 +21,7 @@ from vidaccel.data.clips import write_clips
 from vidaccel.models.loading import load_pipeline
 
 PAGE = ROOT / "docs" / "accelerate-your-model.md"
-LEFT_OUT = ("compile=true", "--random-weights", "-o runs/untrained", "-o runs/bench")
+LEFT_OUT = ("--conf sprites/decoder", "compile=true", "--random-weights", "-o runs/untrained", "-o runs/bench")
 FEWER = {
     "distill": ["train.steps=1", "train.accumulate=1"],
     "train-predictor": ["mse.steps=1", "mse.accumulate=1", "clips=2", "search_prompts=1", "tried=1"],
@@ -44,6 +44,7 @@ MADE = {
     "student.mp4": "20 steps, 20 passes",
     "runs/cfg-for-diffusers": "for diffusers alone; call its pipeline with num_inference_steps=50",
     "ten.mp4": "10 steps, 10 passes",
+    "decoded.mp4": "by runs/decoder",
     "fast.mp4": "20 steps, 8 full + 12 predicted passes",
 }
 

@@ -55,7 +55,7 @@ class Models:
         self._pipelines: dict[tuple[str, ...], LoadedPipeline | UserError] = {}
         self._predictors: dict[tuple[str, str], Predictor] = {}
         self._made: dict[tuple, Forecaster] = {}
-        self._decoders: dict[tuple[str, str], nn.Module] = {}
+        self._decoders: dict[tuple[str, int], nn.Module] = {}
         self._images: list[np.ndarray] | None = None
 
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
@@ -185,7 +185,7 @@ class Models:
         """What makes the row's frames: the pipeline's own autoencoder, or that with the row's decoder."""
         if method.decoder is None:
             return loaded.pipe.vae
-        key = method.decoder, loaded.source
+        key = method.decoder, id(loaded.pipe)
         if key not in self._decoders:
             files = read_decoder(local_path(method.decoder), method.decoder)
             self._decoders[key] = with_decoder(loaded.pipe.vae, files)

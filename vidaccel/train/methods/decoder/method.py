@@ -52,7 +52,8 @@ from vidaccel.train.trainer import train
 log = logging.getLogger(__name__)
 
 KEPT_OUT, EVALUATED_AT_ONCE = 16, 4
-"""Clips that are not trained on, the last ones of the data, at most a fifth of it; and how many of them at a time."""
+"""Clips that are not trained on, the last ones of the data, a fifth of it where that is less; and how many of them at a
+time."""
 SHEET_CLIPS = 4
 
 
@@ -80,9 +81,9 @@ def distill_decoder(config: DistillConfig, output: Path, device: str) -> None:
         check_decoder(before, type(teacher), teacher.config, files.hashes, config.teacher)
         fill(made, before)
         made_of |= {"start": sha256_file(before.folder / RUN_FILE)}
-    held_out = min(KEPT_OUT, len(latents) // 5)
-    if not held_out:
-        raise UserError(f"{len(latents)} clips are too few to keep some out of the training", "take five or more")
+    if len(latents) < 2:
+        raise UserError("one clip leaves none to keep out of the training", "take many more")
+    held_out = min(KEPT_OUT, max(1, len(latents) // 5))
     lessons = Lessons(_Part(latents, 0, len(latents) - held_out), teacher, settings, config.seed)
     middles = _Part(latents, len(latents) - held_out, held_out, settings.crop)
     kept_out = Lessons(middles, teacher, DecoderTraining(), config.seed)
