@@ -14,6 +14,8 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLWan,
@@ -28,6 +30,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
@@ -39,6 +43,7 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.mochi import pipeline_mochi
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -124,7 +129,7 @@ MOCHI_TIMES = pipeline_mochi.linear_quadratic_schedule
 pipeline_mochi.linear_quadratic_schedule = lambda steps, *more: MOCHI_TIMES(steps, *more) if steps > 1 else [1.0]
 """Of one step as well, for which the pipeline's own divides by zero."""
 
-CALLS = {"hunyuan_video": HUNYUAN_CALL, "mochi": {"max_sequence_length": 5}}
+CALLS = {"hunyuan_video": HUNYUAN_CALL, "ltx2": {"max_sequence_length": 16}, "mochi": {"max_sequence_length": 5}}
 """What a tiny pipeline has to be called with, for families that need anything."""
 
 
@@ -463,6 +468,78 @@ def ltx_video() -> DiffusionPipeline:
     )
 
 
+def ltx2() -> DiffusionPipeline:
+    """Audio of 8 channels in 2 x 4 mel bins, and the scheduler of `ltx_video`."""
+    width, latent = 32, 4
+    connector = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_learnable_registers": None}
+    return LTX2Pipeline(
+        text_encoder=LlamaModel(
+            LlamaConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=width,
+                intermediate_size=width,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        ),
+        tokenizer=word_tokenizer(max_length=1024),
+        connectors=LTX2TextConnectors(
+            caption_channels=width,
+            text_proj_in_factor=2,
+            **{
+                f"{stream}_connector_{name}": value
+                for stream in ("video", "audio")
+                for name, value in connector.items()
+            },
+        ),
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=latent,
+            out_channels=latent,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=width,
+        ),
+        vae=AutoencoderKLLTX2Video(
+            latent_channels=latent,
+            block_out_channels=(8, 8),
+            down_block_types=("LTX2VideoDownBlock3D",) * 2,
+            decoder_block_out_channels=(8, 8),
+            layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            spatio_temporal_scaling=(True, True),
+            decoder_spatio_temporal_scaling=(True, True),
+            decoder_inject_noise=(False,) * 3,
+            downsample_type=("spatiotemporal",) * 2,
+            upsample_type=("spatiotemporal",) * 2,
+            upsample_residual=(False, False),
+            upsample_factor=(1, 1),
+            patch_size=2,
+        ),
+        audio_vae=AutoencoderKLLTX2Audio(
+            base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16
+        ),
+        vocoder=LTX2Vocoder(
+            in_channels=32,
+            hidden_channels=8,
+            upsample_kernel_sizes=[4],
+            upsample_factors=[2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1]],
+        ),
+        scheduler=ltx_video().scheduler,
+    )
+
+
 def mochi() -> DiffusionPipeline:
     width, latent = 32, 4
     return MochiPipeline(
@@ -499,6 +576,7 @@ BUILDERS = {
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_15": hunyuan_video_15,
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
+    "ltx2": ltx2,
     "ltx_video": ltx_video,
     "mochi": mochi,
     "wan": wan,
@@ -507,7 +585,7 @@ BUILDERS = {
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"mochi", "wan_vace"}
+VARIED = {"ltx2", "mochi", "wan_vace"}
 """Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""

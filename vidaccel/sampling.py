@@ -33,6 +33,7 @@ from vidaccel.models.calling import (
 from vidaccel.models.grid import Grid, on_grid
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text
+from vidaccel.models.watched import watched_steps
 from vidaccel.progress import Progress
 from vidaccel.runtime.decode import decoding
 
@@ -278,23 +279,19 @@ class _Passes:
     def __enter__(self) -> "_Passes":
         self._hooks = [m.register_forward_pre_hook(self._begin) for m in self._denoisers]
         self._hooks += [m.register_forward_hook(self._end) for m in self._denoisers]
-        self._scheduler = self._pipe.scheduler
-        step = self._scheduler.step
-
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            self.latents = result[0]
-            return result
-
-        self._scheduler.step = kept
+        self._watching = watched_steps(self._pipe.scheduler, self._keep)
+        self._watching.__enter__()
         self._bar.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
         self._bar.__exit__(*exc)
-        del self._scheduler.step
+        self._watching.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
+
+    def _keep(self, latents: Tensor) -> None:
+        self.latents = latents
 
     def _begin(self, module, inputs) -> None:
         self._begun = time.perf_counter()

@@ -18,6 +18,7 @@ from vidaccel.families.walk import named_outputs
 from vidaccel.models.calling import compression_of
 
 TEXTS = {
+    "ltx2": {"prompt": 16, "audio": 5},
     "hunyuan_video_15": {"prompt": 12, "glyphs": 8, "image": 729},
     "hunyuan_video_15_i2v": {"prompt": 12, "glyphs": 8, "image": 4},
     "wan_i2v": {"prompt": 512, "image": 5},

@@ -29,7 +29,7 @@ def pipes() -> dict[str, diffusers.DiffusionPipeline]:
 def generate(pipe: diffusers.DiffusionPipeline, family: DiTFamily, **arguments: object) -> None:
     """One denoising step, not decoded; guided unless the passes with and without a prompt are one."""
     if family.guidance.doubled:
-        arguments = {family.guidance.cfg_argument: 1.0} | arguments
+        arguments = {family.guidance.cfg_argument: 1.0} | dict(family.call) | arguments
     pipe(prompt="a red circle", num_inference_steps=1, output_type="latent", **called(pipe), **arguments)
 
 
@@ -158,7 +158,14 @@ def test_masks_of_texts_are_texts_themselves_and_reach_the_blocks(family, pipes)
     assert masks <= arguments
     assert all((kind.mask in kind.arguments) if masks else kind.mask is None for kind in family.block_lists)
     forward = signature(pipes[family.name].transformer.forward).parameters
-    assert {name for name in forward if "mask" in name} == masks
+    needed = {name for name, taken in forward.items() if taken.default is not None}  # of others none is given
+    assert masks <= forward.keys() and {name for name in needed if "mask" in name} <= masks
+    given: list[dict] = []
+    transformer = pipes[family.name].transformer
+    hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    generate(pipes[family.name], family)
+    hook.remove()
+    assert {name for name, value in given[0].items() if "mask" in name and value is not None} == masks
     assert {blank.argument for blank in family.blank_inputs} <= forward.keys()
 
 
@@ -252,6 +259,9 @@ def test_text_tensors_are_what_encode_prompt_gives_and_the_transformer_takes(fam
         encoded = pipe.encode_prompt("a red circle", device=torch.device("cpu"), **length)
     encoded = [tensor for tensor in encoded if tensor is not None]
     calls = signature(type(pipe).__call__).parameters
+    if made := [text.argument for text in family.text_tensors if text.name is None]:
+        assert set(made) <= signature(pipe.transformer.forward).parameters.keys() & given[0].keys()
+        return
     for text, tensor in zip(family.text_tensors, encoded, strict=False):
         assert text.name in calls and text.argument in signature(pipe.transformer.forward).parameters
         taken = given[0][text.argument]  # the first pass is the one with the prompt

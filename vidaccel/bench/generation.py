@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.watched import watched_steps
 from vidaccel.sampling import eight_bits, final_latents, run_pipeline
 
 Size = tuple[int, int, int]
@@ -129,23 +129,19 @@ class Clock:
     def __enter__(self) -> "Clock":
         for denoiser in self._denoisers:
             self._stack.callback(denoiser.register_forward_pre_hook(self._begin).remove)
-        # The scheduler takes the last step of denoising, and no pipeline tells of it in the same way.
-        scheduler, step = self._pipe.scheduler, self._pipe.scheduler.step
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            self.latents = result[0]
-            self._taken += 1
-            if self._taken == len(scheduler.timesteps):
-                self.last = self._now(result[0])
-            return result
-
-        scheduler.step = timed
-        self._stack.callback(delattr, scheduler, "step")
+        self._scheduler = self._pipe.scheduler
+        self._stack.enter_context(watched_steps(self._scheduler, self._stepped))
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.close()
+
+    def _stepped(self, latents: Tensor) -> None:
+        """The scheduler takes the last step of denoising, and no pipeline tells of it in the same way."""
+        self.latents = latents
+        self._taken += 1
+        if self._taken == len(self._scheduler.timesteps):
+            self.last = self._now(latents)
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
         self.first = self.first or self._now(next(module.parameters()))

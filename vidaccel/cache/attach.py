@@ -265,7 +265,7 @@ class Attachment:
             self._switch(trunk, step.index, listed)
         full = listed or step.index == self._first  # which has nothing to look back on
         forecaster = None if full else self._forecaster
-        passes = passes_of_call(self._pipe, self._family)
+        passes = passes_of_call(self._pipe, self._family, trunk.open.name)
         return Mode(forecaster, torch.tensor(step.t), None, context, step.index == step.count - 1, passes)
 
     def _switch(self, trunk: Trunk, index: int, listed: bool) -> None:

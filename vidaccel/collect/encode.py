@@ -91,7 +91,7 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
     for i, image in enumerate(images):
         size = {"num_frames": num_frames, "height": image.shape[0], "width": image.shape[1]}
         arguments = call_arguments(loaded, guidance=1.0, two_pass=False, **size)
-        arguments |= {each.name: text[each.stored][i : i + 1] for each in family.text_tensors}
+        arguments |= {each.name: text[each.stored][i : i + 1] for each in family.text_tensors if each.name}
         arguments |= {"image": Image.fromarray(image), "output_type": "latent", "generator": torch.Generator()}
         hooks = [each.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for each in transformers]
         try:

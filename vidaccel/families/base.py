@@ -72,14 +72,16 @@ class Guidance:
     """Attribute of the pipeline that holds a diffusers guider; None where a call argument sets the scale."""
     doubled: bool = False
     """Whether the two passes are one call of a doubled batch, [without the prompt; with it]; it counts as two."""
+    single_contexts: tuple[str, ...] = ()
+    """Contexts of further passes, which are of no doubled batch."""
 
 
 @dataclass(frozen=True)
 class TextTensor:
     """A tensor made from the prompt."""
 
-    name: str
-    """Its name among the pipeline's call arguments."""
+    name: str | None
+    """Its name among the pipeline's call arguments; None for what the call makes of what those hold."""
     argument: str
     """The transformer's forward argument that takes it."""
     stored: str
@@ -120,6 +122,9 @@ class Condition:
     """Stream of those tokens (costs.py)."""
     width_config: str | None = None
     """Transformer config key of their width, which is null in checkpoints without them."""
+    counted: str | None = None
+    """The transformer's forward argument that says how many tokens they are, for tokens that do not stand beside the
+    text's."""
     channels_config: str | None = None
     """Of an argument that takes no tokens but channels [B, C, T, H, W]: transformer config key of how many."""
     made_of: str = "image"

@@ -22,8 +22,9 @@ transformer config keys whose product its width is."""
 class Argument:
     """A tensor that a block is called with besides the tokens, or that an embedder gives."""
 
-    shape: tuple[int | str, ...]
-    """Sizes, or what they are: a stream, `width` D, `head` D / H, `half` of that, or a transformer config key."""
+    shape: tuple[int | str | tuple[str, ...], ...]
+    """Sizes, or what they are: a stream, `width` D, `head` D / H, `half` of that, a transformer config key, or several
+    whose product it is."""
     dtype: str = "model"
     """`model` is the one of the weights."""
     copies: int = 1

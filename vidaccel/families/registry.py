@@ -9,6 +9,7 @@ from vidaccel.families.cogvideox import COGVIDEOX
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
+from vidaccel.families.ltx2 import LTX2
 from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.mochi import MOCHI
 from vidaccel.families.wan import WAN
@@ -24,6 +25,7 @@ FAMILIES: dict[str, DiTFamily] = {
         HUNYUAN_VIDEO,
         HUNYUAN_VIDEO_15,
         HUNYUAN_VIDEO_15_I2V,
+        LTX2,
         LTX_VIDEO,
         MOCHI,
         WAN,

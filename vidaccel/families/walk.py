@@ -94,9 +94,13 @@ def as_latents(family: DiTFamily, given: Tensor, size: Sequence[int]) -> Tensor:
     return as_taken(family, given)
 
 
-def passes_of_call(pipe: DiffusionPipeline, family: DiTFamily) -> int:
-    """Forward passes that one call of a transformer is, in the generation under way: a doubled batch is two."""
-    return 2 if family.guidance.doubled and pipe.guidance_scale > 1 else 1
+def passes_of_call(pipe: Any, family: DiTFamily, context: str | None = None) -> int:
+    """Forward passes that one call of a transformer is, in the generation under way: a doubled batch is two. `context`
+    is the one that its pipeline has opened."""
+    rule = family.guidance
+    if not rule.doubled or context in rule.single_contexts:
+        return 1
+    return 2 if getattr(pipe, "do_classifier_free_guidance", pipe.guidance_scale > 1) else 1  # not all of them say it
 
 
 def patch_of(transformer: nn.Module) -> tuple[int, int, int]:

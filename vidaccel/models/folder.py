@@ -6,6 +6,7 @@ names the file.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -254,10 +255,13 @@ def _refuse_one_of_several(path: Path, family: DiTFamily) -> None:
 
 def _component(folder: Path, name: str, entry: list) -> Component:
     """The component that model_index.json describes as [library, class]; only diffusers' and transformers' own, under
-    another name for a student's transformer."""
+    another name for a student's transformer, and under that of its pipelines' package for a part of theirs alone."""
     library, class_name = entry if len(entry) == 2 else (None, None)
     library = "diffusers" if library == students.MODULE else library
-    cls = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
+    if library not in LIBRARIES:
+        package = f"diffusers.pipelines.{library}"
+        library = package if str(library).isidentifier() and importlib.util.find_spec(package) else None
+    cls = getattr(importlib.import_module(library), str(class_name), None) if library else None
     if not isinstance(cls, type):
         raise UserError(
             f"{folder / 'model_index.json'} wants {entry} as its {name}, which is not a class we can load",

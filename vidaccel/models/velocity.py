@@ -70,7 +70,7 @@ class Velocity(nn.Module):
             given, embedded = ("nothing", "one") if g is None else ("one", "none")
             raise ValueError(f"{given} was given for g, and the model embeds {embedded}")
         numbers = {"r": t if r is None else r, "g": g}
-        arguments = {tensor.argument: text[tensor.stored] for tensor in self.family.text_tensors}
+        arguments: dict[str, Any] = {each.argument: text[each.stored] for each in self.family.text_tensors}
         for name, argument in (("r", self.family.r_argument), ("g", self.family.g_argument)):
             if self._native(name):
                 arguments[argument] = (1000 * numbers[name]).to(x.dtype)
@@ -85,6 +85,8 @@ class Velocity(nn.Module):
                 channels = torch.cat([x, given], dim=1)
             else:
                 arguments[condition.argument] = given
+                if condition.counted:
+                    arguments[condition.counted] = given.shape[1]
         timestep = (1000 * (1 - t if self.family.rises else t)).to(x.dtype)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
             taken = as_taken(self.family, self._padded(channels))

@@ -23,7 +23,7 @@ from vidaccel.forecasters.base import PlannedTrunk
 from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 
 ATTENTION_MODULES = "attn"
-"""What the names of a block's attention modules begin with, in every family (diffusers' own caches rely on it too)."""
+"""What is in the names of a block's attention modules, in every family (diffusers' own caches rely on it too)."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def pass_flops(
             for name, each in forecasters.items()
         },
         "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), beside),
-        "attention": PassFlops(outside, blocks(lambda layer: not layer.name.startswith(ATTENTION_MODULES)), beside),
+        "attention": PassFlops(
+            outside, blocks(lambda layer: ATTENTION_MODULES not in layer.name.split(".")[0]), beside
+        ),
     }
 
 

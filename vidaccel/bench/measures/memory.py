@@ -7,7 +7,7 @@ of what it holds. A GPU's allocator adds its rounding.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +41,16 @@ def cache_bytes(
     """
     costs, planned = family.costs, planned_trunk(model, family, rows)
     depths = {name: len(model.get_submodule(name)) for name in costs.blocks}
+    own = dict(zip(costs.fusions, planned.widths, strict=False))  # of streams that are not as wide as the video
+
+    def numbers(streams: Iterable[str]) -> int:
+        return sum(rows[stream] * own.get(stream, planned.width) for stream in streams)
+
     kept = {
-        "branches": sum(depths[name] * rows[s] for name, block in costs.blocks.items() for s in block.branches),
-        "attention": sum(depths[name] * rows[q] for name, block in costs.blocks.items() for q, _ in block.attentions),
+        "branches": sum(depths[name] * numbers(block.branches) for name, block in costs.blocks.items()),
+        "attention": sum(depths[name] * numbers(q for q, *_ in a.attentions) for name, a in costs.blocks.items()),
     }
-    size = {kind: CacheBytes(tokens * width(model) * dtype.itemsize, 0) for kind, tokens in kept.items()}
+    size = {kind: CacheBytes(count * dtype.itemsize, 0) for kind, count in kept.items()}
     trunk = CacheBytes(
         each=sum(N * D for N, D in planned.kinds) * dtype.itemsize,
         newest=sum(_bytes(each, model, rows, dtype) for each in costs.static_embedders),
@@ -66,7 +71,10 @@ def _shape(argument: Argument, model: nn.Module, rows: Mapping[str, int]) -> lis
     config: Any = model.config
     head = config.attention_head_dim
     sizes = {**rows, "width": width(model), "head": head, "half": head // 2}
-    return [sizes.get(size, config.get(size, size)) for size in argument.shape]
+    return [
+        math.prod(config[key] for key in size) if isinstance(size, tuple) else sizes.get(size, config.get(size, size))
+        for size in argument.shape
+    ]
 
 
 def _dtype(argument: Argument, of_model: torch.dtype) -> torch.dtype:
@@ -91,9 +99,10 @@ def block_arguments(
     """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
-    own = {name: keys[0] for name, keys in block_list.widths.items() if len(keys) == 1}
+    if len(family.costs.fusions) == len(block_list.returns):
+        tokens |= dict(zip(block_list.returns, family.costs.fusions, strict=True))
     known: dict[str, Argument | None] = {
-        name: Argument((1, stream, own.get(name, "width"))) for name, stream in tokens.items()
+        name: Argument((1, stream, block_list.widths.get(name, "width"))) for name, stream in tokens.items()
     }
     known |= family.costs.blocks[block_list.name].arguments
     given = {}

@@ -62,7 +62,7 @@ MOCHI = DiTFamily(
                     ("*", "video"),
                 ),
                 attentions=(("all", "all"),),
-                branches=("all", "all"),
+                branches=("video", "text", "video", "text"),
                 arguments={
                     "temb": Argument((1, "width")),
                     "encoder_attention_mask": Argument((1, "text"), "bool"),
