@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
@@ -427,6 +428,13 @@ def cogvideox() -> DiffusionPipeline:
     )
 
 
+def cogvideox_i2v() -> DiffusionPipeline:
+    parts = cogvideox().components
+    config = parts["transformer"].config
+    parts["transformer"] = CogVideoXTransformer3DModel.from_config(config, in_channels=2 * config.in_channels)
+    return CogVideoXImageToVideoPipeline(**parts)
+
+
 def ltx_video() -> DiffusionPipeline:
     """Without the `shift_terminal` of its scheduler, which makes nothing finite of a single step (diffusers 0.42)."""
     width, latent = 32, 4
@@ -573,6 +581,7 @@ def mochi() -> DiffusionPipeline:
 
 BUILDERS = {
     "cogvideox": cogvideox,
+    "cogvideox_i2v": cogvideox_i2v,
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_15": hunyuan_video_15,
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
@@ -585,7 +594,7 @@ BUILDERS = {
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"ltx2", "mochi", "wan_vace"}
+VARIED = {"cogvideox_i2v", "ltx2", "mochi", "wan_vace"}
 """Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""

@@ -30,7 +30,7 @@ from vidaccel.models.step_hook import StepHook
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.runtime.fuse import fuse
 
-FAMILIES = [*ONE_DENOISER, "wan_vace"]  # whose trunk is answered at its last block
+FAMILIES = [*ONE_DENOISER, "cogvideox_i2v", "wan_vace"]  # of these two not much else is tried
 STEPS = 4
 
 

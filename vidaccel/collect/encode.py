@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
 from vidaccel.families.base import TextTensor
-from vidaccel.families.walk import conditions_of, denoisers_of, latent_channels, transformers_in
-from vidaccel.models.calling import call_arguments, check_image, sampled_as
+from vidaccel.families.walk import as_latents, conditions_of, denoisers_of, latent_channels, transformers_in
+from vidaccel.models.calling import call_arguments, check_image, latent_size, sampled_as
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 
@@ -102,7 +102,8 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         finally:
             for hook in hooks:
                 hook.remove()
-        channels = given["hidden_states"][:, latent_channels(transformer) :]
+        latents = as_latents(family, given["hidden_states"], latent_size(loaded, **size))
+        channels = latents[:, latent_channels(transformer) :]
         if not channels.numel():
             raise UserError(
                 f"{loaded.source} keeps its image in the first frame of the latents",

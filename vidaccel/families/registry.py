@@ -6,6 +6,7 @@ from typing import Any
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.cogvideox import COGVIDEOX
+from vidaccel.families.cogvideox_i2v import COGVIDEOX_I2V
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
@@ -22,6 +23,7 @@ FAMILIES: dict[str, DiTFamily] = {
     family.name: family
     for family in (
         COGVIDEOX,
+        COGVIDEOX_I2V,
         HUNYUAN_VIDEO,
         HUNYUAN_VIDEO_15,
         HUNYUAN_VIDEO_15_I2V,
