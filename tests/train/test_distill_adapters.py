@@ -61,6 +61,10 @@ def test_the_teacher_and_its_student_begin_with_the_files_in_their_weights(model
     assert (full.model, full.lora) == (asked.teacher, asked.lora)
     held = with_ancestors(BenchmarkConfig(student=str(output)))
     assert (held.model, held.lora) == (asked.teacher, asked.lora)
+    assert with_ancestors(BenchmarkConfig(student=str(output), model=asked.teacher)).lora == asked.lora
+    for others in ({"lora": []}, {"student": "sprites/student"}):
+        own = BenchmarkConfig(**{"student": str(output), "model": asked.teacher} | others)
+        assert with_ancestors(own) == own
     with pytest.raises(UserError, match="teacher"):
         distill(replace(asked, lora=[f"{model}/lora.safetensors:0.25"], train=TrainConfig(**TRAIN)), output)
 

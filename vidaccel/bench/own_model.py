@@ -38,7 +38,7 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
         UserError: neither is named, or what the student came from is not to be found.
     """
     if config.model is not None:
-        return config
+        return _as_distilled(config)
     if config.student is None:
         raise UserError(
             "no model is named", "set model=FOLDER (or student=FOLDER), or time random weights: --random-weights"
@@ -56,6 +56,19 @@ def with_ancestors(config: BenchmarkConfig) -> BenchmarkConfig:
     said = " ".join(f"{key}={value}" for key, value in shown.items())
     log.info("%s, which %s was distilled from", said, config.student)
     return replace(config, **changes)
+
+
+def _as_distilled(config: BenchmarkConfig) -> BenchmarkConfig:
+    """With the LoRA files that `model` had when the student was distilled from it, where nobody says any."""
+    try:
+        found = teachers(config.student, "") if config.student and config.lora is None else []
+    except UserError:  # another model is held against the student
+        return config
+    lora = lora_of_root(config.student or "", found) if found and found[-1] == config.model else None
+    if lora is None:
+        return config
+    log.info("lora=[%s], with which %s was distilled from %s", ",".join(lora), config.student, config.model)
+    return replace(config, lora=lora)
 
 
 def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
