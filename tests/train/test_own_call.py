@@ -12,6 +12,7 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
+from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.velocity import GuidedVelocity
@@ -19,6 +20,7 @@ from vidaccel.train import distill as module
 from vidaccel.train.distill import distill
 from vidaccel.train.own_call import with_scales
 from vidaccel.train.predictor.multistep import runs_of
+from vidaccel.train.predictor.search import search_schedules
 from vidaccel.train.predictor.task import task_of
 
 SAID = {"guidance": 9.0, "negative_prompt": "a green square"}
@@ -119,3 +121,27 @@ def test_so_is_a_search_of_a_model_in_two_passes(model, caplog):
         task(forecaster="learned")
     sampler, _, span = runs_of(PredictorConfig(**own, forecaster="multistep"), loaded)
     assert (sampler.guidance, sampler.negative_prompt, span) == (9.0, "a green square", (9.0, 9.0))
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "multistep"])
+def test_prompts_are_enough_for_what_has_no_network(model, forecaster, tmp_path):
+    """In place of clips; of videos of the model's own size, or as it is said."""
+    loaded = load_pipeline(model / "wan")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n\na dog\n")
+    size = {"num_frames": 5, "height": 32, "width": 48}
+    named = {"student": str(model / "wan"), "forecaster": forecaster, "prompts": str(tmp_path / "prompts.txt")}
+    asked = PredictorConfig(**named, **size, shift=3.0, steps=3, guidance=3.0, search_prompts=1, checked_prompts=1)
+    if forecaster == "multistep":
+        sampler, prompts, _ = runs_of(replace(asked, runs=2), loaded)
+        assert sampler.size == size and {prompt for prompt, _ in prompts} == {"a red circle", "a blue square", "a dog"}
+        return
+    task = task_of(loaded, asked, None)
+    assert len(task.data) == 3 and task.data[2][1] == {"caption": "a dog"}
+    assert task.data[0][0]["latent"].shape == (4, 2, 4, 6)
+    expected = encode_texts(loaded, ["a blue square"])["prompt_embeds"][0]
+    assert torch.equal(task.data[1][0]["prompt_embeds"], expected)
+    with task.trunks:
+        found = search_schedules(task, Reuse())
+    assert [each.budget for each in found] == [1, 2, 3] and found[0].expected_error > 0
+    with pytest.raises(UserError, match="is for forecaster=multistep|reuse|taylor|linear"):
+        PredictorConfig(**named | {"forecaster": "learned"})

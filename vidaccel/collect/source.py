@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidaccel.collect.encode import encode_samples, first_frames
+from vidaccel.collect.encode import LATENT, encode_samples, encode_texts, first_frames
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.buckets import Size
 from vidaccel.data.clips import ClipFolder
@@ -26,7 +26,8 @@ from vidaccel.data.shards import Sample
 from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.models.calling import check_sizes
+from vidaccel.families.walk import denoisers_of
+from vidaccel.models.calling import check_image, check_sizes, latent_size
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import WORLDS, world
 
@@ -113,6 +114,46 @@ class EncodedSource:
     def at(self, position: int, seed: int) -> int:
         """As `ShardFolder.at`."""
         return index_at(position, len(self), seed)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Captions that no clip goes with."""
+
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
+        raise LookupError(f"prompt {index} has no video")
+
+    def record(self, index: int) -> Record:
+        return {"caption": self.texts[index]}
+
+    @property
+    def fingerprint(self) -> Record:
+        return {"prompts": hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()}
+
+
+class EncodedPrompts(EncodedSource):
+    """Samples of prompts alone: their texts, beside a latent that has the shape of a video's and no values."""
+
+    def __init__(self, loaded: LoadedPipeline, prompts: Prompts, config: CollectConfig):
+        """Raises `UserError` where videos begin with an image, or the model cannot make such as `config` names."""
+        super().__init__(loaded, prompts)
+        check_image(loaded.family, given=False)
+        transformer: Any = denoisers_of(loaded.pipe, loaded.family)[0]
+        shape = (transformer.config.out_channels, *latent_size(loaded, **size_of(loaded, config)))
+        self._latent = torch.empty(shape, device="meta")
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        records = [self.source.record(i) for i in indices]
+        texts = encode_texts(self.loaded, [record["caption"] for record in records])
+        return [
+            ({LATENT: self._latent} | {name: text[i].cpu() for name, text in texts.items()}, record)
+            for i, record in enumerate(records)
+        ]
 
 
 def images_of(source: ClipSource, indices: Sequence[int], family: DiTFamily) -> list[np.ndarray] | None:

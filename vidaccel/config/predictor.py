@@ -79,6 +79,9 @@ class PredictorConfig:
     features: str | None = None
     """A folder from `vidaccel collect-features`: encoded clips or trajectories of the student. Null encodes clips while
     training; `pairs=trajectory` collects trajectories first, unless they are given, on the captions of what is."""
+    prompts: str | None = None
+    """Of `multistep`, `reuse`, `taylor` and `linear`: a text file of prompts, one a line, in place of features and
+    clips."""
     data: str | None = None
     """Without `features`, a folder of videos with captions.jsonl; null renders the sprites world."""
     clips: int = 4000
@@ -183,6 +186,9 @@ class PredictorConfig:
             value, fits = getattr(self, key), self.forecaster in forecasters
             rule = f"is for forecaster={'|'.join(forecasters)}: others make one pass of one transformer"
             require(value is None or fits, key, value, rule)
+        alone = self.forecaster != "learned" and self.features is None and self.data is None
+        rule = "is for forecaster=multistep|reuse|taylor|linear, without features and data"
+        require(self.prompts is None or alone, "prompts", self.prompts, rule)
         require(self.history in (1, 2), "history", self.history, "is 1 or 2")
         both = self.history == 1 or self.pairs != "data"
         require(both, "history", self.history, "needs pairs=trajectory or served: noised clips have one full step")

@@ -57,10 +57,11 @@ from vidaccel.forecasters.multistep import (
     share_of,
 )
 from vidaccel.locks import locked
-from vidaccel.models.calling import guidance_in_force, video_size
+from vidaccel.models.calling import check_image, guidance_in_force, video_size
 from vidaccel.models.loading import LoadedPipeline, load_named
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.progress import Progress
+from vidaccel.prompts import prompts_in
 from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
@@ -331,7 +332,11 @@ def runs_of(
     """
     refuse_several(loaded.family)
     asked, wanted = _collected(config), config.runs + config.checked_prompts
-    if config.features is None:
+    images = None
+    if config.prompts is not None:
+        check_image(loaded.family, given=False)
+        captions = prompts_in(Path(config.prompts))[:wanted]
+    elif config.features is None:
         source = open_source(loaded, asked)
         chosen = range(min(wanted, len(source)))
         captions, images = [source.record(i)["caption"] for i in chosen], images_of(source, chosen, loaded.family)

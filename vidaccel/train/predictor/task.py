@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.features import called_like, check_tensors, open_features
-from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.collect.source import EncodedPrompts, EncodedSource, Prompts, open_source
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
@@ -35,11 +36,14 @@ from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline, local_path
 from vidaccel.models.velocity import GuidedVelocity, SwitchedVelocity, Velocity, velocity_of
+from vidaccel.prompts import prompts_in
 from vidaccel.train.predictor.pairs import Data
 
 log = logging.getLogger(__name__)
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
+ADDED = ("prompts", "guidance_2")
+"""Settings that earlier versions did not have: null is as they were."""
 UNTRAINED = ("reuse", "taylor")
 """Forecasters that have nothing of a transformer's own, and so serve several."""
 
@@ -201,6 +205,7 @@ def search_of(config: PredictorConfig, student: str, data: object) -> str:
         data: what tells its captions from others.
     """
     given = {key: value for key, value in configuration.to_dict(config).items() if key != "stage"}
+    given = {key: value for key, value in given.items() if key not in ADDED or value is not None}
     text = json.dumps({"settings": given, "student": student, "data": data}, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -230,6 +235,9 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
     clips = CollectConfig(model=config.student, **own)
+    if config.prompts is not None:
+        prompts = Prompts(tuple(prompts_in(Path(config.prompts))))
+        return EncodedPrompts(loaded, prompts, clips), {"clips": len(prompts)} | prompts.fingerprint
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 

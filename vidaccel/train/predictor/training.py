@@ -92,6 +92,7 @@ NOT_SHAPING = {
     "sigmas",
     "stage",
     "features",
+    "prompts",
     "data",
     "clips",
     "on_damage",
