@@ -7,7 +7,8 @@ ten at
     t* = 1 / (1 + 2.56 / d).
 
 What has a high t* is settled in the first steps of a sampler, whatever runs in the others. Pairs of clips that differ
-in one thing are drawn at random, rendered, and encoded.
+in one thing are drawn at random, rendered, and encoded. What comes back of lamps is measured too: how they are scored,
+and how much of their pattern is left, 1 being all of it.
 """
 
 import random
@@ -30,8 +31,20 @@ from vidaccel.cli.common import Debug, quiet_libraries, reported
 from vidaccel.collect.encode import encode_videos
 from vidaccel.errors import UserError
 from vidaccel.worlds import shipped_models
-from vidaccel.worlds.sprites.render import render
-from vidaccel.worlds.sprites.world import BACKGROUNDS, CELL, COLOURS, PERIOD, PERIODS, SIZE, Scene, Sprite, random_scene
+from vidaccel.worlds.sprites.render import render, to_uint8
+from vidaccel.worlds.sprites.score import score_clip, summarise
+from vidaccel.worlds.sprites.world import (
+    BACKGROUNDS,
+    CELL,
+    COLOURS,
+    PERIOD,
+    PERIODS,
+    SIZE,
+    Board,
+    Scene,
+    Sprite,
+    random_scene,
+)
 
 RIGHT = 0.9
 """Share of pairs that are told apart at t*."""
@@ -41,6 +54,16 @@ ENCODED_AT_ONCE = 16
 
 Pair = tuple[Tensor, Tensor]
 """Two clips [3, T, H, W] that differ in one thing."""
+
+
+class Through(NamedTuple):
+    """What an autoencoder leaves of lamps, of scenes that training never sees."""
+
+    lamps: float
+    """Their score in percent."""
+    total: float
+    pattern: float
+    """Of the difference between a board and its negative, the share that comes back."""
 
 
 class Late(NamedTuple):
@@ -142,6 +165,30 @@ def measured(autoencoder: torch.nn.Module, pairs: int, seed: int) -> dict[str, L
     return rows
 
 
+@torch.no_grad()
+def through(autoencoder: torch.nn.Module, scenes: int, seed: int) -> Through:
+    """So many scenes with lamps, once through the autoencoder."""
+    rng = random.Random(f"through/{seed}")
+    drawn = [random_scene(rng, "held_out", pair_share=i % 2, lamps=1.0) for i in range(scenes)]
+    clips = render([scene for each in drawn for scene in (each, negative(each))])
+    decoded = torch.cat([autoencoder(part).sample for part in clips.split(ENCODED_AT_ONCE)])
+    given, left = (each.unflatten(0, (scenes, 2)) for each in (clips, decoded))
+    marks = [score_clip(frames, scene) for frames, scene in zip(to_uint8(left[:, 0].clamp(-1, 1)), drawn, strict=True)]
+    means = {name: entry["mean"] for name, entry in summarise(marks, resamples=1).items()}
+    difference = given[:, 0] - given[:, 1]
+    pattern = (difference * (left[:, 0] - left[:, 1])).sum() / difference.square().sum()
+    return Through(means["lamps"], means["total"], float(pattern))
+
+
+def negative(scene: Scene) -> Scene:
+    """Every lamp the other way."""
+
+    def turned(board: Board | None) -> Board | None:
+        return board and replace(board, on=tuple(tuple(not lamp for lamp in lamps) for lamps in board.on))
+
+    return replace(scene, sprites=tuple(replace(sprite, board=turned(sprite.board)) for sprite in scene.sprites))
+
+
 def open_autoencoder(name: str) -> torch.nn.Module:
     """That of a shipped model or of a model folder, or a folder of an autoencoder alone."""
     folder = shipped_models().get(name, Path(name))
@@ -161,23 +208,26 @@ def main(
         str, typer.Argument(help="A model, or the folder of an autoencoder alone.")
     ] = "sprites/teacher",
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of clips of each difference.")] = 32,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes with lamps that go through it.")] = 32,
     seed: int = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .json for the numbers.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print how far apart latents are, and when that is settled."""
     quiet_libraries()
-    rows = measured(open_autoencoder(autoencoder), pairs, seed)
+    opened = open_autoencoder(autoencoder)
+    rows, back = measured(opened, pairs, seed), through(opened, scenes, seed)
     typer.echo("| difference | d | half of them | t* |\n|---|--:|--:|--:|")
     for name, row in rows.items():
         low, high = row.quartiles
         typer.echo(f"| {name} | {row.d:.1f} | {low:.1f} to {high:.1f} | {row.t:.2f} |")
+    typer.echo(
+        f"lamps that come back: score {back.lamps:.1f}, {back.pattern:.2f} of their pattern; total {back.total:.1f}"
+    )
     if output is not None:
         told = {name: row._asdict() for name, row in rows.items()}
-        write_json(
-            output,
-            {"autoencoder": autoencoder, "pairs": pairs, "seed": seed, "rows": told, "environment": environment("cpu")},
-        )
+        counts = {"autoencoder": autoencoder, "pairs": pairs, "scenes": scenes, "seed": seed}
+        write_json(output, counts | {"rows": told, "through": back._asdict(), "environment": environment("cpu")})
 
 
 if __name__ == "__main__":

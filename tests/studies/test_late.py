@@ -2,6 +2,7 @@
 
 import random
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +54,10 @@ def test_a_cell_of_one_latent_frame_is_four_frames_of_eight_pixels():
 def test_every_difference_is_measured_of_any_autoencoder(tmp_path, monkeypatch):
     monkeypatch.setattr(late, "DIFFERENCES", {name: late.DIFFERENCES[name] for name in list(late.DIFFERENCES)[:2]})
     build_autoencoder(AutoencoderTraining(block_out_channels=[4, 4, 4, 4])).save_pretrained(tmp_path / "own")
-    told = CliRunner().invoke(late.app, [str(tmp_path / "own"), "--pairs", "2", "-o", str(tmp_path / "late.json")])
+    words = [str(tmp_path / "own"), "--pairs", "2", "--scenes", "2", "-o", str(tmp_path / "late.json")]
+    told = CliRunner().invoke(late.app, words)
     assert told.exit_code == 0, told.output
-    assert (tmp_path / "late.json").exists() and told.output.count("\n") == 4
+    assert (tmp_path / "late.json").exists() and told.output.count("\n") == 5
     rows = late.measured(late.open_autoencoder(str(tmp_path / "own")), 2, 0)
     assert all(row.t == late.told_apart_at(row.d) and row.quartiles[0] <= row.d for row in rows.values())
 
@@ -63,3 +65,20 @@ def test_every_difference_is_measured_of_any_autoencoder(tmp_path, monkeypatch):
 def test_a_folder_without_an_autoencoder_is_named(tmp_path):
     told = CliRunner().invoke(late.app, [str(tmp_path)])
     assert told.exit_code == 2 and "has no autoencoder" in told.output
+
+
+class Half(torch.nn.Module):
+    """An autoencoder that gives back part of a clip."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, clips):
+        return SimpleNamespace(sample=self.share * clips)
+
+
+def test_what_comes_back_of_lamps():
+    whole, half = (late.through(Half(share), 4, 0) for share in (1.0, 0.5))
+    assert (whole.pattern, half.pattern) == (pytest.approx(1), pytest.approx(0.5))
+    assert whole.lamps > 90 and whole.total > 95 and half.lamps < 50
