@@ -112,7 +112,8 @@ class PredictorConfig:
     through all predicted steps; captions are all that is taken of the data, and there is no second stage)."""
     scalars_every: int = 0
     """Of `served`, with scalars: optimiser steps between fits of them while it trains. It then learns as one term of
-    theirs; 0 trains the network alone, and they are fitted when it is trained."""
+    theirs, and where nothing was fitted, on other grids, it may serve worse than reuse; 0 trains the network alone, and
+    they are fitted when it is trained."""
     lists: list[list[int]] | None = None
     """Of `served`: lists of full steps that take turns; null is some of a quarter to half of the steps,
     closer together where there is more noise."""

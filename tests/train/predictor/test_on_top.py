@@ -118,6 +118,7 @@ def test_the_same_again_and_another_grid_beside_it(world, tmp_path):
 MISTAKES = {
     "scalars on top of scalars": (["scalars=true", "forecaster=multistep"], "is for forecaster=learned"),
     "nothing to try on": (["scalars=true", "checked_prompts=0"], "checked_prompts"),
+    "scalars in the loop and none at the end": (["scalars_every=1", "scalars=false"], "scalars_every"),
     "fewer runs than unknowns": (["scalars=true", "runs=3"], "3 runs for"),
 }
 
@@ -139,7 +140,8 @@ def test_damaged_scalars_are_named(world, tmp_path):
 
 
 def test_without_enough_runs_the_network_is_left_alone(world, tmp_path):
-    """Where nobody asked for scalars."""
-    result = run(world, "-o", str(tmp_path / "alone"), "runs=3")
-    assert result.exit_code == 0 and "no scalars on top of the network: 3 runs for" in result.stderr
+    """Where nobody asked for scalars, while it is trained too."""
+    result = run(world, "-o", str(tmp_path / "alone"), "runs=3", "scalars_every=1")
+    assert result.exit_code == 0 and "the network is trained alone: 3 runs are too few" in result.stderr
+    assert "no scalars on top of the network: 3 runs for" in result.stderr
     assert not (tmp_path / "alone" / SCALARS_FILE).exists()
