@@ -45,6 +45,8 @@ from vidaccel.worlds.sprites.settings import SpritesConfig
 log = logging.getLogger(__name__)
 SHORTEST = 2.0
 """Seconds of training under which a stage is not begun."""
+TRAINED = 0.7
+"""Share of what is left for a network that it is trained in; in the rest scalars are fitted on top of it."""
 MADE_BY = {
     "autoencoder": ("autoencoder",),
     "teacher": ("teacher",),
@@ -203,7 +205,8 @@ class Chain:
             "train-predictor", PredictorConfig, self.config.world, [*words, *self.config.learned, "mse.minutes=1"]
         )
         seed = self.config.seed + 1000 * len(self.earlier)
-        config = replace(config, seed=seed, mse=replace(config.mse, minutes=left / 60, save_every=1000))
+        minutes = TRAINED * left / 60  # then scalars are fitted on top
+        config = replace(config, seed=seed, mse=replace(config.mse, minutes=minutes, save_every=1000))
         loaded = load_pipeline(self._student(), device=self.config.device, dtype="float32")
         found = train_served(loaded, self._clips, config, self.round / "predictor")
         return [f"network at {each}" for each in found]
