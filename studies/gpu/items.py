@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from studies.gpu import ops, passes, training
+from studies.gpu import fp8, ops, passes, training
 from studies.gpu.measure import Rows
 from studies.gpu.model import Shape
 
@@ -28,6 +28,10 @@ TOY = Shape(
     rope=(4, 6, 6),
     latent=(2, 4, 6),
 )
+
+
+def measure_fp8(rows: Rows, dry: bool) -> None:
+    fp8.run_fp8(rows, [TOY] if dry else [TENTH, FULL])
 
 
 def measure_ops(rows: Rows, dry: bool) -> None:
@@ -50,6 +54,7 @@ def measure_training(rows: Rows, dry: bool) -> None:
 
 
 ITEMS: dict[str, Callable[[Rows, bool], None]] = {
+    "fp8": measure_fp8,
     "ops": measure_ops,
     "blocks": measure_blocks,
     "model": measure_model,

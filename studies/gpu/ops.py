@@ -19,6 +19,7 @@ from vidaccel.kernels.adaln.op import adaln
 from vidaccel.kernels.attention_jvp.op import attention_jvp
 from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
+from vidaccel.kernels.quantize_rows.op import quantize_rows
 
 KERNELS = "fused" if CUDA else "reference"
 
@@ -121,6 +122,23 @@ def norms(rows: Rows, size: Size, everything: bool) -> None:
             _with_tangents(rows, name, size, stock, ours, inputs, bytes=tangent * one)
 
 
+def rows_in_float8(rows: Rows, size: Size, everything: bool) -> None:
+    """quantize_rows as a single-stream block needs it: attention beside GELU of four times its width."""
+    left, x = size.normal(1, size.N, size.W, seed=1), size.normal(1, size.N, 4 * size.W, seed=2)
+
+    def stock(x, left):
+        joined = torch.cat([left, F.gelu(x, approximate="tanh")], dim=2).float()
+        scales = joined.abs().amax(2) / 448
+        return (joined / scales[..., None]).to(torch.float8_e4m3fn), scales
+
+    def ours(x, left):
+        return quantize_rows(x, left=left, gelu=True, kernels=KERNELS)
+
+    if not everything:  # it has neither gradients nor tangents
+        least = size.N * (5 * size.W * (x.element_size() + 1) + 4)
+        _three_ways(rows, "quantize_rows", size, stock, ours, [x, left], bytes=least)
+
+
 def rotary(rows: Rows, size: Size, everything: bool) -> None:
     """qk_norm_rope with 256 text tokens that have weights of their own, as in a double-stream block."""
     L = 256 if CUDA else 4
@@ -204,7 +222,7 @@ def run(rows: Rows, sizes: list[Size]) -> None:
     """Forward passes at every size, then gradients and tangents at the smallest: what is aimed at comes first."""
     ceilings(rows, sizes[0])
     for size, everything in [*((size, False) for size in sizes), (sizes[0], True)]:
-        for op in (norms, rotary, attention):
+        for op in (norms, rows_in_float8, rotary, attention):
             with rows.attempt(op.__name__, "preparation", size.row()):
                 op(rows, size, everything)
             torch.compiler.reset()

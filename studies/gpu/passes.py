@@ -36,14 +36,12 @@ def run_blocks(rows: Rows, shape: Shape, quick: bool) -> None:
     model = build(small)
     variants = ["eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn"]
     for variant in variants if quick else [*variants, "trimmed, compiled", EVERYTHING]:
-        _blocks(rows, model, shape, variant)
-    for kind in () if quick else ("fp8", "int8"):
-        model = build(small)
-        if quantized(rows, shape, model, kind):
-            _blocks(rows, model, shape, f"{EVERYTHING}, {kind}")
+        measure_blocks(rows, model, shape, variant)
+    if not quick and quantized(rows, shape, model := build(small), "int8"):  # fp8 is in a piece of its own
+        measure_blocks(rows, model, shape, f"{EVERYTHING}, int8")
 
 
-def _blocks(rows: Rows, model: HunyuanVideoTransformer3DModel, shape: Shape, variant: str) -> None:
+def measure_blocks(rows: Rows, model: HunyuanVideoTransformer3DModel, shape: Shape, variant: str) -> None:
     """A block of each kind, called with what a pass gives the first of its list; compiled as anyone would."""
     with rows.attempt("blocks", variant, shape.row()), running(model, variant.replace(", compiled", "")):
         for name, args in _block_inputs(model, shape).items():

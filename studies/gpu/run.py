@@ -1,4 +1,4 @@
-"""Everything that is measured on a GPU, in one go: `python -m studies.gpu.run [--output DIR] [--minutes 12]`.
+"""Everything that is measured on a GPU, in one go: `python -m studies.gpu.run [--output DIR] [--minutes 9]`.
 
 It runs the kernel tests on the GPU, then the items of items.py, each in a process of its own (a new one where that
 dies) and within what is left of the time. One JSON a machine, written anew after each item, has device, versions, this
@@ -35,14 +35,14 @@ from studies.gpu.targets import targets
 
 ROOT = Path(__file__).parents[2]
 # Seconds that an item may take at most on a GPU; the last has whatever the others left of the whole time.
-LIMITS = {"tests": 90, "ops": 140, "blocks": 150, "training": 100, "model": 400}
+LIMITS = {"fp8": 240, "tests": 90, "ops": 140, "blocks": 150, "training": 100, "model": 400}
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "jvp-flash-attention")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "studies" / "results" / "gpu")
-    parser.add_argument("--minutes", type=float, default=12.0)
+    parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU if there is no GPU")
     parser.add_argument("--resume", action="store_true", help="measure what the report that is there lacks")
     parser.add_argument("--items", nargs="+", choices=LIMITS, default=list(LIMITS))

@@ -10,9 +10,20 @@ from studies.gpu.measure import Rows, read_rows
 from studies.gpu.targets import targets
 
 # What a machine for tests need not have installed.
-OPTIONAL = {"jvp-flash-attention", "fp8", "int8"}
+OPTIONAL = {"jvp-flash-attention", "int8"}
 EVERYTHING = "trimmed, fused, compiled"
 WANTED = {
+    "fp8": {
+        "bf16",
+        "fp8",
+        "fp8, product alone",
+        "bf16, compiled",
+        "fp8, compiled",
+        "trimmed, fused",
+        "trimmed, fused, fp8",
+        EVERYTHING,
+        f"{EVERYTHING}, fp8",
+    },
     "ops": {"eager", "compiled", "vidaccel", "torch forward, no tangent", "jvp-flash-attention"},
     "blocks": {"eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn", "trimmed, compiled", EVERYTHING},
     "model": {
@@ -63,6 +74,10 @@ def test_targets_are_worked_out_from_the_rows():
             large,
             seconds_composed={"50 steps with CFG, eager": 100.0, "8 full of 20": 8.0},
         ),
+        row("full pass", "trimmed, fused", large, seconds=5.5),
+        row("full pass", "trimmed, fused, fp8", large, seconds=5.0),
+        row("linear", "bf16", small, seconds=3.0),
+        row("linear", "fp8", small, seconds=2.0),
         row("sampler", "50 steps with CFG, eager", small, seconds=50.0),
         row("sampler", "4 full of 8, eager", small, seconds=2.0),
     ]
@@ -76,6 +91,9 @@ def test_targets_are_worked_out_from_the_rows():
     assert lines["block: fused ops alone"] == (1.10, pytest.approx(1.5), True)
     assert lines["block: compile on top"] == (1.25, pytest.approx(2.0), True)
     assert lines["block: fp8 on top of that"] == (1.20, None, None)
+    assert lines["full pass of 60 tokens: fp8"] == (1.06, pytest.approx(1.1), True)
+    assert lines["full pass of 6 tokens: fp8"] == (1.25, None, None)
+    assert lines["linear layer of 6 tokens: fp8"] == (None, 1.5, None)
     assert lines["8 full of 20, eager, composed"] == (11.8, 12.5, True)
     assert lines["4 full of 8, eager, composed"] == (23.0, None, None)
     assert lines["4 full of 8, eager, run at a tenth"] == (None, 25.0, None)
