@@ -19,7 +19,8 @@ import vidaccel
 PUBLIC = {
     "_exit": "os._exit is documented",
     "_class_name": "a key of the config.json and model_index.json that diffusers writes: a format of files",
-    "_name_or_path": "a key of the same files",
+    "_diffusers_version": "another",
+    "_name_or_path": "another",
     "_asdict": "a documented method of named tuples",
     "_replace": "another",
     "_keys": "the end of a key in what diffusers says of loading, missing_keys and the like",

@@ -122,7 +122,7 @@ LAYOUTS = (
 
 COMFYUI = (
     (r"_attn\.(qkv|proj)\.", r"_attn_\1."),
-    (r"_mod\.lin\.", "_mod.linear."),
+    (r"(_mod)\.lin\.", r"\1.linear."),
     (r"(_mlp|blocks\.\d+\.mlp)\.0\.", r"\1.fc1."),
     (r"(_mlp|blocks\.\d+\.mlp)\.2\.", r"\1.fc2."),
     (r"c_embedder\.in_layer\.", "c_embedder.linear_1."),
