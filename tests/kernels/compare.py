@@ -7,6 +7,8 @@ from hypothesis import Phase, settings
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vidaccel.kernels.quantize_rows.reference import Rows
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bf16 products wrongly, so bf16 is left to the GPU.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
@@ -34,6 +36,18 @@ def assert_close(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: f
     for index, (g, e) in enumerate(zip(got, expected, strict=True)):
         assert g.shape == e.shape, index
         assert relative_error(g, e) <= tolerance, (index, relative_error(g, e))
+
+
+def assert_rows_close(rows: Rows, expected: Tensor) -> None:
+    """Every number within half a step of float8, of its own size or of the least that is normal; a row's largest is
+    448, and a row of zeros has the scale 1."""
+    scales, expected = rows.scales.double()[..., None], expected.double()
+    assert rows.values.dtype == torch.float8_e4m3fn and rows.values.shape == expected.shape
+    assert rows.scales.dtype == torch.float32 and rows.scales.shape == expected.shape[:-1]
+    step = torch.maximum(expected.abs() / 16, scales * 2.0**-10)
+    assert ((rows.values.double() * scales - expected).abs() <= step * 1.0001 + scales * 1e-3).all()
+    most = expected.abs().amax(-1)
+    torch.testing.assert_close(rows.scales.double(), torch.where(most > 0, most / 448, 1.0), rtol=1e-5, atol=1e-9)
 
 
 def outputs(op: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

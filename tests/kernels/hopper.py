@@ -117,11 +117,13 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
 
     def adaln(fused):
         fused.forward(x, vector, vector, 1e-6)
+        fused.rows(x, vector, vector, 1e-6)
         fused.tangent((x, vector, vector), (x, vector, vector), 1e-6)
         fused.backward(x, x, vector, statistic, statistic)
 
     def gated_residual_adaln(fused):
         fused.forward(x, x, vector, vector, vector, 1e-6)
+        fused.rows(x, x, vector, vector, vector, 1e-6)
         fused.tangent((x, x, vector, vector, vector), (x, x, vector, vector, vector), 1e-6)
         fused.backward(x, x, x, x, vector, vector, statistic, statistic)
 

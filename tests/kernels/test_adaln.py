@@ -9,6 +9,7 @@ from tests.kernels.compare import (
     DTYPES,
     TOLERANCE,
     assert_close,
+    assert_rows_close,
     double,
     few_examples,
     gradients,
@@ -16,7 +17,7 @@ from tests.kernels.compare import (
     outputs,
     tangents,
 )
-from vidaccel.kernels.adaln.op import adaln
+from vidaccel.kernels.adaln.op import adaln, adaln_rows
 from vidaccel.kernels.adaln.reference import adaln as reference
 
 fused = functools.partial(adaln, kernels="fused")
@@ -80,10 +81,20 @@ def test_the_tangent_under_torch_func_is_the_same():
     assert_close(got, tangents(fused, inputs, directions), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 7, 63)])
+def test_rows_in_float8_are_near_float64(shape, dtype):
+    inputs = draw(shape, dtype)
+    wanted = reference(*double(inputs))
+    for kernels in ("fused", "reference"):
+        assert_rows_close(adaln_rows(*inputs, kernels=kernels), wanted)
+
+
 def test_the_op_is_registered_soundly():
     x, scale, shift = draw((2, 3, 16))
     leaves = tuple(tensor.requires_grad_() for tensor in (x, scale, shift))
     torch.library.opcheck(torch.ops.vidaccel.adaln.default, (*leaves, 1e-6))
+    torch.library.opcheck(torch.ops.vidaccel.adaln_rows.default, (*draw((2, 3, 16)), 1e-6))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x, scale, shift), fused(x, scale, shift))
     assert fused(x.to("meta"), scale.to("meta"), shift.to("meta")).shape == x.shape

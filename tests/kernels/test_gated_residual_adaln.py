@@ -9,6 +9,7 @@ from tests.kernels.compare import (
     DTYPES,
     TOLERANCE,
     assert_close,
+    assert_rows_close,
     double,
     few_examples,
     gradients,
@@ -16,7 +17,8 @@ from tests.kernels.compare import (
     outputs,
     tangents,
 )
-from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
+from vidaccel.kernels.adaln.reference import adaln
+from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln, gated_residual_adaln_rows
 from vidaccel.kernels.gated_residual_adaln.reference import gated_residual_adaln as reference
 
 fused = functools.partial(gated_residual_adaln, kernels="fused")
@@ -79,10 +81,21 @@ def test_the_gradient_of_one_output_alone():
         assert_close(got, expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 7, 63)])
+def test_rows_in_float8_are_near_float64(shape, dtype):
+    inputs = draw(shape, dtype)
+    for kernels in ("fused", "reference"):
+        h, rows = gated_residual_adaln_rows(*inputs, kernels=kernels)
+        assert torch.equal(h, gated_residual_adaln(*inputs, kernels=kernels)[0])
+        assert_rows_close(rows, adaln(h.double(), *double(inputs[3:])))
+
+
 def test_the_op_is_registered_soundly():
     inputs = draw((2, 3, 16))
     leaves = tuple(tensor.requires_grad_() for tensor in inputs)
     torch.library.opcheck(torch.ops.vidaccel.gated_residual_adaln.default, (*leaves, 1e-6))
+    torch.library.opcheck(torch.ops.vidaccel.gated_residual_adaln_rows.default, (*draw((2, 3, 16)), 1e-6))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs), fused(*inputs), strict=True))
 

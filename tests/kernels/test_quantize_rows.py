@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.compare import DEVICE, DTYPES, few_examples, normal, relative_error
+from tests.kernels.compare import DEVICE, DTYPES, assert_rows_close, few_examples, normal, relative_error
 from vidaccel.kernels.quantize_rows.op import quantize_rows
-from vidaccel.kernels.quantize_rows.reference import Rows
 from vidaccel.kernels.quantize_rows.reference import quantize_rows as reference
 
 fused = functools.partial(quantize_rows, kernels="fused")
@@ -19,17 +18,6 @@ def exact(x, left=None, gelu=False):
     if gelu:
         x = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     return x if left is None else torch.cat([left.double(), x], dim=-1)
-
-
-def check(rows: Rows, wanted: torch.Tensor) -> None:
-    """Every number is within half a step of float8: of its own size, or of the least that is normal."""
-    assert rows.values.dtype == torch.float8_e4m3fn and rows.values.shape == wanted.shape
-    assert rows.scales.dtype == torch.float32 and rows.scales.shape == wanted.shape[:-1]
-    scales = rows.scales.double()[..., None]
-    step = torch.maximum(wanted.abs() / 16, scales * 2.0**-10)
-    assert ((rows.values.double() * scales - wanted).abs() <= step * 1.0001).all()
-    most = wanted.abs().amax(-1)
-    torch.testing.assert_close(rows.scales.double(), torch.where(most > 0, most / 448, 1.0), rtol=1e-6, atol=1e-12)
 
 
 @few_examples
@@ -44,8 +32,8 @@ def test_rows_are_those_of_the_reference_and_near_float64(shape, beside, gelu, d
     x = normal(*shape, dtype=dtype, size=size)
     left = normal(*shape[:-1], beside, dtype=dtype, seed=1) if beside else None
     got, expected = fused(x, left=left, gelu=gelu), reference(x, left, gelu)
-    check(got, exact(x, left, gelu))
-    check(expected, exact(x, left, gelu))
+    assert_rows_close(got, exact(x, left, gelu))
+    assert_rows_close(expected, exact(x, left, gelu))
     # A number that lies between two of float8 may fall to either: a rare step of an eighth.
     assert relative_error(got.values.float(), expected.values.float()) <= (0 if DEVICE == "cpu" and not gelu else 5e-3)
 
@@ -66,14 +54,14 @@ def test_rows_of_zeros_and_of_next_to_nothing():
 
 def test_a_large_gelu_neither_overflows_nor_is_cut_off():
     x = torch.tensor([[6e4, -6e4, 0.5]], dtype=torch.float16, device=DEVICE)
-    check(fused(x, gelu=True), exact(x, gelu=True))
+    assert_rows_close(fused(x, gelu=True), exact(x, gelu=True))
 
 
 def test_rows_may_lie_anywhere_in_memory():
     x = normal(2, 9, 24)
     for strided in (x[:, 2:7], x.transpose(1, 2), x[:1].expand(2, -1, -1), x[..., 3:20]):
-        check(fused(strided), exact(strided))
-        check(fused(strided, left=strided), exact(strided, strided))
+        assert_rows_close(fused(strided), exact(strided))
+        assert_rows_close(fused(strided, left=strided), exact(strided, strided))
 
 
 def test_the_op_is_registered_soundly():

@@ -7,9 +7,15 @@ and restates the forward to call fused ops; a fused processor is made from the s
 B batch, N tokens, D width, H heads
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from vidaccel.kernels.adaln.op import adaln, adaln_rows
+from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln, gated_residual_adaln_rows
 from vidaccel.kernels.quantize_rows.reference import Rows
 
 
@@ -41,10 +47,44 @@ class FusedProcessor:
         return out.flatten(2, 3).to(q.dtype)
 
 
-def quantised_once(x: Tensor, *layers: nn.Module) -> Tensor | Rows:
-    """`x` for layers that all take it: in float8, if that is what each of them would make of it by itself."""
-    makers = [getattr(layer, "rows", None) for layer in layers]
-    return makers[0](x) if makers[0] is not None and all(makers) else x
+def take_rows(*layers: Any) -> bool:
+    """Whether each of these layers would bring what it is given to float8 by itself: then it takes `Rows` as well."""
+    return all(hasattr(layer, "rows") for layer in layers)
+
+
+def quantised_once(x: Tensor | Rows, *layers: Any) -> Tensor | Rows:
+    """`x` for layers that all take it: in float8, where it is not and they take that."""
+    return layers[0].rows(x) if isinstance(x, Tensor) and take_rows(*layers) else x
+
+
+def norm_before(*layers: Any) -> Callable[..., Any]:
+    """adaLN of what these layers take: in float8 at once, if they take that."""
+    return adaln_rows if take_rows(*layers) else adaln
+
+
+def gated_norm_before(*layers: Any) -> Callable[..., Any]:
+    """As `norm_before`, after a gated residual."""
+    return gated_residual_adaln_rows if take_rows(*layers) else gated_residual_adaln
+
+
+def token_count(x: Tensor | Rows) -> int:
+    """N of x [B, N, D]."""
+    return (x if isinstance(x, Tensor) else x.values).shape[1]
+
+
+def split_tokens(x: Tensor | Rows, lengths: list[int]) -> Sequence[Any]:
+    """x [B, N + L, D] as parts of so many tokens."""
+    if isinstance(x, Tensor):
+        return x.split(lengths, dim=1)
+    return [Rows(*parts) for parts in zip(x.values.split(lengths, dim=1), x.scales.split(lengths, dim=1), strict=True)]
+
+
+def join_tokens(*parts: Any) -> Any:
+    """What `split_tokens` took apart."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, dim=1)
+    bytes = torch.cat([part.values.view(torch.uint8) for part in parts], dim=1)
+    return Rows(bytes.view(torch.float8_e4m3fn), torch.cat([part.scales for part in parts], dim=1))
 
 
 def modulation(norm: nn.Module, temb: Tensor, parts: int) -> tuple[Tensor, ...]:

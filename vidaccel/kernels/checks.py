@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def on_its_device(body: Callable) -> Callable:
+def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
     """An op's body run with its tensors' device as the current one: Triton launches there, wherever they are."""
 
     @functools.wraps(body)

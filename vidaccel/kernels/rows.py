@@ -1,4 +1,4 @@
-"""Triton pieces that several ops share: normalisation of a row held in registers, and its Jacobian.
+"""Triton pieces that several ops share: normalisation of a row held in registers, its Jacobian, and rows in float8.
 
 The Jacobian of a normalisation is symmetric, so one function serves the forward derivative (applied to the tangent of
 the input) and the backward pass (applied to the gradient of the output):
@@ -14,6 +14,10 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
+
+from vidaccel.kernels.quantize_rows import reference
+
+LARGEST, ZERO = tl.constexpr(reference.LARGEST), tl.constexpr(reference.ZERO)
 
 
 def autotuned(configs: list[triton.Config], key: list[str], possible: Callable | None = None):
@@ -46,3 +50,23 @@ def layer_norm_jacobian(v, normed, rstd, valid, D):
     mean = tl.sum(v, axis=0) / D
     projection = tl.sum(v * normed, axis=0) / D
     return tl.where(valid, rstd * (v - mean - normed * projection), 0.0)
+
+
+@triton.jit
+def float8_scale(most):
+    """Of a row whose largest number is this."""
+    return tl.where(most < ZERO, 1.0, most / LARGEST)
+
+
+@triton.jit
+def float8(x, ROUNDED: tl.constexpr):
+    """x as float8_e4m3fn, to nearest, ties to even.
+
+    Triton's interpreter cuts digits off and is right where there are none to cut, so there they are rounded away first:
+    adding and subtracting a power of two leaves three binary digits after the first, and none below 2^-9.
+    """
+    if ROUNDED:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        large = tl.maximum(power, 0.015625) * 1572864.0  # 2^-6, the least normal number, and 1.5 * 2^20
+        x = (x + large) - large
+    return x.to(tl.float8e4nv)

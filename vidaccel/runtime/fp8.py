@@ -1,8 +1,8 @@
 """Linear layers whose weights and inputs are in float8, by products that scale each row; none needs torch.compile.
 
 The weight [N, K] is quantised once, row by row. The input is quantised as it comes, in one pass over memory
-(`quantize_rows`), or before: blocks that give several layers the same tensor make its `Rows` once, and what the second
-layer of a feed-forward takes is quantised together with the GELU before it. Hardware without such products is refused;
+(`quantize_rows`), or before: fused blocks have adaLN write the `Rows` that several layers then take, and the second
+layer of a feed-forward quantises its input together with the GELU before it. Hardware without such products is refused;
 layers where K or N is no multiple of 16 stay plain; the number of rows is free.
 
 K inputs, N outputs

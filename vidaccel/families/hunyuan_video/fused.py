@@ -14,9 +14,18 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor
 
-from vidaccel.families.fused import FusedBlock, FusedProcessor, modulation, quantised_once
-from vidaccel.kernels.adaln.op import adaln
-from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
+from vidaccel.families.fused import (
+    FusedBlock,
+    FusedProcessor,
+    gated_norm_before,
+    join_tokens,
+    modulation,
+    norm_before,
+    quantised_once,
+    split_tokens,
+    take_rows,
+    token_count,
+)
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
 
 
@@ -26,10 +35,10 @@ class HunyuanVideoProcessor(FusedProcessor):
     def __call__(
         self, attn, hidden_states, encoder_hidden_states: Any = None, attention_mask=None, image_rotary_emb=None
     ) -> tuple[Tensor, Tensor]:
-        text_length = encoder_hidden_states.shape[1]
+        text_length = token_count(encoder_hidden_states)
         single_stream = attn.add_q_proj is None
         if single_stream:
-            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+            hidden_states = join_tokens(hidden_states, encoder_hidden_states)
         projections = attn.to_q, attn.to_k, attn.to_v
         given = quantised_once(hidden_states, *projections)
         q, k, v = (project(given).unflatten(2, (attn.heads, -1)) for project in projections)
@@ -71,22 +80,31 @@ class HunyuanVideoProcessor(FusedProcessor):
 class FusedDoubleStream(FusedBlock):
     """The forward that HunyuanVideo's and HunyuanVideo-1.5's double-stream blocks share."""
 
+    attn: Any
+    ff: Any
+    ff_context: Any
+    norm1: Any
+    norm1_context: Any
+    norm2: Any
+    norm2_context: Any
+
     def forward(
         self, hidden_states, encoder_hidden_states, temb, attention_mask=None, freqs_cis=None, *_args
     ) -> tuple[Tensor, Tensor]:
         x, y = hidden_states, encoder_hidden_states
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(self.norm1, temb, 6)
         c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = modulation(self.norm1_context, temb, 6)
+        norm = norm_before(self.attn.to_q, self.attn.to_k, self.attn.to_v)
+        c_norm = norm_before(self.attn.add_q_proj, self.attn.add_k_proj, self.attn.add_v_proj)
         attended, c_attended = self.attn(
-            hidden_states=adaln(x, scale, shift, eps=self.norm1.norm.eps, kernels=self.kernels),
-            encoder_hidden_states=adaln(y, c_scale, c_shift, eps=self.norm1_context.norm.eps, kernels=self.kernels),
+            hidden_states=norm(x, scale, shift, eps=self.norm1.norm.eps, kernels=self.kernels),
+            encoder_hidden_states=c_norm(y, c_scale, c_shift, eps=self.norm1_context.norm.eps, kernels=self.kernels),
             attention_mask=attention_mask,
             image_rotary_emb=freqs_cis,
         )
-        x, normed = gated_residual_adaln(
-            x, attended, gate, scale_mlp, shift_mlp, eps=self.norm2.eps, kernels=self.kernels
-        )
-        y, c_normed = gated_residual_adaln(
+        norm, c_norm = gated_norm_before(self.ff.net[0].proj), gated_norm_before(self.ff_context.net[0].proj)
+        x, normed = norm(x, attended, gate, scale_mlp, shift_mlp, eps=self.norm2.eps, kernels=self.kernels)
+        y, c_normed = c_norm(
             y, c_attended, c_gate, c_scale_mlp, c_shift_mlp, eps=self.norm2_context.eps, kernels=self.kernels
         )
         x = torch.addcmul(x, gate_mlp[:, None], self.ff(normed))
@@ -107,8 +125,9 @@ class FusedHunyuanVideoSingleBlock(FusedBlock, HunyuanVideoSingleTransformerBloc
         lengths = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         shift, scale, gate = modulation(self.norm, temb, 3)
-        normed = adaln(x, scale, shift, eps=self.norm.norm.eps, kernels=self.kernels)
-        video, text = normed.split(lengths, dim=1)
+        norm = norm_before(self.attn.to_q, self.attn.to_k, self.attn.to_v, self.proj_mlp)
+        normed = norm(x, scale, shift, eps=self.norm.norm.eps, kernels=self.kernels)
+        video, text = split_tokens(normed, lengths)
         attended = self.attn(
             hidden_states=video,
             encoder_hidden_states=text,
@@ -116,12 +135,12 @@ class FusedHunyuanVideoSingleBlock(FusedBlock, HunyuanVideoSingleTransformerBloc
             image_rotary_emb=image_rotary_emb,
         )
         attended, features = torch.cat(attended, dim=1), self.proj_mlp(normed)
-        rows = getattr(self.proj_out, "rows", None)
-        if rows is None:
-            features = torch.cat([attended, self.act_mlp(features)], dim=2)
+        project: Any = self.proj_out
+        if take_rows(project):
+            features = project.rows(features, left=attended, gelu=True)
         else:
-            features = rows(features, left=attended, gelu=True)
-        return torch.addcmul(x, gate[:, None], self.proj_out(features)).split(lengths, dim=1)
+            features = torch.cat([attended, self.act_mlp(features)], dim=2)
+        return torch.addcmul(x, gate[:, None], project(features)).split(lengths, dim=1)
 
 
 FUSED_BLOCKS = {

@@ -7,9 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from vidaccel.families.fused import FusedBlock, FusedProcessor, quantised_once
-from vidaccel.kernels.adaln.op import adaln
-from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln
+from vidaccel.families.fused import FusedBlock, FusedProcessor, gated_norm_before, norm_before, quantised_once
 from vidaccel.kernels.qk_norm_rope.op import qk_norm_rope
 
 
@@ -46,7 +44,8 @@ class FusedWanBlock(FusedBlock, WanTransformerBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).unbind(1)
         x = hidden_states
-        normed = adaln(x, scale, shift, eps=self.norm1.eps, kernels=self.kernels)
+        norm = norm_before(self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)
+        normed = norm(x, scale, shift, eps=self.norm1.eps, kernels=self.kernels)
         attended = self.attn1(normed, None, None, rotary_emb)
         if isinstance(self.norm2, nn.Identity):
             x = (x.float() + attended * gate[:, None]).type_as(x)
@@ -54,10 +53,12 @@ class FusedWanBlock(FusedBlock, WanTransformerBlock):
         else:
             # A learnt affine is a modulation that all samples share.
             affine = (self.norm2.weight - 1).expand_as(gate), self.norm2.bias.expand_as(gate)
-            x, normed = gated_residual_adaln(x, attended, gate, *affine, eps=self.norm2.eps, kernels=self.kernels)
+            norm = gated_norm_before(self.attn2.to_q)
+            x, normed = norm(x, attended, gate, *affine, eps=self.norm2.eps, kernels=self.kernels)
         attended = self.attn2(normed, encoder_hidden_states, None, None)
         ones = torch.ones_like(gate)
-        x, normed = gated_residual_adaln(x, attended, ones, c_scale, c_shift, eps=self.norm3.eps, kernels=self.kernels)
+        norm = gated_norm_before(self.ffn.net[0].proj)
+        x, normed = norm(x, attended, ones, c_scale, c_shift, eps=self.norm3.eps, kernels=self.kernels)
         return (x.float() + self.ffn(normed).float() * c_gate[:, None]).type_as(x)
 
 

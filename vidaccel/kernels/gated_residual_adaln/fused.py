@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.adaln.fused import CONFIGS, PARTIAL_SUMS
-from vidaccel.kernels.rows import autotuned, layer_norm, layer_norm_jacobian
+from vidaccel.kernels.rows import autotuned, float8, float8_scale, interpreted, layer_norm, layer_norm_jacobian
 
 
 @autotuned(CONFIGS, key=["D"])
@@ -22,8 +22,9 @@ from vidaccel.kernels.rows import autotuned, layer_norm, layer_norm_jacobian
 def _forward(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, h_ptr, z_ptr, mean_ptr, rstd_ptr,
     N, D, eps, x_stride_b, x_stride_n, y_stride_b, y_stride_n, gate_stride_b, scale_stride_b, shift_stride_b,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTIZED: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """In float8 the row's own scale stands in the place of its mean, and nothing in that of rstd."""
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * ROWS
     d = tl.arange(0, BLOCK)
@@ -38,9 +39,14 @@ def _forward(
         row = b * N + n
         tl.store(h_ptr + row * D + d, h, mask=valid)
         normed, mean, rstd = layer_norm(h.to(tl.float32), valid, D, eps)
-        tl.store(z_ptr + row * D + d, normed * scale + shift, mask=valid)
+        z = normed * scale + shift
+        if QUANTIZED:
+            mean = float8_scale(tl.max(tl.abs(z), axis=0))
+            tl.store(z_ptr + row * D + d, float8(z / mean, ROUNDED), mask=valid)
+        else:
+            tl.store(z_ptr + row * D + d, z, mask=valid)
+            tl.store(rstd_ptr + row, rstd)
         tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
 
 
 @autotuned(CONFIGS, key=["D"])
@@ -118,17 +124,39 @@ def forward(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, z [B, N, D], mean and rstd of h [B, N]; the last dimension of every input is contiguous."""
+    h, z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    _launch(x, y, gate, scale, shift, h, z, mean, rstd, eps)
+    return h, z, mean, rstd
+
+
+def rows(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """h, and z in float8: values [B, N, D], scales [B, N]."""
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    _launch(x, y, gate, scale, shift, h, values, scales, scales, eps)
+    return h, values, scales
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    h: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+) -> None:
     B, N, D = x.shape
-    h = torch.empty((B, N, D), dtype=x.dtype, device=x.device)
-    z = torch.empty_like(h)
-    mean = torch.empty((B, N), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
     _forward[lambda meta: (triton.cdiv(N, meta["ROWS"]), B)](
         x, y, gate, scale, shift, h, z, mean, rstd,
         N, D, eps, *x.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0),
-        BLOCK=triton.next_power_of_2(D),
+        QUANTIZED=z.dtype != x.dtype, ROUNDED=interpreted(), BLOCK=triton.next_power_of_2(D),
     )  # fmt: skip
-    return h, z, mean, rstd
 
 
 def tangent(

@@ -13,32 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.quantize_rows.reference import LARGEST, ZERO
-from vidaccel.kernels.rows import autotuned, interpreted
+from vidaccel.kernels.rows import autotuned, float8, float8_scale, interpreted
 
 CONFIGS = [triton.Config({}, num_warps=warps) for warps in (8, 4, 16)]
-
-
-@triton.jit
-def _float8(x, ROUNDED: tl.constexpr):
-    """x as float8_e4m3fn, to nearest, ties to even.
-
-    Triton's interpreter cuts digits off and is right where there are none to cut, so there they are rounded away first:
-    adding and subtracting a power of two leaves three binary digits after the first, and none below 2^-9.
-    """
-    if ROUNDED:
-        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        large = tl.maximum(power, 0.015625) * 1572864.0  # 2^-6, the least normal number, and 1.5 * 2^20
-        x = (x + large) - large
-    return x.to(tl.float8e4nv)
 
 
 @autotuned(CONFIGS, key=["D", "J"])
 @triton.jit
 def _quantize(
     x_ptr, left_ptr, values_ptr, scales_ptr, D, J, x_stride, left_stride,
-    LARGEST: tl.constexpr, ZERO: tl.constexpr, GELU: tl.constexpr, BESIDE: tl.constexpr, ROUNDED: tl.constexpr,
-    BLOCK: tl.constexpr, LEFT: tl.constexpr,
+    GELU: tl.constexpr, BESIDE: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d, j = tl.arange(0, BLOCK), tl.arange(0, LEFT)
@@ -49,12 +33,12 @@ def _quantize(
     if BESIDE:
         left = tl.load(left_ptr + row * left_stride + j, mask=j < J, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.max(tl.abs(left), axis=0))
-    scale = tl.where(most < ZERO, 1.0, most / LARGEST)
+    scale = float8_scale(most)
     tl.store(scales_ptr + row, scale)
     out = values_ptr + row * (J + D)
-    tl.store(out + J + d, _float8(x / scale, ROUNDED), mask=d < D)
+    tl.store(out + J + d, float8(x / scale, ROUNDED), mask=d < D)
     if BESIDE:
-        tl.store(out + j, _float8(left / scale, ROUNDED), mask=j < J)
+        tl.store(out + j, float8(left / scale, ROUNDED), mask=j < J)
 
 
 def quantize(x: Tensor, left: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +48,7 @@ def quantize(x: Tensor, left: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     _quantize[(M,)](
         x, x if left is None else left, values, scales, D, J, x.stride(0), 0 if left is None else left.stride(0),
-        LARGEST=LARGEST, ZERO=ZERO, GELU=gelu, BESIDE=left is not None, ROUNDED=interpreted(),
+        GELU=gelu, BESIDE=left is not None, ROUNDED=interpreted(),
         BLOCK=triton.next_power_of_2(D), LEFT=triton.next_power_of_2(max(J, 1)),
     )  # fmt: skip
     return values, scales
