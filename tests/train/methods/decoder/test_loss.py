@@ -25,7 +25,7 @@ def test_a_ramp(error, pixels):
 
 def test_a_flicker_counts_in_time_alone():
     error = torch.tensor([1.0, -1.0, 1.0]).view(1, 1, 3, 1, 1).expand(2, 3, 3, 4, 4)
-    loss, _ = decoder_loss(error, torch.zeros_like(error), DecoderTraining(space=7.0, time=0.25))
+    loss, _ = decoder_loss(error, torch.zeros_like(error), DecoderTraining(error="l1", space=7.0, time=0.25))
     assert float(loss) == pytest.approx(1 + 0.25 * 2)
 
 

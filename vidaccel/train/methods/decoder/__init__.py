@@ -16,8 +16,9 @@ class DecoderTraining:
     """Channels of each level, in the order of the autoencoder's config (full resolution first), in place of `width`."""
     layers_per_block: int | None = None
     """The autoencoder's setting of its residual blocks a level; null is the teacher's."""
-    error: str = "l1"
-    """Of pixels and of their differences, in [-1, 1]: `l1` or `l2`."""
+    error: str = "l2"
+    """Of pixels and of their differences, in [-1, 1]: `l2` or `l1`, under which sprites had no colours after a thousand
+    steps: what is small is best left out there."""
     space: float = 1.0
     """Weight of differences between neighbouring pixels."""
     time: float = 1.0
@@ -39,7 +40,7 @@ class DecoderTraining:
         require(fits, "widths", widths, "lists channels of each level, at least 1 each, or is null")
         depth = self.layers_per_block
         require(depth is None or depth >= 0, "layers_per_block", depth, "must be at least 0, or null")
-        require(self.error in ("l1", "l2"), "error", self.error, "is l1 or l2")
+        require(self.error in ("l1", "l2"), "error", self.error, "is l2 or l1")
         for key in ("space", "time", "lpips", "noise", "kept"):
             value = getattr(self, key)
             require(0 <= value < math.inf, key, value, "must be at least 0 and finite")
