@@ -121,7 +121,7 @@ def check_decoder(
                 hint,
             )
     known = autoencoder_hash(hashes)
-    if known is not None and files.run["autoencoder"] not in (None, known):
+    if known is not None and files.run.get("autoencoder") not in (None, known):
         raise UserError(
             f"the decoder {files.source} was distilled from another autoencoder than that of {model}: its weights "
             "are others",
