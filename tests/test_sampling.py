@@ -249,6 +249,8 @@ def test_the_loop_ends_in_the_latents_of_a_pipeline_whose_times_rise():
         torch.testing.assert_close(sample(velocity, x_1, text, grid.tensor), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="steps=1, and the pipeline of Mochi takes 2 or more"):
         call_arguments(model, steps=1)
+    with pytest.raises(UserError, match="steps=1, and the pipeline of Mochi takes 2 or more"):
+        own_grid(model.pipe.scheduler, model.family, 1)
 
 
 @pytest.mark.parametrize("family", FLOW)

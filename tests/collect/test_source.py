@@ -11,7 +11,7 @@ from tests.collect.conftest import CAPTIONS, FPS
 from tests.data.test_formats import CASES, COUNTED
 from tests.tiny import SIZE, tiny_pipeline
 from vidaccel.collect.encode import encode_samples
-from vidaccel.collect.source import EncodedSource, open_source
+from vidaccel.collect.source import EncodedPrompts, EncodedSource, Prompts, open_source
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.order import epoch_order
 from vidaccel.errors import UserError
@@ -171,3 +171,12 @@ def test_samples_on_the_fly_are_those_of_a_folder(loaded, clips):
     assert encoded == [3] and [record for _, record in together] == [source.record(i) for i in (2, 0, 4)]
     torch.testing.assert_close(together[0][0]["latent"], tensors["latent"], rtol=1e-3, atol=1e-3)
     assert [features.at(position, seed=3) for position in range(10)] == [*epoch_order(5, 3, 0), *features.order(3, 1)]
+
+
+def test_prompts_alone_have_the_latents_shape_of_a_model_that_names_no_output_channels():
+    model = LoadedPipeline(tiny_pipeline("mochi"), FAMILIES["mochi"], "here", SIZE | {"fps": 8}, {})
+    assert model.pipe.transformer.config.out_channels is None
+    (tensors, record), *_ = EncodedPrompts(model, Prompts(("a red circle",)), CollectConfig()).read([0])
+    assert tensors["latent"].shape[0] == model.pipe.transformer.config.in_channels and record == {
+        "caption": "a red circle"
+    }

@@ -26,7 +26,7 @@ from vidaccel.data.shards import Sample
 from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.walk import denoisers_of, latent_channels
 from vidaccel.models.calling import check_image, check_sizes, latent_size
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import WORLDS, world
@@ -143,8 +143,8 @@ class EncodedPrompts(EncodedSource):
         """Raises `UserError` where videos begin with an image, or the model cannot make such as `config` names."""
         super().__init__(loaded, prompts)
         check_image(loaded.family, given=False)
-        transformer: Any = denoisers_of(loaded.pipe, loaded.family)[0]
-        shape = (transformer.config.out_channels, *latent_size(loaded, **size_of(loaded, config)))
+        transformer = denoisers_of(loaded.pipe, loaded.family)[0]
+        shape = (latent_channels(transformer), *latent_size(loaded, **size_of(loaded, config)))
         self._latent = torch.empty(shape, device="meta")
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
@@ -174,7 +174,7 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
     if config.sizes is not None:
         return _of_several_sizes(loaded, config, fps)
     if config.data is not None:
-        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share, sizes=()))
+        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
     for name in WORLDS:
         if (source := world(name).clip_source(loaded, config.clips, config.seed, size, fps)) is not None:
             return source

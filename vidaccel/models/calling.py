@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily, SamplingDefaults
 from vidaccel.families.walk import denoisers_of, patch_of
+from vidaccel.models.grid import require_steps
 
 if TYPE_CHECKING:  # which imports this
     from vidaccel.models.loading import LoadedPipeline
@@ -67,8 +68,7 @@ def call_arguments(
     count: int = _given(steps, loaded, "steps")
     if count < 1:
         raise UserError(f"steps={count} denoises nothing", "take 1 step or more; 50 is usual without distillation")
-    if count < (least := loaded.family.least_steps):
-        raise UserError(f"steps={count}, and the pipeline of {loaded.family.title} takes {least} or more", "take more")
+    require_steps(loaded.family, count)
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     sizes = {name: _given(value, loaded, name) for name, value in sizes.items()}
     check_sizes(loaded, **sizes)

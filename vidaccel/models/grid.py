@@ -239,6 +239,12 @@ def refuse_untrained(family: DiTFamily, what: str) -> None:
         )
 
 
+def require_steps(family: DiTFamily, steps: int) -> None:
+    """`UserError` for fewer steps than the family's pipeline takes."""
+    if steps < (least := family.least_steps):
+        raise UserError(f"steps={steps}, and the pipeline of {family.title} takes {least} or more", "take more")
+
+
 def shift_of(scheduler: Any, family: DiTFamily) -> float | None:
     """Shift of the step grid that a pipeline's scheduler has, else the family's; None if no shift makes its grid."""
     if any(scheduler.config.get(option) for option in OTHER_GRIDS):
@@ -275,6 +281,7 @@ def own_grid(scheduler: Any, family: DiTFamily, steps: int) -> Grid:
         )
     asked = copy.deepcopy(scheduler)
     if family.times and not asked.config.get("times"):
+        require_steps(family, steps)
         module, name = family.times.split(":")
         asked.set_timesteps(sigmas=getattr(import_module(module), name)(steps), device="cpu")
     else:
