@@ -117,6 +117,9 @@ def test_so_is_a_search_of_a_model_in_two_passes(model, caplog):
     assert not isinstance(task(guidance=1.0).student, GuidedVelocity)
     with pytest.raises(UserError, match="negative_prompt='a dog' needs two passes"):
         task(guidance=1.0, negative_prompt="a dog")
+    for guidance in (1.0, 3.0):
+        with pytest.raises(UserError, match=r"guidance_2=2.0, and Wan 2.1 has one transformer"):
+            task(guidance=guidance, guidance_2=2.0)
     with pytest.raises(UserError, match=r"makes two passes a step, and.*\nhint: .*forecaster=reuse|taylor|multistep"):
         task(forecaster="learned")
     sampler, _, span = runs_of(PredictorConfig(**own, forecaster="multistep"), loaded)

@@ -816,3 +816,17 @@ def test_what_a_kill_left_unfinished_is_cleared_away(tmp_path):
     (unfinished / "model.safetensors").write_bytes(b"half")
     run(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def test_settings_without_effect_that_an_earlier_version_recorded_do_not_refuse(tmp_path):
+    run(tmp_path, config=replace(CONFIG, steps=5))
+    (state,) = tmp_path.rglob("step-00000005/state.json")
+    record = json.loads(state.read_text())
+    assert not record["identity"].keys() & {"minutes", "graph"}
+    record["identity"] |= {"minutes": 30.0, "graph": True}
+    state.write_text(json.dumps(record))
+    run(tmp_path, config=replace(CONFIG, steps=5, gates_every=0))
+    record["identity"]["warmup"] = 4
+    state.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="warmup was 4, now 3"):
+        run(tmp_path, config=replace(CONFIG, steps=5))

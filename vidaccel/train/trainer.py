@@ -336,8 +336,9 @@ def _identity(seed: int, config: TrainConfig, settings: Mapping[str, Any]) -> di
 
 
 def _current(recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity in a checkpoint, with its settings by the names that they have now."""
-    nested = unflat(identity)
+    """The identity in a checkpoint, with its settings by the names that they have now, and without those that have no
+    effect, some of which earlier versions recorded."""
+    nested = {key: value for key, value in unflat(identity).items() if key not in WITHOUT_EFFECT}
     return flat(nested | {"settings": recorded(nested.get("settings", {}))})
 
 

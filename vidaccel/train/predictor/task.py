@@ -42,8 +42,10 @@ from vidaccel.train.predictor.pairs import Data
 log = logging.getLogger(__name__)
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
-ADDED = ("prompts", "guidance_2")
-"""Settings that earlier versions did not have: null is as they were."""
+ADDED = {"prompts": None, "guidance_2": None, "scalars_every": 0}
+"""Settings that earlier versions did not have, and as what these searched."""
+STAGES = ("mse", "adversarial")
+"""Of a training: groups of settings."""
 UNTRAINED = ("reuse", "taylor")
 """Forecasters that have nothing of a transformer's own, and so serve several."""
 
@@ -126,8 +128,10 @@ def task_of(
     own = None if student.embeds("g") else loaded.call.get("two_pass", True)
     twice = bool(own) and config.forecaster in UNTRAINED
     guidance = _guidance(loaded, config, student, twice)
-    if isinstance(student, SwitchedVelocity) and student.embeds("g"):
-        student.second = second_guidance(loaded, config.guidance, config.guidance_2, False)
+    if not twice and (isinstance(student, SwitchedVelocity) or config.guidance_2 is not None):
+        second = second_guidance(loaded, config.guidance, config.guidance_2, False if student.embeds("g") else None)
+        if isinstance(student, SwitchedVelocity):
+            student.second = second
     data, provenance = opened or _open_data(loaded, config)
     told = called_like(data, loaded) if twice and isinstance(data, ShardFolder) else loaded
     if twice:
@@ -156,8 +160,9 @@ def _guided(
     """The student in two passes where it makes some, called as `loaded` is; and what tells that from others.
 
     Raises:
-        UserError: a negative prompt, and one pass a step.
+        UserError: a negative prompt, and one pass a step; or a second scale that nothing takes.
     """
+    second = second_guidance(loaded, config.guidance, config.guidance_2, True) if twice else None
     if not twice or guidance == 1:
         if config.negative_prompt:
             raise UserError(
@@ -167,7 +172,6 @@ def _guided(
         return student, {}
     away_from = unwanted(loaded) if config.negative_prompt is None else config.negative_prompt
     said = {"guidance": guidance, "negative_prompt": away_from}
-    second = second_guidance(loaded, config.guidance, config.guidance_2, True)
     if second is not None:
         said["guidance_2"] = second
     log.info("two passes a step: %s", " ".join(f"{name}={value}" for name, value in said.items()))
@@ -205,7 +209,9 @@ def search_of(config: PredictorConfig, student: str, data: object) -> str:
         data: what tells its captions from others.
     """
     given = {key: value for key, value in configuration.to_dict(config).items() if key != "stage"}
-    given = {key: value for key, value in given.items() if key not in ADDED or value is not None}
+    given = {key: value for key, value in given.items() if key not in ADDED or value != ADDED[key]}
+    for stage in STAGES:
+        del given[stage]["gates_every"]  # which finds nothing, and which earlier versions did not have
     text = json.dumps({"settings": given, "student": student, "data": data}, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -73,16 +73,15 @@ from vidaccel.train.predictor.served import (
     serving_predictor,
     start_predictor,
 )
-from vidaccel.train.predictor.task import SEARCHED, PredictorTask, check_student, search_of, task_of
+from vidaccel.train.predictor.task import SEARCHED, STAGES, PredictorTask, check_student, search_of, task_of
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.step import autocast
-from vidaccel.train.trainer import train
+from vidaccel.train.trainer import WITHOUT_EFFECT, train
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor"
 SCHEDULES = "schedules/1"
 """Format of a folder of a forecaster's schedules alone."""
-STAGES = ("mse", "adversarial")
 NOT_SHAPING = {
     "student",
     "lora",
@@ -464,16 +463,22 @@ def _trained(
 def _recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """What shaped a stage that was begun, without what earlier versions took for such."""
     known = configuration.as_recorded_now(recorded, now, PredictorConfig)
-    return {key: value for key, value in known.items() if key in now or key not in NOT_SHAPING}
+    known = {key: value for key, value in known.items() if key in now or key not in NOT_SHAPING}
+    return known | ({"mse": _with_effect(known["mse"])} if "mse" in known else {})
 
 
 def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     """What shapes a stage, besides what `train` is given itself. The second goes on from the first."""
     config = configuration.to_dict(task.config)
     shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
-    earlier = {} if name == "mse" else {"mse": config["mse"], "discriminator": config["discriminator"]}
+    earlier = {} if name == "mse" else {"mse": _with_effect(config["mse"]), "discriminator": config["discriminator"]}
     provenance = {"data": task.provenance, "student": student_hash(task.loaded), **task.sampling.record()}
     return shared | earlier | provenance
+
+
+def _with_effect(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier stage without those that may change in that stage as well."""
+    return {key: value for key, value in stage.items() if key not in WITHOUT_EFFECT}
 
 
 def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator | None = None) -> None:

@@ -34,7 +34,7 @@ from vidaccel.models.folder import read_json, safetensors_header
 from vidaccel.models.loading import read_model
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
-from vidaccel.train.predictor.training import STAGES
+from vidaccel.train.predictor.task import STAGES
 from vidaccel.worlds.sprites import SHIPPED
 from vidaccel.worlds.sprites.card import made_here, trained_stage
 
