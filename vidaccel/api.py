@@ -89,15 +89,16 @@ def export_model(
     its pipeline is to be called with.
 
     Raises:
-        UserError: the model is a student of mean velocities, which diffusers alone has no place for.
+        UserError: the model is a student that diffusers alone has no place for, or a setting is of making videos.
     """
+    from vidaccel.models.exporting import check_export
     from vidaccel.models.exporting import export_model as export
     from vidaccel.models.loading import load_pipeline, read_model
 
     settings = settings_of("generate", config or "teacher", overrides)
+    said = check_export(output, settings)
     files, lora = read_model(settings.model, settings.student), settings.lora or ()
     loaded = load_pipeline(files, device=device, dtype=settings.dtype, lora=lora)
-    said = {name: getattr(settings, name) for name in ("model", "student", "lora", "guidance", "guidance_2", "dtype")}
     return export(output, loaded, guidance=settings.guidance, guidance_2=settings.guidance_2, config=said)
 
 

@@ -84,6 +84,10 @@ def test_what_diffusers_has_no_place_for_is_refused(tmp_path):
     half = load_pipeline(save(tmp_path / "half", first, trained(first, ("g",))))
     with pytest.raises(UserError, match="the transformer_2 of .* has not been distilled"):
         export_model(tmp_path / "plain", half)
+    rising = load_pipeline(student(tmp_path / "mochi", "mochi", ("g",)))
+    with pytest.raises(UserError, match="the pipeline of Mochi gives its scheduler times of its own"):
+        export_model(tmp_path / "plain", rising)
+    assert not (tmp_path / "plain").exists()
 
 
 def test_the_command(tmp_path):
@@ -95,6 +99,12 @@ def test_the_command(tmp_path):
     readme = (tmp_path / "plain" / "README.md").read_text()
     assert "its guidance fixed at 5" in readme and "WanPipeline.from_pretrained" in readme
     assert "--export" in (tmp_path / "student" / "README.md").read_text()
-    for wrong, message in ((words[:-2], "and none is named"), ([*words, "a cat"], "not a video of a cat")):
+    for wrong, message in (
+        (words[:-2], "and none is named"),
+        ([*words, "a cat"], "not a video of a cat"),
+        ([*words, "shift=3"], "shift=3.0 is of making videos, and an export makes none"),
+        ([*words, "decoder=runs/decoder"], "decoder=runs/decoder is of making videos"),
+        ([*words, "--json"], "--export came with --json"),
+    ):
         refused = CliRunner().invoke(app, wrong)
         assert refused.exit_code == 2 and message in refused.stderr

@@ -113,8 +113,12 @@ def generate(
     given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
     given = {key: None if value == "null" else value for key, value in given.items()}
     overrides += [f"{key}=null" for key in withdrawn(given)]
-    config = settings("generate", conf or default_conf(given), overrides, print_conf, explain)
+    config = settings(
+        "generate", conf or ("teacher" if export else default_conf(given)), overrides, print_conf, explain
+    )
     if export:
+        if compare or as_json:
+            raise UserError(f"--export came with {'--compare' if compare else '--json'}", "leave one of them out")
         _export(config, output, [*free, *filter(None, (prompts, image, images, sheet))], device)
         return
     texts = _prompts(free, prompts)

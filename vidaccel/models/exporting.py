@@ -7,6 +7,7 @@ r is another at every step: a student of mean velocities stays a folder of vidac
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from vidaccel.artefacts import RUN_FILE, atomic_folder, check_output, sha256_file, write_run
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
@@ -24,8 +26,24 @@ from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.saving import FORMAT
 
 COMMAND = "vidaccel generate --export"
+TAKEN = ("model", "student", "lora", "guidance", "guidance_2", "dtype")
+"""Settings of `vidaccel generate` that an export follows."""
 FIXED = ("two_pass", "guidance", "guidance_2", "negative_prompt")
 """Settings of a student's call that its weights hold in the end."""
+
+
+def check_export(folder: str | Path, settings: GenerateConfig) -> dict[str, Any]:
+    """Those of the settings that an export takes; `UserError` for any other that is said, and for a folder that cannot
+    be written, before a weight is read."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if each.name not in TAKEN and value != getattr(GenerateConfig(), each.name):
+            raise UserError(
+                f"{each.name}={value} is of making videos, and an export makes none",
+                f"leave it out; an export takes {', '.join(TAKEN)}",
+            )
+    check_output(folder, FORMAT)
+    return {name: getattr(settings, name) for name in TAKEN}
 
 
 def export_model(
@@ -49,12 +67,12 @@ def export_model(
         What the pipeline is to be called with beside its prompt.
 
     Raises:
-        UserError: the model embeds r, half of it is distilled, its grid is a list of times, or the folder cannot be
-            written.
+        UserError: the model embeds r, half of it is distilled, its grid is one that no scheduler of diffusers' own
+            makes, or the folder cannot be written.
     """
     check_output(folder, FORMAT)
     require_whole(loaded)
-    _require_no_r(loaded)
+    _require_exportable(loaded)
     scale, _ = guidance_in_force(loaded, guidance, None)
     scales = [scale, second_guidance(loaded, guidance, guidance_2, None) or scale]
     distilled = loaded.conditioning is not None
@@ -82,10 +100,16 @@ def export_model(
     return arguments
 
 
-def _require_no_r(loaded: LoadedPipeline) -> None:
+def _require_exportable(loaded: LoadedPipeline) -> None:
     if isinstance(loaded.pipe.scheduler, ListedScheduler):
         raise UserError(
             f"{loaded.source} is sampled at listed times, which no scheduler of diffusers alone holds",
+            "share the folder as it is, for vidaccel",
+        )
+    if loaded.family.times and loaded.conditioning is not None:
+        raise UserError(
+            f"the pipeline of {loaded.family.title} gives its scheduler times of its own, which are not those that "
+            f"{loaded.source} was distilled for",
             "share the folder as it is, for vidaccel",
         )
     for each in (loaded, *loaded.further):
