@@ -37,7 +37,6 @@ SAME = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_m
 """What decoders of one latent have in common, by the names of their configs."""
 SAME += ("spatial_compression_ratio", "temporal_compression_ratio", "patch_size", "patch_size_t", "out_channels")
 
-
 IN_TILES = ("use_slicing", "use_tiling", "use_framewise_decoding")
 """Attributes of autoencoders that take a video apart."""
 
@@ -115,7 +114,7 @@ def check_decoder(
             f"the decoder {files.source} is for latents of {theirs} channels, and those of {model} have {ours}", hint
         )
     for name in SAME:
-        if name in files.config and _plain(files.config[name]) != _plain(config.get(name, files.config[name])):
+        if name in files.config and plain(files.config[name]) != plain(config.get(name, files.config[name])):
             raise UserError(
                 f"the decoder {files.source} is for {name}={files.config[name]}, and {model} has {name}={config[name]}",
                 hint,
@@ -185,7 +184,7 @@ def write_decoder(folder: Path, made: Any, dtype: torch.dtype) -> None:
     Raises:
         UserError: a weight is not finite in `dtype`.
     """
-    config = {key: _plain(value) for key, value in made.config.items() if not key.startswith("_")}
+    config = {key: plain(value) for key, value in made.config.items() if not key.startswith("_")}
     version = {"_class_name": type(made).__name__, "_diffusers_version": diffusers.__version__}
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in decoding_state(made).items()}
     for name, tensor in weights.items():
@@ -214,7 +213,7 @@ def latent_width(config: Mapping[str, Any]) -> int:
     return config.get("latent_channels") or config["z_dim"]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 

@@ -90,12 +90,17 @@ def train(
     Raises:
         KeyboardInterrupt: it was asked to stop (stopping.py), and every step that was made is saved.
         UserError: the checkpoints belong to other settings or another model, one of their files is damaged, a new one
-            cannot be written, or the model has not what `config` asks for.
+            cannot be written, or the model or the caller has not what `config` asks for.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
     _check(model, trained, config)
+    if config.gates_every and measure is None:
+        raise UserError(
+            f"gates_every={config.gates_every}, and nothing is measured on the way of this training",
+            "leave it out; a student's gates are taken on clips that are kept out of it: gate_samples=64",
+        )
     graph = _is_graph(model, loss, config, title)
     optimizers = _optimizers(trained, config, rates, graph)
     average = Average(model, trained.values(), config.ema_decay)

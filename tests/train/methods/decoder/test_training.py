@@ -137,7 +137,8 @@ def test_one_goes_on_from_another(world, made, tmp_path):
     assert first < 0.8 * logged(made, "loss")[0]
     assert read_run(tmp_path / "more", FORMAT)["parents"]["start"] == sha256_file(made / "run.json")
     wide = save_decoder(tmp_path / "wide", world[0], width=1.0)
-    assert "do not fit" in distill(*world, tmp_path / "other", f"start={wide}", fails=True)
+    refused = distill(*world, tmp_path / "other", f"start={wide}", fails=True)
+    assert "is a decoder of block_out_channels=" in refused and "and these settings ask for" in refused
 
 
 def test_the_ends_of_a_models_own_runs_do_as_well(world, tmp_path):
@@ -162,6 +163,8 @@ def test_latents_of_another_model_are_refused(world, tmp_path):
         (["decoder.width=2"], "width=2.0 is not possible"),
         (["train.lora_rank=2"], "a decoder is trained whole"),
         (["denoiser=transformer"], "a decoder is of neither transformer"),
+        (["lora=[a.safetensors]"], "lora=a.safetensors is of a transformer"),
+        (["train.gates_every=1"], "gates_every=1, and nothing is measured on the way"),
         (["decoder.widths=[4,4]"], "4 levels"),
     ],
 )

@@ -25,8 +25,10 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.models.decoder import (
     FORMAT,
+    DecoderFiles,
     autoencoder_hash,
     autoencoder_of,
     check_decoder,
@@ -34,6 +36,7 @@ from vidaccel.models.decoder import (
     decoding_state,
     fill,
     latent_width,
+    plain,
     read_decoder,
     trained_parts,
     write_decoder,
@@ -75,12 +78,15 @@ def distill_decoder(config: DistillConfig, output: Path, device: str) -> None:
     for module in made.modules():
         if isinstance(module, nn.Conv3d):  # which so takes a third less time, on a CPU too
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    latents, made_of = _latents(config, files, teacher)
+    started_from = {}
     if config.start is not None:
         before = read_decoder(local_path(config.start), config.start)
         check_decoder(before, type(teacher), teacher.config, files.hashes, config.teacher)
+        _check_sizes(before, made, family)
         fill(made, before)
-        made_of |= {"start": sha256_file(before.folder / RUN_FILE)}
+        started_from = {"start": sha256_file(before.folder / RUN_FILE)}
+    latents, made_of = _latents(config, files, teacher)
+    made_of |= started_from
     if len(latents) < 2:
         raise UserError("one clip leaves none to keep out of the training", "take many more")
     held_out = min(KEPT_OUT, max(1, len(latents) // 5))
@@ -133,7 +139,7 @@ def distill_decoder(config: DistillConfig, output: Path, device: str) -> None:
     _save(config, files, made, teacher, output, started, measured, made_of)
 
 
-def student_of(teacher: Any, family: Any, settings: DecoderTraining) -> Any:
+def student_of(teacher: Any, family: DiTFamily, settings: DecoderTraining) -> Any:
     """An autoencoder with a narrower decoder that starts as a slice of the teacher's, and no encoder.
 
     Raises:
@@ -168,11 +174,25 @@ def _check_runs(made: Any, teacher: Any) -> None:
         )
 
 
+def _check_sizes(before: DecoderFiles, made: Any, family: DiTFamily) -> None:
+    """`UserError` unless the decoder to go on from has the sizes that are asked for."""
+    assert family.decoder is not None  # or it could not be made narrower
+    for key in (family.decoder.widths, family.decoder.depth):
+        theirs, ours = plain(before.config.get(key)), plain(made.config[key])
+        if theirs != ours:
+            raise UserError(
+                f"start={before.source} is a decoder of {key}={theirs}, and these settings ask for {ours}",
+                "give decoder.width, decoder.widths and decoder.layers_per_block as it was distilled with",
+            )
+
+
 def _check(config: DistillConfig) -> None:
     if world() > 1:
         raise UserError("a decoder is distilled by one process", "run the command without torchrun")
     if config.train.lora_rank:
         raise UserError("a decoder is trained whole", "leave train.lora_rank=0")
+    if config.lora:
+        raise UserError(f"lora={config.lora[0]} is of a transformer, and a decoder has no part in it", "leave it out")
     if config.denoiser is not None:
         raise UserError(f"denoiser={config.denoiser}, and a decoder is of neither transformer", "leave it out")
 
