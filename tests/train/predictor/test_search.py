@@ -12,12 +12,13 @@ from vidaccel.cache.schedule import candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
+from vidaccel.errors import UserError
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.grid import Grid, step_grid
 from vidaccel.sampling import sample
 from vidaccel.train.predictor.search import list_errors, stretch_costs
-from vidaccel.train.predictor.task import search_of
+from vidaccel.train.predictor.task import check_student, search_of
 
 REUSE = Reuse()
 
@@ -165,3 +166,9 @@ def test_a_search_that_an_earlier_version_made_is_known_as_done():
     served = {"forecaster": "learned", "pairs": "served", "adversarial": TrainConfig(steps=0)}
     others = {asked(guidance_2=2.0), asked(prompts="a"), asked(**served), asked(**served, scalars_every=9)}
     assert len(others | {earlier}) == 5
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_the_model_is(tmp_path):
+    asked = PredictorConfig(student=str(tmp_path / "none"), forecaster="reuse", prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match=r"cannot read the prompts in .*prompts\.txt"):
+        check_student(asked)

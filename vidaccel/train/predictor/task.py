@@ -179,7 +179,10 @@ def _guided(
 
 
 def check_student(config: PredictorConfig) -> None:
-    """`refuse_several` of a folder's student, and a `model` that is for none, before any weight is read."""
+    """`refuse_several` of a folder's student, a `model` that is for none, and prompts that cannot be read, before any
+    weight is read."""
+    if config.prompts is not None:
+        prompts_in(Path(config.prompts))
     if config.model is not None and not local_path(config.student).is_file():
         raise UserError(
             f"model={config.model} is for a student that is a file of released weights, and {config.student} is none",

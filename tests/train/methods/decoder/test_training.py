@@ -10,16 +10,20 @@ from typer.testing import CliRunner
 
 from tests.models.test_decoder import save_decoder
 from tests.students import contents, save_teacher
+from tests.test_earlier_versions import EARLIER
 from tests.train.test_distill import logged
 from vidaccel.artefacts import read_run, sha256_file, write_run
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import encode_texts, rows
+from vidaccel.config.distill import DistillConfig
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.models.decoder import FORMAT, WEIGHTS_FILE
-from vidaccel.models.loading import load_pipeline
+from vidaccel.models.loading import load_pipeline, read_model
 from vidaccel.models.weight_hashes import encoder_hashes
+from vidaccel.models.weights import load_module
 from vidaccel.train.methods.decoder import DecoderTraining
 from vidaccel.train.methods.decoder.data import Lessons, StoredLatents, excerpt
+from vidaccel.train.methods.decoder.method import _latents
 
 STEPS = 24
 SMALL = ["train.batch_size=2", "train.learning_rate=0.003", "train.warmup=0", "train.ema_decay=0", "train.log_every=1"]
@@ -147,6 +151,15 @@ def test_the_ends_of_a_models_own_runs_do_as_well(world, tmp_path):
     stored = ShardFolder(features)
     latent, tensors = StoredLatents(stored).read([3])[0], stored[3][0]
     torch.testing.assert_close(latent, tensors["x"][1] - 0.25 * tensors["velocity"][1])
+
+
+def test_clips_are_encoded_beside_a_student_that_is_an_adapter():
+    """Whose transformer has no weights here, and so takes none of the adapter's."""
+    files = read_model(str(EARLIER / "lora"))
+    assert files.contents.lora is not None
+    vae = load_module(files.contents.components["vae"], torch.float32)
+    latents, _ = _latents(DistillConfig(teacher=str(EARLIER / "lora"), data=str(EARLIER / "clips")), files, vae)
+    assert len(latents) == 3 and latents.read([0]).shape[1] == 4
 
 
 def test_latents_of_another_model_are_refused(world, tmp_path):

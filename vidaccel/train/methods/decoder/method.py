@@ -7,6 +7,7 @@ are in a feature folder.
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,8 @@ def _latents(config: DistillConfig, files: ModelFiles, vae: Any) -> tuple[Latent
             )
         return found, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     blank = {each.attribute: _blank(files, each.attribute) for each in family.denoisers}
-    loaded = load_pipeline(files, given={"vae": vae, **blank}, placed=False)
+    without = replace(files, contents=replace(files.contents, lora=None))  # no weights for an adapter to be added to
+    loaded = load_pipeline(without, given={"vae": vae, **blank}, placed=False)
     own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
     source = open_source(loaded, CollectConfig(model=config.teacher, **own))
     return EncodedLatents(vae, source, family.batched_autoencoder), {"clips": len(source)} | source.fingerprint
