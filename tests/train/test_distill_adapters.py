@@ -18,6 +18,7 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
+from vidaccel.models.lineage import lora_of_root
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import distill
 
@@ -67,6 +68,17 @@ def test_the_teacher_and_its_student_begin_with_the_files_in_their_weights(model
         assert with_ancestors(own) == own
     with pytest.raises(UserError, match="teacher"):
         distill(replace(asked, lora=[f"{model}/lora.safetensors:0.25"], train=TrainConfig(**TRAIN)), output)
+
+
+def test_of_two_transformers_the_files_of_both_distillations_belong_to_what_it_is_held_against(tmp_path):
+    files = ["transformer:high.safetensors", "transformer_2:low.safetensors:0.8"]
+    for name, teacher, lora in (("first", "root", files[:1]), ("both", "first", files[1:]), ("more", "both", None)):
+        (tmp_path / name).mkdir()
+        run = {"config": {"teacher": str(tmp_path / teacher), "lora": lora}, "parents": {}}
+        (tmp_path / name / "run.json").write_text(json.dumps(run))
+    more, *found = (str(tmp_path / name) for name in ("more", "both", "first", "root"))
+    assert lora_of_root(more, found) == lora_of_root(found[0], found[1:]) == files
+    assert lora_of_root(found[1], found[2:]) == files[:1] and lora_of_root(more, []) is None
 
 
 def test_an_adapter_apart_would_lose_them(model, tmp_path):

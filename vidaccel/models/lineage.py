@@ -29,9 +29,10 @@ def teachers(model: str, hint: str) -> list[str]:
 
 
 def lora_of_root(model: str, found: Sequence[str]) -> list[str] | None:
-    """LoRA files that the last of the model's `teachers` had when it was distilled."""
-    run = recorded([model, *found][-2]) if found else None
-    return None if run is None else run["config"].get("lora")
+    """LoRA files with which the last of the model's `teachers` is what the model was distilled from, those of each
+    distillation on the way in their order: of two transformers each has its own."""
+    runs = [recorded(each) for each in reversed([model, *found][:-1])]
+    return [file for run in runs if run is not None for file in run["config"].get("lora") or ()] or None
 
 
 def root_of(model: str) -> str:
