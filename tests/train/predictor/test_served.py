@@ -367,6 +367,8 @@ def test_a_killed_training_ends_as_one_that_was_not(world, tmp_path, monkeypatch
         weights = (tmp_path / "straight" / "model.safetensors").read_bytes()
         train_predictor(replace(config, scalars_every=0), tmp_path / "alone")
         assert (tmp_path / "alone" / "model.safetensors").read_bytes() != weights
+        with pytest.raises(UserError, match=r"ridge was .*, now 0.5"):
+            train_predictor(replace(config, ridge=0.5), tmp_path / "killed")
 
 
 def test_two_full_steps_are_looked_back_on_if_asked_for(world, tmp_path):

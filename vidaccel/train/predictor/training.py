@@ -108,6 +108,8 @@ NOT_SHAPING = {
     *STAGES,
 }
 """Settings that shape no stage, or that `train` is told otherwise."""
+OF_SCALARS = {"runs", "ridge"}
+"""Of them, those that shape a training under scalars (`scalars_every`), which at first did not record them."""
 TURNS: tuple[Turn, ...] = ("discriminator", "predictor")
 """Of optimiser steps, where the two are trained in turn."""
 
@@ -464,13 +466,15 @@ def _recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     """What shaped a stage that was begun, without what earlier versions took for such."""
     known = configuration.as_recorded_now(recorded, now, PredictorConfig)
     known = {key: value for key, value in known.items() if key in now or key not in NOT_SHAPING}
+    known |= {key: now[key] for key in OF_SCALARS if key in now and key not in recorded}
     return known | ({"mse": _with_effect(known["mse"])} if "mse" in known else {})
 
 
 def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     """What shapes a stage, besides what `train` is given itself. The second goes on from the first."""
     config = configuration.to_dict(task.config)
-    shared = {key: value for key, value in config.items() if key not in NOT_SHAPING | {"discriminator"}}
+    elsewhere = NOT_SHAPING - (OF_SCALARS if task.config.scalars_every else set()) | {"discriminator"}
+    shared = {key: value for key, value in config.items() if key not in elsewhere}
     earlier = {} if name == "mse" else {"mse": _with_effect(config["mse"]), "discriminator": config["discriminator"]}
     provenance = {"data": task.provenance, "student": student_hash(task.loaded), **task.sampling.record()}
     return shared | earlier | provenance
