@@ -53,8 +53,11 @@ def distill(
         show_plan(config, planned, conf or default_conf("distill", words), words)
         return
     if api.distill(config, output, device=device):
-        if config.method == "decoder":
-            typer.echo(f"{output}: the decoder; `vidaccel generate PROMPT decoder={output}` decodes with it")
+        from vidaccel.train.methods import method_of
+        from vidaccel.train.methods.base import OtherTraining
+
+        if isinstance(method := method_of(config.method), OtherTraining):
+            typer.echo(f"{output}: {method.made.format(output=output)}")
         elif (other := _undistilled(output, config.denoiser)) is None:
             typer.echo(f"{output}: the student; `vidaccel generate PROMPT model={output}` runs it")
             typer.echo(f"to share: {output} without checkpoints/ and samples/")

@@ -56,7 +56,8 @@ class TrainConfig:
     never."""
     gates_every: int = 0
     """Steps between looks at how much the averaged weights have learnt, where a training has a number for it, into
-    metrics.jsonl and gates.png, one at its end besides; 0 leaves it at the one when all is done."""
+    metrics.jsonl and gates.png, one at its end besides; 0 leaves it at the one when all is done. One that has none
+    refuses other numbers."""
     trackers: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: names of trackers that accelerate knows, such as tensorboard or wandb."""
 

@@ -86,6 +86,8 @@ class OtherTraining:
     """All of `vidaccel distill`: settings, the folder, which is locked, and a device."""
     format: str
     """Of the folder that it makes."""
+    made: str
+    """What that folder is and what runs it, with {output} in its place, for who gave the command."""
     plan: str
     """What works out its `--plan`, as "module:name", called as `bench.plan_distill.plan_distillation`."""
 

@@ -321,4 +321,9 @@ def _parents(config: DistillConfig, files: ModelFiles, made_of: Mapping[str, Any
     return found | {role: made_of[role] for role in ("features", "start") if role in made_of}
 
 
-METHOD = OtherTraining(distill_decoder, FORMAT, plan="vidaccel.bench.plan_decoder:plan_decoder")
+METHOD = OtherTraining(
+    distill_decoder,
+    FORMAT,
+    made="the decoder; `vidaccel generate PROMPT decoder={output}` decodes with it",
+    plan="vidaccel.bench.plan_decoder:plan_decoder",
+)
