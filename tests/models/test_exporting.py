@@ -15,6 +15,7 @@ from tests.tiny import SIZE
 from vidaccel.cli.main import app
 from vidaccel.compat.diffusers import hook_registry
 from vidaccel.errors import UserError
+from vidaccel.models.calling import call_arguments
 from vidaccel.models.exporting import export_model
 from vidaccel.models.grid import running_grid
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, of_one
@@ -73,6 +74,14 @@ def test_a_plain_model_with_its_loras(tmp_path):
     assert isinstance(plain.scheduler, diffusers.UniPCMultistepScheduler)
     assert all(torch.equal(weight, expected[name]) for name, weight in plain.transformer.state_dict().items())
     assert json.loads((tmp_path / "fused" / "run.json").read_text())["config"]["lora"] == lora
+
+
+def test_of_two_plain_transformers_each_keeps_its_scale(tmp_path):
+    loaded = load_pipeline(save_teacher(tmp_path / "two", "wan22"))
+    arguments = export_model(tmp_path / "plain", loaded, guidance=4.0, guidance_2=2.0)
+    assert (arguments["guidance_scale"], arguments["guidance_scale_2"]) == (4.0, 2.0)
+    again = call_arguments(load_pipeline(tmp_path / "plain"))
+    assert (again["guidance_scale"], again["guidance_scale_2"]) == (4.0, 2.0)
 
 
 def test_what_diffusers_has_no_place_for_is_refused(tmp_path):

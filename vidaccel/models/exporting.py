@@ -74,17 +74,19 @@ def export_model(
     require_whole(loaded)
     _require_exportable(loaded)
     scale, _ = guidance_in_force(loaded, guidance, None)
-    scales = [scale, second_guidance(loaded, guidance, guidance_2, None) or scale]
+    second = second_guidance(loaded, guidance, guidance_2, None)
+    scales = [scale, second or scale]
     distilled = loaded.conditioning is not None
     call = {name: value for name, value in loaded.call.items() if not (distilled and name in FIXED)}
-    call |= {"guidance": 1.0} if distilled else {"guidance": scale}
+    own = {"guidance": scale} | ({} if second is None else {"guidance_2": second})
+    call |= {"guidance": 1.0} if distilled else own
     arguments = call_arguments(loaded, guidance=guidance, guidance_2=guidance_2)
     run = Path(loaded.source) / RUN_FILE
     started = datetime.now(UTC)
     with atomic_folder(folder) as draft:
         with _without_conditioning(loaded, scales), _with_scheduler(loaded):
             loaded.pipe.save_pretrained(draft)
-        fixed = f"{scale:g}" if distilled else None
+        fixed = " and ".join(f"{each:g}" for each in own.values()) if distilled else None
         card = exported_card(loaded.family, loaded.source, type(loaded.pipe).__name__, arguments, fixed)
         (draft / README).write_text(card, encoding="utf-8")
         write_run(
