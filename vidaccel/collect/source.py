@@ -174,7 +174,7 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
     if config.sizes is not None:
         return _of_several_sizes(loaded, config, fps)
     if config.data is not None:
-        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share))
+        return FolderClips(ClipFolder(config.data, **size, fps=fps, max_bad_share=config.max_bad_share, sizes=()))
     for name in WORLDS:
         if (source := world(name).clip_source(loaded, config.clips, config.seed, size, fps)) is not None:
             return source
