@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -105,9 +105,10 @@ def on_first(function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def on_all(function: Callable[[], Result]) -> Result:
-    """Calls `function` in every process and returns what it returned here, unless it failed in one of them: then every
-    process raises what the first of those raised. One that fails alone would leave the others waiting for it."""
+def on_all(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Calls `function` in every process, or in each of a group, and returns what it returned here, unless it failed in
+    one of them: then every process raises what the first of those raised. One that fails alone would leave the others
+    waiting for it."""
     if world() == 1:
         return function()
     result = failure = None
@@ -115,12 +116,17 @@ def on_all(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as error:
         failure = _portable(error)
-    failures = [None] * world()
-    dist.all_gather_object(failures, failure)
-    for error in failures:
+    for error in exchanged(failure, group):
         if error is not None:
             raise error
     return cast(Result, result)
+
+
+def exchanged(own: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
+    """What each process, or each of a group, gives, in their order."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, own, group)
+    return every
 
 
 def _portable(error: Exception) -> Exception:

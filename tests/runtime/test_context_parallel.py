@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 
 import vidaccel
 from studies.communication import exchanged
@@ -28,10 +29,11 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, denoisers_of, width
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.calling import compression_of
+from vidaccel.models.loading import load_pipeline
 from vidaccel.processes import rank
-from vidaccel.runtime import context_parallel
+from vidaccel.runtime import context_parallel, decode
 from vidaccel.runtime.context_parallel import check_split, check_tokens, joint_mask, neighbours, split
-from vidaccel.runtime.decode import Tiles
+from vidaccel.runtime.decode import Tiles, bytes_needed, decoding, tilings
 from vidaccel.runtime.shared_tiles import sharing_tiles
 
 PROMPT, STEPS = "a red circle", 3
@@ -139,6 +141,29 @@ def tiles_are_shared() -> None:
         assert torch.equal(shared, alone), name
         assert 3 * calls.call_count == of_three * (2 - rank())
         assert not {"tiled_decode", "forward"} & {*vars(vae), *vars(vae.decoder)}
+    full = patch.object(vae.decoder, "forward", side_effect=torch.OutOfMemoryError("full"))
+    with (
+        full if rank() == 1 else nullcontext(),
+        pytest.raises(torch.OutOfMemoryError, match="full"),  # of the process that has room too, which does not wait
+        sharing_tiles(vae, devices),
+    ):
+        vae.decode(latent)
+    tiles_are_those_of_the_least_memory(devices)
+
+
+def tiles_are_those_of_the_least_memory(devices: DeviceMesh) -> None:
+    loaded = load_pipeline("sprites/teacher")
+    loaded.decode, loaded.devices, vae = "tiled", devices, loaded.pipe.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    largest, *_, smallest = ways = list(tilings(vae, (8, 16), 8))
+    needed = {tiles: bytes_needed(vae, (1, 16, 5, 8, 16), tiles) for tiles in ways}
+    free = int(1.5 * needed[largest if rank() == 0 else smallest])
+    assert needed[largest] > 3 * needed[smallest]
+    with (
+        patch.object(decode, "free_bytes", lambda device: free),
+        decoding(loaded, 1, num_frames=17, height=64, width=128),
+    ):
+        assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (8 * smallest.height, 8 * smallest.width)
 
 
 def with_log_sum_exp(ctx, query, key, value, *args, **kwargs):

@@ -30,6 +30,7 @@ from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import compression_of, latent_size
 from vidaccel.models.live_bytes import FusedAttention, LiveBytes, Unwritten, weight_bytes
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.processes import exchanged
 from vidaccel.runtime.shared_tiles import sharing_tiles
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ def _choose(loaded: LoadedPipeline, latent: tuple[int, ...], device: torch.devic
         raise UserError(f"{type(vae).__name__} decodes in no tiles of a given size", "set decode=auto")
     pixels = compression_of(loaded.pipe, loaded.family)[1]
     free = free_bytes(device)
+    if loaded.devices:  # which decode alike, or would wait for each other
+        free = min(exchanged(free, loaded.devices.get_group()))
     brought = weight_bytes([vae]) if vae.device.type != device.type else 0
     extent, ways = (latent[-2], latent[-1]), []
     if loaded.decode != "tiled":

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from vidaccel.processes import exchanged, on_all
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -69,15 +71,19 @@ def _exchanged(decoder: Any, calls: list[Call], devices: DeviceMesh) -> list[Ten
     for _, named in calls:
         tile += named.get("first_chunk", True)
         owners.append(tile % count)
-    made: dict[int, Tensor] = {}
-    for index, owner in enumerate(owners):
-        args, named = calls[index]
-        calls[index] = (), {}  # a tile's cache goes with its last call
-        if owner == own:
-            made[index] = decoder(*args, **named).contiguous()
-        device = args[0].device
-    shapes: list[dict[int, tuple[torch.Size, torch.dtype]]] = [{}] * count
-    dist.all_gather_object(shapes, {index: (part.shape, part.dtype) for index, part in made.items()}, group)
+    device = calls[0][0][0].device
+
+    def decoded() -> dict[int, Tensor]:
+        made = {}
+        for index, owner in enumerate(owners):
+            args, named = calls[index]
+            calls[index] = (), {}  # a tile's cache goes with its last call
+            if owner == own:
+                made[index] = decoder(*args, **named).contiguous()
+        return made
+
+    made = on_all(decoded, group)
+    shapes = exchanged({index: (part.shape, part.dtype) for index, part in made.items()}, group)
     for index, owner in enumerate(owners):
         shape, dtype = shapes[owner][index]
         part = made.setdefault(index, torch.empty(shape, dtype=dtype, device=device))
