@@ -163,6 +163,12 @@ def test_counted_operations():
     assert counted(lambda: torch._int_mm(*bytes)) == 2 * 32 * 16 * 24
 
 
+def test_what_cannot_be_counted_is_refused():
+    x, branches = torch.ones(4, 4), (lambda a: (a @ a,), lambda a: (a,))
+    with pytest.raises(NotImplementedError, match="no rule registered for HigherOrderOperator cond"), Flops():
+        torch.ops.higher_order.cond(torch.tensor(True), *branches, (x,))
+
+
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 def test_attention_is_counted_however_it_is_computed(backend):
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 7, 4)

@@ -117,9 +117,7 @@ class Observer:
 
 class Flops(TorchDispatchMode):
     """What PyTorch's counter counts, in total alone: it asks at each operation which modules it is in, for most of the
-    time that counting takes."""
-
-    supports_higher_order_operators = True
+    time that counting takes. Operations of higher order, such as conditions, PyTorch refuses under it."""
 
     def __init__(self):
         super().__init__()
@@ -129,8 +127,6 @@ class Flops(TorchDispatchMode):
         """Whether each operation is made of others, and its formula."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not hasattr(func, "overloadpacket"):  # of higher order, such as a condition: what is inside is seen
-            return NotImplemented
         kwargs = kwargs or {}
         if func not in self._known:
             self._known[func] = composite(func), self._formulas.get(func.overloadpacket)
