@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tests.bench.test_results import RUN
-from vidaccel.bench.reports.frontier import _best, _errors, frontier
+from vidaccel.bench.reports.frontier import _best, _errors, _of_one_model, frontier
 from vidaccel.bench.reports.plots import _label, pareto
 
 
@@ -63,6 +63,13 @@ def compared(totals: bool = True, errors: bool = True) -> dict:
     whole = {"method": "few-20", "steps": 20, "contrasts": [], "full_pass_equivalents": {"flops": 20, "timed": None}}
     runs.append(runs[0] | whole | {"per_prompt": {"scores": {}, "fidelity": {}, "own_fidelity": {}}})
     return {"baseline": "cfg-50", "meanings": [str(i) for i in range(PROMPTS)], "runs": runs}
+
+
+def test_another_decoder_is_another_model():
+    results = compared()
+    for run in results["runs"][:2]:
+        run["settings"] = run["settings"] | {"decoder": "runs/narrow"}
+    assert {run["settings"].get("decoder") for run in _of_one_model(results)} == {None}
 
 
 def test_the_frontier_has_a_panel_for_what_was_measured():

@@ -18,6 +18,10 @@ ROWS = {
     "student, 20 steps, 8 in full (searched), else fitted scalars": {
         "settings": {"on_skipped": "multistep", "budget": 8}
     },
+    "student, 20 steps, with sharp.safetensors, decoded by narrow": {
+        "settings": {"lora": ["runs/sharp.safetensors"], "decoder": "runs/narrow/"},
+        "passes": FULL,
+    },
     "mine, 20 steps, TeaCache (threshold 0.15)": {
         "settings": {
             "model": "runs/mine/",

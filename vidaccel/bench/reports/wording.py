@@ -41,7 +41,8 @@ def in_words(run: dict[str, Any]) -> str:
         said += f", {full} in full{_chosen(settings)}, else {stand_in}"
     own = [f"{key} {settings[key]:g}" for key in ("shift", "guidance", "guidance_2") if settings.get(key) is not None]
     lora = [f"with {Path(file).name}" for file in settings.get("lora") or ()]
-    return ", ".join([said, *own, *lora])
+    decoder = [f"decoded by {Path(settings['decoder']).name}"] if settings.get("decoder") else []
+    return ", ".join([said, *own, *lora, *decoder])
 
 
 def _model(run: dict[str, Any]) -> str:
