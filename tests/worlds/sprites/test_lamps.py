@@ -16,7 +16,16 @@ from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.render import render, to_uint8
 from vidaccel.worlds.sprites.score import QUALITY, SEMANTIC, score_clip, summarise, totals
 from vidaccel.worlds.sprites.scoring import SpritesScorer
-from vidaccel.worlds.sprites.world import NUM_FRAMES, PERIODS, TRIPLES, Board, Scene, Sprite, random_scene
+from vidaccel.worlds.sprites.world import (
+    NUM_FRAMES,
+    PERIODS,
+    TRIPLES,
+    Board,
+    Scene,
+    Sprite,
+    place_with_lamps,
+    random_scene,
+)
 
 
 def drawn(rng: random.Random, cells: int) -> Board:
@@ -135,6 +144,17 @@ def test_lamps_are_a_quarter_of_quality_where_there_are_any():
     assert lit["quality"]["mean"] == pytest.approx(0.75 * 90 + 0.25 * 20) and lit["semantic"] == plain["semantic"]
     means = {name: np.array([100 * even[name]] * 2) for name in even} | {"lamps": np.array([20.0, np.nan])}
     assert totals(means)["quality"].tolist() == pytest.approx([72.5, 90])
+
+
+def test_lamps_on_the_wrong_sprite_as_well_cost_all():
+    first, second = ("circle", "red", "right"), ("square", "blue", "left")
+    both = Scene("black", place_with_lamps(random.Random(3), [first, second], (True, True)))
+    meaning = parse(caption(both, random.Random(0)))
+    assert score_clip(clip(both), meaning)["lamps"] > 0.95
+    one = meaning._replace(sprites=(meaning.sprites[0], meaning.sprites[1]._replace(lamps=False)))
+    assert score_clip(clip(both), one)["lamps"] < 0.05
+    right = replace(both, sprites=(both.sprites[0], replace(both.sprites[1], board=None)))
+    assert score_clip(clip(right), one)["lamps"] > 0.95
 
 
 def test_plain_prompts_are_scored_as_they_were():

@@ -73,7 +73,8 @@ def score_clip(frames: np.ndarray | torch.Tensor, meaning: Meaning | Scene) -> d
     Lamps, for prompts that have them, a mean over the sprites that should (lamps.py):
 
     - lamps: the share of lamps in periods of four frames that are clearly on or off, less where they are not as random
-      as the renderer's. It is a quarter of quality; whatever else is scored looks at hue alone then.
+      as the renderer's, or where a sprite that should have none has such lamps too. It is a quarter of quality;
+      whatever else is scored looks at hue alone then.
 
     Part of no total, since rules with a threshold see nothing of a shape that becomes less clear:
 
@@ -121,8 +122,11 @@ def score_found(found: Detection, frames: np.ndarray | torch.Tensor, meaning: Me
         ],
     }
     if has_lamps(meaning):
-        boards = [lamps_score(board) if board else 0.0 for board in _boards(meaning, matched, video)]
-        scores[LAMPS] = sum(boards) / len(boards)
+        wanted, unwanted = (
+            [lamps_score(board) if board else 0.0 for board in _boards(meaning, matched, video, lamps)]
+            for lamps in (True, False)
+        )
+        scores[LAMPS] = sum(wanted) / len(wanted) * (1 - max(unwanted, default=0.0))
     whole = [scores[name] for name in ("shape", "colour", "motion", "background")]
     scores["all_right"] = float(min(whole) == 1)
     return scores | steady | {name: sum(score or 0.0 for score in each) / len(each) for name, each in subjects.items()}
@@ -148,10 +152,12 @@ def lamps_agreement(
     return sum(known) / len(known) if known else None
 
 
-def _boards(meaning: Meaning | Scene, matched: Sequence[FoundSprite | None], video: torch.Tensor) -> list[Lamps | None]:
-    """Of each sprite that should have lamps."""
+def _boards(
+    meaning: Meaning | Scene, matched: Sequence[FoundSprite | None], video: torch.Tensor, lamps: bool = True
+) -> list[Lamps | None]:
+    """Of each sprite that should have lamps, or of each that should have none."""
     pairs = zip(meaning.sprites, matched, strict=True)
-    return [sprite and find_lamps(video, sprite) for wanted, sprite in pairs if wanted.lamps]
+    return [sprite and find_lamps(video, sprite) for wanted, sprite in pairs if wanted.lamps == lamps]
 
 
 def features(found: Detection, meaning: Meaning | Scene) -> list[list[float]]:
