@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.students import save, save_teacher, trained
 from tests.tiny import TEXT_TO_VIDEO
 from vidaccel.bench.models import Models
-from vidaccel.bench.own_model import fitted
+from vidaccel.bench.own_model import _foreign, fitted
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import BenchmarkConfig
@@ -79,6 +79,14 @@ def test_what_ships_of_another_world_is_left_out_and_said():
     assert found["fora-3"]["error"] == "not run: no distilled= is named"
     assert found["taylor-every-3"]["prompts"] == found["cfg-50"]["prompts"] == 2  # all that there are, of 64
     assert found["cfg-50"]["family"] == "wan" and found["cfg-50"]["total"] is None
+
+
+@pytest.mark.parametrize("scorer", ["sprites", "sprites/lamps"])
+def test_no_set_of_a_worlds_prompts_is_for_another_worlds_model(scorer):
+    save_teacher(Path("mine"), "wan")
+    config = BenchmarkConfig(model="mine", scorer=scorer)
+    assert _foreign(config, load_pipeline("mine")) == ["scorer"]
+    assert _foreign(config, load_pipeline("sprites/teacher")) == []
 
 
 def test_a_model_of_the_world_keeps_its_scorer_under_any_name(tmp_path):

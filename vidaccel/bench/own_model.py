@@ -216,7 +216,7 @@ def _is_half(model: str) -> bool:
 def _foreign(config: BenchmarkConfig, loaded: LoadedPipeline) -> list[str]:
     """Settings that name what a world ships whose words the model does not know."""
     named = {key: value for key in OF_A_WORLD if (value := getattr(config, key)) is not None}
-    worlds = {key: value.split("/")[0] for key, value in named.items() if value in (*shipped_models(), *WORLDS)}
+    worlds = {key: value.split("/")[0] for key, value in named.items() if key == "scorer" or value in shipped_models()}
     strange = {name for name in set(worlds.values()) if not _is_of(loaded, name)}
     return [key for key, name in worlds.items() if name in strange]
 
