@@ -276,7 +276,7 @@ class DiTFamily:
     sized_by_image: bool = False
     """Whether the call takes no height and width: `video_processor` chooses among sizes of its own by the image's."""
     split: SequenceSplit | None = None
-    """How a video is split over several devices; None where its attention in diffusers cannot be."""
+    """How a video is split over several devices; None where there is no plan for it."""
     fused: str | None = None
     """Module with the fused forms of its blocks (fused.py says what such a module holds); None if there is none."""
     needs_mask: bool = False

@@ -107,7 +107,7 @@ def check_split(family: DiTFamily, parallel: ParallelConfig, device: torch.devic
         )
     if family.split is None:
         raise UserError(
-            f"a video of {family.title} cannot be split: diffusers' attention for it knows no context parallelism",
+            f"a video of {family.title} cannot be split: there is no plan for its tokens",
             "leave parallel.ulysses and parallel.ring out: processes then make a video each",
         )
     masked = _splits_text(family)
