@@ -124,7 +124,7 @@ class Chain:
         words = [f"autoencoder.clips.minutes={0.6 * minutes}", f"autoencoder.decoder.minutes={0.4 * minutes}"]
         words += ["teacher.train.minutes=null", "teacher.train.steps=0", "score_prompts=1", "steps=1"]
         made = self._made("autoencoder", start, [*words, *self.config.autoencoder])
-        found = measured(open_autoencoder(str(made)), 16, 0)
+        found = measured(open_autoencoder(str(made)).to(self.device), 16, 0)
         write_json(self.round / "late.json", {name: row._asdict() for name, row in found.items()})
         return "\n".join(f"{name}: d {row.d:.1f}, settled at {row.t:.2f}" for name, row in found.items())
 

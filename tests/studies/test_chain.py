@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from studies.chain import pieces, scoring, stages
 from studies.chain.pieces import INDEX, join, pack
@@ -187,7 +188,8 @@ def test_a_teacher_is_made_in_calls_of_its_own(tmp_path, monkeypatch):
             write_json(output / "model" / name, {"lamps": {"mean": 90.0}})
 
     monkeypatch.setattr(stages, "make_model", make_model)
-    monkeypatch.setattr(stages, "open_autoencoder", str)
+    opened = []
+    monkeypatch.setattr(stages, "open_autoencoder", lambda name: opened.append(name) or torch.nn.Linear(1, 1))
     monkeypatch.setattr(stages, "measured", lambda *given: {"a lamp": Late(2.5, (2.0, 3.0), 0.49)})
 
     def begun(*names: str) -> stages.Chain:
@@ -198,6 +200,7 @@ def test_a_teacher_is_made_in_calls_of_its_own(tmp_path, monkeypatch):
         begun("teacher").run()
     report = begun("autoencoder").run()["stages"]
     assert report["autoencoder"]["outcome"] == "a lamp: d 2.5, settled at 0.49"
+    assert opened == [str(tmp_path / "work" / "round-1" / "autoencoder")]
     first = asked[0]
     assert (first.lamps, first.start, first.teacher.train.steps) == (0.5, "sprites/teacher", 0)
     assert first.text.train.is_on and first.autoencoder.clips.minutes > first.autoencoder.decoder.minutes > 2
