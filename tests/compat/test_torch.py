@@ -174,6 +174,12 @@ def test_composite():
     assert compat.composite(torch.ops.aten.matmul.default) and not compat.composite(torch.ops.aten.mm.default)
 
 
+def test_is_sharded():
+    linear = nn.Linear(2, 2)
+    linear.__class__ = type("FSDPLinear", (type("FSDPModule", (), {}), nn.Linear), {})  # as fully_shard does
+    assert compat.is_sharded(linear) and not compat.is_sharded(nn.Sequential(linear))
+
+
 def test_forget_groups():
     class Mesh:
         pass

@@ -28,6 +28,7 @@ __all__ = [
     "forward_hooks",
     "forward_pre_hooks",
     "has_cpp_compiler",
+    "is_sharded",
     "is_traceable_wrapper_subclass",
     "lerp_all",
     "recompile_limit",
