@@ -69,6 +69,13 @@ def test_latents_have_unit_scale(made):
     assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
+def test_words_that_a_scored_model_lacks_are_named(made, tmp_path):
+    words = ["score", made / "model", "--prompts", 2, "steps=1"]
+    assert "does not know" not in run(*words, "-o", tmp_path / "plain")
+    told = run(*words, "--lamps", "-o", tmp_path / "lamps")
+    assert 'the model does not know "' in told and '"lamps"' in told
+
+
 def test_a_second_run_trains_nothing(made):
     before = {p: p.read_text() for p in made.rglob("metrics.jsonl")}
     scores = (made / "scores" / "marks.jsonl").read_text()

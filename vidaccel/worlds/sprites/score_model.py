@@ -18,7 +18,7 @@ from vidaccel.forecasters.checkpoint import predictor_hashes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.processes import on_first, sharing
 from vidaccel.ranks import share
-from vidaccel.sampling import generate, predicted_steps
+from vidaccel.sampling import generate, predicted_steps, warn_of_unknown_words
 from vidaccel.train.checkpoints import flat
 from vidaccel.worlds.sprites.parse import parse
 from vidaccel.worlds.sprites.score import score_clip, summarise
@@ -49,6 +49,7 @@ def score_model(
         },
     } | ({"lamps": True} if lamps else {})
     texts = SpritesScorer(lamps).held_out_prompts(prompts)
+    warn_of_unknown_words(loaded, " ".join(texts))
     with predicted_steps(loaded, config) as attachment:
         todo = on_first(lambda: _begin(folder, settings))
         with sharing("scoring", total=prompts, done=prompts - sum(map(len, todo))) as advance:
