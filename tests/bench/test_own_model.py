@@ -89,6 +89,13 @@ def test_no_set_of_a_worlds_prompts_is_for_another_worlds_model(scorer):
     assert _foreign(config, load_pipeline("sprites/teacher")) == []
 
 
+@pytest.mark.parametrize(("scorer", "lacks"), [("sprites", False), ("sprites/lamps", True)])
+def test_words_of_scored_prompts_that_the_model_lacks_are_named(scorer, lacks, caplog):
+    config = BenchmarkConfig(model="sprites/teacher", scorer=scorer, dtype="float32")
+    fitted(config, Models(config, "cpu"))
+    assert ('"lamps"' in caplog.text and "the model does not know" in caplog.text) == lacks
+
+
 def test_a_model_of_the_world_keeps_its_scorer_under_any_name(tmp_path):
     shutil.copytree(local_path("sprites/teacher"), "mine")
     config = BenchmarkConfig(

@@ -10,6 +10,7 @@ from typing import Any
 
 from vidaccel.artefacts import refuse_unfinished
 from vidaccel.bench.baselines.registry import lacks
+from vidaccel.bench.measures.quality import prompts_of
 from vidaccel.bench.models import Models
 from vidaccel.bench.sizes import planned_family
 from vidaccel.cache.schedule import schedules_of
@@ -23,6 +24,7 @@ from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid
 from vidaccel.models.lineage import lora_of_root, recorded, teachers
 from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.sampling import warn_of_unknown_words
 from vidaccel.worlds import WORLDS, shipped_models, world
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ def fitted(config: BenchmarkConfig, models: Models) -> BenchmarkConfig:
     config = _of_one_size(config)
     if config.prompts:
         config = replace(config, scored_prompts=min(config.scored_prompts, len(config.prompts)))
+    elif config.scorer:
+        warn_of_unknown_words(loaded, " ".join(prompts_of(config, config.scored_prompts)))
     models.config = config
     return config
 
