@@ -153,8 +153,8 @@ def test_auto_dtype_on_cuda_is_the_stored_one(saved, tmp_path):
     pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(tmp_path / "mixed")
     components = loading.read_pipeline_folder(tmp_path / "mixed").components
-    assert loading._dtype(components["transformer"].weight_files, "auto", torch.device("cuda")) == torch.bfloat16
-    assert loading._dtype(components["vae"].weight_files, "auto", torch.device("cuda")) == torch.float32
+    assert loading.stored_dtype(components["transformer"].weight_files, "auto", torch.device("cuda")) == torch.bfloat16
+    assert loading.stored_dtype(components["vae"].weight_files, "auto", torch.device("cuda")) == torch.float32
 
 
 def test_denoisers_may_have_a_dtype_of_their_own(saved):
