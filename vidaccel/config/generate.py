@@ -22,7 +22,7 @@ class GenerateConfig(RuntimeConfig):
     """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE; of two transformers
     each names its own, transformer_2:FILE:SCALE."""
     decoder: str | None = None
-    """The folder of a distilled decoder, or sprites/decoder, in the place of the autoencoder's own; null is its own."""
+    """The folder of a distilled decoder, in the place of the autoencoder's own; null is its own."""
     steps: int | None = None
     """Sampler steps."""
     shift: float | None = None
