@@ -9,7 +9,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from tests.bench.measures.test_counting import run, tiny_loaded
 from vidaccel.bench.baselines.registry import lacks, one_at_a_time, switched_on
 from vidaccel.bench.measures.counting import Observer
-from vidaccel.bench.measures.flops import block_flops
+from vidaccel.bench.measures.flops import blocks_flops
 from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import resolved
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
@@ -55,11 +55,12 @@ def test_a_mask_leaves_out_all_blocks_but_the_first_and_keeps_each_pass_apart(lo
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     if not two_pass:
         lists = {each.name for each in loaded.family.block_lists}
-        blocks = block_flops(transformer, loaded.family, rows)
         left_out = sum(
-            (len(transformer.get_submodule(name)) - 1) * (sum(layer.flops for layer in each.layers) + each.attention)
-            for name, each in blocks.items()
-            if name in lists
+            sum(layer.flops for layer in each.layers) + each.attention
+            for name in lists
+            for each in blocks_flops(
+                transformer, loaded.family, rows, name, range(1, len(transformer.get_submodule(name)))
+            )
         )
         assert seen.passes[0].flops - seen.passes[1].flops == left_out
     # Of each list: what the first block adds to the video, and what the others add to video and text.

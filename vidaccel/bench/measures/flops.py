@@ -83,12 +83,7 @@ def attention_flops(
     return total
 
 
-def block_flops(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> dict[str, BlockFlops]:
-    """Of the first block of each list, by name of the list."""
-    return {name: next(_blocks_flops(model, family, rows, name, [0])) for name in family.costs.blocks}
-
-
-def _blocks_flops(
+def blocks_flops(
     model: Any, family: DiTFamily, rows: Mapping[str, int], name: str, places: Iterable[int]
 ) -> Iterator[BlockFlops]:
     """Of the blocks in these places of a list."""
@@ -105,7 +100,7 @@ def planned_trunk(
     kind = family.block_lists[-1]
     own = widths(model.config, kind)
     lasts = range(-min(blocks, len(getattr(model, kind.name))), 0)
-    found = list(_blocks_flops(model, family, rows, kind.name, lasts))
+    found = list(blocks_flops(model, family, rows, kind.name, lasts))
     return PlannedTrunk(
         width=width(model),
         rows=tuple(rows[stream] for stream in family.costs.fusions),
@@ -133,7 +128,7 @@ def pass_flops(
         predictor_blocks: blocks of the learned predictor.
     """
     depths = {name: len(model.get_submodule(name)) for name in family.costs.blocks}
-    every = {name: list(_blocks_flops(model, family, rows, name, range(depth))) for name, depth in depths.items()}
+    every = {name: list(blocks_flops(model, family, rows, name, range(depth))) for name, depth in depths.items()}
     outside = _outside(model, family, rows)
     predicted_outside = _outside(model, family, rows, but=family.static_embedders)
     trunk = planned_trunk(model, family, rows, blocks=predictor_blocks)

@@ -47,12 +47,13 @@ def _forward(
         row = b * N + n
         y = normed * scale + shift
         if QUANTIZED:
-            mean = float8_scale(tl.max(tl.abs(y), axis=0))
-            tl.store(y_ptr + row * D + d, float8(y / mean, ROUNDED), mask=valid)
+            kept = float8_scale(tl.max(tl.abs(y), axis=0))
+            tl.store(y_ptr + row * D + d, float8(y / kept, ROUNDED), mask=valid)
         else:
+            kept = mean
             tl.store(y_ptr + row * D + d, y, mask=valid)
             tl.store(rstd_ptr + row, rstd)
-        tl.store(mean_ptr + row, mean)
+        tl.store(mean_ptr + row, kept)
 
 
 @autotuned(CONFIGS, key=["D"])

@@ -41,12 +41,13 @@ def _forward(
         normed, mean, rstd = layer_norm(h.to(tl.float32), valid, D, eps)
         z = normed * scale + shift
         if QUANTIZED:
-            mean = float8_scale(tl.max(tl.abs(z), axis=0))
-            tl.store(z_ptr + row * D + d, float8(z / mean, ROUNDED), mask=valid)
+            kept = float8_scale(tl.max(tl.abs(z), axis=0))
+            tl.store(z_ptr + row * D + d, float8(z / kept, ROUNDED), mask=valid)
         else:
+            kept = mean
             tl.store(z_ptr + row * D + d, z, mask=valid)
             tl.store(rstd_ptr + row, rstd)
-        tl.store(mean_ptr + row, mean)
+        tl.store(mean_ptr + row, kept)
 
 
 @autotuned(CONFIGS, key=["D"])
