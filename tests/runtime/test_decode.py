@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError
 from vidaccel.models.calling import compression_of
+from vidaccel.models.decoder import decode_whole
 from vidaccel.models.live_bytes import LiveBytes, weight_bytes
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.runtime import decode
@@ -149,6 +151,25 @@ def test_whole_and_tiled_are_what_they_say_or_refused(loaded):
         assert hint in refused.value.hint
 
 
+def test_once_makes_no_chunks_in_time_and_says_what_that_needs(saved, caplog):
+    loaded = load_pipeline(saved("hunyuan_video"))
+    vae: Any = loaded.pipe.vae
+    latent = torch.randn(1, vae.config.latent_channels, 7, 4, 4, generator=torch.Generator().manual_seed(0))
+    frames, peaks = {}, {}
+    with caplog.at_level(logging.INFO, logger="vidaccel"):
+        for loaded.decode in ("whole", "once"):
+            with decoding(loaded, 1, num_frames=25, height=32, width=32), LiveBytes() as live:
+                frames[loaded.decode] = decoded(loaded, latent)
+            peaks[loaded.decode] = live.peak
+    assert not vae.tile_sample_min_num_frames > 16
+    with torch.no_grad():
+        assert torch.equal(frames["once"], decode_whole(vae, latent))
+    assert frames["whole"].shape == frames["once"].shape and not torch.equal(frames["whole"], frames["once"])
+    vae.tile_sample_min_num_frames = 28
+    assert bytes_needed(vae, tuple(latent.shape), None) == pytest.approx(peaks["once"], rel=0.1)
+    assert any(said.startswith("decoding at once, which needs ") for said in caplog.messages)
+
+
 def test_memory_that_runs_out_is_one_line(loaded):
     with (
         pytest.raises(UserError, match="cuda is out of memory: Tried to allocate 2 GiB") as refused,
@@ -161,9 +182,9 @@ def test_memory_that_runs_out_is_one_line(loaded):
 def test_on_a_cpu_auto_leaves_the_frames_as_they_are_and_tiles_blend(saved):
     loaded = load_pipeline(saved("wan"))
     frames = {}
-    for how in ("auto", "whole", "tiled"):
+    for how in ("auto", "whole", "once", "tiled"):
         assert prepare(loaded, RuntimeConfig(decode=how))["decode"] == how
         made = generate(loaded, ["a red circle"], GenerateConfig(steps=1, num_frames=5, height=64, width=96), [0])
         frames[how] = made.frames
-    assert (frames["auto"] == frames["whole"]).all()
+    assert (frames["auto"] == frames["whole"]).all() and (frames["auto"] == frames["once"]).all()
     assert frames["tiled"].shape == frames["auto"].shape and (frames["tiled"] != frames["auto"]).any()

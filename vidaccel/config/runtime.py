@@ -24,13 +24,13 @@ class RuntimeConfig:
     """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
 
     decode: str = "auto"
-    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `tiled` (the largest tiles
-    that free memory allows, which blend, and which the devices of one video share), or `auto` (on a CUDA device whole
-    where it fits, else tiled; on a CPU as the autoencoder is)."""
+    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `once` (in time too),
+    `tiled` (the largest tiles that free memory allows, which blend, and which the devices of one video share), or
+    `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as the autoencoder is)."""
 
     def __post_init__(self) -> None:
         kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")
-        decode = ("auto", "tiled", "whole")
+        decode = ("auto", "tiled", "whole", "once")
         require(self.kernels in kernels, "kernels", self.kernels, f"is one of {', '.join(kernels)}")
         require(self.decode in decode, "decode", self.decode, f"is one of {', '.join(decode)}")
         require(self.quantize in quantize, "quantize", self.quantize, f"is one of {', '.join(quantize)}")

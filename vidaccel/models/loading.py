@@ -78,7 +78,7 @@ class LoadedPipeline:
     further: tuple["LoadedPipeline", ...] = ()
     """Of several denoisers each after the first alone, as by `of_one`: `conditioning` and `hook` are the first's."""
     decode: str = "auto"
-    """How its latents become frames: `auto`, `tiled` or `whole` (runtime/decode.py)."""
+    """How its latents become frames: `auto`, `tiled`, `whole` or `once` (runtime/decode.py)."""
     devices: DeviceMesh | None = None
     """Of one dimension: the processes that make a video together, each with this pipeline."""
     decoder: DecoderFiles | None = None

@@ -3,6 +3,8 @@
     whole  whole in space, and in time as diffusers goes through it: HunyuanVideo in chunks of 16 frames that are
            blended, Wan and CogVideoX in chunks that hand on what their causal convolutions need (which changes no
            frame), HunyuanVideo-1.5 and LTX-Video at once
+    once   whole in space and time: chunks of HunyuanVideo are 5 latent frames of which 3 are new, so that up to 1.7
+           times less is computed; its mid-block then has an attention mask of all latent pixels by all
     tiled  in tiles, as few and large as memory allows, no smaller than diffusers' own, blended where they overlap; as
            many at least as there are devices that make the video, which share them
     auto   whole where that fits, else tiled; on a CPU, and where somebody has enabled tiling, the autoencoder is left
@@ -44,8 +46,11 @@ LIKE_ALL = 8
 """Latent frames, or one more of an odd number (for CogVideoX's first chunk), in which every kind of chunk is."""
 SMALLER = "ask for fewer frames or a smaller height and width"
 
-_traces: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[int, int]]] = WeakKeyDictionary()
-"""What `_traced` found of an autoencoder, by the latent."""
+CHUNK = "tile_sample_min_num_frames"
+"""The attribute of diffusers' autoencoders that holds the frames of a chunk."""
+
+_traces: WeakKeyDictionary[nn.Module, dict[tuple[int | None, ...], tuple[int, int]]] = WeakKeyDictionary()
+"""What `_traced` found of an autoencoder, by the frames of its chunks and the latent."""
 _said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """What was last said about an autoencoder."""
 
@@ -137,21 +142,29 @@ def bytes_needed(vae: Any, latent: tuple[int, ...], tiles: Tiles | None) -> int:
 
 def _traced(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
     """Bytes alive at most while such a latent is decoded whole, and of its frames, by a run on the meta device."""
-    known = _traces.setdefault(vae, {})
-    if latent not in known:
+    known, chunk = _traces.setdefault(vae, {}), getattr(vae, CHUNK, None)
+    if (chunk, *latent) not in known:
         frames_of = latent[2]
-        some = min(frames_of, LIKE_ALL + frames_of % 2) if type(vae).__name__ in IN_CHUNKS else frames_of
+        like_all = type(vae).__name__ in IN_CHUNKS and not _is_one_chunk(vae, frames_of)
+        some = min(frames_of, LIKE_ALL + frames_of % 2) if like_all else frames_of
         with torch.device("meta"):
             blank: Any = type(vae).from_config(vae.config)
             nn.Module.to(blank, vae.dtype)  # diffusers' own warns
+            if chunk is not None:
+                setattr(blank, CHUNK, chunk)
             z, told = torch.empty(*latent[:2], some, *latent[3:], dtype=vae.dtype), {}
             if vae.config.get("timestep_conditioning"):
                 told["temb"] = torch.empty(len(z), dtype=vae.dtype)
             with torch.no_grad(), LiveBytes() as live, FusedAttention(), Unwritten():
                 frames = blank.decode(z, **told).sample
         whole = frames.nbytes * frames_of // some
-        known[latent] = live.peak + 2 * (whole - frames.nbytes), whole
-    return known[latent]
+        known[chunk, *latent] = live.peak + 2 * (whole - frames.nbytes), whole
+    return known[chunk, *latent]
+
+
+def _is_one_chunk(vae: Any, frames: int) -> bool:
+    """Whether so many latent frames are decoded at once by an autoencoder that has a size of chunks."""
+    return hasattr(vae, CHUNK) and frames <= getattr(vae, CHUNK) // vae.temporal_compression_ratio
 
 
 @contextmanager
@@ -195,16 +208,18 @@ def _choose(loaded: LoadedPipeline, latent: tuple[int, ...], device: torch.devic
     extent, ways = (latent[-2], latent[-1]), []
     if loaded.decode != "tiled":
         ways.append(None)
-    if loaded.decode != "whole":
+    if loaded.decode == "once" and hasattr(vae, CHUNK):
+        setattr(vae, CHUNK, max(getattr(vae, CHUNK), latent[2] * vae.temporal_compression_ratio))
+    if loaded.decode in ("auto", "tiled"):
         ways += _shareable(tilings(vae, extent, pixels), extent, loaded.devices.size() if loaded.devices else 1)
     tiles, needed = None, 0
     for tiles in ways:
         needed = bytes_needed(vae, latent, tiles) + brought
         if needed * ROOM <= free:
             break
-    way = _named(tiles, extent, pixels)
+    way = "at once" if loaded.decode == "once" else _named(tiles, extent, pixels)
     if needed > free:
-        other = f"set decode=tiled, or {SMALLER}" if loaded.decode == "whole" else SMALLER
+        other = f"set decode=tiled, or {SMALLER}" if loaded.decode in ("whole", "once") else SMALLER
         there = f"{_gib(free)} of {device.type} memory are free"
         raise UserError(f"decoding {way} needs {_gib(needed)}, and {there}", other)
     said = f"decoding {way}, which needs {_gib(needed)}"
