@@ -1,6 +1,7 @@
 """Rows whose frames a distilled decoder makes: beside those of the autoencoder's own, in one benchmark."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vidaccel.bench.own_model import resolved
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.errors import UserError
 from vidaccel.sampling import generate
 
 CONF = """
@@ -96,6 +98,18 @@ def test_rows_that_cannot_be_decoded_say_why(models, folder):
     assert "is of an AutoencoderKLWan" in lacking["foreign"]
 
 
+def test_a_row_decodes_in_its_own_way(models, folder):
+    narrow = MethodConfig(steps=2, decoder=str(folder / "narrow"), decode="once")
+    loaded = models.pipeline(narrow)
+    with models.running(narrow, {}) as running:
+        assert running is loaded and loaded.decode == "once"
+    assert loaded.decode == "auto"
+    with models.running(MethodConfig(steps=2), {}):
+        assert loaded.decode == "auto"
+    with pytest.raises(UserError, match="decode"):
+        MethodConfig(decode="halves")
+
+
 def test_a_whole_runs_decoder_is_that_of_all_rows_but_the_baseline():
     methods = {"full": MethodConfig(), "fast": MethodConfig(steps=4), "own": MethodConfig(steps=4, decoder="mine")}
     config = BenchmarkConfig(methods=methods, baseline="full", decoder="theirs")
@@ -107,6 +121,7 @@ def test_an_own_full_run_is_decoded_as_its_row_is():
     row = MethodConfig(steps=4, budget=2, on_skipped="reuse", predictor="p", decoder="runs/narrow")
     assert own_run(row) == MethodConfig(steps=4, decoder="runs/narrow")
     assert own_runs({"row": row}) == {"student-4-narrow": MethodConfig(steps=4, decoder="runs/narrow")}
+    assert list(own_runs({"row": replace(row, decode="once")})) == ["student-4-narrow-once"]
 
 
 def test_results_say_what_decoded(bench, folder, schema):

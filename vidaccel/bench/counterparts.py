@@ -143,5 +143,7 @@ def _free_name(method: MethodConfig, taken: Iterable[str]) -> str:
             name += f"-{key}-{value:g}"
     if method.decoder is not None:
         name += f"-{method.decoder.rstrip('/').rpartition('/')[2]}"
+    if method.decode is not None:
+        name += f"-{method.decode}"
     taken = set(taken)
     return next(each for each in (name, *(f"{name} ({i})" for i in range(2, 1000))) if each not in taken)

@@ -218,16 +218,17 @@ class Models:
 
     @contextmanager
     def decoded(self, method: MethodConfig, loaded: LoadedPipeline) -> Iterator[None]:
-        """The pipeline with the row's decoder, for the time of a `with` block."""
-        if method.decoder is None:
-            yield
-            return
-        own = loaded.pipe.vae
-        loaded.pipe.vae = self.autoencoder(method, loaded)
+        """The pipeline with the row's decoder and way of decoding, for the time of a `with` block."""
+        pipe, own, way = loaded.pipe, getattr(loaded.pipe, "vae", None), loaded.decode
+        if method.decoder is not None:
+            pipe.vae = self.autoencoder(method, loaded)
+        loaded.decode = method.decode or way
         try:
             yield
         finally:
-            loaded.pipe.vae = own
+            loaded.decode = way
+            if method.decoder is not None:
+                pipe.vae = own
 
     @contextmanager
     def _sampled(self, method: MethodConfig, loaded: LoadedPipeline, settings: dict[str, Any]) -> Iterator[None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidaccel.config.checks import require, require_scales, settle_times
-from vidaccel.config.runtime import RuntimeConfig
+from vidaccel.config.runtime import DECODE, RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.forecasters.registry import FORECASTERS
 from vidaccel.worlds import WORLDS
@@ -130,6 +130,8 @@ class MethodConfig:
     there is nothing to train."""
     decoder: str | None = None
     """The folder of the distilled decoder that makes this row's frames, in place of the benchmark's."""
+    decode: str | None = None
+    """How this row's latents become frames, in place of the benchmark's `decode`."""
 
     def __post_init__(self) -> None:
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
@@ -139,6 +141,7 @@ class MethodConfig:
         require_scales(self)
         require(self.every is None or self.every >= 1, "every", self.every, "must be at least 1")
         require(self.order >= 0, "order", self.order, "must be at least 0")
+        require(self.decode in (None, *DECODE), "decode", self.decode, f"is one of {', '.join(DECODE)}, or null")
         known = (*FORECASTERS, *LEFT_OUT)
         require(self.on_skipped in known, "on_skipped", self.on_skipped, f"is one of {', '.join(known)}")
         fits = not (self.forecasts and self.two_pass and FORECASTERS[self.on_skipped].one_pass)

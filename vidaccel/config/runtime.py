@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vidaccel.config.checks import require
 
+DECODE = ("auto", "tiled", "whole", "once")
+
 
 @dataclass
 class RuntimeConfig:
@@ -30,7 +32,6 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")
-        decode = ("auto", "tiled", "whole", "once")
         require(self.kernels in kernels, "kernels", self.kernels, f"is one of {', '.join(kernels)}")
-        require(self.decode in decode, "decode", self.decode, f"is one of {', '.join(decode)}")
+        require(self.decode in DECODE, "decode", self.decode, f"is one of {', '.join(DECODE)}")
         require(self.quantize in quantize, "quantize", self.quantize, f"is one of {', '.join(quantize)}")

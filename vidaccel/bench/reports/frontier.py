@@ -106,7 +106,7 @@ def _of_one_model(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    keys = ("model", "shift", "guidance", "guidance_2", "two_pass", "as_called", "lora", "decoder")
+    keys = ("model", "shift", "guidance", "guidance_2", "two_pass", "as_called", "lora", "decoder", "decode")
     return run["on"], *(run["settings"].get(key) for key in keys)
 
 

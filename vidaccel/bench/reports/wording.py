@@ -42,7 +42,8 @@ def in_words(run: dict[str, Any]) -> str:
     own = [f"{key} {settings[key]:g}" for key in ("shift", "guidance", "guidance_2") if settings.get(key) is not None]
     lora = [f"with {Path(file).name}" for file in settings.get("lora") or ()]
     decoder = [f"decoded by {Path(settings['decoder']).name}"] if settings.get("decoder") else []
-    return ", ".join([said, *own, *lora, *decoder])
+    way = [f"decode={settings['decode']}"] if settings.get("decode") else []
+    return ", ".join([said, *own, *lora, *decoder, *way])
 
 
 def _model(run: dict[str, Any]) -> str:
