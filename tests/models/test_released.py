@@ -20,6 +20,7 @@ from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.released import LAYOUTS
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.grid import Grid, on_grid, shift_of
 from vidaccel.models.lineage import teachers
 from vidaccel.models.loading import load_pipeline, load_student, read_model
 from vidaccel.models.own_call import remember
@@ -187,6 +188,22 @@ def test_another_student_takes_the_place_of_one_and_of_what_was_added_to_it(tmp_
     assert step_hook_of(loaded.pipe.transformer) is loaded.hook  # what was refused changed nothing
     assert Conditioning.of(loaded.pipe.transformer, loaded.family) is loaded.conditioning
     assert student_hash(load_student(file, loaded)) == own
+
+
+def test_a_student_in_the_place_of_one_of_listed_times_is_sampled_on_its_models_own_grid(tmp_path):
+    base = save_teacher(tmp_path / "base", "hunyuan_video_15")
+    file = write(tmp_path / "student.safetensors", STUDENTS["hunyuan_video_15"]())
+    plain, listed = load_pipeline(base), load_pipeline(base)
+    own = dict(plain.pipe.scheduler.config)
+    listed.decode = "tiled"
+    with on_grid(listed.pipe, grid=Grid.listed([1000, 600], None)):
+        loaded = load_student(file, listed)
+        assert loaded.pipe.scheduler.config["shift"] == own["shift"] != 1.0
+        assert (
+            shift_of(loaded.pipe.scheduler, loaded.family) == own["shift"]
+            and "times" not in loaded.pipe.scheduler.config
+        )
+    assert loaded.decode == "tiled"
 
 
 def test_a_saved_student_of_the_other_model_has_its_embedding_of_r(tmp_path):

@@ -378,12 +378,16 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
 class ListedScheduler(FlowMatchEulerDiscreteScheduler):
     """Flow-match Euler on listed times, whatever a pipeline asks for but their number."""
 
+    stands_for: Any
+    """The scheduler whose place it takes, with the shift that it has."""
+
     @classmethod
-    def of(cls, grid: Grid, like: Any) -> Self:
-        """With the training timesteps of another scheduler."""
-        rises = like.config.get("invert_sigmas", False)
-        made = cls(num_train_timesteps=like.config.get("num_train_timesteps", 1000), shift=1.0, invert_sigmas=rises)
+    def of(cls, grid: Grid, own: Any) -> Self:
+        """In the place of a pipeline's own, with its training timesteps."""
+        rises = own.config.get("invert_sigmas", False)
+        made = cls(num_train_timesteps=own.config.get("num_train_timesteps", 1000), shift=1.0, invert_sigmas=rises)
         made.register_to_config(times=list(grid.times))
+        made.stands_for = own
         return made
 
     def set_timesteps(

@@ -216,8 +216,9 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
             a predictor attached.
     """
     known = pipe if isinstance(pipe, LoadedPipeline) else loaded_of(pipe)
-    pipe = pipe.pipe if isinstance(pipe, LoadedPipeline) else pipe
-    family = family_of(pipe)
+    if known is None:
+        known = LoadedPipeline(pipe, family_of(pipe), str(pipe.name_or_path or "a pipeline in memory"), {}, {})
+    pipe, family = known.pipe, known.family
     released, attribute = Released.opened(path, "student", family), family.denoisers[0].attribute
     before: Any = denoisers_of(pipe, family)[0]
     _refuse_offloaded(before)
@@ -226,23 +227,15 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
     transformer, conditioning = released_student(released, cls, before.config, family, before.dtype)
     setattr(pipe, attribute, transformer.to(before.device))  # which a pipeline with a predictor refuses, as it was
     Conditioning.detach(before, family)
-    if known is not None and known.hook is not None:
+    if known.hook is not None:
         known.hook.remove()
     del before
-    others = known.hashes.files if known is not None and isinstance(known.hashes, FileHashes) else {}
+    others = known.hashes.files if isinstance(known.hashes, FileHashes) else {}
     gone = re.compile(rf"({attribute}|conditioning|lora|adapter-\d+)/")  # with the transformer that they were of
     beside = {name: file for name, file in others.items() if not gone.match(name)}
     hashes = FileHashes(beside | {f"{attribute}/{released.file.name}": released.file})
-    source = str(pipe.name_or_path or "a pipeline in memory") if known is None else known.source
-    loaded = LoadedPipeline(
-        pipe,
-        family,
-        source,
-        _released_call({} if known is None else known.call, released),
-        hashes,
-        parts=_said_by_parts(pipe, family),
-        trunk=pipeline_sample(pipe, family),
-    )
+    call, parts = _released_call(known.call, released), _said_by_parts(pipe, family)
+    loaded = replace(known, call=call, hashes=hashes, parts=parts, trunk=pipeline_sample(pipe, family))
     return _as_released(loaded, released, conditioning)
 
 
@@ -513,6 +506,8 @@ def _released_call(call: Mapping[str, Any], released: Released) -> dict[str, Any
 
 
 def _grid_scheduler(scheduler: Any, made_for: Path) -> GridScheduler:
+    if isinstance(scheduler, ListedScheduler):  # whose times are those of what the student takes the place of
+        scheduler = scheduler.stands_for
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise UserError(
             f"the scheduler that goes with {made_for} is a {type(scheduler).__name__}",
