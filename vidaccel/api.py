@@ -93,7 +93,8 @@ def export_model(
     """
     from vidaccel.models.exporting import check_export
     from vidaccel.models.exporting import export_model as export
-    from vidaccel.models.loading import load_pipeline, read_model
+    from vidaccel.models.files import read_model
+    from vidaccel.models.loading import load_pipeline
 
     settings = settings_of("generate", config or "teacher", overrides)
     said = check_export(output, settings)

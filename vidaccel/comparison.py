@@ -14,8 +14,9 @@ from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.data.video import side_by_side
 from vidaccel.errors import UserError
 from vidaccel.models.calling import guidance_in_force, unwanted
+from vidaccel.models.files import read_model
 from vidaccel.models.lineage import lora_of_root, teachers
-from vidaccel.models.loading import LoadedPipeline, read_model
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sampling import SCHEDULED_BY, Generated, too_small
 
 HINT = "name the model that it stands in for: compare_to=MODEL"

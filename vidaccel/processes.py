@@ -147,8 +147,7 @@ def gathered(items: Sequence[Item], of: Callable[[Item], Result]) -> list[Result
         return [of(item) for item in items]
     rounds = -(-len(items) // world())
     own = [of(items[min(i * world() + rank(), len(items) - 1)]) for i in range(rounds)]
-    every: list = [None] * world()
-    dist.all_gather_object(every, own)
+    every = exchanged(own)
     return [every[i % world()][i // world()] for i in range(len(items))]
 
 

@@ -25,8 +25,9 @@ from vidaccel.models.calling import (
     second_guidance,
     warn_of_guidance,
 )
+from vidaccel.models.files import ModelFiles, read_model
 from vidaccel.models.grid import Grid, ListedScheduler, shift_of
-from vidaccel.models.loading import LoadedPipeline, ModelFiles, load_pipeline, read_model, resolve_device
+from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime

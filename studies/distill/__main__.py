@@ -22,7 +22,7 @@ from vidaccel.collect.features import FORMAT as FEATURES
 from vidaccel.config import loader as configuration
 from vidaccel.config.distill import DistillConfig
 from vidaccel.errors import UserError, nearest
-from vidaccel.models.loading import read_model
+from vidaccel.models.files import read_model
 
 app = typer.Typer()
 

@@ -17,7 +17,8 @@ from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.forecasters.learned import new_predictor
-from vidaccel.models.loading import load_pipeline, local_path
+from vidaccel.models.files import local_path
+from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 
 QUICK = ["--speedup", "--quality", "timed_seconds=0", "rounds=2", "dtype=float32", "-o", "out"]

@@ -24,7 +24,8 @@ from vidaccel.models.decoder import (
     read_decoder,
     write_decoder,
 )
-from vidaccel.models.loading import load_pipeline, read_model
+from vidaccel.models.files import read_model
+from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.runtime.decode import bytes_needed
 from vidaccel.train.methods.decoder import DecoderTraining

@@ -22,8 +22,9 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.models import loading
 from vidaccel.models.calling import call_arguments, set_guidance
-from vidaccel.models.folder import safetensors_header
-from vidaccel.models.loading import LoadedPipeline, load_pipeline, read_model
+from vidaccel.models.files import read_model
+from vidaccel.models.folder import read_pipeline_folder, safetensors_header
+from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.sampling import generate
 from vidaccel.session import said_sampling
@@ -152,7 +153,7 @@ def test_auto_dtype_on_cuda_is_the_stored_one(saved, tmp_path):
     pipe = tiny_pipeline("hunyuan_video")
     pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(tmp_path / "mixed")
-    components = loading.read_pipeline_folder(tmp_path / "mixed").components
+    components = read_pipeline_folder(tmp_path / "mixed").components
     assert loading.stored_dtype(components["transformer"].weight_files, "auto", torch.device("cuda")) == torch.bfloat16
     assert loading.stored_dtype(components["vae"].weight_files, "auto", torch.device("cuda")) == torch.float32
 

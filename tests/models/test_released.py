@@ -20,9 +20,10 @@ from vidaccel.families.registry import family_of_pipeline
 from vidaccel.families.released import LAYOUTS
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.files import read_model
 from vidaccel.models.grid import Grid, on_grid, shift_of
 from vidaccel.models.lineage import teachers
-from vidaccel.models.loading import load_pipeline, load_student, read_model
+from vidaccel.models.loading import load_pipeline, load_student
 from vidaccel.models.own_call import remember
 from vidaccel.models.released import Released, released_student
 from vidaccel.models.saving import save_model

@@ -19,8 +19,9 @@ from tests.tiny import HUNYUAN_CALL, SIZE, tiny_pipeline
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, write_run
 from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.files import read_model
 from vidaccel.models.folder import safetensors_header
-from vidaccel.models.loading import load_pipeline, read_model
+from vidaccel.models.loading import load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

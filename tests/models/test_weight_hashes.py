@@ -14,7 +14,7 @@ from tests.students import for_diffusers, student
 from vidaccel import file_hashes
 from vidaccel.errors import UserError
 from vidaccel.forecasters.learned import Predictor, new_predictor
-from vidaccel.models import loading
+from vidaccel.models import files
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash, student_hashes
 
@@ -31,7 +31,7 @@ def predictor_of(loaded: LoadedPipeline, **made_for: object) -> Predictor:
 def snapshot(saved, tmp_path, monkeypatch) -> Path:
     """The tiny Wan as the hub's cache holds it."""
     folder = shutil.copytree(saved("wan"), tmp_path / "models--someone--model" / "snapshots" / "abc")
-    monkeypatch.setattr(loading, "_download", lambda hub_id: {HUB: folder}[hub_id])
+    monkeypatch.setattr(files, "_download", lambda hub_id: {HUB: folder}[hub_id])
     return folder
 
 

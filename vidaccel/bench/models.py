@@ -28,15 +28,9 @@ from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.calling import guidance_in_force
 from vidaccel.models.decoder import read_decoder, with_decoder
+from vidaccel.models.files import local_path, read_model
 from vidaccel.models.grid import Grid, on_grid
-from vidaccel.models.loading import (
-    LoadedPipeline,
-    load_named,
-    local_path,
-    named_decoder,
-    read_model,
-    resolve_device,
-)
+from vidaccel.models.loading import LoadedPipeline, load_named, named_decoder, resolve_device
 from vidaccel.runtime.prepare import prepare
 
 NAMED = 3

@@ -12,7 +12,7 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import to_dict, with_current_names
 from vidaccel.errors import UserError
 from vidaccel.models.adapters import Adapter
-from vidaccel.models.loading import local_path
+from vidaccel.models.files import local_path
 from vidaccel.train.checkpoints import flat
 
 FORMAT = "benchmark/1"

@@ -20,10 +20,11 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
 from vidaccel.models.calling import guidance_in_force, second_guidance
+from vidaccel.models.files import local_path
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid
 from vidaccel.models.lineage import lora_of_root, recorded, teachers
-from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.sampling import warn_of_unknown_words
 from vidaccel.worlds import WORLDS, shipped_models, world
 

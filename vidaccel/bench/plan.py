@@ -23,7 +23,9 @@ from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.forecasters.base import ForecasterCosts, PlannedTrunk
 from vidaccel.forecasters.registry import forecaster_class
-from vidaccel.models.loading import DTYPES, local_path
+from vidaccel.models.files import local_path
+from vidaccel.models.folder import STUDENT_PARTS
+from vidaccel.models.loading import DTYPES
 
 UNPLANNED = "what this cache leaves out is known when it runs: vidaccel benchmark --speedup"
 """Why a row has no plan."""
@@ -126,7 +128,7 @@ def beside(model: str | None, family: DiTFamily) -> dict[str, int]:
     held = {
         folder.name: sum(file.stat().st_size for file in own_files(folder, "*.safetensors"))
         for folder in folders
-        if folder.name not in (*own, "conditioning", "conditioning_2", "lora")
+        if folder.name not in (*own, *STUDENT_PARTS)
     }
     return {name: size for name, size in held.items() if size}
 

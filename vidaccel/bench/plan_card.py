@@ -24,7 +24,8 @@ from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import blocks_of
-from vidaccel.models.loading import DTYPES, config_folder
+from vidaccel.models.files import config_folder
+from vidaccel.models.loading import DTYPES
 from vidaccel.numbers import rounded, si
 from vidaccel.runtime.quantized import quantizable
 

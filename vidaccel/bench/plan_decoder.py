@@ -33,9 +33,9 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import UserError
 from vidaccel.models.decoder import autoencoder_of, decode_whole, latent_width, trained_parts
+from vidaccel.models.files import config_folder, local_path
 from vidaccel.models.folder import read_json
 from vidaccel.models.live_bytes import LiveBytes, Unwritten
-from vidaccel.models.loading import config_folder, local_path
 from vidaccel.train.methods.decoder.method import KEPT_OUT
 from vidaccel.train.methods.decoder.slices import narrower
 

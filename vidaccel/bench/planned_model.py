@@ -18,8 +18,8 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
+from vidaccel.models.files import config_folder, local_path
 from vidaccel.models.folder import read_json
-from vidaccel.models.loading import config_folder, local_path
 
 COMPRESSIONS = (
     ("temporal_compression_ratio", "spatial_compression_ratio"),

@@ -17,8 +17,9 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import patch_of
 from vidaccel.models.calling import refuse_misfits
+from vidaccel.models.files import local_path
 from vidaccel.models.folder import read_json
-from vidaccel.models.loading import DTYPES, local_path
+from vidaccel.models.loading import DTYPES
 
 DEPTHS = ("num_layers", "num_single_layers")
 """Arguments of the transformer classes that number the blocks of a list."""

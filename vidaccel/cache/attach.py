@@ -41,8 +41,9 @@ from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
+from vidaccel.models.files import local_path
 from vidaccel.models.grid import Grid, on_grid, running_grid, shift_of, step_of
-from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.own_call import keep_transformers, loaded_of
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.unchanged import Sample, changed, pipeline_sample, stored_sample

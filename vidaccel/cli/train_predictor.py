@@ -81,7 +81,7 @@ def train_predictor(
 def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule]") -> str:
     """The `vidaccel generate` that uses what was made, with about a third of the steps in full."""
     from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
-    from vidaccel.models.loading import local_path
+    from vidaccel.models.files import local_path
 
     by_folder = config.forecaster in ("learned", "multistep")
     released = config.model is not None and local_path(config.student).is_file()

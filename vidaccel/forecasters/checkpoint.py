@@ -31,8 +31,8 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import width
 from vidaccel.forecasters.registry import FORECASTERS, attachable
+from vidaccel.models.files import local_path
 from vidaccel.models.grid import Grid
-from vidaccel.models.loading import local_path
 
 FORMAT = "predictor/1"
 CORRECTION, PUBLISHED = ARCHITECTURES = ("correction", "published")
@@ -164,7 +164,7 @@ class Checkpointed:
         try:
             module = cls(NetworkConfig(**json.loads((folder / CONFIG_FILE).read_bytes())))
             load_model(module, folder / WEIGHTS_FILE)
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
             refuse_unfinished(folder)
             raise UserError(
                 f"{folder} is no predictor: {' '.join(str(error).split())}",

@@ -62,7 +62,8 @@ from vidaccel.families.walk import blocks_of, call_block, denoisers_of, named_ou
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens, even_time
 from vidaccel.forecasters.checkpoint import CORRECTION, PUBLISHED, SCALARS_FILE, Checkpointed, NetworkConfig
 from vidaccel.forecasters.multistep import Multistep
-from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.files import local_path
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.released import Released
 from vidaccel.runtime.compiled import compile_like
 from vidaccel.runtime.fuse import fuse_like

@@ -74,11 +74,6 @@ def _terms(us: Sequence[Tensor], xs: Sequence[Tensor], x: Tensor, network: Tenso
     return (*(() if network is None else (network,)), *us, x, *xs)
 
 
-def reuse_coefficients(looked_back_on: int) -> Tensor:
-    """[2 K + 1] that give the last full step's velocity again."""
-    return torch.eye(2 * looked_back_on + 1)[0]
-
-
 def fit_coefficients(
     us: Sequence[Tensor],
     xs: Sequence[Tensor],

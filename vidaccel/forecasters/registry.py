@@ -4,7 +4,7 @@ Its class is what base.py calls a `NamedForecaster`: it says how it is made and 
 attached, generated with and measured by name, and planned.
 """
 
-import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,7 @@ FORECASTERS: dict[str, Entry] = {
 
 def forecaster_class(name: str) -> Any:
     """The class of that name, a `NamedForecaster`."""
-    module, _, cls = FORECASTERS[name].where.partition(":")
-    return getattr(importlib.import_module(module), cls)
+    return pkgutil.resolve_name(FORECASTERS[name].where)
 
 
 def attachable() -> list[str]:

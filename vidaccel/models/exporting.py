@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from vidaccel.artefacts import RUN_FILE, atomic_folder, check_output, sha256_file, write_run
 from vidaccel.config.generate import GenerateConfig
@@ -21,9 +21,9 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
 from vidaccel.models.cards import README, exported_card
+from vidaccel.models.folder import FORMAT
 from vidaccel.models.grid import ListedScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.saving import FORMAT
 
 COMMAND = "vidaccel generate --export"
 TAKEN = ("model", "student", "lora", "guidance", "guidance_2", "dtype")
@@ -85,7 +85,7 @@ def export_model(
     started = datetime.now(UTC)
     with atomic_folder(folder) as draft:
         with _without_conditioning(loaded, scales), _with_scheduler(loaded):
-            loaded.pipe.save_pretrained(draft)
+            DiffusionPipeline.save_pretrained(loaded.pipe, draft)  # which a student's own class refuses
         fixed = " and ".join(f"{each:g}" for each in own.values()) if distilled else None
         card = exported_card(loaded.family, loaded.source, type(loaded.pipe).__name__, arguments, fixed)
         (draft / README).write_text(card, encoding="utf-8")

@@ -32,6 +32,9 @@ from vidaccel.models.conditioning import WEIGHTS_FILE as CONDITIONING_WEIGHTS
 
 LIBRARIES = ("diffusers", "transformers")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FORMAT = "model/1"
+STUDENT_PARTS = ("conditioning", "conditioning_2", "lora")
+"""Folders of a model's that make a student of it: embeddings of r and g, an adapter."""
 COPY_AGAIN = "copy or download the folder again"
 
 

@@ -9,10 +9,10 @@ S steps, B samples
 """
 
 import copy
+import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Self, cast
 
 import numpy as np
@@ -282,8 +282,7 @@ def own_grid(scheduler: Any, family: DiTFamily, steps: int) -> Grid:
     asked = copy.deepcopy(scheduler)
     if family.times and not asked.config.get("times"):
         require_steps(family, steps)
-        module, name = family.times.split(":")
-        asked.set_timesteps(sigmas=getattr(import_module(module), name)(steps), device="cpu")
+        asked.set_timesteps(sigmas=pkgutil.resolve_name(family.times)(steps), device="cpu")
     else:
         asked.set_timesteps(steps, device="cpu")
     return running_grid(asked, family)

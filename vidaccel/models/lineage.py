@@ -6,7 +6,8 @@ from typing import Any
 
 from vidaccel.artefacts import RUN_FILE, read_json, sha256_file
 from vidaccel.errors import UserError
-from vidaccel.models.loading import local_path
+from vidaccel.models.files import local_path
+from vidaccel.models.folder import STUDENT_PARTS
 
 
 def teachers(model: str, hint: str) -> list[str]:
@@ -52,9 +53,8 @@ def recorded(model: str) -> dict[str, Any] | None:
 
 def is_distilled(model: str, run: dict[str, Any]) -> bool:
     """Whether this is the run.json of a student."""
-    parts = ("conditioning", "conditioning_2", "lora")
     made_of = run["parents"].keys() & {"teacher", "student"}  # the second is a file that others have released
-    return bool(made_of) or any((local_path(model) / part).exists() for part in parts)
+    return bool(made_of) or any((local_path(model) / part).exists() for part in STUDENT_PARTS)
 
 
 def _check(model: str, teacher: str, expected: str | None, hint: str) -> None:

@@ -38,13 +38,13 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.cards import README, student_card
 from vidaccel.models.conditioning import Conditioning
-from vidaccel.models.folder import conditioning_name, read_json
+from vidaccel.models.files import read_model
+from vidaccel.models.folder import FORMAT, STUDENT_PARTS, conditioning_name, read_json
 from vidaccel.models.grid import fixed_shift
 from vidaccel.models.lineage import root_of
-from vidaccel.models.loading import LoadedPipeline, read_model
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import shipped_models
 
-FORMAT = "model/1"
 INDEX_FILE = "model_index.json"
 SCHEDULER = FlowMatchEulerDiscreteScheduler
 
@@ -252,7 +252,7 @@ def _same(folder: Path, draft: Path) -> bool:
 def _old_parts(folder: Path) -> set[str]:
     """What the model in `folder` consists of; `UserError` if what was finished there is no model."""
     files = read_run(folder, FORMAT)["files"] if (folder / RUN_FILE).exists() else ()
-    return {Path(name).parts[0] for name in files} | {RUN_FILE, INDEX_FILE, "conditioning", "conditioning_2", "lora"}
+    return {Path(name).parts[0] for name in files} | {RUN_FILE, INDEX_FILE, *STUDENT_PARTS}
 
 
 def _put_in_place(draft: Path, folder: Path, old: set[str]) -> None:

@@ -36,16 +36,9 @@ from vidaccel.families.walk import blocks_of, boundaries_of, denoisers_of
 from vidaccel.models.adapters import Adapter
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
+from vidaccel.models.files import local_path, read_model
 from vidaccel.models.grid import GridScheduler, fixed_shift, require_trainable
-from vidaccel.models.loading import (
-    LoadedPipeline,
-    as_student,
-    load_pipeline,
-    local_path,
-    of_one,
-    read_model,
-    resolve_device,
-)
+from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, of_one, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Text, Velocity, velocity_of

@@ -20,7 +20,8 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import load
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
-from vidaccel.models.loading import load_pipeline, read_model
+from vidaccel.models.files import read_model
+from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.sampling import generate, predicted_steps
 from vidaccel.worlds.sprites import SHIPPED

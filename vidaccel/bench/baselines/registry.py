@@ -5,9 +5,9 @@ diffusers_caches.py switches on, the settings of cache-dit, which cache_dit.py d
 own here.
 """
 
-import importlib
 import importlib.util
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,8 +23,7 @@ _NOT_SETTINGS = {"pipe", "family", "indicator", "current_timestep_callback", "ra
 
 def class_of(cache: str) -> type:
     """What does it: a `PartsCache`, or the settings of a cache of diffusers or of cache-dit."""
-    module, _, name = CACHES[cache].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(CACHES[cache])
 
 
 def lacks(cache: str | None) -> str | None:

@@ -32,9 +32,10 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
 from vidaccel.forecasters.checkpoint import NetworkConfig
 from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance, unwanted
+from vidaccel.models.files import local_path
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_trainable
-from vidaccel.models.loading import LoadedPipeline, local_path
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import GuidedVelocity, SwitchedVelocity, Velocity, velocity_of
 from vidaccel.prompts import prompts_in
 from vidaccel.train.predictor.pairs import Data

@@ -30,9 +30,9 @@ from vidaccel.forecasters.multistep import Multistep
 from vidaccel.models.decoder import ENCODING, check_decoder, read_decoder
 from vidaccel.models.decoder import FORMAT as DECODER
 from vidaccel.models.decoder import WEIGHTS_FILE as DECODER_WEIGHTS
+from vidaccel.models.files import read_model
+from vidaccel.models.folder import FORMAT as MODEL
 from vidaccel.models.folder import read_json, safetensors_header
-from vidaccel.models.loading import read_model
-from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor.task import STAGES
 from vidaccel.worlds.sprites import SHIPPED

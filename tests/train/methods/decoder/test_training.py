@@ -18,7 +18,8 @@ from vidaccel.collect.encode import encode_texts, rows
 from vidaccel.config.distill import DistillConfig
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.models.decoder import FORMAT, WEIGHTS_FILE
-from vidaccel.models.loading import load_pipeline, read_model
+from vidaccel.models.files import read_model
+from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.models.weights import load_module
 from vidaccel.train.methods.decoder import DecoderTraining

@@ -42,7 +42,8 @@ from vidaccel.models.decoder import (
     trained_parts,
     write_decoder,
 )
-from vidaccel.models.loading import ModelFiles, load_pipeline, local_path, read_model, resolve_device, stored_dtype
+from vidaccel.models.files import ModelFiles, local_path, read_model
+from vidaccel.models.loading import load_pipeline, resolve_device, stored_dtype
 from vidaccel.models.weights import load_module
 from vidaccel.processes import world
 from vidaccel.train.methods.base import OtherTraining
