@@ -72,9 +72,9 @@ class Recorder:
         self.kwargs, self.output = kwargs, output[0]
 
 
-def one_pass(name, **options):
+def one_pass(name, dtype=torch.float32, **options):
     """A pipeline and what its transformer was given and gave at the last of two steps, without guidance."""
-    pipe = tiny_pipeline(name, **options)
+    pipe = tiny_pipeline(name, **options).to(dtype)
     family = family_of_pipeline(type(pipe).__name__)
     seen = Recorder(pipe.transformer)
     embedded = {family.guidance.embedded_argument: 6.0} if family.guidance.embedded_argument else {}
@@ -109,6 +109,18 @@ def test_gives_what_the_transformer_gave_in_its_pipeline(name):
         torch.testing.assert_close(-u, seen.output)
     else:
         assert torch.equal(u, seen.output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_15", "ltx_video", "mochi", "wan"])
+def test_times_are_told_as_exactly_as_the_pipeline_tells_them(name):
+    """In bfloat16 some pipelines round them, by up to 2 of 1000."""
+    pipe, family, seen = one_pass(name, torch.bfloat16)
+    told = seen.kwargs["timestep"]
+    x, t, text = inputs(pipe, family, seen.kwargs | {"timestep": told.float()})
+    velocity_in(pipe, family)(x, t, text)
+    assert x.dtype == torch.bfloat16 and seen.kwargs["timestep"] is not told
+    torch.testing.assert_close(seen.kwargs["timestep"].float(), told.float(), rtol=1e-6, atol=1e-4)
 
 
 @torch.no_grad()

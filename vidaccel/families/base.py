@@ -234,6 +234,8 @@ class DiTFamily:
     times: str | None = None
     """What makes the times, from 1 down, that the pipeline gives its scheduler for a number of steps, where they are
     not in even steps: "module:name"."""
+    rounds_times: bool = False
+    """Whether its pipeline gives the transformer times in the type of its latents; others give them unrounded."""
     least_steps: int = 1
     """Fewest steps that the pipeline takes."""
     latents: str = "BCTHW"

@@ -6,10 +6,10 @@ zero inputs. Training, collection, schedule search and our own sampling loop cal
 B batch, C channels, T frames, H and W latent pixels
 """
 
+import pkgutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +87,8 @@ class Velocity(nn.Module):
                 arguments[condition.argument] = given
                 if condition.counted:
                     arguments[condition.counted] = given.shape[1]
-        timestep = (1000 * (1 - t if self.family.rises else t)).to(x.dtype)
+        told = x.dtype if self.family.rounds_times else torch.promote_types(x.dtype, torch.float32)
+        timestep = (1000 * (1 - t if self.family.rises else t)).to(told)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
             taken = as_taken(self.family, self._padded(channels))
             given = self.transformer(hidden_states=taken, timestep=timestep, **arguments, return_dict=False)[0]
@@ -104,8 +105,7 @@ class Velocity(nn.Module):
         given = {}
         for each in self.family.sized_inputs:
             if each.function:
-                module, name = each.function.split(":")
-                made = getattr(import_module(module), name)(self.transformer, tuple(x.shape[2:]), x.device)
+                made = pkgutil.resolve_name(each.function)(self.transformer, tuple(x.shape[2:]), x.device)
             else:
                 values = [sizes[name] for name in each.sizes]
                 made = values[0] if len(values) == 1 else tuple(values)

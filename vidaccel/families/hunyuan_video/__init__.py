@@ -105,6 +105,7 @@ HUNYUAN_VIDEO = DiTFamily(
         fusions=("all",),
         static_embedders=(ROTATIONS, Argument((1, "prompt", "width"))),
     ),
+    rounds_times=True,
     rotary="rope",
     static_embedders=("rope", "context_embedder"),
     g_config="guidance_embeds",

@@ -69,6 +69,7 @@ HUNYUAN_VIDEO_15 = DiTFamily(
         static_embedders=(ROTATIONS, *(Argument((1, text, "width")) for text in ("prompt", "glyphs", "image"))),
     ),
     batched_autoencoder=False,  # the mask of its attention fits one video (diffusers 0.42.1)
+    rounds_times=True,
     rotary="rope",
     static_embedders=("rope", "context_embedder", "context_embedder_2", "image_embedder"),
     r_config="use_meanflow",

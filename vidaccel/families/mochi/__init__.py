@@ -80,6 +80,7 @@ MOCHI = DiTFamily(
     ),
     rises=True,
     times="vidaccel.families.mochi.times:times",
+    rounds_times=True,
     least_steps=2,
     compression=(6, 8),
     compression_attributes=("vae_temporal_scale_factor", "vae_spatial_scale_factor"),
