@@ -87,6 +87,15 @@ def test_what_is_no_scale_is_refused_and_another_than_it_learnt_is_warned_of(tmp
         one.guidance = 5
 
 
+def test_a_student_is_not_saved_by_diffusers(students, tmp_path, saved):
+    loaded = load_pipeline(students["wan"])
+    with pytest.raises(UserError, match="without what tells its transformer r and g"):
+        loaded.pipe.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    load_pipeline(saved("wan")).pipe.scheduler.save_pretrained(tmp_path / "scheduler")  # parts, and plain models, are
+    load_pipeline(save_teacher(tmp_path / "teacher", "wan")).pipe.save_pretrained(tmp_path / "again")
+
+
 def test_a_pipeline_knows_where_it_came_from(students, saved):
     loaded = load_pipeline(students["wan"])
     assert loaded_of(loaded.pipe) is loaded

@@ -1,14 +1,15 @@
 """A pipeline that is called as its model is made to be: `pipe("a cat")` takes the model's own steps, size and guidance.
 
 What the caller gives comes first; what is left out is what `call_arguments` says, not the default of the pipeline's
-class, by which a student of Wan would make two passes a step. One pipeline is given a class of its own, of the same
-name; its class in diffusers, and other pipelines of it, stay as they are.
+class, by which a student of Wan would make two passes a step. A student is not saved by diffusers, which would leave
+out what its transformer is told. One pipeline is given a class of its own, of the same name; its class in diffusers,
+and other pipelines of it, stay as they are.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffusers import DiffusionPipeline
 
@@ -37,6 +38,8 @@ def called_as_made(loaded: "LoadedPipeline") -> None:
         return stock.__call__(self, *args, **kwargs, **_left_out(loaded, given))
 
     _give(loaded.pipe, "__call__", call)
+    told = any(each.hook for each in (loaded, *loaded.further))
+    _give(loaded.pipe, "save_pretrained", functools.partialmethod(_refuse_saving, loaded) if told else None)
     remember(loaded)
 
 
@@ -62,7 +65,7 @@ def _stock(pipe: DiffusionPipeline) -> Any:
     return next(cls for cls in type(pipe).__mro__ if OWN not in vars(cls))
 
 
-def _give(pipe: DiffusionPipeline, name: str, member: Callable | None) -> None:
+def _give(pipe: DiffusionPipeline, name: str, member: Any) -> None:
     """A class of its own with this member as well, or without it; that of diffusers where none is left."""
     stock, own = _stock(pipe), vars(type(pipe)).get(OWN, {}) | {name: member}
     own = {name: member for name, member in own.items() if member is not None}
@@ -81,6 +84,16 @@ def loaded_of(pipe: DiffusionPipeline) -> "LoadedPipeline | None":
     if loaded is None or any(a is not b for a, b in zip(transformers, denoisers_of(pipe, loaded.family), strict=True)):
         return None
     return loaded
+
+
+def _refuse_saving(pipe: DiffusionPipeline, loaded: "LoadedPipeline", *args: Any, **kwargs: Any) -> NoReturn:
+    """In the place of a student's `save_pretrained`: what diffusers writes is a model without what its transformer is
+    told, which loads and makes other videos."""
+    own = "vidaccel.save_model(folder, loaded) writes it" if loaded.released else f"copy {loaded.source}"
+    raise UserError(
+        f"diffusers would save this {type(pipe).__name__} without what tells its transformer r and g",
+        f"{own}; vidaccel.export_model writes a folder for diffusers alone where there can be one",
+    )
 
 
 def _left_out(loaded: "LoadedPipeline", given: dict[str, Any]) -> dict[str, Any]:
