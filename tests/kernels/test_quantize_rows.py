@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.compare import DEVICE, DTYPES, assert_rows_close, few_examples, normal, relative_error
+from vidaccel.kernels.adaln.op import adaln_rows
+from vidaccel.kernels.gated_residual_adaln.op import gated_residual_adaln_rows
 from vidaccel.kernels.quantize_rows.op import quantize_rows
 from vidaccel.kernels.quantize_rows.reference import quantize_rows as reference
 
@@ -88,3 +90,17 @@ def test_bad_input_says_what_is_supported():
         pytest.raises(NotImplementedError, match="no forward-mode derivative"),
     ):
         quantize_rows(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_no_tangent_is_dropped_on_the_way_to_float8():
+    x, vector = normal(1, 2, 8), normal(1, 8)
+    ops = {quantize_rows: ("x", "left"), adaln_rows: ("x", "scale", "shift")}
+    ops[gated_residual_adaln_rows] = ("x", "y", "gate", "scale", "shift")
+    for op, names in ops.items():
+        for moving in names:
+            given = {name: vector if name in ("gate", "scale", "shift") else x for name in names}
+            with (
+                torch.autograd.forward_ad.dual_level(),
+                pytest.raises(NotImplementedError, match=f"no forward-mode derivative with respect to {moving};"),
+            ):
+                op(**given | {moving: torch.autograd.forward_ad.make_dual(given[moving], given[moving])})

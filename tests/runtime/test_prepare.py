@@ -84,6 +84,11 @@ def test_auto_is_the_stock_model_on_a_cpu_and_says_so(saved, caplog):
     assert [record.message.split(" (")[0] for record in caplog.records] == ["kernels: auto is reference on cpu"]
 
 
+def test_auto_is_the_stock_model_where_no_block_has_a_fused_form(saved, monkeypatch):
+    monkeypatch.setattr(select, "choose", lambda kernels, device: "fused")  # as on a GPU
+    assert prepare(load_pipeline(saved("ltx_video")), RuntimeConfig(kernels="auto"))["kernels"] == "reference"
+
+
 def test_all_at_once_samples_the_same_video(saved):
     expected = sampled(load_pipeline(saved("wan")))
     loaded = load_pipeline(saved("wan"))

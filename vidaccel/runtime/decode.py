@@ -30,6 +30,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.models.calling import compression_of, latent_size
+from vidaccel.models.decoder import latent_width
 from vidaccel.models.live_bytes import FusedAttention, LiveBytes, Unwritten, weight_bytes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.processes import exchanged
@@ -49,8 +50,8 @@ SMALLER = "ask for fewer frames or a smaller height and width"
 CHUNK = "tile_sample_min_num_frames"
 """The attribute of diffusers' autoencoders that holds the frames of a chunk."""
 
-_traces: WeakKeyDictionary[nn.Module, dict[tuple[int | None, ...], tuple[int, int]]] = WeakKeyDictionary()
-"""What `_traced` found of an autoencoder, by the frames of its chunks and the latent."""
+_traces: WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, int]]] = WeakKeyDictionary()
+"""What `_traced` found of an autoencoder, by the latent, the frames of its chunks, and the type that it is in."""
 _said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """What was last said about an autoencoder."""
 
@@ -143,7 +144,8 @@ def bytes_needed(vae: Any, latent: tuple[int, ...], tiles: Tiles | None) -> int:
 def _traced(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
     """Bytes alive at most while such a latent is decoded whole, and of its frames, by a run on the meta device."""
     known, chunk = _traces.setdefault(vae, {}), getattr(vae, CHUNK, None)
-    if (chunk, *latent) not in known:
+    key = (*latent, chunk, vae.dtype)
+    if key not in known:
         frames_of = latent[2]
         like_all = type(vae).__name__ in IN_CHUNKS and not _is_one_chunk(vae, frames_of)
         some = min(frames_of, LIKE_ALL + frames_of % 2) if like_all else frames_of
@@ -158,8 +160,8 @@ def _traced(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
             with torch.no_grad(), LiveBytes() as live, FusedAttention(), Unwritten():
                 frames = blank.decode(z, **told).sample
         whole = frames.nbytes * frames_of // some
-        known[chunk, *latent] = live.peak + 2 * (whole - frames.nbytes), whole
-    return known[chunk, *latent]
+        known[key] = live.peak + 2 * (whole - frames.nbytes), whole
+    return known[key]
 
 
 def _is_one_chunk(vae: Any, frames: int) -> bool:
@@ -182,7 +184,7 @@ def decoding(loaded: LoadedPipeline, batch: int, *, num_frames: int, height: int
     try:
         if loaded.decode != "auto" or device.type != "cpu" and _tileable(vae) and not vae.use_tiling:
             frames = latent_size(loaded, num_frames=num_frames, height=height, width=width)
-            _choose(loaded, (batch, _channels(vae), *frames), device)
+            _choose(loaded, (batch, latent_width(vae.config), *frames), device)
         with sharing_tiles(vae, loaded.devices):
             yield
     except torch.OutOfMemoryError as error:
@@ -253,10 +255,6 @@ def free_bytes(device: torch.device) -> int:
 
 def _tileable(vae: nn.Module) -> bool:
     return hasattr(vae, "tile_sample_min_height")
-
-
-def _channels(vae: Any) -> int:
-    return vae.config.get("latent_channels") or vae.config.z_dim
 
 
 def _gib(count: int) -> str:

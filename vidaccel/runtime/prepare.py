@@ -67,6 +67,8 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
     device = device or next(transformers[0].parameters()).device
     check(config, device)
     kernels = select.choose(config.kernels, device)
+    if config.kernels == "auto" and loaded.family.fused is None:
+        kernels = "reference"
     for transformer in transformers:
         _check_fits(transformer, loaded.family, config, device)
         if kernels == "fused":

@@ -28,7 +28,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels
 
 def adaln_rows(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto") -> Rows:
     """What `adaln` gives, before it is rounded to x's type, as rows [B, N, D] in float8."""
-    tangents.refuse("adaln_rows", x=x)
+    tangents.refuse("adaln_rows", x=x, scale=scale, shift=shift)
     if not _fused(x, scale, shift, kernels):
         return quantize_rows(reference.adaln(x.float(), scale, shift, eps))
     return Rows(*_rows(x, scale, shift, eps))

@@ -34,7 +34,7 @@ def gated_residual_adaln_rows(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, kernels: str = "auto"
 ) -> tuple[Tensor, Rows]:
     """The same h; z, before it is rounded to x's type, as rows [B, N, D] in float8."""
-    tangents.refuse("gated_residual_adaln_rows", x=x, y=y)
+    tangents.refuse("gated_residual_adaln_rows", x=x, y=y, gate=gate, scale=scale, shift=shift)
     if not _fused(x, y, gate, scale, shift, kernels):
         h, _ = reference.gated_residual_adaln(x, y, gate, scale, shift, eps)
         return h, quantize_rows(adaln(h.float(), scale, shift, eps))

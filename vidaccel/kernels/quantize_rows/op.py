@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor, *, left: Tensor | None = None, gelu: bool = False, 
     """
     if left is not None:
         check_shape("quantize_rows", "left", left, (*x.shape[:-1], left.shape[-1]))
-    tangents.refuse("quantize_rows", x=x)
+    tangents.refuse("quantize_rows", x=x, **({} if left is None else {"left": left}))
     if select.choose(kernels, x.device) == "reference":
         return reference.quantize_rows(x, left, gelu)
     check_tensors("quantize_rows", x, *(() if left is None else (left,)))
