@@ -1,5 +1,7 @@
 """Predicted steps to learn from: their times, and that states, caches and targets are the student's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,11 @@ from tests.train.predictor.test_discriminator import student
 from vidaccel.cache.trunk import Trunk
 from vidaccel.models.grid import step_grid
 from vidaccel.sampling import sample
+from vidaccel.train.objective import generator_for
+from vidaccel.train.predictor import pairs as module
 from vidaccel.train.predictor.pairs import (
     FullStep,
+    Pairs,
     Times,
     grid_times,
     noised_pair,
@@ -138,3 +143,17 @@ def test_a_trajectory_pair_of_two_full_steps_remembers_both():
                 velocity(step.x, grid[step.index], text, r=grid[step.index + 1])
             torch.testing.assert_close(remembered.tokens, trunk.memory()[0].tokens)
             assert torch.equal(remembered.t, grid[step.index])
+
+
+def test_a_stretch_of_any_length_begins_anywhere_on_its_trajectory(monkeypatch):
+    """One pass of one sample a step, whose generator is that of the step's number as well."""
+    steps, drawn = 8, []
+    run = {name: torch.zeros(steps, 1, 1, 1, 1) for name in ("x", "velocity")}
+    source = SimpleNamespace(at=lambda position, seed: 0, read=lambda chosen: [(run, {})] * len(chosen))
+    config = SimpleNamespace(pairs="trajectory", max_skipped=4, history=1)
+    model = SimpleNamespace(embeds=lambda name: False)
+    monkeypatch.setattr(module, "trajectory_pair", lambda *given: drawn.append((given[4], int(given[3][0].index))))
+    pairs = Pairs(model, None, None, source, config, step_grid(steps, 1.0), 1.0, 1.0, seed=0)
+    for step in range(400):
+        pairs.draw(step, 1, step, generator_for(0, step))
+    assert set(drawn) == {(length, first) for length in range(1, 5) for first in range(steps - length)}

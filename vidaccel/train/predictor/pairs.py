@@ -114,7 +114,8 @@ class Pairs:
         steps = len(self.grid) - 1
         # All processes take as many passes in a step, or those that share weights would wait for each other.
         longest = min(self.config.max_skipped, steps - 1)
-        length = int(torch.randint(1, longest + 1, (), generator=generator_for(self.seed, step)))
+        # By numbers of its own: those of (seed, step) are a pass's, and the length would choose where that one starts.
+        length = int(torch.randint(1, longest + 1, (), generator=generator_for(~self.seed, step)))
         first = torch.randint(steps - length, (len(samples),), generator=generator)
         starts = [first]
         if self.config.history > 1:
