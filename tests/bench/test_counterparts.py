@@ -76,6 +76,17 @@ def test_two_passes_a_step_are_two():
     ]
 
 
+def test_a_grid_of_listed_times_is_held_against_fewer_steps_of_the_models_own():
+    own = MethodConfig(timesteps=[1000, 757, 522])
+    method = MethodConfig(timesteps=[1000, 757, 522], full_steps=[0], on_skipped="reuse")
+    eight = MethodConfig(steps=8)
+    rows = [counted("listed", own, 3, 300), counted("reuse", method, 1, 120), counted("8", eight, 8, 800)]
+    (few,) = few_step_rows(rows, {})
+    assert few.method == MethodConfig(steps=2) and equal_row(rows[1], 1.2, [*rows, few]) is few
+    assert [row.name for row in [*rows, few] if compared_with(row, rows[0])] == ["reuse", few.name]
+    assert [row.name for row in [*rows, few] if compared_with(row, rows[2])] == [few.name]
+
+
 def test_own_runs_that_are_missing():
     assert own_runs(METHODS) == {}
     found = own_runs(

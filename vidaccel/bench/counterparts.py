@@ -65,7 +65,7 @@ def few_step_rows(rows: Sequence[Row], known: Mapping[str, MethodConfig]) -> lis
             continue
         least = fewest_steps(cost, own)
         for steps in range(least, min(least + 2, own.method.steps)):
-            method = replace(own.method, steps=steps)
+            method = _in_steps(own.method, steps)
             if not any((other.method, other.size) == (method, row.size) for other in [*rows, *found]):
                 names = [name for name, other in known.items() if other == method]
                 taken = known.keys() | {other.name for other in [*rows, *found]}
@@ -87,7 +87,7 @@ def references(rows: Sequence[Row]) -> list[Row]:
 
 def compared_with(row: Row, reference: Row) -> bool:
     """Whether the row is a sampling of the same model, as the same model is called, in at most as many steps."""
-    same = replace(own_run(row.method), steps=reference.method.steps) == reference.method
+    same = own_run(row.method) == _in_steps(reference.method, row.method.steps)
     return same and row.size == reference.size and row is not reference and row.method.steps <= reference.method.steps
 
 
@@ -120,9 +120,9 @@ def equal_row(row: Row, cost: float | None, rows: Iterable[Row]) -> Row | None:
 
 
 def _in_steps(method: MethodConfig, steps: int) -> MethodConfig:
-    """On the model's own grid where its times are listed, of which there are no fewer."""
-    fewer = steps != method.steps
-    return replace(method, steps=steps, **({"timesteps": None, "sigmas": None} if fewer else {}))
+    """That full run in other steps: where its times are listed, which say how many, on the model's own grid."""
+    listed = {} if steps == method.steps else {"timesteps": None, "sigmas": None}
+    return replace(method, steps=steps, **listed)
 
 
 def training_free(method: MethodConfig) -> bool:
