@@ -213,3 +213,11 @@ def test_other_ways_of_sampling_are_not_mixed(students, tmp_path, changes):
     collect(job_of(loaded, config()), tmp_path)
     with pytest.raises(UserError, match="begun with other settings"):
         collect(job_of(loaded, config(**changes)), tmp_path)
+
+
+def test_other_listed_times_are_not_mixed(students, tmp_path):
+    loaded = students["hunyuan_video"]
+    collect(job_of(loaded, config(sigmas=[1.0, 0.7])), tmp_path)
+    assert collect(job_of(loaded, config(timesteps=[1000.0, 700.0])), tmp_path)  # the same, in other units
+    with pytest.raises(UserError, match="begun with other settings .times was"):
+        collect(job_of(loaded, config(sigmas=[1.0, 0.6])), tmp_path)

@@ -130,6 +130,8 @@ def trajectory_job(loaded: LoadedPipeline, source: ClipSource, config: CollectCo
         "cache": config.cache,
         "seed": config.seed,
     }
+    if config.timesteps or config.sigmas:  # other grids follow from the student, `steps` and `shift`
+        settings["times"] = sampler.grid.times
     if sampler.empty and sampler.negative_prompt:
         settings["negative_prompt"] = sampler.negative_prompt
     settings |= sampled | sampler.size | {"text": text_settings(loaded)} | source.fingerprint
