@@ -390,6 +390,14 @@ def test_what_cannot_be_trained_is_refused(world, tmp_path):
         assert message in refused(world, tmp_path / str(number), **changes)
 
 
+def test_nothing_is_made_before_a_refusal(world, tmp_path):
+    """Neither trajectories of a model that cannot have a predictor, nor one with budgets that its grid has not."""
+    teacher = str(world("wan") / "teacher")
+    assert "makes two passes a step" in refused(world, tmp_path, student=teacher, pairs="trajectory", clips=1)
+    assert "budgets=[9], and there are 4 steps" in refused(world, tmp_path, budgets=[9])
+    assert not list(tmp_path.iterdir())
+
+
 def test_features_of_another_student_are_refused(world, tmp_path):
     other = save_tiny_student(tmp_path, "wan", ("r",))
     trajectories = {"pairs": "trajectory", "features": str(world("wan") / "runs")}

@@ -27,7 +27,6 @@ from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.encode import LATENT, batch
-from vidaccel.errors import UserError
 from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.models.grid import Grid
@@ -51,8 +50,6 @@ def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedu
     latents are nearest to those of full steps, run as it serves on prompts of their own, where there are any."""
     config, grid = task.config, task.sampling.grid
     found = candidates(measured_costs(task, forecaster).tolist(), config.tried)
-    if config.budgets and config.budgets[-1] > grid.steps:
-        raise UserError(f"budgets={config.budgets}, and there are {grid.steps} steps", f"take {grid.steps} or fewer")
     kept = {budget: found[budget] for budget in config.budgets or found if budget in found}
     lists = [full for ways in kept.values() for _, full in ways]
     errors = served_errors(task, forecaster, lists)

@@ -107,18 +107,11 @@ class PredictorTask:
         return next(self.student.transformer.parameters()).device
 
 
-def task_of(
-    loaded: LoadedPipeline,
-    config: PredictorConfig,
-    made: NetworkConfig | None,
-    opened: tuple[Bank, dict[str, Any]] | None = None,
-) -> PredictorTask:
-    """The student of `config`, frozen; `made` is the predictor, if there is one already, whose grid is then taken.
-
-    `opened` are data, and what tells them from others, in place of those of `config`.
+def trainable_student(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Velocity, float, bool]:
+    """The student of `config`, frozen, the scale that it is called with, and whether it makes two passes a step here.
 
     Raises:
-        UserError: no predictor can be trained for this student, or on these data, or not as asked.
+        UserError: no predictor can be trained for it, or not as asked, whatever is learnt from.
     """
     require_trainable(loaded.family, "the training of a predictor")
     if config.forecaster not in UNTRAINED:
@@ -133,6 +126,23 @@ def task_of(
         second = second_guidance(loaded, config.guidance, config.guidance_2, False if student.embeds("g") else None)
         if isinstance(student, SwitchedVelocity):
             student.second = second
+    return student, guidance, twice
+
+
+def task_of(
+    loaded: LoadedPipeline,
+    config: PredictorConfig,
+    made: NetworkConfig | None,
+    opened: tuple[Bank, dict[str, Any]] | None = None,
+) -> PredictorTask:
+    """The student of `config`, frozen; `made` is the predictor, if there is one already, whose grid is then taken.
+
+    `opened` are data, and what tells them from others, in place of those of `config`.
+
+    Raises:
+        UserError: no predictor can be trained for this student, or on these data, or not as asked.
+    """
+    student, guidance, twice = trainable_student(loaded, config)
     data, provenance = opened or _open_data(loaded, config)
     told = called_like(data, loaded) if twice and isinstance(data, ShardFolder) else loaded
     if twice:
@@ -147,6 +157,9 @@ def task_of(
     provenance = provenance | guided
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
+    if config.budgets and config.budgets[-1] > sampling.grid.steps:
+        steps = sampling.grid.steps
+        raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
     looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
     history = made.history if made else looks_back.get(config.forecaster, config.history)
     trunks = [Trunk(each, loaded.family, history) for each in denoisers_of(loaded.pipe, loaded.family)]

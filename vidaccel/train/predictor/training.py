@@ -73,7 +73,15 @@ from vidaccel.train.predictor.served import (
     serving_predictor,
     start_predictor,
 )
-from vidaccel.train.predictor.task import SEARCHED, STAGES, PredictorTask, check_student, search_of, task_of
+from vidaccel.train.predictor.task import (
+    SEARCHED,
+    STAGES,
+    PredictorTask,
+    check_student,
+    search_of,
+    task_of,
+    trainable_student,
+)
 from vidaccel.train.predictor.trajectories import with_trajectories
 from vidaccel.train.step import autocast
 from vidaccel.train.trainer import WITHOUT_EFFECT, train
@@ -221,6 +229,7 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     halves = config.mse.precision == config.adversarial.precision == "bfloat16" and not on_cpu
     dtype = "bfloat16" if halves else "float32"
     loaded = load_named(config.student, config.model, device=device, dtype=dtype, lora=config.lora or ())
+    trainable_student(loaded, config)  # now, and not when trajectories of it are collected
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
     fitting = None
     with task.trunk:
