@@ -51,7 +51,10 @@ LOADED = (
     *("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
     *("diffusers.models.transformers.transformer_hunyuan_video", "diffusers.pipelines.hunyuan_video"),
 )
-TINY = ("train.batch_size=2", "train.warmup=1", "train.save_every=2", "train.log_every=1", "train.sample_every=0")
+TINY = (
+    *("train.steps=6", "train.batch_size=1", "train.accumulate=2", "train.checkpointing=false", "train.warmup=1"),
+    *("train.save_every=2", "train.log_every=1", "train.sample_every=0"),
+)
 
 Place = Callable[[str], str]
 """From the name of a stage to the folder of its undisturbed run."""
@@ -77,7 +80,6 @@ STAGES = {
             "teacher=sprites/teacher",
             "features={collect}",
             "gate_samples=0",
-            "train.steps=6",
             *TINY,
         )
     ),
@@ -85,8 +87,8 @@ STAGES = {
         (
             "train-predictor",
             *("--features", "{trajectories}", "pairs=trajectory", "steps=4", "search_prompts=2", "checked_prompts=2"),
-            *(f"mse.{word.removeprefix('train.')}" for word in ("train.steps=6", *TINY[:-1])),
-            *("mse.batch_size=1", "adversarial.steps=0", "scalars=false"),
+            *(f"mse.{word.removeprefix('train.')}" for word in TINY),
+            *("adversarial.steps=0", "scalars=false"),
         )
     ),
     "generate": Stage(("generate", "--prompts", "{prompts}", "model=sprites/student")),
