@@ -3,8 +3,9 @@
     make figures
 
 Between a line `<!-- figures: NAME -->` and the next `<!-- end of figures -->` stands what studies/results/NAME.json
-says, a results.json of `vidaccel benchmark`; `headline` is a few rows of sprites.json, and NAME.pairs which of its rows
-are better than which. A test compares the two. Orders between methods stand in such blocks alone.
+says, a results.json of `vidaccel benchmark`; `headline` is a few rows of sprites.json, NAME.pairs which of its rows are
+better than which, and `sharpness` how many prompts each score needs. A test compares the two. Orders between methods
+stand in such blocks alone.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from studies.sharpness import table
 from vidaccel.artefacts import atomic_path
 from vidaccel.bench.reports.contrasts import ABOUT, orders, tables_of
 from vidaccel.bench.reports.frontier import frontier
@@ -36,6 +38,11 @@ HEADLINE = (
     "predictor-3-of-8-searched",
 )
 """Rows of sprites.json: the baseline, a student, and ways to leave out half of its steps."""
+SHARPNESS = {
+    "sprites": ("student-20", "student-4", "student-3", "student-2"),
+    "chain/scores": ("teacher-50", "student-8", "student-4", "student-3"),
+}
+"""Rows that scores are to tell apart, the first from each other, by their file."""
 NO_PAIRS = "This file was measured before rows were compared in pairs: it orders nothing."
 MISSING = """\
 **Nothing has been measured yet**: there is no `studies/results/{name}.json`, and so there is no figure here.
@@ -83,6 +90,8 @@ def figures(name: str, results: Path, place: str) -> str:
         results: folder of the files.
         place: the same folder, as links of the page name it.
     """
+    if name == "sharpness":
+        return "\n\n".join(_sharpness(results)) + "\n"
     source, _, part = ("sprites", "", name) if name == "headline" else name.partition(".")
     file = results / f"{source}.json"
     if not file.exists():
@@ -118,6 +127,15 @@ def _all(found: dict[str, Any], ran: Sequence[dict[str, Any]], picture: str) -> 
     if frontier(found) is not None:
         yield f"![Quality for so many full passes]({picture.removesuffix('.png')}-frontier.png)"
     yield from _errors(found["runs"])
+
+
+def _sharpness(results: Path) -> Iterator[str]:
+    for source, (row, *others) in SHARPNESS.items():
+        found = json.loads((results / f"{source}.json").read_text(encoding="utf-8"))
+        prompts = found["prompts"] if isinstance(found["prompts"], int) else len(found["prompts"])
+        command = f"python -m studies.sharpness studies/results/{source}.json {' '.join((row, *others))}"
+        yield f"`{command}`: {row} on {prompts:,} prompts,"
+        yield _lines(table(found, row, others))
 
 
 def _pairs(found: dict[str, Any], ran: Sequence[dict[str, Any]]) -> Iterator[str]:
