@@ -2,6 +2,7 @@
 
 import functools
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from typer.testing import CliRunner
 
 import vidaccel
 from tests.students import save_teacher
-from tests.tiny import IMAGE, ONE_DENOISER, SIZE, TEXT_TO_VIDEO, tiny_pipeline
+from tests.tiny import CALLS, IMAGE, ONE_DENOISER, SIZE, TEXT_TO_VIDEO, tiny_pipeline
 from vidaccel.cli.main import app
-from vidaccel.collect.encode import as_array, batch, encode_prompts
+from vidaccel.collect.bank import cut_texts
+from vidaccel.collect.encode import as_array, batch, encode_prompts, encode_texts
 from vidaccel.collect.features import check_conditions
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.collect import CollectConfig
@@ -29,9 +31,11 @@ from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES as RECORDS
 from vidaccel.models.calling import call_arguments
+from vidaccel.models.grid import own_grid
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
-from vidaccel.sampling import generate, run_pipeline
-from vidaccel.train.distill import student_of, velocity_of
+from vidaccel.models.velocity import GuidedVelocity, guided_velocity, lengthened, velocity_of
+from vidaccel.sampling import generate, run_pipeline, sample
+from vidaccel.train.distill import student_of
 
 FAMILIES = sorted(set(ONE_DENOISER) - set(TEXT_TO_VIDEO))
 CAPTIONS = ["a red circle", "a blue square", "a green circle on white"]
@@ -240,3 +244,48 @@ def test_a_size_that_the_pipeline_would_not_choose_is_refused():
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(UserError, match="chooses its size"):
         run_pipeline(loaded, ["a"], [0], GenerateConfig(height=64, width=64), None, image=image)
+
+
+@torch.no_grad()
+def test_a_frame_stays_clean_and_texts_see_it():
+    """As in the pipeline: what its passes are given, and where our loop ends from the same noise."""
+    family = RECORDS["hunyuan_video_i2v"]
+    pipe = tiny_pipeline(family.name)
+    loaded = LoadedPipeline(pipe, family, "here", SIZE | CALLS[family.name], {})
+    text, empty = encode_prompts(loaded, ["a red circle"], [IMAGE], SIZE["num_frames"]), encode_texts(loaded, [""])
+    image = text["image_latents"]
+    given: list[dict] = []
+    hook = pipe.transformer.register_forward_pre_hook(functools.partial(note, given), with_kwargs=True)
+    noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    arguments = call_arguments(loaded, steps=3, guidance=3.0, two_pass=True)
+    arguments |= {"prompt": "a red circle", "image": Image.fromarray(IMAGE), "latents": noise}
+    ended = pipe(output_type="latent", **arguments).frames
+    hook.remove()
+    for condition, passed in zip((text, empty), given, strict=False):
+        for each in family.text_tensors:
+            assert torch.equal(condition[each.stored], passed[each.argument])
+        assert torch.equal(passed["hidden_states"][:, :, :1], image)
+    assert text["prompt_embeds"].shape != empty["prompt_embeds"].shape  # of black images the pipeline keeps more tokens
+    grid, start = own_grid(pipe.scheduler, family, 3).tensor, 0.999 * noise + 0.001 * image  # as the pipeline begins
+    velocity = velocity_of(loaded)
+
+    def twice(x, t, text, r, g):
+        return guided_velocity(velocity, x, t, text, empty, torch.full_like(t, 3.0))
+
+    for guided in (GuidedVelocity(velocity, empty, 3.0), twice):
+        torch.testing.assert_close(sample(guided, start, text, grid), ended, atol=1e-4, rtol=1e-4)
+    beside = encode_texts(loaded, ["a " * 20])
+    assert torch.equal(cut_texts(text, family, beside)["prompt_mask"], lengthened(text["prompt_mask"], 14))
+
+
+def test_further_channels_in_the_place_of_a_clean_frame_are_run_and_not_collected():
+    family = RECORDS["hunyuan_video_i2v"]
+    pipe = tiny_pipeline(family.name, kind="latent_concat")
+    loaded = LoadedPipeline(pipe, family, "here", SIZE | CALLS[family.name], {})
+    made = [run_pipeline(loaded, ["a"], [0], GenerateConfig(steps=3), nullcontext(), "latent", IMAGE)[0]]
+    for full in ([0, 1, 2], [0, 1]):
+        with vidaccel.attach(loaded, predictor="taylor", steps=3, full_steps=full):
+            made.append(run_pipeline(loaded, ["a"], [0], GenerateConfig(steps=3), nullcontext(), "latent", IMAGE)[0])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    with pytest.raises(UserError, match="here has further channels for its image"):
+        encode_prompts(loaded, ["a"], [IMAGE], SIZE["num_frames"])

@@ -29,6 +29,7 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTX2Pipeline,
@@ -44,6 +45,7 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.mochi import pipeline_mochi
 from PIL import Image
@@ -57,6 +59,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextModel,
     SiglipImageProcessorPil,
@@ -130,7 +134,24 @@ MOCHI_TIMES = pipeline_mochi.linear_quadratic_schedule
 pipeline_mochi.linear_quadratic_schedule = lambda steps, *more: MOCHI_TIMES(steps, *more) if steps > 1 else [1.0]
 """Of one step as well, for which the pipeline's own divides by zero."""
 
-CALLS = {"hunyuan_video": HUNYUAN_CALL, "ltx2": {"max_sequence_length": 16}, "mochi": {"max_sequence_length": 5}}
+PATCHES = 4
+"""Tokens of an image in HunyuanVideo's image to video."""
+HEADER = "<|end_header_id|>"
+pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE.update(
+    template=f"<image> {HEADER} a {HEADER} {{}} . . . {HEADER}",  # <s> before it; 4 tokens behind the text are its own
+    crop_start=5,
+    image_emb_start=1,
+    image_emb_end=1 + PATCHES,
+    image_emb_len=PATCHES,
+)
+
+SHORT = {"max_sequence_length": 16}
+CALLS = {
+    "hunyuan_video": HUNYUAN_CALL,
+    "hunyuan_video_i2v": SHORT,
+    "ltx2": SHORT,
+    "mochi": {"max_sequence_length": 5},
+}
 """What a tiny pipeline has to be called with, for families that need anything."""
 
 
@@ -260,6 +281,25 @@ def hunyuan_video(guidance_embeds: bool = False) -> DiffusionPipeline:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
     )
+
+
+def hunyuan_video_i2v(guidance_embeds: bool = False, kind: str = "token_replace") -> DiffusionPipeline:
+    """Further channels are those of the image and its mask, for `latent_concat`."""
+    parts = hunyuan_video(guidance_embeds).components
+    config, text = parts["transformer"].config, parts["text_encoder"].config
+    channels = config.in_channels if kind == "token_replace" else 2 * config.in_channels + 1
+    parts["transformer"] = HunyuanVideoTransformer3DModel.from_config(
+        config, in_channels=channels, image_condition_type=kind
+    )
+    parts["tokenizer"].add_special_tokens({"additional_special_tokens": ["<image>", HEADER]})
+    words = {"image_token_index": len(VOCABULARY), "pad_token_id": 0}
+    text = LlamaConfig(**text.to_dict() | {"vocab_size": len(VOCABULARY) + 2})
+    parts["text_encoder"] = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**IMAGE_ENCODER), text_config=text, **words)
+    )
+    size = {"height": 32, "width": 32}
+    parts["image_processor"] = CLIPImageProcessorPil(size=size, crop_size=size)
+    return HunyuanVideoImageToVideoPipeline(**parts)
 
 
 def hunyuan_video_15(use_meanflow: bool = False) -> DiffusionPipeline:
@@ -585,6 +625,7 @@ BUILDERS = {
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_15": hunyuan_video_15,
     "hunyuan_video_15_i2v": hunyuan_video_15_i2v,
+    "hunyuan_video_i2v": hunyuan_video_i2v,
     "ltx2": ltx2,
     "ltx_video": ltx_video,
     "mochi": mochi,
@@ -594,23 +635,25 @@ BUILDERS = {
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"cogvideox_i2v", "ltx2", "mochi", "wan_vace"}
+VARIED = {"cogvideox_i2v", "hunyuan_video_i2v", "ltx2", "mochi", "wan_vace"}
 """Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""
 ALL_TEXT_TO_VIDEO = sorted(name for name in BUILDERS if not FAMILIES[name].begins_with_image)
 """Families whose videos begin with no image."""
+EVERY = sorted({*ALL_TEXT_TO_VIDEO, *VARIED})
+"""Those that the suite of all abilities goes through; image to video of others is tried in test_image_to_video.py."""
 TEXT_TO_VIDEO = [name for name in ALL_TEXT_TO_VIDEO if name in ONE_DENOISER]
 """Those of them with one transformer."""
 FLOW = [name for name in TEXT_TO_VIDEO if FAMILIES[name].predicts == "flow"]
 """Those of them that students and grids are for."""
 
 
-def tiny_pipeline(family: str, seed: int = 0, **options: bool) -> DiffusionPipeline:
+def tiny_pipeline(family: str, seed: int = 0, **options: bool | str) -> DiffusionPipeline:
     """A random pipeline of a family in float32 on the CPU, the same for the same seed.
 
-    `options` are the builder's: `guidance_embeds` (hunyuan_video), `use_meanflow` (HunyuanVideo-1.5's). The caller's
-    random state is left alone.
+    `options` are the builder's: `guidance_embeds` (hunyuan_video and its image to video, which has `kind` as well),
+    `use_meanflow` (HunyuanVideo-1.5's). The caller's random state is left alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

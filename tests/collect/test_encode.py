@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import BUILDERS, CALLS, SIZE, called, passes_of, tiny_pipeline
-from vidaccel.collect.encode import batch, encode_samples, encode_texts, encode_videos
+from vidaccel.collect.encode import batch, encode_prompts, encode_samples, encode_texts, encode_videos, first_frames
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import as_taken
@@ -14,6 +14,8 @@ from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.loading import LoadedPipeline
 
 COLLECTED = [name for name in BUILDERS if FAMILIES[name].untrained is None]
+FROM_NOISE = [name for name in COLLECTED if not any(each.first_frame for each in FAMILIES[name].conditions)]
+"""Those whose latents the pipeline takes as they are."""
 CAPTIONS = ["a red circle moving right on black", 'a blue square with "red" on white', ""]
 
 
@@ -83,7 +85,7 @@ def test_the_models_own_call_settings_decide(models):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", COLLECTED)
+@pytest.mark.parametrize("family", FROM_NOISE)
 def test_the_pipeline_decodes_what_was_encoded(family, models):
     """Through its own code: with a velocity of zero it decodes the latents that it is given."""
     loaded = models[family]
@@ -125,9 +127,10 @@ def test_samples_hold_latent_and_text_of_each_clip(family, models):
     stacked = batch([tensors for tensors, _ in samples], torch.device("cpu"), torch.float32)
     assert [record for _, record in samples] == records
     torch.testing.assert_close(stacked.pop("latent"), encode_videos(loaded.pipe.vae, videos()))
-    texts = encode_texts(loaded, CAPTIONS[:2])
-    conditions = [each.stored for each in loaded.family.conditions]
-    assert stacked.keys() == {*texts, *conditions} and ("image" in samples[0][0]) == bool(conditions)
+    images = first_frames(videos()) if loaded.family.begins_with_image else None
+    texts = encode_prompts(loaded, CAPTIONS[:2], images, SIZE["num_frames"])
+    assert stacked.keys() == texts.keys() and ("image" in samples[0][0]) == bool(images)
+    assert texts.keys() > {condition.stored for condition in loaded.family.conditions}
     for name, tensor in texts.items():
         assert torch.equal(stacked[name], tensor)
         assert (samples[0][0][name].dtype == torch.bool) == ("mask" in name)

@@ -1,4 +1,4 @@
-"""Everything that vidaccel does, on a tiny text-to-video pipeline of every family: what is not refused works.
+"""Everything that vidaccel does, on a tiny pipeline of every family: what is not refused works.
 
 `ABILITIES` are the columns of the table in docs/families.md, which is made of them.
 """
@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import vidaccel
 from tests.students import save_teacher
-from tests.tiny import ALL_TEXT_TO_VIDEO, SIZE, tiny_pipeline
+from tests.tiny import ALL_TEXT_TO_VIDEO, EVERY, SIZE, called, image_of, tiny_pipeline
 from vidaccel.bench.plan import plan
 from vidaccel.bench.random_weights import time_random_weights
 from vidaccel.cache.schedule import Schedule
@@ -74,6 +75,14 @@ class Model:
         return load_pipeline(self.teacher)
 
     @cached_property
+    def image(self) -> Path | None:
+        """What its videos begin with."""
+        if (pixels := image_of(self.family.name)) is None:
+            return None
+        Image.fromarray(pixels).save(self.folder / "image.png")
+        return self.folder / "image.png"
+
+    @cached_property
     def features(self) -> Path:
         return self.folder / "none" if self.family.untrained else self.collected()
 
@@ -116,14 +125,15 @@ class Model:
 def latents(loaded: LoadedPipeline, **more: Any) -> Tensor:
     """Of a generation as its model is made to be called."""
     settings = {"num_inference_steps": 3, "output_type": "latent", **more}
-    return loaded.pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).frames
+    settings |= {name: value for name, value in called(loaded.pipe).items() if name == "image"}
+    return loaded.pipe(prompt="a red circle", generator=torch.Generator().manual_seed(0), **settings).frames
 
 
 # what it does
 
 
 def generates(model: Model) -> None:
-    frames = vidaccel.generate("a red circle", model=str(model.teacher), steps=2)
+    frames = vidaccel.generate("a red circle", model=str(model.teacher), image=model.image, steps=2)
     assert frames.shape == (SIZE["num_frames"], SIZE["height"], SIZE["width"], 3) and frames.std() > 0
 
 
@@ -165,7 +175,9 @@ def reuses_exactly(model: Model) -> None:
 def collects(model: Model) -> None:
     tensors, record = ShardFolder(model.features)[1]
     assert record["caption"] == CAPTIONS[1]
-    assert tensors.keys() == {"latent", *(text.stored for text in model.family.text_tensors)}
+    own = {"image"} if model.family.begins_with_image else set()
+    stored = (*model.family.text_tensors, *model.family.conditions)
+    assert tensors.keys() == {"latent", *own, *(each.stored for each in stored)}
 
 
 def distils_guidance(model: Model) -> None:
@@ -181,7 +193,7 @@ def distils_guidance(model: Model) -> None:
 
 def distils_steps(model: Model) -> None:
     assert set(load_pipeline(model.student).conditioning.config.embeds) == {"r", "g"}
-    assert vidaccel.generate("a red circle", model=str(model.student)).std() > 0
+    assert vidaccel.generate("a red circle", model=str(model.student), image=model.image).std() > 0
 
 
 def trains_predictors(model: Model) -> None:
@@ -304,7 +316,7 @@ def works(family: DiTFamily, ability: str) -> bool:
 
 
 @pytest.mark.parametrize("ability", ABILITIES)
-@pytest.mark.parametrize("family", ALL_TEXT_TO_VIDEO)
+@pytest.mark.parametrize("family", EVERY)
 def test_it_works_or_is_refused_with_the_reason(family, ability, models):
     model = models(family)
     if (reason := why_not(model.family, ability)) is None:
@@ -319,7 +331,7 @@ def table() -> list[str]:
     heads = ["", *(f"`{ability}`" for ability in ABILITIES)]
     rows = [
         [family.title, *("yes" if works(family, ability) else "no" for ability in ABILITIES)]
-        for family in map(FAMILIES.get, ALL_TEXT_TO_VIDEO)
+        for family in map(FAMILIES.get, EVERY)
     ]
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]

@@ -140,6 +140,8 @@ class Model:
         for condition in conditions_of(self.transformer, self.family):
             given = condition.channels_config
             extents = [config[given] if given else config.in_channels - channels, *shape[2:]]
+            if condition.first_frame:
+                extents = [channels, 1, *shape[3:]]
             if condition.tokens and condition.width_config:
                 extents = [self.streams[condition.tokens], config[condition.width_config]]
             text[condition.stored] = torch.randn(1, *extents, **options)

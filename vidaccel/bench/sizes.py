@@ -96,10 +96,12 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
     frames, height, width = size
     refuse_misfits(family.title, size_steps, num_frames=frames, height=height, width=width)
     latent = (frames - 1) // frame_step + 1, height // pixel_step, width // pixel_step
-    video = math.prod(-(-extent // step) for extent, step in zip(latent, patch, strict=True))
+    times, *sides = (-(-extent // step) for extent, step in zip(latent, patch, strict=True))
+    frame = math.prod(sides)
+    video = times * frame
     apart = {condition.tokens for condition in family.conditions if condition.counted}
     text = sum(count for name, count in config.text_tokens.items() if name not in apart)
-    return {"one": 1, "video": video, "text": text, "all": video + text, **config.text_tokens}
+    return {"one": 1, "frame": frame, "video": video, "text": text, "all": video + text, **config.text_tokens}
 
 
 def _check_texts(family: DiTFamily, given: dict[str, int]) -> None:

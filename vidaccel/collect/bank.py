@@ -18,7 +18,7 @@ from vidaccel.data.order import index_at
 from vidaccel.data.shards import ShardFolder
 from vidaccel.families.base import DiTFamily
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.velocity import Text
+from vidaccel.models.velocity import Text, lengthened
 from vidaccel.progress import Progress
 from vidaccel.worlds import WORLDS, Split, world
 
@@ -129,7 +129,8 @@ def cut_texts(
 ) -> dict[str, Tensor]:
     """Texts [M, ...] by stored name without the tokens that every mask leaves out, those of texts `beside` them too.
 
-    But for rounding up to a multiple of `ROUNDED_TO` and for tokens that the family needs. Where padding is not masked
+    But for rounding up to a multiple of `ROUNDED_TO` and for tokens that the family needs. Those that are shorter than
+    texts beside them are padded. Where padding is not masked
     (Wan) nothing is cut.
     """
     cut, stored = dict(texts), {text.argument: text.stored for text in family.text_tensors}
@@ -137,13 +138,18 @@ def cut_texts(
         if text.mask is None:
             continue
         mask = stored[text.mask]
-        own = texts[mask].bool().any(0)
-        used = (own if beside is None else own | beside[mask].to(own.device).bool().any(0)).nonzero()
-        longest = max(int(used.max()) + 1 if len(used) else 0, text.least)
-        length = -(-longest // ROUNDED_TO) * ROUNDED_TO
+        masks = [each[mask] for each in (texts, beside) if each is not None]
+        longest = max(text.least, *map(_used, masks))
+        length = min(-(-longest // ROUNDED_TO) * ROUNDED_TO, max(each.shape[1] for each in masks))
         for name in (text.stored, mask):
-            cut[name] = texts[name][:, :length].contiguous()
+            cut[name] = lengthened(texts[name][:, :length], length).contiguous()
     return cut
+
+
+def _used(mask: Tensor) -> int:
+    """How many columns of a mask [M, L] there are up to the last that any row uses."""
+    used = mask.bool().any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 0
 
 
 def sent(indices: Sequence[int], device: torch.device) -> Tensor:

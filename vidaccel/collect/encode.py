@@ -25,6 +25,8 @@ from vidaccel.models.calling import call_arguments, check_image, latent_size, sa
 from vidaccel.models.loading import DTYPES, LoadedPipeline
 from vidaccel.models.velocity import Text
 
+BLACK = (64, 64)
+"""Pixels of a black image, which the encoder that sees it scales."""
 LATENT = "latent"
 """Name of the latent beside the text tensors' stored names."""
 IMAGE = "image"
@@ -35,14 +37,17 @@ IMAGE = "image"
 def encode_texts(loaded: LoadedPipeline, captions: Sequence[str]) -> Text:
     """What the pipeline would feed its transformer for these prompts, bit for bit: [B, ...] by stored name.
 
-    The transformer's dtype and the pipeline's device, masks too. The negative prompt's are those of its own text.
+    The transformer's dtype and the pipeline's device, masks too. The negative prompt's are those of its own text; where
+    texts see an image these see a black one, as the pipeline's negative prompt does.
     """
     pipe, family = loaded.pipe, loaded.family
     dtype = denoisers_of(pipe, family)[0].dtype
-    extra = {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
+    extra: dict[str, Any] = {"dtype": dtype, "batch_size": len(captions), "do_classifier_free_guidance": False}
+    if family.texts_see_image:
+        extra["image"] = [Image.new("RGB", BLACK)] * len(captions)
     known = inspect.signature(type(pipe).encode_prompt).parameters
     extra = {name: value for name, value in extra.items() if name in known}
-    encoded = pipe.encode_prompt(list(captions), **text_settings(loaded), **extra)
+    encoded = pipe.encode_prompt(prompt=list(captions), **text_settings(loaded), **extra)
     encoded = [tensor for tensor in encoded if tensor is not None]  # some put the negative prompt's, None, between them
     return {text.stored: tensor.to(dtype) for text, tensor in zip(family.text_tensors, encoded, strict=False)}
 
@@ -55,7 +60,7 @@ def text_settings(loaded: LoadedPipeline) -> dict[str, Any]:
     """
     known = inspect.signature(type(loaded.pipe).encode_prompt).parameters
     of_call = inspect.signature(type(loaded.pipe).__call__).parameters
-    shared = [name for name in of_call if name in known and name not in ("self", "prompt", "negative_prompt")]
+    shared = [name for name in of_call if name in known and name not in ("self", "prompt", "negative_prompt", IMAGE)]
     settings = {name: loaded.call.get(name, of_call[name].default) for name in shared}
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -64,18 +69,21 @@ class _Reached(Exception):
     """The transformer's first pass."""
 
 
-def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text: Text, num_frames: int) -> Text:
+def encode_conditions(
+    loaded: LoadedPipeline, images: Sequence[np.ndarray], text: Text | Sequence[str], num_frames: int
+) -> Text:
     """What the pipeline would feed its transformer besides the text, bit for bit: [B, ...] by stored name, in the
     transformer's dtype, on the pipeline's device.
 
     Args:
         loaded: a pipeline with conditions.
         images: what each video begins with, uint8 [H, W, 3] of its size.
-        text: of each video, as `encode_texts` gives it; texts are not encoded again.
+        text: of each video, as `encode_texts` gives it, and is not encoded again; captions, where texts see the image,
+            which are then given as well.
         num_frames: of each video.
 
     Raises:
-        UserError: the model has no channels for an image, and keeps it clean in the first frame.
+        UserError: the model takes its image otherwise than its family's record says.
     """
     family, pipe = loaded.family, cast(Any, loaded.pipe)
     transformer = denoisers_of(pipe, family)[0]
@@ -88,10 +96,15 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
         raise _Reached
 
     conditions, made = conditions_of(transformer, family), []
+    first_frame = any(each.first_frame for each in conditions)
+    texts = [] if isinstance(text, Mapping) else family.text_tensors
     for i, image in enumerate(images):
         size = {"num_frames": num_frames, "height": image.shape[0], "width": image.shape[1]}
         arguments = call_arguments(loaded, guidance=1.0, two_pass=False, **size)
-        arguments |= {each.name: text[each.stored][i : i + 1] for each in family.text_tensors if each.name}
+        if isinstance(text, Mapping):
+            arguments |= {each.name: text[each.stored][i : i + 1] for each in family.text_tensors if each.name}
+        else:
+            arguments["prompt"] = text[i]
         arguments |= {"image": Image.fromarray(image), "output_type": "latent", "generator": torch.Generator()}
         hooks = [each.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for each in transformers]
         try:
@@ -104,13 +117,20 @@ def encode_conditions(loaded: LoadedPipeline, images: Sequence[np.ndarray], text
                 hook.remove()
         latents = as_latents(family, given["hidden_states"], latent_size(loaded, **size))
         channels = latents[:, latent_channels(transformer) :]
-        if not channels.numel():
+        if first_frame and channels.numel():
+            raise UserError(
+                f"{loaded.source} has further channels for its image",
+                f"those of {family.title} that are collected from and trained keep it in the first frame",
+            )
+        if not first_frame and not channels.numel():
             raise UserError(
                 f"{loaded.source} keeps its image in the first frame of the latents",
                 "only models with further channels for it are collected from and trained",
             )
+        channels = latents[:, :, :1] if first_frame else channels
         made.append({each.stored: given[each.argument] if each.argument else channels for each in conditions})
-    return {each.stored: torch.cat([one[each.stored] for one in made]).detach() for each in conditions}
+        made[-1] |= {each.stored: given[each.argument] for each in texts}
+    return {name: torch.cat([one[name] for one in made]).detach() for name in made[0]}
 
 
 def first_frames(videos: Tensor) -> list[np.ndarray]:
@@ -133,6 +153,8 @@ def encode_prompts(
         UserError: the model takes no image, or needs one.
     """
     check_image(loaded.family, images is not None)
+    if images is not None and loaded.family.texts_see_image:
+        return encode_conditions(loaded, images, captions, num_frames)
     text = encode_texts(loaded, captions)
     return text if images is None else text | encode_conditions(loaded, images, text, num_frames)
 

@@ -129,6 +129,8 @@ class Condition:
     """Of an argument that takes no tokens but channels [B, C, T, H, W]: transformer config key of how many."""
     made_of: str = "image"
     """Call argument that it is made of: `image` is the one that a video begins with."""
+    first_frame: bool = False
+    """Whether it is the first frame of the latents itself [B, C, 1, H, W], which stays clean in every pass."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ class DiTFamily:
     """What text-to-video passes as zeros. Channels that the transformer takes beyond the latent's are zeros as well."""
     conditions: tuple[Condition, ...] = ()
     """What is made of an image, or of what else the call is given."""
+    texts_see_image: bool = False
+    """Whether its text encoder reads the image beside the text, and a black one beside the negative prompt."""
     sized_by_image: bool = False
     """Whether the call takes no height and width: `video_processor` chooses among sizes of its own by the image's."""
     split: SequenceSplit | None = None

@@ -1,10 +1,11 @@
 """What each part of a family's transformer works on, as data: FLOPs and memory are computed from it.
 
-A *stream* is a number of rows: `one` (the conditioning vector), `video` or `text` tokens, `all` of them, or one of
-several texts by its name in the configuration; `prompt+1` is one row more. A Linear or patch convolution costs 2 FLOPs
-a weight and row of its stream, an attention 4 D a pair of query and key, and nothing else is counted: PyTorch's counter
-leaves out norms, rotations and activation functions as well, and tests/bench/measures/test_flops.py holds the sums
-against it, to the last FLOP. So all that a family adds, as `costs` of its record, is a table of `layer name -> stream`.
+A *stream* is a number of rows: `one` (the conditioning vector), `video` or `text` tokens, `all` of them, those of a
+latent `frame`, or one of several texts by its name in the configuration; `prompt+1` is one row more. A Linear or patch
+convolution costs 2 FLOPs a weight and row of its stream, an attention 4 D a pair of query and key, and nothing else is
+counted: PyTorch's counter leaves out norms, rotations and activation functions as well, and
+tests/bench/measures/test_flops.py holds the sums against it, to the last FLOP. So all that a family adds, as `costs` of
+its record, is a table of `layer name -> stream`.
 """
 
 from collections.abc import Mapping
@@ -39,8 +40,9 @@ class BlockCosts:
     attentions: Attentions
     branches: tuple[str, ...]
     """Streams of the tensors that a cache of every residual branch (FORA, TaylorSeer) keeps of the block."""
-    arguments: dict[str, Argument | None]
-    """By the names in the record's BlockList; None is what text to video passes as None."""
+    arguments: dict[str, Argument | str | None]
+    """By the names in the record's BlockList; None is what text to video passes as None, a stream's name how many rows
+    that has."""
 
 
 @dataclass(frozen=True)
@@ -63,4 +65,4 @@ class FamilyCosts:
     @property
     def texts(self) -> set[str]:
         """Streams of the texts and of what stands beside them, whose lengths a configuration gives."""
-        return {stream.partition("+")[0] for _, stream in self.layers} - {"one", "video", "text", "all"}
+        return {stream.partition("+")[0] for _, stream in self.layers} - {"one", "video", "text", "all", "frame"}

@@ -10,6 +10,7 @@ from vidaccel.families.cogvideox_i2v import COGVIDEOX_I2V
 from vidaccel.families.hunyuan_video import HUNYUAN_VIDEO
 from vidaccel.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from vidaccel.families.hunyuan_video_15_i2v import HUNYUAN_VIDEO_15_I2V
+from vidaccel.families.hunyuan_video_i2v import HUNYUAN_VIDEO_I2V
 from vidaccel.families.ltx2 import LTX2
 from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.mochi import MOCHI
@@ -27,6 +28,7 @@ FAMILIES: dict[str, DiTFamily] = {
         HUNYUAN_VIDEO,
         HUNYUAN_VIDEO_15,
         HUNYUAN_VIDEO_15_I2V,
+        HUNYUAN_VIDEO_I2V,
         LTX2,
         LTX_VIDEO,
         MOCHI,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import as_latents, as_taken, boundaries_of, conditions_of, denoisers_of
@@ -23,6 +24,9 @@ from vidaccel.models.grid import denoiser_at
 
 if TYPE_CHECKING:  # which imports calling
     from vidaccel.models.loading import LoadedPipeline
+
+LEAST_TIME = 1e-3
+"""Below it a clean frame is taken to be there."""
 
 Text = dict[str, Tensor]
 """Text tensors and conditions with a batch dimension, by the `stored` names of the family's record."""
@@ -78,10 +82,12 @@ class Velocity(nn.Module):
             width = self.transformer.config[blank.width_config]
             arguments[blank.argument] = x.new_zeros(len(x), blank.tokens, width)
         arguments |= self._sized(x)
-        channels = x
+        channels, clean = x, None
         for condition in conditions_of(self.transformer, self.family):
             given = text[condition.stored].to(x.dtype)
-            if condition.argument is None:
+            if condition.first_frame:
+                channels, clean = torch.cat([given, x[:, :, 1:]], dim=2), given
+            elif condition.argument is None:
                 channels = torch.cat([x, given], dim=1)
             else:
                 arguments[condition.argument] = given
@@ -93,7 +99,8 @@ class Velocity(nn.Module):
             taken = as_taken(self.family, self._padded(channels))
             given = self.transformer(hidden_states=taken, timestep=timestep, **arguments, return_dict=False)[0]
         u = as_latents(self.family, given, x.shape[2:])
-        return -u if self.family.rises else u
+        u = -u if self.family.rises else u
+        return u if clean is None else torch.cat([_straight(x[:, :, :1], clean, t).to(u.dtype), u[:, :, 1:]], dim=2)
 
     def _native(self, number: str) -> bool:
         key = getattr(self.family, f"{number}_config")
@@ -177,10 +184,7 @@ class GuidedVelocity(Velocity):
         """As of a `Velocity`, without g."""
         if g is not None:
             raise ValueError("one was given for g, and the scale is set")
-        both = {
-            name: torch.cat([tensor, self.empty.get(name, tensor).expand(len(x), *tensor.shape[1:]).to(tensor)])
-            for name, tensor in text.items()
-        }
+        both = {name: _beside(tensor, self.empty.get(name, tensor)) for name, tensor in text.items()}
         twice = None if r is None else r.repeat(2)
         made = self.velocity(x.repeat(2, *(1,) * (x.ndim - 1)), t.repeat(2), both, twice)
         conditional, unconditional = made.chunk(2)
@@ -193,6 +197,21 @@ class GuidedVelocity(Velocity):
         return self.second
 
 
+def _beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """Two texts [B, ...] and [1, ...] as one batch, a shorter one padded."""
+    other = other.expand(len(tensor), *other.shape[1:]).to(tensor)
+    if tensor.shape == other.shape:
+        return torch.cat([tensor, other])
+    longest = max(tensor.shape[1], other.shape[1])
+    return torch.cat([lengthened(tensor, longest), lengthened(other, longest)])
+
+
+def lengthened(text: Tensor, length: int) -> Tensor:
+    """A text or its mask [B, L, ...] with zeros behind it, up to a length."""
+    missing = length - text.shape[1]
+    return F.pad(text, (*(0, 0) * (text.ndim - 2), 0, missing)) if missing > 0 else text
+
+
 def velocity_of(loaded: "LoadedPipeline") -> Velocity:
     """The pipeline's transformer, or transformers by turns, with what is attached to it and told of sizes as the
     pipeline tells it."""
@@ -203,6 +222,11 @@ def velocity_of(loaded: "LoadedPipeline") -> Velocity:
         further = [each.conditioning for each in loaded.further] or [None] * len(boundaries)
         return SwitchedVelocity(transformers, loaded.family, [loaded.conditioning, *further], boundaries, scale)
     return Velocity(transformers[0], loaded.family, loaded.conditioning, scale)
+
+
+def _straight(x: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """The velocity that leads from x at t [B] to a clean frame, whatever the model says of it."""
+    return (x - clean) / per_sample(t.clamp(min=LEAST_TIME), x)
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:

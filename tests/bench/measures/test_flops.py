@@ -167,9 +167,10 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     texts = {stream: texts[stream] for stream in streams}
     known = signature(getattr(diffusers, family.transformer).__init__).parameters
     image = {"image_dim": 1280, "added_kv_proj_dim": 5120} if "image" in streams and "image_dim" in known else {}
+    image |= {"image_condition_type": "token_replace"} if any(each.first_frame for each in family.conditions) else {}
     model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts, transformer=image))
     text = sum(count for name, count in texts.items() if name != "audio")
-    rows = {"one": 1, "video": 1500, "text": text, "all": 1500 + text, **texts}
+    rows = {"one": 1, "frame": 500, "video": 1500, "text": text, "all": 1500 + text, **texts}
     found = first_blocks(model, family, rows)
     for block_list in family.all_lists:
         block = model.get_submodule(block_list.name)[0]

@@ -148,7 +148,7 @@ def pass_flops(
             name: PassFlops(0 if each.answers_pass else predicted_outside, each.linear, each.attention)
             for name, each in forecasters.items()
         },
-        "branches": PassFlops(outside, blocks(lambda layer: layer.stream == "one"), beside),
+        "branches": PassFlops(outside, blocks(lambda layer: layer.stream.partition("+")[0] == "one"), beside),
         "attention": PassFlops(
             outside, blocks(lambda layer: ATTENTION_MODULES not in layer.name.split(".")[0]), beside
         ),

@@ -95,20 +95,21 @@ def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, row
 
 def block_arguments(
     model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
-) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
+) -> dict[str, Tensor | tuple[Tensor, ...] | int | None]:
     """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
     if len(family.costs.fusions) == len(block_list.returns):
         tokens |= dict(zip(block_list.returns, family.costs.fusions, strict=True))
-    known: dict[str, Argument | None] = {
+    known: dict[str, Argument | str | None] = {
         name: Argument((1, stream, block_list.widths.get(name, "width"))) for name, stream in tokens.items()
     }
     known |= family.costs.blocks[block_list.name].arguments
     given = {}
     for name in block_list.arguments:
-        if (argument := known[name]) is None:
-            given[name] = None
+        argument = known[name]
+        if not isinstance(argument, Argument):
+            given[name] = argument and rows[argument]
             continue
         shape, dtype = _shape(argument, model, rows), _dtype(argument, like.dtype)
         tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
