@@ -9,7 +9,8 @@ and the stage begins anew. What must hold, on a CPU:
     waited   the other process ends by itself, or when it is told to, as torchrun would do at once: one that is killed
              before the two have found each other is missed by nobody else
 
-Processes are forked from a server that has torch loaded, so that a start takes less than the moments do.
+Processes are forked from a server that has torch loaded, and the models are those of the sprites world with two blocks
+of 24, so that most moments are within the work and not before it.
 """
 
 import json
@@ -30,12 +31,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file
 
-from vidaccel.artefacts import LOCK_FILE, write_json
+from vidaccel.artefacts import LOCK_FILE, RUN_FILE, atomic_folder, write_json
 from vidaccel.cli.common import Debug, reported
 from vidaccel.compat.torch import LOADED_BY_FSDP
 from vidaccel.errors import UserError
+from vidaccel.models.loading import local_path
 
 PATIENCE = 20.0
 """Seconds after which a process that waits for a dead one is told to end, by SIGTERM."""
@@ -62,36 +65,25 @@ Place = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, without its -o; {name} in a word is the folder that the stage of that name left."""
+    """A command, without its -o; {name} at the end of a word is what the stage of that name left, or one of `MADE`."""
 
     words: tuple[str, ...]
 
 
 STAGES = {
-    "collect": Stage(("collect-features", "clips=16", "per_shard=2")),
+    "collect": Stage(("collect-features", "model={teacher}", "clips=16", "per_shard=2")),
     "trajectories": Stage(
-        ("collect-features", "kind=trajectory", "model=sprites/student", "steps=4", "clips=8", "per_shard=1")
+        ("collect-features", "kind=trajectory", "model={distill}", "steps=4", "clips=8", "per_shard=1")
     ),
-    "distill": Stage(
-        (
-            "distill",
-            "--conf",
-            "cfg",
-            "teacher=sprites/teacher",
-            "features={collect}",
-            "gate_samples=0",
-            *TINY,
-        )
-    ),
+    "distill": Stage(("distill", "--conf", "cfg", "teacher={teacher}", "features={collect}", "gate_samples=0", *TINY)),
     "train-predictor": Stage(
         (
-            "train-predictor",
-            *("--features", "{trajectories}", "pairs=trajectory", "steps=4", "search_prompts=2", "checked_prompts=2"),
+            *("train-predictor", "student={distill}", "features={trajectories}", "pairs=trajectory", "steps=4"),
             *(f"mse.{word.removeprefix('train.')}" for word in TINY),
-            *("adversarial.steps=0", "scalars=false"),
+            *("blocks=1", "search_prompts=2", "checked_prompts=2", "adversarial.steps=0", "scalars=false"),
         )
     ),
-    "generate": Stage(("generate", "--prompts", "{prompts}", "model=sprites/student")),
+    "generate": Stage(("generate", "--prompts", "{prompts}", "model={distill}")),
 }
 
 
@@ -231,17 +223,38 @@ def words_of(name: str, folder: Path, output: Path) -> list[str]:
     words = []
     for word in STAGES[name].words:
         key = word.rpartition("{")[2].rstrip("}") if word.endswith("}") else None
-        if key == "prompts":
-            prompts = output / "prompts.txt"
-            prompts.write_text("".join(f"a {colour} circle moving right on black\n" for colour in COLOURS))
-            word = str(prompts)
-        elif key:
-            word = word.replace(f"{{{key}}}", str(undisturbed(key, 1, output)))
+        if key:
+            made = MADE[key](output) if key in MADE else undisturbed(key, 1, output)
+            word = word.replace(f"{{{key}}}", str(made))
         words.append(word)
     return [*words, "-o", str(folder)]
 
 
+def prompts(output: Path) -> Path:
+    """A file of eight."""
+    file = output / "prompts.txt"
+    file.write_text("".join(f"a {colour} circle moving right on black\n" for colour in COLOURS))
+    return file
+
+
+def shallow_teacher(output: Path) -> Path:
+    """The sprites teacher with the first block of each of its two kinds, made once."""
+    folder = output / "teacher"
+    if not folder.exists():
+        with atomic_folder(folder) as made:
+            shutil.copytree(local_path("sprites/teacher"), made, dirs_exist_ok=True)
+            transformer = HunyuanVideoTransformer3DModel.from_pretrained(made, subfolder="transformer")
+            del transformer.transformer_blocks[1:], transformer.single_transformer_blocks[1:]
+            transformer.register_to_config(num_layers=1, num_single_layers=1)
+            transformer.save_pretrained(made / "transformer")
+            run = json.loads((made / RUN_FILE).read_text())
+            write_json(made / RUN_FILE, run | {"files": {}})  # nothing is vouched for that is changed here
+    return folder
+
+
 COLOURS = ("red", "green", "blue", "yellow", "white", "cyan", "magenta", "orange")
+MADE = {"prompts": prompts, "teacher": shallow_teacher}
+"""What stages need that no stage makes."""
 
 
 @contextmanager
