@@ -38,8 +38,8 @@ def called_as_made(loaded: "LoadedPipeline") -> None:
         return stock.__call__(self, *args, **kwargs, **_left_out(loaded, given))
 
     _give(loaded.pipe, "__call__", call)
-    told = any(each.hook for each in (loaded, *loaded.further))
-    _give(loaded.pipe, "save_pretrained", functools.partialmethod(_refuse_saving, loaded) if told else None)
+    student = loaded.released or any(each.conditioning for each in (loaded, *loaded.further))
+    _give(loaded.pipe, "save_pretrained", functools.partialmethod(_refuse_saving, loaded) if student else None)
     remember(loaded)
 
 
