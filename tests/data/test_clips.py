@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.data.conftest import drifting
 from vidaccel.data import clips as clips_module
@@ -133,18 +131,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):
         write_clips(tmp_path / "file", [(drifting(9), "a")], fps=8)
-
-
-@given(length=st.integers(0, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 10_000))
-def test_order_is_a_permutation_of_seed_and_epoch(length, seed, epoch):
-    clips = ClipFolder.__new__(ClipFolder)
-    clips.files = [""] * length
-    order = clips.order(seed, epoch)
-    assert sorted(order) == list(range(length))
-    assert np.array_equal(order, clips.order(seed, epoch))
-    if length >= 50:
-        assert not np.array_equal(order, clips.order(seed, epoch + 1))
-        assert not np.array_equal(order, clips.order(seed + 1, epoch))
 
 
 def test_ffmpeg_is_not_imported_before_it_is_needed():

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vidaccel.data import shards
+from vidaccel.data.order import epoch_order
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import UserError
 
@@ -171,7 +172,7 @@ def test_batches_stay_within_a_shard(tmp_path, whole):
 def test_order_and_position(whole):
     features = ShardFolder(whole)
     walked = [features.at(position, seed=3) for position in range(2 * COUNT)]
-    assert walked == [*features.order(3, 0), *features.order(3, 1)]
+    assert walked == [*epoch_order(COUNT, 3, 0), *epoch_order(COUNT, 3, 1)]
     assert sorted(walked[:COUNT]) == list(range(COUNT))
 
 

@@ -20,7 +20,6 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import ProcessLost, TrainingFailed, UserError
 from vidaccel.ranks import refuse_many
 
-Conf = Annotated[str, typer.Option("--conf", help="A shipped configuration, or the path of a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PrintConf = Annotated[bool, typer.Option("--print-conf", help="Print all settings, what each means, and stop.")]

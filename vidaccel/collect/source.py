@@ -21,7 +21,7 @@ from vidaccel.collect.encode import LATENT, encode_samples, encode_texts, first_
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.buckets import Size
 from vidaccel.data.clips import ClipFolder
-from vidaccel.data.order import epoch_order, index_at
+from vidaccel.data.order import index_at
 from vidaccel.data.shards import Sample
 from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
@@ -106,10 +106,6 @@ class EncodedSource:
         videos, records = zip(*(self.source[i] for i in indices), strict=True)
         with torch.autocast(self.loaded.pipe.device.type, enabled=False):
             return encode_samples(self.loaded, videos, records, self.dtype)
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """As `ShardFolder.order`."""
-        return epoch_order(len(self), seed, epoch)
 
     def at(self, position: int, seed: int) -> int:
         """As `ShardFolder.at`."""

@@ -19,7 +19,6 @@ import torch
 from vidaccel.artefacts import atomic_path, check_writable
 from vidaccel.data.buckets import Size, nearest
 from vidaccel.data.captions import CAPTIONS_FILE, read_captions
-from vidaccel.data.order import epoch_order
 from vidaccel.data.video import BadClip, probe_video, read_video, write_video
 from vidaccel.errors import UserError
 from vidaccel.progress import Progress
@@ -77,10 +76,6 @@ class ClipFolder:
             raise BadClip(f"{path}: {error}") from error
         video = torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous().float()
         return video / 127.5 - 1, self.captions[index]
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
-        return epoch_order(len(self), seed, epoch)
 
     def _admit(self, named: str, line: bytes | Mapping[str, Any]) -> None:
         """Add the clip a line describes, or its fault to `skipped`."""

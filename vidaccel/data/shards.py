@@ -22,14 +22,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from vidaccel.artefacts import check_writable, differences, explained, read_json, sha256_file, write_json
 from vidaccel.data.buckets import Buckets, Size
-from vidaccel.data.order import epoch_order, index_at
+from vidaccel.data.order import index_at
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
 from vidaccel.processes import on_first, sharing, world
@@ -209,10 +208,6 @@ class ShardFolder:
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """Those samples, which a folder that computes its own makes together."""
         return [self[i] for i in indices]
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The indices [len(self)] in the order of one epoch: a function of (seed, epoch) alone, so position resumes."""
-        return epoch_order(len(self), seed, epoch)
 
     def at(self, position: int, seed: int) -> int:
         """The index of the sample drawn at `position`, counted from 0 over all epochs."""

@@ -113,7 +113,7 @@ def test_an_untrained_reader_guesses(reader):
     scenes = [random_scene(random.Random(i)) for i in range(64)]
     captions = [caption(scene, random.Random(0)) for scene in scenes]
     loss, right = text.caption_loss(reader, captions, text.labels(scenes))
-    chance = torch.tensor([float(n) for n in text.TOKEN_CLASSES + text.CLASSES]).log().mean().item()
+    chance = torch.tensor([float(n) for n in text.classes(1) + text.classes(2)]).log().mean().item()
     assert loss.item() == pytest.approx(chance, rel=0.5)
     assert 0 <= right["last_right"] < 0.7
 
@@ -123,7 +123,7 @@ def test_a_missing_second_sprite_is_not_asked_about(reader):
     answers = text.labels([scene, Scene("gray", (RED_CIRCLE, BLUE_CROSS))])
     loss, _ = text.caption_loss(reader, ["a red circle on gray"] * 2, answers)
     loss.backward()
-    only_first = text.CLASSES.index(len(SHAPES), 5)
+    only_first = text.classes(2).index(len(SHAPES), 5)
     gradient = reader.pooled_heads[only_first].weight.grad
     assert torch.isfinite(loss) and gradient is not None and gradient.abs().sum() > 0
 

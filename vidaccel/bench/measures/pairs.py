@@ -21,7 +21,6 @@ LEVEL = 0.05
 LOWER_IS_BETTER = ("latent_relative_l2", "lpips")
 """Of the measures of fidelity."""
 BETTER, WORSE, OPEN, TOO_FEW = "better", "worse", "not told apart", "too few prompts to tell"
-VERDICTS = (BETTER, WORSE, OPEN, TOO_FEW)
 
 Columns = Mapping[str, np.ndarray]
 """Of one row: name of what was measured -> values [P], NaN where there is none. Names of fidelity have a dot."""

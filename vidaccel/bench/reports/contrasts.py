@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vidaccel.bench.measures.pairs import BETTER, OPEN, TOO_FEW, WORSE
+from vidaccel.bench.results import BASELINE, EQUAL_TIME, NAMED, TRAINING_FREE
+from vidaccel.config.benchmark import EQUAL_COMPUTE
+
 QUESTIONS = {
-    "named beforehand": "What was asked beforehand",
-    "equal compute": "Against the same model in as many full passes, by FLOPs",
-    "equal time": "Against the same model in as many full passes, as timed",
-    "best training-free": "Against the best row without a trained network that costs no more",
-    "baseline": "Against the baseline",
+    NAMED: "What was asked beforehand",
+    EQUAL_COMPUTE: "Against the same model in as many full passes, by FLOPs",
+    EQUAL_TIME: "Against the same model in as many full passes, as timed",
+    TRAINING_FREE: "Against the best row without a trained network that costs no more",
+    BASELINE: "Against the baseline",
 }
 """Of a contrast in results.json, the most telling first, and what a reader is told of it."""
 ABOUT = (
@@ -18,7 +22,7 @@ ABOUT = (
 )
 SHOWN = ("own_fidelity.dynamic_degree",)
 """Without a verdict beside the endpoints: more motion is not better, and less is what shortcuts cost."""
-UNDECIDED = ("not told apart", "too few prompts to tell")
+UNDECIDED = (OPEN, TOO_FEW)
 """Verdicts that order nothing."""
 NAMES = {
     "latent_relative_l2": "latent error",
@@ -49,12 +53,12 @@ def orders(results: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Iterator[
     for question, title in QUESTIONS.items():
         asked = list(_contrasts(runs, question))
         for name in results.get("endpoints", ()):
-            told: dict[str, list[str]] = {verdict: [] for verdict in ("better", "worse", *UNDECIDED)}
+            told: dict[str, list[str]] = {verdict: [] for verdict in (BETTER, WORSE, *UNDECIDED)}
             for run, each in asked:
                 if name in each["deltas"]:
                     told[each["deltas"][name]["verdict"]].append(f"{run['method']} than {each['with']}")
             if any(told.values()):
-                found = [f"{verdict}: {', '.join(told[verdict])}" for verdict in ("better", "worse") if told[verdict]]
+                found = [f"{verdict}: {', '.join(told[verdict])}" for verdict in (BETTER, WORSE) if told[verdict]]
                 for verdict in UNDECIDED:
                     if count := len(told[verdict]):
                         found.append(f"{verdict}: {count} {'row' if count == 1 else 'rows'}")

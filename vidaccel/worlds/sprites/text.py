@@ -41,15 +41,9 @@ def attributes(lamps: bool) -> tuple[tuple[str, tuple], ...]:
 
 def classes(sprites: int, lamps: bool = False) -> tuple[int, ...]:
     """Classes of each question: background, number of sprites less one, then shape, colour, motion and perhaps lamps of
-    so many sprites."""
+    so many sprites: of both for the pooled embedding, of the one that it is about for a token."""
     of_each = tuple(len(values) + UNSAID.get(name, 0) for name, values in attributes(lamps))
     return len(BACKGROUNDS), 2, *(sprites * of_each)
-
-
-CLASSES = classes(2)
-"""Of the questions that the pooled embedding is asked."""
-TOKEN_CLASSES = classes(1)
-"""Of those that a token is asked, of the one sprite it is about."""
 
 
 class CaptionReader(nn.Module):
