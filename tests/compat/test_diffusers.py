@@ -103,6 +103,12 @@ def test_float32_modules(pipe):
     assert compat.float32_modules(tiny_pipeline("hunyuan_video").transformer) == set()
 
 
+def test_built_with(pipe):
+    built = compat.built_with(pipe.transformer.config)
+    assert built and built.keys() < pipe.transformer.config.keys()
+    assert compat.built_with(type(pipe.transformer)(**built).config) == built
+
+
 def test_can_checkpoint(pipe):
     assert compat.can_checkpoint(pipe.transformer)
     assert not compat.can_checkpoint(torch.nn.Linear(1, 1))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vidaccel.bench.generation import Size
+from vidaccel.compat.diffusers import built_with
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -121,4 +122,4 @@ def _arguments(model: str, cls: type) -> dict[str, Any]:
         raise UserError(
             f"{file} is of a {settings.get('_class_name')}, where the family has {cls.__name__}", "set family=..."
         )
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
+    return built_with(settings)

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "ContextParallelOutput",
     "attention_backends",
     "attention_constraints",
+    "built_with",
     "can_checkpoint",
     "check_attention_backend",
     "checkpointing",
@@ -91,6 +92,11 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
 def float32_modules(model: ModelMixin) -> set[str]:
     """Names of the parts that stay in float32 when the model is loaded in another type."""
     return set(model._keep_in_fp32_modules or ())
+
+
+def built_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model was built with, by its config: what begins with _ in it diffusers notes for itself."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def can_checkpoint(module: nn.Module) -> bool:

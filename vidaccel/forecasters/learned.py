@@ -45,7 +45,7 @@ B batch, N tokens, D width
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -53,7 +53,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidaccel.compat.diffusers import execution_device, parallel_of
+from vidaccel.compat.diffusers import built_with, execution_device, parallel_of
 from vidaccel.compat.torch import KeepsFloat32
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -185,9 +185,8 @@ class Predictor(Checkpointed, nn.Module):
         kind, blocks = family.block_lists[-1], released.layout.blocks
         if len(getattr(transformer, kind.name)) < blocks:
             raise UserError(f"{path} has {blocks} blocks, and this trunk's last list fewer", "take the model it is for")
-        made_for = NetworkConfig(
-            family.name, width(transformer), blocks, kind.returns, _settings(transformer), architecture=PUBLISHED
-        )
+        settings, own = built_with(cast(Any, transformer).config), width(transformer)
+        made_for = NetworkConfig(family.name, own, blocks, kind.returns, settings, architecture=PUBLISHED)
         with torch.device("meta"):
             made = cls(made_for)
         made.load_state_dict(released.weights(made.state_dict(), made_for.width), assign=True)
@@ -297,7 +296,7 @@ def new_predictor(
     trunk = getattr(transformer, kind.name)
     if not 1 <= blocks <= len(trunk):
         raise UserError(f"a predictor of {blocks} blocks", f"the trunk's last list has {len(trunk)}: take 1 to that")
-    settings = _settings(transformer)
+    settings = built_with(cast(Any, transformer).config)
     predictor = Predictor(NetworkConfig(family.name, width(transformer), blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
         block.load_state_dict(plain_weights(original))
@@ -333,12 +332,6 @@ def predictor_at(path: Path, transformer: nn.Module, family: DiTFamily) -> Predi
     if path.is_dir():
         return Predictor.from_pretrained(path)
     return Predictor.from_released(path, transformer, family)
-
-
-def _settings(transformer: nn.Module) -> dict[str, Any]:
-    """A transformer's config."""
-    config: Any = transformer.config
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def plain_weights(block: nn.Module) -> dict[str, Tensor]:

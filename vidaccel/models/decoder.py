@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vidaccel.artefacts import RUN_FILE, own_files, read_run, refuse_unfinished, verify_files, write_json
+from vidaccel.compat.diffusers import built_with
 from vidaccel.errors import UserError
 from vidaccel.models.decoding import speed_up
 from vidaccel.models.folder import read_json, safetensors_header
@@ -144,9 +145,8 @@ def with_decoder(vae: Any, files: DecoderFiles) -> nn.Module:
 
 def autoencoder_of(cls: type, config: Mapping[str, Any]) -> Any:
     """An untrained autoencoder of that config, which may be one as it lies on disk; `UserError` where it is none."""
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
     with reading(Path(CONFIG_FILE), "its channels do not go together"):
-        return cls.from_config(config)  # type: ignore[attr-defined]  of every ModelMixin
+        return cls.from_config(built_with(config))  # type: ignore[attr-defined]  of every ModelMixin
 
 
 def sharing_encoder(made: Any, vae: Any) -> Any:
@@ -184,7 +184,7 @@ def write_decoder(folder: Path, made: Any, dtype: torch.dtype) -> None:
     Raises:
         UserError: a weight is not finite in `dtype`.
     """
-    config = {key: plain(value) for key, value in made.config.items() if not key.startswith("_")}
+    config = {key: plain(value) for key, value in built_with(made.config).items()}
     version = {"_class_name": type(made).__name__, "_diffusers_version": diffusers.__version__}
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in decoding_state(made).items()}
     for name, tensor in weights.items():

@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import convert_hunyuan_video_transforme
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vidaccel.compat.diffusers import built_with
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.released import ADDED, BLOCKS, Layout, recognised
@@ -179,7 +180,7 @@ def released_student(
     built = dict(config) | ({family.r_config: True} if family.r_config else {})
     made: Any = cls
     with torch.device("meta"):
-        transformer = made.from_config({name: value for name, value in built.items() if not name.startswith("_")})
+        transformer = made.from_config(built_with(built))
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     conditioning = None
     expected = transformer.state_dict()

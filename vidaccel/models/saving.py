@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -33,7 +33,7 @@ from vidaccel.artefacts import (
     write_json,
     write_run,
 )
-from vidaccel.compat.diffusers import float32_modules
+from vidaccel.compat.diffusers import built_with, float32_modules
 from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.cards import README, student_card
@@ -198,9 +198,8 @@ def _write_pipeline(draft: Path, teacher: LoadedPipeline, transformer: nn.Module
 
 def _save_transformer(transformer: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """In diffusers' layout, from an empty double: the trained module may carry hooks, and is needed as it is."""
-    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        double = type(transformer).from_config(config)
+        double = type(transformer).from_config(built_with(cast(Any, transformer).config))
     double.load_state_dict(_stored(transformer, dtype), assign=True)
     double.save_pretrained(folder)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidaccel.compat.diffusers import built_with
 from vidaccel.errors import UserError
 from vidaccel.families.base import DecoderConfig, DiTFamily
 from vidaccel.train.methods.decoder import DecoderTraining
@@ -27,7 +28,7 @@ def narrower(vae: Any, family: DiTFamily, settings: DecoderTraining) -> dict[str
     Raises:
         UserError: its decoder is not sized by its config, or not so.
     """
-    keys, config = family.decoder, {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    keys, config = family.decoder, built_with(vae.config)
     if keys is None or keys.widths not in config:
         raise UserError(
             f"nobody has told how the decoder of an {type(vae).__name__} becomes narrower",
