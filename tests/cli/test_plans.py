@@ -46,11 +46,17 @@ def test_what_fits_a_card():
         for line in card.splitlines()
         if line[1:].startswith(("student", "fora"))
     }
-    assert rows["student-20"] == "too large 18.3 GB 4.44 GB"
+    assert rows["student-20"] == "too large 18.3 GB 4.91 GB"
     assert rows["fora-3"] == "too large too large too large"
-    assert "quantize=fp8" in card and "enable_sequential_cpu_offload" in card and "text encoder 11.4 GB" in card
+    assert "quantize=fp8" in card and "offload=group" in card and "text encoder 11.4 GB" in card
     without = run(*CARD, "only=[student-20]", "gpu=a100")
     assert "fp8" not in without.stdout  # whose tensor cores have none
+
+
+def test_two_transformers_are_held_both():
+    result = run(*CARD[:3], "wan22", *CARD[4:], "only=[student-20]", "memory=48GB", "gpu=l40s")
+    *_, row = (line.split()[2:] for line in result.stdout.splitlines() if line.startswith(" student-20"))
+    assert " ".join(row) == "too large 32.8 GB 5.37 GB"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """`benchmark --plan memory=24GB`: which ways to hold the transformer fit a card, for which rows, and in what time.
 
-Each way is one that exists: settings of `generate`, or what diffusers' pipelines do. What is held is what the plan of a
-row holds, with other weights. Seconds are FLOPs at the stated rate, whichever way; what is moved while blocks are
-offloaded comes on top.
+Each way is a setting of `generate`. What is held is what the plan of a row holds, with other weights. Seconds are FLOPs
+at the stated rate, whichever way; what is moved while blocks are offloaded comes on top.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from vidaccel.bench.sizes import meta_transformer, planned_family
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of
 from vidaccel.models.files import config_folder
 from vidaccel.models.loading import DTYPES
 from vidaccel.numbers import rounded, si
@@ -36,7 +34,7 @@ class Way:
 
     name: str
     how: str
-    """What to set or call."""
+    """What to set."""
     weights: float
     """Bytes on the card."""
     moved: float = 0.0
@@ -44,15 +42,16 @@ class Way:
 
 
 def ways(config: BenchmarkConfig, plan: PlanConfig) -> list[Way]:
-    """Those that the card has, largest first."""
+    """Those that the card has, largest first, of all transformers that the model denoises with."""
     model, family = meta_transformer(config), planned_family(config)
-    whole, itemsize = parameters(model), DTYPES[config.dtype].itemsize
-    found = [Way(config.dtype, f"dtype={config.dtype}", itemsize * whole)]
+    whole, itemsize, count = parameters(model), DTYPES[config.dtype].itemsize, len(family.denoisers)
+    found = [Way(config.dtype, f"dtype={config.dtype}", count * itemsize * whole)]
     if itemsize == HALF and plan.card.fp8:
-        found.append(Way("fp8", "quantize=fp8", itemsize * whole - _saved(model, family)))
-    largest = max(parameters(block) for _, block in blocks_of(model, family))
-    how = "pipe.enable_sequential_cpu_offload()"
-    return [*found, Way("offloaded", how, itemsize * largest, moved=itemsize * whole)]
+        found.append(Way("fp8", "quantize=fp8", count * (itemsize * whole - _saved(model, family))))
+    lists: list[Any] = [model.get_submodule(kind.name) for kind in family.all_lists]
+    blocks = [parameters(block) for each in lists for block in each]
+    held = max(blocks) + count * (whole - sum(blocks))  # one block at a time, and all that is in none
+    return [*found, Way("offloaded", "offload=group", itemsize * held, moved=itemsize * sum(blocks))]
 
 
 def _saved(model: nn.Module, family: DiTFamily) -> int:
@@ -88,8 +87,7 @@ def card_tables(results: Mapping[str, Any], config: BenchmarkConfig, plan: PlanC
     yield from (_way(way) for way in known)
     parts = ", ".join(f"{name} {si(size, 'B')}" for name, size in beside(config).items())
     yield f"the transformer alone; beside it {parts or 'text encoder and autoencoder'}, which"
-    yield "pipe.enable_model_cpu_offload() takes off the card while the transformer runs;"
-    yield "pipe.vae.enable_tiling() bounds what decoding holds"
+    yield "offload=model takes off the card while the transformer runs; decode=tiled bounds what decoding holds"
 
 
 def _way(way: Way) -> str:
