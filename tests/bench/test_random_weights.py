@@ -104,7 +104,7 @@ def test_it_fits_or_it_does_not(monkeypatch):
     costs = size_costs(config, planned_family(config), meta_transformer(config), (5, 32, 32))
     cpu = torch.device("cpu")
     assert random_weights._fits(config, costs, cpu)
-    monkeypatch.setattr(random_weights, "_free_memory", lambda: 2**10)
+    monkeypatch.setattr(random_weights, "free_bytes", lambda device: 2**10)
     assert not random_weights._fits(config, costs, cpu)
     runs = time_random_weights(config, "cpu")["runs"]
     assert runs[0]["settings"]["random_weights"] == "blocks"

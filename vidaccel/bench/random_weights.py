@@ -8,7 +8,6 @@ passes in both cases. Text encoders, autoencoder and scheduler are left out.
 B batch, N tokens
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from vidaccel.models.loading import DTYPES, resolve_device
 from vidaccel.models.velocity import Velocity
 from vidaccel.numbers import quartiles
 from vidaccel.progress import Progress
+from vidaccel.runtime.decode import free_bytes
 
 Seconds = dict[str, float]
 """Of one pass of each kind: full, predictor or reuse."""
@@ -179,12 +179,7 @@ def _fits(config: BenchmarkConfig, costs: SizeCosts, device: torch.device) -> bo
     model = meta_transformer(config)
     weights = parameters(model) + Predictor.costs(costs.trunk).parameters
     needed = weights * DTYPES[config.dtype].itemsize + costs.activations + sum(costs.cache["predictor"])
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    return ROOM * needed < free
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return ROOM * needed < free_bytes(device)
 
 
 def _runs(config: BenchmarkConfig, costs: SizeCosts, timed: list[Seconds], how: str) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -25,6 +24,7 @@ from vidaccel.errors import TrainingFailed
 from vidaccel.kernels import select
 from vidaccel.kernels.attention_jvp.op import AttentionTangents
 from vidaccel.models.velocity import per_sample
+from vidaccel.runtime.decode import free_bytes
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -100,7 +100,7 @@ def missing_memory(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, kernels: st
     with torch.no_grad(), _LargestAttention() as attention:
         u(x, t, r)
     needed = 4 * 4 * attention.scores
-    free = torch.cuda.mem_get_info(x.device)[0] if x.is_cuda else psutil.virtual_memory().available
+    free = free_bytes(x.device)
     return (needed, free) if needed > free else None
 
 
