@@ -53,9 +53,38 @@ def test_a_full_run_that_is_not_among_the_rows_is_added():
     assert asked.methods[asked.baseline] == MethodConfig(steps=8)
 
 
+@pytest.mark.parametrize("scorer", ["sprites", None])
+def test_of_ones_own_prompts_those_choose_that_are_not_scored(scorer):
+    own = replace(CONFIG, scorer=scorer, prompts=["a", "b", "c", "d"], scored_prompts=2, choosing_prompts=1)
+    asked = choosing.to_choose(own)
+    assert (asked.prompts, asked.scored_prompts, asked.scored_seed) == (["c"], 1, 7 + choosing.SEED)
+    assert choosing.to_choose(replace(own, choosing_prompts=9)).prompts == ["c", "d"]
+
+
+def test_a_row_that_cannot_run_is_not_chosen_for(caplog):
+    other = replace(TEA, weights="teacher")
+    config = replace(CONFIG, methods=CONFIG.methods | {"other": other})
+    assert "other" in choosing.to_choose(config).only
+    asked = choosing.to_choose(config, {"other": "why"})
+    assert (asked.only, asked.baseline) == (["student-8", "tea"], "student-8")
+    assert choosing.to_choose(config, {"other", "tea"}) is None
+    assert choosing.with_choices(config, RESULTS).methods["other"] == replace(other, sweep={}, at_most=None)
+    assert not caplog.text
+
+
+NO_PROMPTS = {"prompts": ["a", "b", "c"], "scored_prompts": 2, "images": "images"}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"scorer": None}, {"prompts": ["a cat"]}, {"stream": "choose"}, {"sweeps": False}, {"only": ["curve"]}],
+    [
+        {"scorer": None},
+        {"prompts": ["a cat"]},
+        NO_PROMPTS,
+        {"stream": "choose"},
+        {"sweeps": False},
+        {"only": ["curve"]},
+    ],
     ids=str,
 )
 def test_where_nothing_is_chosen_every_value_is_a_row(changes):
@@ -95,11 +124,15 @@ def test_a_benchmark_chooses_before_it_reports(tmp_path, monkeypatch):
             return RESULTS
 
     monkeypatch.setattr(runner, "Benchmark", Stub)
-    runner.run(CONFIG, tmp_path, quality=True)
+    config = replace(CONFIG, model="sprites/teacher", student="sprites/student", dtype="float32")
+    runner.run(config, tmp_path, quality=True, device="cpu")
     (asked, aside), (reported, folder) = made
     assert (aside, folder) == (tmp_path / "choosing", tmp_path)
     assert (asked.stream, reported.stream) == ("choose", "report")
     assert reported.methods["tea"].settings == {"threshold": 0.2}
     made.clear()
-    runner.run(CONFIG, tmp_path)
-    assert [config for config, _ in made] == [CONFIG]  # no quality, nothing to choose by
+    runner.run(config, tmp_path)
+    assert [config for config, _ in made] == [config]  # no quality, nothing to choose by
+    made.clear()
+    runner.run(replace(config, student=None), tmp_path, quality=True, device="cpu")
+    assert [each.stream for each, _ in made] == ["report"]  # nothing that can run is to be chosen for

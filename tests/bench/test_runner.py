@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -530,6 +531,22 @@ def test_batches_that_processes_share_are_those_of_one(bench, conf, tmp_path, mo
     for shared, alone in zip(*(_rows(each, "cfg_", "student_", "fora_") for each in (tmp_path, bench)), strict=True):
         assert [video["likeness"] for video in shared["videos"]] == [video["likeness"] for video in alone["videos"]]
         assert len(shared["videos"]) == 3
+
+
+def test_a_row_scored_anew_is_compared_with_what_it_was(bench, conf, tmp_path):
+    """The videos that it is compared with are gone with the end of a benchmark."""
+    shutil.copytree(bench, tmp_path, dirs_exist_ok=True)
+    assert not (tmp_path / "reference").exists()
+    (tmp_path / "run.json").unlink()
+    file = next((tmp_path / "rows").glob("reuse_*"))
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"videos": []}))
+    result = run("--speedup", "--quality", "--conf", conf, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    (after,) = _rows(tmp_path, "reuse_")
+    assert after["videos"] == before["videos"] and set(after["videos"][0]["own"]) == {"student"}
+    assert all(video["likeness"] for video in after["videos"])
+    assert not (tmp_path / "reference").exists()
 
 
 def _rows(folder: Path, *names: str) -> list[dict]:

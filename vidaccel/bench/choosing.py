@@ -1,16 +1,16 @@
 """The one value of a sweep that a row is reported with, chosen on prompts that nothing is reported on.
 
-A benchmark of its own in the folder `choosing`: every value of every sweep, on choosing prompts of the scorer's world,
-beside the full runs of the models that they skip passes of. Kept is the value that costs at most `at_most` full passes
-whose latents end nearest to those of the full run: it tells values apart where scores are full.
+A benchmark of its own in the folder `choosing`: every value of every sweep, on choosing prompts of the scorer's world
+or on those of the configuration's that are not scored, beside the full runs of the models that they skip passes of.
+Kept is the value that costs at most `at_most` full passes whose latents end nearest to those of the full run: it tells
+values apart where scores are full.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vidaccel.bench.baselines.registry import lacks
 from vidaccel.bench.counterparts import SLACK, own_run
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 
@@ -21,11 +21,31 @@ SEED = 2**40
 """Beyond the seed of the first scored prompt."""
 
 
-def to_choose(config: BenchmarkConfig) -> BenchmarkConfig | None:
-    """The benchmark that chooses; None where there is nothing to choose, or no prompts to choose on."""
-    rows = {name: row for name, row in _chosen_for(config).items() if lacks(row.cache) is None}
-    if not rows or not config.sweeps or config.stream == "choose" or config.scorer is None or config.prompts:
+def chosen_for(config: BenchmarkConfig) -> dict[str, MethodConfig]:
+    """Rows of which one value of their sweep is to be chosen."""
+    if not config.sweeps or config.stream == "choose":
+        return {}
+    return {name: row for name, row in config.wanted().items() if row.sweep and row.at_most is not None}
+
+
+def to_choose(config: BenchmarkConfig, lacking: Container[str] = ()) -> BenchmarkConfig | None:
+    """The benchmark that chooses; None where there is nothing to choose, or no prompts to choose on.
+
+    Args:
+        lacking: rows that cannot run.
+    """
+    rows = {name: row for name, row in chosen_for(config).items() if name not in lacking}
+    if not rows:
         return None
+    prompts, count = [], config.choosing_prompts
+    if config.prompts or config.scorer is None:
+        # An image belongs to a prompt by its place in the whole list.
+        prompts = [] if config.images else config.prompts[config.scored_prompts :][:count]
+        count = len(prompts)
+        if not prompts:
+            why = "each has an image" if config.images else f"of {len(config.prompts)} all are scored"
+            log.info("%s: every value is a row, as no prompts are left to choose one on: %s", ", ".join(rows), why)
+            return None
     methods = dict(config.methods)
     owns: dict[str, None] = {}
     for name, row in rows.items():
@@ -40,12 +60,13 @@ def to_choose(config: BenchmarkConfig) -> BenchmarkConfig | None:
         only=[*owns, *rows],
         baseline=longest,
         stream="choose",
+        prompts=prompts,
         contrasts={},
         equal_compute=False,
         rounds=2,
         timed_prompts=1,
         timed_seconds=0.0,
-        scored_prompts=config.choosing_prompts,
+        scored_prompts=count,
         scored_seed=SEED + (config.seed if config.scored_seed is None else config.scored_seed),
         keep_videos=False,
         vbench=None,
@@ -55,7 +76,7 @@ def to_choose(config: BenchmarkConfig) -> BenchmarkConfig | None:
 def with_choices(config: BenchmarkConfig, results: Mapping[str, Any]) -> BenchmarkConfig:
     """The rows with the values that were best in `results`, of which each stands for its sweep."""
     runs, methods = {run["method"]: run for run in results["runs"]}, dict(config.methods)
-    for name, row in _chosen_for(config).items():
+    for name, row in chosen_for(config).items():
         ways = {name: row} | {name + suffix: way for suffix, way in row.swept().items()}
         costs = {way: cost for way in ways if (cost := _passes(runs.get(way))) is not None}
         limit = (row.at_most or 0) + SLACK
@@ -66,14 +87,10 @@ def with_choices(config: BenchmarkConfig, results: Mapping[str, Any]) -> Benchma
         elif costs:
             best = min(costs, key=costs.__getitem__)
             log.info("%s: no value of its sweep costs at most %g full passes", name, row.at_most)
-        else:
+        elif name in runs:
             log.warning("%s: no value was compared with its model's own full run, so it keeps its first", name)
         methods[name] = replace(row, settings=ways[best].settings, sweep={}, at_most=None)
     return replace(config, methods=methods)
-
-
-def _chosen_for(config: BenchmarkConfig) -> dict[str, MethodConfig]:
-    return {name: row for name, row in config.wanted().items() if row.sweep and row.at_most is not None}
 
 
 def _passes(run: Mapping[str, Any] | None) -> float | None:

@@ -16,7 +16,7 @@ Whatever a row raises is its result. results.json is written again after each st
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from datetime import UTC, datetime
 from functools import partial
@@ -73,11 +73,22 @@ def run(
         UserError: methods or settings that are not there, no model, or a folder of another benchmark or in use.
     """
     with processes(), locked_by_first(folder):
-        if quality and (asked := choosing.to_choose(config)) is not None:
-            log.info("choosing settings on prompts of their own: %s", folder / choosing.FOLDER)
-            found = Benchmark(asked, folder / choosing.FOLDER, True, device, command).run()
-            config = choosing.with_choices(config, found)
+        if quality and choosing.chosen_for(config):
+            config, asked = _to_choose(config, device)
+            if asked is not None:
+                log.info("choosing settings on prompts of their own: %s", folder / choosing.FOLDER)
+                found = Benchmark(asked, folder / choosing.FOLDER, True, device, command).run()
+                config = choosing.with_choices(config, found)
         return Benchmark(config, folder, quality, device, command).run()
+
+
+def _to_choose(config: BenchmarkConfig, device: str) -> tuple[BenchmarkConfig, BenchmarkConfig | None]:
+    """The benchmark as it fits its model, and that which chooses for those of its rows that can run."""
+    config = with_ancestors(config)
+    models = Models(config, device)
+    config = fitted(config, models)
+    _, lacking = resolved(config.wanted(), models)
+    return config, choosing.to_choose(config, lacking)
 
 
 class Benchmark:
@@ -273,6 +284,7 @@ class Benchmark:
         )
 
     def _score(self) -> None:
+        self.rows.rows = by_first(self._remake_references)
         total = sum(len(self.scored_prompts) - len(row.videos) for row in self.rows.without_error)
         with judges(self.config, self.models.device) as others, Progress("scoring", total=total) as bar:
             for row in self._in_scoring_order():
@@ -370,28 +382,71 @@ class Benchmark:
             for _ in found:
                 advance()
 
-    def _handed_on(self, row: Row, indices: range, others: Executor | None) -> list[Future[Judged]]:
-        """The videos of a batch, made and on their way to be judged."""
+    def _remake_references(self) -> list[Row]:
+        """All rows; videos that others are still to be compared with are made again where only their marks are left, as
+        where a row of a finished benchmark is measured anew."""
+        todo = [(row, lost) for row in self._in_scoring_order() if (lost := self._lost_references(row))]
+        if not todo:
+            return self.rows.rows
+        with Progress("videos to compare with", total=sum(len(lost) for _, lost in todo)) as bar:
+            for row, lost in todo:
+                for first in range(0, len(lost), step := self._batch_size(row)):
+                    if row.error is None:
+                        batch = lost[first : first + step]
+                        self._attempt(row, partial(self._remake, row, batch), written=False)
+                        bar.advance(len(batch))
+        return self.rows.rows
+
+    def _lost_references(self, row: Row) -> list[int]:
+        """Prompts of which the row's video is gone, though another row is to be compared with it."""
+        others = [other for other in self.rows.without_error if other is not row and other.size == row.size]
+        if row.name != self.config.baseline:
+            others = [other for other in others if counterparts.compared_with(other, row)]
+        first = min((len(other.videos) for other in others), default=len(row.videos))
+        kept = self._kept_as(row)
+        return [
+            index
+            for index in range(first, len(row.videos))
+            if not all(self.rows.reference_file(row.size, index, own).exists() for own in kept)
+        ]
+
+    def _remake(self, row: Row, indices: Sequence[int]) -> None:
+        self._keep(row, indices, self._made(row, indices))
+
+    def _kept_as(self, row: Row) -> list[Row | None]:
+        """As what the row's videos are kept for others: itself, where the same model runs in full; None, as the
+        baseline."""
+        kept: list[Row | None] = [None] if row.name == self.config.baseline else []
+        return [*kept, row] if row in counterparts.references(self.rows.without_error) else kept
+
+    def _keep(self, row: Row, indices: Sequence[int], made: TimedGeneration) -> None:
+        """The videos that others are compared with."""
+        for place, index in enumerate(indices):
+            for own in self._kept_as(row):
+                self.rows.save_reference(row.size, index, _only(made, place), own)
+
+    def _made(self, row: Row, indices: Sequence[int]) -> TimedGeneration:
+        """The row's videos of these prompts."""
         prompts, seeds = [self.scored_prompts[i] for i in indices], [self._scored_seed + i for i in indices]
         with self.models.running(row.method, row.settings) as loaded:
-            made = self._generate(row, prompts, seeds, loaded, first=indices.start)
-        assert made.frames is not None
+            return self._generate(row, prompts, seeds, loaded, first=indices[0])
+
+    def _handed_on(self, row: Row, indices: range, others: Executor | None) -> list[Future[Judged]]:
+        """The videos of a batch, made and on their way to be judged."""
+        made = self._made(row, indices)
+        self._keep(row, indices, made)
         references = counterparts.references(self.rows.without_error)
         compared = [each for each in references if counterparts.compared_with(row, each)]
         baseline, batch = row.name == self.config.baseline, []
-        kept = self.rows.video_files(row, self.scored_prompts)
-        for place, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
-            only = slice(place, place + 1)
-            video = TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
-            if baseline:
-                self.rows.save_reference(row.size, index, video)
-            if row in references:
-                self.rows.save_reference(row.size, index, video, row)
+        kept, fps = self.rows.video_files(row, self.scored_prompts), self.models.pipeline(row.method).default("fps")
+        for place, index in enumerate(indices):
+            video = _only(made, place)
             files = {each.name: self.rows.reference_file(row.size, index, each) for each in compared}
             base = None if baseline else self.rows.reference_file(row.size, index)
-            batch.append(_handed(others, self.config.scorer, prompt, video, base, files))
+            batch.append(_handed(others, self.config.scorer, self.scored_prompts[index], video, base, files))
             if self.config.keep_videos or self.config.vbench:
-                write_video(made.frames[place], kept[index], loaded.default("fps"))
+                assert video.frames is not None
+                write_video(video.frames[0], kept[index], fps)
         return batch
 
     @staticmethod
@@ -496,6 +551,13 @@ def _named_as_configured(rows: dict[str, MethodConfig], config: BenchmarkConfig)
     """A row that the configuration has, but not among those that are wanted, by its name there."""
     names = {id(row): name for row in rows.values() for name, other in config.methods.items() if other == row}
     return {names.get(id(row), name): row for name, row in rows.items()}
+
+
+def _only(made: TimedGeneration, place: int) -> TimedGeneration:
+    """One video of a batch."""
+    assert made.frames is not None
+    only = slice(place, place + 1)
+    return TimedGeneration(made.frames[only], made.latents[only], 0.0, 0.0)
 
 
 def _handed(others: Executor | None, *clip: Any) -> Future[Judged]:

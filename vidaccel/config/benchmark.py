@@ -117,9 +117,9 @@ class MethodConfig:
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     """Settings with values that are tried as well, a row each, where quality is measured too."""
     at_most: float | None = None
-    """Of a row with a sweep, full passes a video by FLOPs. Where quality is measured on a world's held-out prompts, one
-    row stands for the sweep: of the values that cost no more, the one whose videos of choosing prompts are nearest to
-    those of the model's own full run."""
+    """Of a row with a sweep, full passes a video by FLOPs. Where quality is measured, one row stands for the sweep: of
+    the values that cost no more, the one whose videos of choosing prompts are nearest to those of the model's own full
+    run. Without such prompts (`choosing_prompts`) every value is a row."""
     model: str | None = None
     """Weights of this row alone, in place of the benchmark's teacher or student."""
     lora: list[str] | None = None
@@ -312,7 +312,8 @@ class BenchmarkConfig(RuntimeConfig):
     sweeps: bool = True
     """Whether caches whose threshold sets their speed are scored at others too, as their rows say."""
     choosing_prompts: int = 32
-    """Prompts, none of which is reported on, that values of sweeps are chosen on for rows with `at_most`."""
+    """Prompts, none of which is reported on, that values of sweeps are chosen on for rows with `at_most`: of the
+    scorer's world, or those of `prompts` that follow the scored ones, of which there may be fewer."""
     keep_videos: bool = False
     """Whether the videos that quality is measured on stay: videos/ROW/PROMPT-N.mp4, as VBench wants them named."""
     vbench: str | None = None
