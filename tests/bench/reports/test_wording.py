@@ -29,6 +29,17 @@ ROWS = {
             "settings": {"threshold": 0.15, "coefficients": [1, 2]},
         }
     },
+    "student, 20 steps, cache-dit's DBCache (computed blocks 1, mask 1001, TaylorSeer order 1)": {
+        "settings": {
+            "cache": "cache_dit",
+            "settings": {
+                "Fn_compute_blocks": 1,
+                "steps_computation_policy": "static",
+                "steps_computation_mask": "1001",
+                "taylorseer_order": 1,
+            },
+        }
+    },
 }
 
 

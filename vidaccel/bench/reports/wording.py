@@ -26,6 +26,13 @@ CACHES = {
     "cache_dit": "cache-dit's DBCache",
 }
 """Names of caches, where the configuration's is not one."""
+SETTINGS = {
+    "Fn_compute_blocks": "computed blocks",
+    "steps_computation_mask": "mask",
+    "steps_computation_policy": None,
+    "taylorseer_order": "TaylorSeer order",
+}
+"""Of caches, where a name says too little or too much; None leaves one out."""
 
 
 def in_words(run: dict[str, Any]) -> str:
@@ -60,7 +67,11 @@ def _chosen(settings: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    """Those of a cache that are one number."""
-    numbers = {key: value for key, value in settings["settings"].items() if isinstance(value, int | float)}
-    listed = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in numbers.items())
-    return f" ({listed})" if listed else ""
+    """Those of a cache that are one number or one word."""
+    told = {SETTINGS.get(key, key): value for key, value in settings["settings"].items()}
+    listed = [
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in told.items()
+        if name is not None and isinstance(value, int | float | str)
+    ]
+    return f" ({', '.join(listed)})" if listed else ""
