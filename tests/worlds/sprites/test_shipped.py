@@ -173,6 +173,25 @@ def test_the_scalars_are_attached_as_a_row_of_the_benchmark_is():
         assert (served == attached.frames).all() and (served != whole).any()
 
 
+@pytest.mark.parametrize("name", ["reuse"])
+def test_a_forecaster_without_training_has_a_list_for_each_row_that_names_it(name):
+    folder, config = SHIPPED / name, load("benchmark", BenchmarkConfig, "sprites")
+    run = read_run(folder, "schedules/1")
+    verify_files(folder, run)
+    student = student_hash(load_pipeline("sprites/student"))
+    assert (run["forecaster"], run["student"]) == (name, student)
+    rows = [row for row in config.methods.values() if row.predictor == f"sprites/{name}"]
+    assert {row.on_skipped for row in rows} == {name}
+    wanted = {(20, 8), (20, 6), (20, 5), (20, 4), (20, 3), (8, 4), (8, 3), (8, 2), (6, 3), (6, 2)}
+    assert wanted <= {(row.steps, row.budget) for row in rows}
+    models = Models(config, "cpu")
+    found = [models.searched(row) for row in rows]
+    assert [(each.steps, each.budget) for each in found] == [(row.steps, row.budget) for row in rows]
+    card = (folder / "README.md").read_text()
+    for each in found:
+        assert f"| {' '.join(map(str, each.full_steps))} of {each.steps} | {each.expected_error:.3f} |" in card
+
+
 @pytest.mark.slow
 def test_it_heeds_the_prompt(loaded):
     """The background of each of four prompts, which chance would get right once or twice."""
