@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -6,9 +8,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.checks import PATHS
 from vidaccel.config.distill import DistillConfig
+from vidaccel.config.explained import meanings
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import SCHEMAS, conf_root, load, to_dict, to_yaml
+from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
@@ -356,13 +361,38 @@ def test_training_settings_out_of_range(key, value):
         sprites(f"text.train.{key}={value}")
 
 
+# Paths
+
+
+def test_home_is_expanded_in_every_setting_that_is_a_path(tmp_path, monkeypatch):
+    """Which a shell does not do behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for schema in (*SCHEMAS.values(), MethodConfig, PlanConfig):
+        texts = [name for name, kind in get_type_hints(schema).items() if kind in (str, str | None)]
+        paths = [name for name in texts if re.search(r"\b([Ff]older|[Ff]ile)\b", meanings(schema).get(name, ""))]
+        assert set(paths) - {"denoiser"} <= set(PATHS)  # that one is said of the folder that is made
+        for name in set(texts) & set(PATHS):
+            more = {"forecaster": "multistep"} if (schema, name) == (PredictorConfig, "prompts") else {}
+            assert getattr(schema(**{name: "~/a ~/b"}, **more), name) == f"{tmp_path}/a ~/b"
+
+
+def test_a_setting_may_be_called_like_a_folder_beside_the_yaml(tmp_path):
+    """As one of a model; Hydra takes it for a group of configurations."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "mse").mkdir()
+    (tmp_path / "mine.yaml").write_text("seed: 3\nmse: {batch_size: 2}\nsearch_prompts: ${seed}\n")
+    words = ["student=x", "mse.steps=5", "seed=4"]
+    chosen = load("train-predictor", PredictorConfig, str(tmp_path / "mine.yaml"), words)
+    assert (chosen.student, chosen.mse.steps, chosen.mse.batch_size, chosen.search_prompts) == ("x", 5, 2, 4)
+
+
 # Names of earlier versions
 
 OLD_NAMES = [
     (
         "distill",
         DistillConfig,
-        "mean_velocity: {equal_share: 0.5}",
+        "method: mean_velocity\nmean_velocity: {equal_share: 0.5}",
         "mean_velocity.equal_share=0.5",
         "r_equals_t_share",
     ),
@@ -386,7 +416,8 @@ def test_a_renamed_value_is_read_and_warned_of(tmp_path, caplog, order, new):
 @pytest.mark.parametrize(("command", "schema", "text", "word", "new"), OLD_NAMES, ids=[row[2] for row in OLD_NAMES])
 def test_a_renamed_key_is_read_and_warned_of(tmp_path, caplog, command, schema, text, word, new):
     (tmp_path / "old.yaml").write_text(text)
-    (tmp_path / "new.yaml").write_text("methods: {a: {steps: 50}}" if "methods" in text else "seed: 0")
+    plain = "methods: {a: {steps: 50}}" if "methods" in text else "seed: 0"
+    (tmp_path / "new.yaml").write_text("method: mean_velocity" if "method:" in text else plain)
     from_file = load(command, schema, str(tmp_path / "old.yaml"))
     from_word = load(command, schema, str(tmp_path / "new.yaml"), [word])
     assert from_file == from_word != load(command, schema, str(tmp_path / "new.yaml"))

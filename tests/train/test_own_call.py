@@ -120,7 +120,7 @@ def test_so_is_a_search_of_a_model_in_two_passes(model, caplog):
     for guidance in (1.0, 3.0):
         with pytest.raises(UserError, match=r"guidance_2=2.0, and Wan 2.1 has one transformer"):
             task(guidance=guidance, guidance_2=2.0)
-    with pytest.raises(UserError, match=r"makes two passes a step, and.*\nhint: .*forecaster=reuse|taylor|multistep"):
+    with pytest.raises(UserError, match=r"makes two passes a step, and.*\nhint: .*forecaster=reuse\|taylor\|multistep"):
         task(forecaster="learned")
     sampler, _, span = runs_of(PredictorConfig(**own, forecaster="multistep"), loaded)
     assert (sampler.guidance, sampler.negative_prompt, span) == (9.0, "a green square", (9.0, 9.0))
@@ -146,5 +146,5 @@ def test_prompts_are_enough_for_what_has_no_network(model, forecaster, tmp_path)
     with task.trunks:
         found = search_schedules(task, Reuse())
     assert [each.budget for each in found] == [1, 2, 3] and found[0].expected_error > 0
-    with pytest.raises(UserError, match="is for forecaster=multistep|reuse|taylor|linear"):
+    with pytest.raises(UserError, match=r"is for forecaster=multistep\|reuse\|taylor\|linear, without features"):
         PredictorConfig(**named | {"forecaster": "learned"})

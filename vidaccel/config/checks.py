@@ -1,6 +1,9 @@
 """What every settings dataclass says of a value that it refuses."""
 
 import math
+import os
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from vidaccel.errors import UserError
@@ -9,6 +12,35 @@ from vidaccel.errors import UserError
 def require(holds: bool, key: str, value: Any, rule: str) -> None:
     if not holds:
         raise UserError(f"{key}={value!r} is not possible", f"{key} {rule}")
+
+
+def expand_paths(config: Any) -> None:
+    """`~` and `~user` in settings that name a file or a folder: a shell leaves it as it is behind an equals sign."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name in PATHS and isinstance(value, str) and value.startswith("~"):
+            setattr(config, each.name, os.path.expanduser(value))
+
+
+def changed(config: Any) -> Iterator[tuple[str, Any]]:
+    """Settings that have another value than where nobody says one, those of a group as "train.steps"."""
+    for each in fields(config):
+        yield from _changed(each.name, getattr(config, each.name), default(each))
+
+
+def _changed(name: str, value: Any, usual: Any) -> Iterator[tuple[str, Any]]:
+    if value == usual:
+        return
+    if not is_dataclass(value):
+        yield name, value
+        return
+    for each in fields(value):
+        yield from _changed(f"{name}.{each.name}", getattr(value, each.name), getattr(usual, each.name))
+
+
+def default(field: Field) -> Any:
+    """Of a setting, made anew."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def require_clip_size(config: Any) -> None:
@@ -45,5 +77,11 @@ def settle_times(config: Any, unless: int | None = None) -> None:
 
 
 PRECISIONS = ("float32", "bfloat16")
+PATHS = (
+    *("model", "student", "teacher", "distilled", "start", "compare_to", "size_of"),
+    *("predictor", "schedule", "decoder", "features", "data", "prompts", "images", "vbench"),
+)
+"""Settings that are, or may be, the path of a file or folder, whichever command has them; a LoRA's has a scale
+behind it (models/adapters.py)."""
 CLIP_SIZE = ("num_frames", "height", "width", "fps")
 """Settings of the size and rate that clips are brought to."""

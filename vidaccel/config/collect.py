@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from vidaccel.config.checks import require, settle_times
+from vidaccel.config.checks import expand_paths, require, settle_times
 
 
 @dataclass
@@ -68,6 +68,7 @@ class CollectConfig:
     """Nothing is written where the whole folder would be larger; null is no limit."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         kinds = ("encoded", "trajectory")
         require(self.kind in kinds, "kind", self.kind, f"is {' or '.join(kinds)}")
         require(not self.cache or self.kind == "trajectory", "cache", self.cache, "goes with kind=trajectory")

@@ -6,8 +6,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vidaccel.config.checks import require, require_clip_size
+from vidaccel.config.checks import changed, expand_paths, require, require_clip_size
 from vidaccel.config.training import TrainConfig
+from vidaccel.errors import UserError
 
 Settings = TypeVar("Settings")
 
@@ -29,7 +30,8 @@ def _methods() -> ModuleType:
 @with_method_groups
 @dataclass
 class DistillConfig:
-    """`vidaccel distill`. Each method's own settings are a group of its name, which other methods do not read."""
+    """`vidaccel distill`. Each method's own settings are a group of its name. What means nothing to the method that is
+    chosen is refused."""
 
     method: str = "cfg"
     """`cfg` (two-pass guidance into one pass), `mean_velocity` (few steps) or `decoder` (a narrower decoder)."""
@@ -96,6 +98,7 @@ class DistillConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         methods = _methods().METHODS
         require(self.method in methods, "method", self.method, f"is {' or '.join(methods)}")
         require(self.bank in ("auto", "on", "off"), "bank", self.bank, "is auto, on or off")
@@ -117,6 +120,12 @@ class DistillConfig:
         for key in ("shift", "train_shift"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")
+        for key, value in changed(self):
+            if (why := _methods().why_unread(self.method, key)) is not None:
+                raise UserError(
+                    f"{key}={value} means nothing to method={self.method}: {why}",
+                    "leave it out; if it comes from a configuration, take one of this method (--conf)",
+                )
 
     @property
     def own_settings(self) -> Any:

@@ -5,11 +5,12 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import yaml
 
+from vidaccel.config.checks import default
 from vidaccel.errors import UserError, nearest
 
 WIDTH = 118
@@ -73,8 +74,7 @@ def explain(schema: type, key: str) -> str:
         names = ", ".join(f"{key}.{each.name}" for each in fields(here))
         return f"{key}: {meaning or inspect.getdoc(here)} It has {names}."
     kind = here.__name__ if isinstance(here, type) and not hasattr(here, "__args__") else str(here)
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    shown = yaml.safe_dump(_plain(default), default_flow_style=True).removesuffix("\n...\n").strip()
+    shown = yaml.safe_dump(_plain(default(field)), default_flow_style=True).removesuffix("\n...\n").strip()
     return f"{key}: {kind}, {shown} unless set. {meaning}".rstrip()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidaccel.config.checks import require, settle_times
+from vidaccel.config.checks import expand_paths, require, settle_times
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.config.runtime import RuntimeConfig
 
@@ -74,6 +74,7 @@ class GenerateConfig(RuntimeConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         super().__post_init__()
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")

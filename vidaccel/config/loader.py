@@ -57,12 +57,7 @@ def load(command: str | Path, schema: type[Schema], conf: str, overrides: Sequen
 
 def again(schema: type[Schema], recorded: Mapping[str, Any], overrides: Sequence[str], where: str) -> Schema:
     """The settings that an earlier run recorded in the file `where`, with overrides; errors as `load`."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    words = [_override(word, schema) for word in overrides]
-    with _explained(where), initialize_config_dir(str(conf_root()), version_base=None):
-        changes = cast("dict[str, Any]", OmegaConf.to_container(compose(None, words)))
+    changes = _changes([_override(word, schema) for word in overrides], where)
     return _checked(_merged(with_current_names(recorded, schema, where), changes), schema, where)
 
 
@@ -101,6 +96,16 @@ def _merged(settings: Any, change: Any) -> Any:
     return str(change) if isinstance(change, Path) else change
 
 
+def _changes(words: Sequence[str], where: str) -> dict[str, Any]:
+    """What overrides say, in Hydra's grammar, beside no folder of configurations: Hydra takes a setting that is called
+    like a folder there, as of a model, for the choice of a file in it."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with _explained(where), initialize_config_dir(str(Path(__file__).parent), version_base=None):
+        return cast("dict[str, Any]", OmegaConf.to_container(compose(None, list(words))))
+
+
 def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the YAML file says with the overrides, in Hydra's grammar; nothing is checked yet."""
     from hydra import compose, initialize_config_dir
@@ -110,12 +115,13 @@ def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str
     shipped = quoted(f"file://{_folder(command)}")
     try:
         with _explained(path.name), initialize_config_dir(str(path.parent), version_base=None):
-            chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]", *words])
-            return cast("dict[str, Any]", OmegaConf.to_container(chosen))
+            chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]"])
+            settings = cast("dict[str, Any]", OmegaConf.to_container(chosen))
     except RecursionError:
         raise UserError(f"{path} builds on itself", "give it another name than what its defaults list") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
+    return _merged(settings, _changes(words, path.name)) if words else settings
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vidaccel.config.checks import require
+from vidaccel.config.checks import expand_paths, require
 
 
 class Gpu(NamedTuple):
@@ -59,6 +59,7 @@ class PlanConfig:
     (wan_14b)."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         require(self.gpu in GPUS, "gpu", self.gpu, f"is a card that is known: {', '.join(GPUS)}")
         bytes_of(self.memory)
         require(0 < self.mfu <= 1, "mfu", self.mfu, "is a share of the peak, in (0, 1]")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from vidaccel.config.checks import require, require_clip_size, require_scales, settle_times
+from vidaccel.config.checks import expand_paths, require, require_clip_size, require_scales, settle_times
 from vidaccel.config.training import TrainConfig
 
 TWO_PASS = ("reuse", "taylor", "multistep")
@@ -157,6 +157,7 @@ class PredictorConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         require(bool(self.student.strip()), "student", self.student, "must name a model")
         for key, names in {
             "forecaster": ("learned", "multistep", "reuse", "taylor", "linear"),

@@ -176,9 +176,9 @@ def test_latents_of_another_model_are_refused(world, tmp_path):
     [
         (["decoder.width=2"], "width=2.0 is not possible"),
         (["train.lora_rank=2"], "a decoder is trained whole"),
-        (["denoiser=transformer"], "a decoder is of neither transformer"),
-        (["lora=[a.safetensors]"], "lora=a.safetensors is of a transformer"),
-        (["train.gates_every=1"], "gates_every=1, and nothing is measured on the way"),
+        (["denoiser=transformer"], "means nothing to method=decoder: a decoder has no part"),
+        (["lora=[a.safetensors]"], "means nothing to method=decoder: a decoder has no part"),
+        (["train.gates_every=1"], "train.gates_every=1 means nothing to method=decoder"),
         (["decoder.widths=[4,4]"], "4 levels"),
     ],
 )

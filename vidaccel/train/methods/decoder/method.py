@@ -191,12 +191,6 @@ def _check_sizes(before: DecoderFiles, made: Any, family: DiTFamily) -> None:
 def _check(config: DistillConfig) -> None:
     if world() > 1:
         raise UserError("a decoder is distilled by one process", "run the command without torchrun")
-    if config.train.lora_rank:
-        raise UserError("a decoder is trained whole", "leave train.lora_rank=0")
-    if config.lora:
-        raise UserError(f"lora={config.lora[0]} is of a transformer, and a decoder has no part in it", "leave it out")
-    if config.denoiser is not None:
-        raise UserError(f"denoiser={config.denoiser}, and a decoder is of neither transformer", "leave it out")
 
 
 class _Part:
