@@ -160,6 +160,33 @@ def test_a_student_starts_equal_to_its_teacher(world, distilled, family, method)
         assert torch.equal(student(x, t, text, r=r, g=g), expected)
 
 
+def test_a_finished_one_says_so_before_a_model_is_loaded(world, distilled, monkeypatch, caplog):
+    """And not of other settings, or of files that have changed since."""
+
+    class LoadedAModel(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        raise LoadedAModel
+
+    folder, same = distilled("hunyuan_video"), settings(world, "hunyuan_video", sample_steps=3)
+    before, features = contents(folder), Path(same.features) / "run.json"
+    monkeypatch.setattr(module, "load_pipeline", load)
+    caplog.set_level(logging.INFO)
+    assert distill(same, folder) and contents(folder) == before
+    assert "already finished" in caplog.text
+    for changes in ({"seed": 1}, {"guidance_range": [1.0, 8.0]}, {"data": "clips", "features": None}):
+        with pytest.raises(LoadedAModel):
+            distill(replace(same, **changes), folder)
+    recorded = features.read_text()
+    for file, text in ((features, recorded + " "), (folder / "README.md", "another card")):
+        own = file.read_text()
+        file.write_text(text)
+        with pytest.raises(LoadedAModel):
+            distill(same, folder)
+        file.write_text(own)
+
+
 def test_a_few_step_teacher_keeps_its_r_when_guidance_is_distilled(world, tmp_path):
     distill(settings(world, "wan", method="mean_velocity"), tmp_path / "few")
     loaded = load_pipeline(tmp_path / "few", dtype="float32")

@@ -2,10 +2,13 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
 from tests.train.test_distill import logged, settings, world  # noqa: F401
+from vidaccel.models.loading import load_pipeline
+from vidaccel.train import distill as module
 from vidaccel.train.curves import draw_curves
 from vidaccel.train.distill import distill
 
@@ -49,6 +52,19 @@ def test_gates_on_the_way_are_curves_and_change_nothing_else(world, tmp_path):  
     assert not (tmp_path / "plain" / "gates.png").exists()
     for name in ("gates.json", "transformer/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "looked" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_gates_that_fail_cost_a_warning_each_and_no_training(world, tmp_path, caplog, monkeypatch):  # noqa: F811
+    def failing(task, held_out):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "method_of", lambda name, own=module.method_of: replace(own(name), gates=failing))
+    train = {"steps": 2, "gates_every": 1}
+    distill(settings(world, "hunyuan_video", bank="on", gate_samples=1, train=train), tmp_path / "student", "cpu")
+    assert "the look at step 2 failed (failure 2); training goes on: out of memory" in caplog.text
+    assert "computing the gates failed (failure 1); the student is saved: out of memory" in caplog.text
+    assert logged(tmp_path / "student", "step") == [1, 2] and not (tmp_path / "student" / "gates.json").exists()
+    assert load_pipeline(tmp_path / "student").conditioning is not None
 
 
 def test_curves_go_on_where_a_number_is_missing(tmp_path):

@@ -18,7 +18,7 @@ import diffusers
 import torch
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, check_output, sha256_file, write_json
+from vidaccel.artefacts import RUN_FILE, check_output, say_finished, sha256_file, write_json
 from vidaccel.collect.bank import Bank, world_bank
 from vidaccel.collect.encode import IMAGE, LATENT, as_array, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
@@ -45,9 +45,11 @@ from vidaccel.models.velocity import Text, Velocity, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.processes import locked_by_first, processes, rank, world
 from vidaccel.sampling import generate
+from vidaccel.train.finished import is_done, note_done
 from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Data, Distillation, Method, OtherTraining
+from vidaccel.train.metrics import ByProducts
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.own_call import called_as_told, own_scale, say_sources, warn_of_scale, with_scales
 from vidaccel.train.parallel import full_state, shard
@@ -93,12 +95,19 @@ def distill(config: DistillConfig, output: Path, device: str = "auto", clips: Cl
     """
     method = method_of(config.method)
     other = isinstance(method, OtherTraining)
-    check_output(output, method.format if other else MODEL)
+    made = method.format if other else MODEL
+    check_output(output, made)
     with processes(), locked_by_first(output):
+        if clips is None and is_done(output, made, config):
+            if rank() == 0:
+                say_finished(output)
+            return rank() == 0
         if other:
             method.run(config, output, device)
         else:
             _distill(config, output, device, clips)
+        if clips is None and rank() == 0:
+            note_done(output, config)
         return rank() == 0
 
 
@@ -169,7 +178,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
             _sheet(copy, config, seen, output / "samples" / f"{step:08d}.png") if seen and whole else None
         ),
     )
-    measured = None if held_out is None else _pass_gates(task, method, held_out, output)
+    measured = None if held_out is None else _gates_if_they_can(task, method, held_out, output)
     _save(config, loaded, copy, task, output, started, measured)
 
 
@@ -272,6 +281,15 @@ def _measured(task: Distillation, method: Method, clips: Bank, brief: bool = Fal
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
         held_out = HeldOut(x_0, eps, text, generator, runs, max(config.train.batch_size, 32), brief)
         return method.gates(task, held_out), runs
+
+
+def _gates_if_they_can(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured | None:
+    """`_pass_gates`; where they fail, which takes nothing from the student that is trained, a warning says so."""
+    measured: list[Measured] = []
+    ByProducts().make(
+        lambda: measured.append(_pass_gates(task, method, clips, output)), "computing the gates", "the student is saved"
+    )
+    return measured[0] if measured else None
 
 
 def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured:

@@ -24,13 +24,13 @@ class ByProducts:
     def __init__(self) -> None:
         self.failed = 0
 
-    def make(self, make: Callable[[], None], title: str) -> None:
+    def make(self, make: Callable[[], None], title: str, then: str = "training goes on") -> None:
         try:
             make()
         except Exception as error:
             self.failed += 1
             reason = " ".join(str(error).split()) or type(error).__name__
-            log.warning("%s failed (failure %d); training goes on: %s", title, self.failed, reason)
+            log.warning("%s failed (failure %d); %s: %s", title, self.failed, then, reason)
 
 
 class Metrics:

@@ -83,7 +83,7 @@ def train(
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place,
             after the checkpoint of that step. If it fails a warning says so, and training goes on.
         measure: called every `gates_every` steps while averaged weights are in place; what it gives stands in the line
-            of that step, and as curves in `gates.png`.
+            of that step, and as curves in `gates.png`. If it fails, as `sample`.
         rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
             scaled down by their own norm: two parts that work against each other are trained as if apart.
 
@@ -163,10 +163,11 @@ def train(
                     line["evaluation"] = mean([evaluate(model)])[0]
                 if line["evaluation"] < state.best:
                     state.best, state.best_step = line["evaluation"], state.step
-            found: Mapping[str, float] = {}
+            found: dict[str, float] = {}
             if good and measure and due(config.gates_every):
+                looked = partial(_into, found, measure)
                 with average.in_place(), eagerly(), autocast(config, device):
-                    found = measure()
+                    by_products.make(looked, f"the look at step {state.step}")
                 line |= found
             line |= {"skipped": state.skipped, "seconds": round(state.seconds, 1)}
             with checkpoints.last_good_named():
@@ -356,6 +357,10 @@ def _skip(title: str, step: int, outcome: Outcome, folder: Path) -> None:
             f"{title}: {MOST_BAD_STEPS} steps in a row without a finite loss or gradient, at step {step}; "
             f"the last good checkpoint is kept in {folder / CHECKPOINTS}"
         )
+
+
+def _into(found: dict[str, float], measure: Callable[[], Mapping[str, float]]) -> None:
+    found |= measure()
 
 
 def _due(every: int, since: int, done: int, last: bool) -> bool:
