@@ -160,7 +160,18 @@ WRONG = {
         "wan",
         comfyui() | {f"{FIRST}.lora_down.weight": torch.ones(RANK, D + 1)},
     ),
-    "does not load: KeyError.*blocks.0.self_attn.q.lora_up": ("wan", without(f"{FIRST}.lora_up.weight")),
+    "has 1 weights that are half of a pair, .*, such as .*blocks.0.self_attn.q.lora_down.weight\n": (
+        "wan",
+        without(f"{FIRST}.lora_up.weight"),
+    ),
+    "has 1 weights that are half of a pair, .*, such as double_blocks.1.txt_attn.proj.lora_up.weight\n": (
+        "hunyuan_video_15",
+        {
+            name: each
+            for name, each in hunyuan(False).items()
+            if name != "double_blocks.1.txt_attn.proj.lora_down.weight"
+        },
+    ),
     "has no layer for": ("hunyuan_video", comfyui()),
     "has .* weights that this HunyuanVideo15Transformer3DModel has no layer for": ("hunyuan_video_15", comfyui()),
     "has 1 weights that diffusers leaves out, and which are not zero, such as .*img_attn.norm.query_norm.diff\n": (
@@ -224,6 +235,13 @@ def test_adapters_are_part_of_what_a_model_is_known_by(saved, files):
     assert not torch.equal(again.pipe.transformer.state_dict()[q], plain.pipe.transformer.state_dict()[q])
     with pytest.raises(UserError, match=re.escape("there is no LoRA file nowhere")):
         load_pipeline(saved("wan"), lora=["nowhere"])
+
+
+def test_a_file_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "f.safetensors").touch()
+    for text in ("~/f.safetensors:0.5", "transformer_2:~/f.safetensors"):
+        assert Adapter.parsed(text).file == tmp_path / "f.safetensors"
 
 
 def test_of_two_transformers_each_file_names_its_own(tmp_path):

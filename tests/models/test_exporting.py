@@ -12,6 +12,7 @@ import vidaccel
 from tests.models.test_adapters import comfyui
 from tests.students import save, save_teacher, student, trained
 from tests.tiny import SIZE
+from vidaccel.artefacts import sha256_file
 from vidaccel.cli.main import app
 from vidaccel.compat.diffusers import hook_registry
 from vidaccel.errors import UserError
@@ -73,7 +74,10 @@ def test_a_plain_model_with_its_loras(tmp_path):
     plain = diffusers.WanPipeline.from_pretrained(tmp_path / "fused")
     assert isinstance(plain.scheduler, diffusers.UniPCMultistepScheduler)
     assert all(torch.equal(weight, expected[name]) for name, weight in plain.transformer.state_dict().items())
-    assert json.loads((tmp_path / "fused" / "run.json").read_text())["config"]["lora"] == lora
+    run = json.loads((tmp_path / "fused" / "run.json").read_text())
+    assert run["config"]["lora"] == lora
+    files = {"model": tmp_path / "wan" / "run.json", "lora.0": tmp_path / "lora.safetensors"}
+    assert run["parents"] == {role: sha256_file(file) for role, file in files.items()}
 
 
 def test_of_two_plain_transformers_each_keeps_its_scale(tmp_path):

@@ -69,6 +69,20 @@ def test_an_active_adapter_makes_another_model_and_an_inactive_one_does_not(load
     attach(loaded, predictor)
 
 
+def test_blocks_beside_the_trunk_count_as_well():
+    """VACE's, which take the control."""
+    pipe = tiny_pipeline("wan_vace")
+    family, before = FAMILIES["wan_vace"], pipeline_sample(pipe, FAMILIES["wan_vace"])
+    weight = pipe.transformer.vace_blocks[0].attn1.to_v.weight
+    with torch.no_grad():
+        weight += 0.1
+    assert changed(before, pipeline_sample(pipe, family)) == "vace_blocks.0.attn1.to_v.weight"
+    only = LoraConfig(r=2, target_modules=r"vace_blocks\.0\.attn1\.to_v", init_lora_weights=False)
+    assert active_adapters(pipe.transformer, family) is None
+    pipe.transformer.add_adapter(only)
+    assert active_adapters(pipe.transformer, family) is not None
+
+
 def test_a_predictor_runs_beside_active_adapters(loaded, predictor, tmp_path):
     """In its own folder's types and attention, which are asked of the trunk's wrapped layers."""
     loaded.pipe.transformer.add_adapter(LORA)

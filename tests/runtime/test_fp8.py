@@ -66,6 +66,18 @@ def test_results_are_of_the_type_that_the_weight_had():
     assert got.dtype == torch.bfloat16 and error(got, layer.float()(x)) < 0.06
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_cast_leaves_its_own_types_and_changes_that_of_its_results(dtype):
+    """`pipe.to(dtype)` is called on whatever is in a pipeline."""
+    layer, x = Fp8Linear(nn.Linear(32, 48).bfloat16()), torch.randn(5, 32).bfloat16()
+    expected, before = layer(x), {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.to(dtype)
+    after = layer.state_dict()
+    assert all(after[name].dtype == tensor.dtype and after[name].equal(tensor) for name, tensor in before.items())
+    assert layer(x).dtype == dtype and layer(x).equal(expected.to(dtype))
+    assert layer.to("meta").weight.device.type == "meta"
+
+
 def test_the_second_layer_of_a_feed_forward_takes_the_gelu():
     torch.manual_seed(0)
     stock = FeedForward(32, activation_fn="gelu-approximate").requires_grad_(False)

@@ -17,6 +17,7 @@ __all__ = [
     "FP8_PRODUCT",
     "INT8_PRODUCT",
     "KeepsFloat32",
+    "KeepsTypes",
     "TorchDispatchMode",
     "add_all",
     "call_of",
@@ -133,6 +134,22 @@ class KeepsFloat32(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.float().to(moved.device)  # unrounded
 
+        return super()._apply(kept, recurse)
+
+
+class KeepsTypes(nn.Module):
+    """A module whose own tensors go to other devices and stay in the types that they are in: a cast, which would round
+    them, only says what the results are to be in."""
+
+    results: torch.dtype
+
+    def _apply(self, fn, recurse=True):
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        device = next(self.parameters()).device
+        self.results = fn(torch.empty(0, dtype=self.results, device=device)).dtype
         return super()._apply(kept, recurse)
 
 

@@ -129,7 +129,7 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
         raise UserError(f"{adapter.file} is a LoRA, which needs peft", 'pip install "vidaccel[train]"') from error
     transformer: Any = getattr(pipe, adapter.denoiser or family.denoisers[0].attribute)
     hint = f"take a LoRA that was made for this {type(transformer).__name__}"
-    safetensors_header(adapter.file)
+    _refuse_halves(adapter.file, safetensors_header(adapter.file), hint)
     with reading(adapter.file, hint):
         _refuse_left_out(pipe, family, adapter.file)
         weights, metadata = _converted(pipe, family, str(adapter.file.parent), weight_name=adapter.file.name)
@@ -194,6 +194,18 @@ def _from_original(given: Mapping[str, Tensor], family: DiTFamily) -> dict[str, 
 def _named(name: str, rows: Tensor, family: DiTFamily) -> dict[str, Tensor]:
     """What a layer adds to its output, by the names of diffusers, whose layers may be parts of it."""
     return convert_hunyuan_video_transformer_to_diffusers({original_name(name, family.name): rows})
+
+
+def _refuse_halves(file: Path, names: Iterable[str], hint: str) -> None:
+    """`UserError` if one of a layer's two matrices is there without the other."""
+    pairs: dict[str, dict[str, str]] = {"down": {}, "up": {}}
+    for name in names:
+        part = next((part for part in ENDINGS if name.endswith(part)), "")
+        if ENDINGS.get(part) in pairs:
+            pairs[ENDINGS[part]][name.removesuffix(part)] = name
+    halves = pairs["down"].keys() ^ pairs["up"].keys()
+    alone = [name for names in pairs.values() for layer, name in names.items() if layer in halves]
+    _refuse(file, alone, "are half of a pair, whose other matrix is missing", hint)
 
 
 def _refuse_left_out(pipe: DiffusionPipeline, family: DiTFamily, file: Path) -> None:

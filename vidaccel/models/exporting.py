@@ -21,6 +21,7 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
 from vidaccel.models.cards import README, exported_card
+from vidaccel.models.files import ADAPTERS
 from vidaccel.models.folder import FORMAT
 from vidaccel.models.grid import ListedScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
@@ -81,7 +82,6 @@ def export_model(
     own = {"guidance": scale} | ({} if second is None else {"guidance_2": second})
     call |= {"guidance": 1.0} if distilled else own
     arguments = call_arguments(loaded, guidance=guidance, guidance_2=guidance_2)
-    run = Path(loaded.source) / RUN_FILE
     started = datetime.now(UTC)
     with atomic_folder(folder) as draft:
         with _without_conditioning(loaded, scales), _with_scheduler(loaded):
@@ -96,10 +96,18 @@ def export_model(
             config=dict(config or {}),
             seed=0,
             started=started,
-            parents={"model": sha256_file(run)} if run.is_file() else {},
+            parents=_parents(loaded),
             call=call,
         )
     return arguments
+
+
+def _parents(loaded: LoadedPipeline) -> dict[str, str]:
+    """SHA-256 of the model's run.json, and of each LoRA file that it was loaded with."""
+    run = Path(loaded.source) / RUN_FILE
+    found = {"model": sha256_file(run)} if run.is_file() else {}
+    lora = [name for name in loaded.hashes if name.startswith(ADAPTERS)]
+    return found | {f"lora.{i}": loaded.hashes[name] for i, name in enumerate(lora)}
 
 
 def _require_exportable(loaded: LoadedPipeline) -> None:

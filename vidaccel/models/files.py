@@ -22,6 +22,9 @@ from vidaccel.models.released import Released
 from vidaccel.models.weights import one_line
 from vidaccel.worlds import WORLDS, shipped_models
 
+ADAPTERS = "adapter-"
+"""How names of LoRA files begin among hashes, with their number and scale behind it."""
+
 
 def local_path(name: str | Path) -> Path:
     """Where the folder of this name would be: within the package for the name of a shipped model, WORLD/<name> as text.
@@ -129,7 +132,7 @@ def hashes_of(contents: ModelFolder, adapters: Sequence[Adapter] = (), student: 
         weights[name] = own_files(part, "*.safetensors") if part else []
     weights |= {part.name: own_files(part, "*.safetensors") for part in contents.further.values()}
     named = {f"{name}/{file.name}": file for name, files in weights.items() for file in files}
-    return FileHashes(named | {f"adapter-{i}/{each.recorded}": each.file for i, each in enumerate(adapters)})
+    return FileHashes(named | {f"{ADAPTERS}{i}/{each.recorded}": each.file for i, each in enumerate(adapters)})
 
 
 def _read_local(folder: Path) -> tuple[ModelFolder, dict[Path, dict[str, Any]]]:

@@ -29,7 +29,7 @@ from vidaccel.models.calling import guidance_in_force, second_guidance, set_guid
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.decoder import DecoderFiles, check_decoder, read_decoder, with_decoder
 from vidaccel.models.decoding import speed_up
-from vidaccel.models.files import ModelFiles, hashes_of, local_path, read_model, released_call
+from vidaccel.models.files import ADAPTERS, ModelFiles, hashes_of, local_path, read_model, released_call
 from vidaccel.models.folder import (
     ModelFolder,
     read_json,
@@ -226,7 +226,7 @@ def load_student(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -> 
         known.hook.remove()
     del before
     others = known.hashes.files if isinstance(known.hashes, FileHashes) else {}
-    gone = re.compile(rf"({attribute}|conditioning|lora|adapter-\d+)/")  # with the transformer that they were of
+    gone = re.compile(rf"({attribute}|conditioning|lora|{ADAPTERS}\d+)/")  # with the transformer that they were of
     beside = {name: file for name, file in others.items() if not gone.match(name)}
     hashes = FileHashes(beside | {f"{attribute}/{released.file.name}": released.file})
     call, parts = released_call(known.call, released), _said_by_parts(pipe, family)

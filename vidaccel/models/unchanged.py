@@ -1,5 +1,5 @@
-"""Whether a transformer still has the weights that its files say: by a few numbers of each of its trunk's matrices, and
-by the adapters that are active on it.
+"""Whether a transformer still has the weights that its files say: by a few numbers of each matrix of its blocks, those
+beside the trunk too, and by the adapters that are active on them.
 
 Files know nothing of a LoRA that was fused into their weights in memory, nor of one that runs beside them; what was
 trained for the one model would be taken for the other.
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of, denoisers_of
+from vidaccel.families.walk import blocks_of, denoisers_of, side_blocks_of
 
 NUMBERS = 32
 """Of a matrix's first row: B A of a LoRA changes them all."""
@@ -35,10 +35,10 @@ Sample = Mapping[str, Tensor]
 
 
 def trunk_sample(transformer: nn.Module, family: DiTFamily) -> Sample:
-    """Of the trunk's matrices in memory, in the type that they are held in; quantised and sharded ones, and those that
+    """Of the blocks' matrices in memory, in the type that they are held in; quantised and sharded ones, and those that
     are offloaded layer by layer, are left out."""
     found = {}
-    for kind in family.block_lists:
+    for kind in family.all_lists:
         for name, weight in getattr(transformer, kind.name).named_parameters(prefix=kind.name):
             plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.device.type != "meta"
             if plain and weight.ndim == 2 and ".lora_" not in name:
@@ -61,7 +61,7 @@ def _prefix(attribute: str, family: DiTFamily) -> str:
 
 def stored_sample(files: Iterable[tuple[str, Path]], family: DiTFamily) -> Sample:
     """The same of safetensors files, each with the attribute of the denoiser that it is of."""
-    lists = tuple(f"{kind.name}." for kind in family.block_lists)
+    lists = tuple(f"{kind.name}." for kind in family.all_lists)
     found = {}
     for attribute, file in files:
         with safe_open(file, framework="pt") as stored:
@@ -82,10 +82,11 @@ def changed(before: Sample, now: Sample) -> str | None:
 
 
 def active_adapters(transformer: nn.Module, family: DiTFamily) -> str | None:
-    """One hash of the adapters that run beside the trunk's weights, with their scales; None where none does."""
+    """One hash of the adapters that run beside the blocks' weights, with their scales; None where none does."""
     digest = hashlib.sha256()
     found = False
-    for index, (_, block) in enumerate(blocks_of(transformer, family)):
+    blocks = [*blocks_of(transformer, family), *side_blocks_of(transformer, family)]
+    for index, (_, block) in enumerate(blocks):
         layers: dict[str, Any] = dict(block.named_modules())
         for name, layer in layers.items():
             merged = set(getattr(layer, "merged_adapters", ()))

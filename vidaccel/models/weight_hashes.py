@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.loading import ADAPTERS, LoadedPipeline
 from vidaccel.models.unchanged import active_adapters
 
 
@@ -36,7 +36,7 @@ def student_hashes(loaded: LoadedPipeline) -> set[str]:
     """All that `student_hash` may have been when something was made for this model: that of a hub id was once
     made of the id."""
     plain = not any(_adapters_beside(loaded))
-    once = plain and not any(name.startswith("adapter-") for name in loaded.hashes)
+    once = plain and not any(name.startswith(ADAPTERS) for name in loaded.hashes)
     return {student_hash(loaded)} | ({_digest(loaded.source)} if once and not Path(loaded.source).exists() else set())
 
 

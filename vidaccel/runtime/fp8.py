@@ -14,16 +14,16 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from vidaccel.compat.torch import scaled_product
+from vidaccel.compat.torch import KeepsTypes, scaled_product
 from vidaccel.kernels.quantize_rows import reference
 from vidaccel.kernels.quantize_rows.op import quantize_rows
 from vidaccel.kernels.quantize_rows.reference import Rows
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(KeepsTypes, nn.Linear):
     """In the place of a plain linear layer, under the same name: its weight in float8, its bias as it was.
 
-    It can be neither trained nor saved nor cast to another type.
+    It can be neither trained nor saved. Cast to another type it computes as before, and gives its results in that.
     """
 
     scales: Tensor
@@ -38,7 +38,8 @@ class Fp8Linear(nn.Linear):
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.dtype, self.kernels, self.gelu = layer.weight.dtype, kernels, gelu
+        self.dtype = self.results = layer.weight.dtype
+        self.kernels, self.gelu = kernels, gelu
         values, scales = reference.quantize_rows(layer.weight.detach())
         self.weight = nn.Parameter(values, requires_grad=False)
         self.register_buffer("scales", scales)
@@ -50,11 +51,11 @@ class Fp8Linear(nn.Linear):
         return quantize_rows(x, left=left, gelu=gelu or self.gelu, kernels=self.kernels)
 
     def forward(self, input: Tensor | Rows) -> Tensor:
-        """[..., K] -> [..., N] in the type that the weight had."""
+        """[..., K] -> [..., N] in the type that the weight had, or that the layer was cast to since."""
         values, scales = input if isinstance(input, Rows) else self.rows(input)
         flat = values.flatten(0, -2)
         product = scaled_product(flat, self.weight.t(), scales.reshape(-1, 1), self.scales[None], self.dtype, self.bias)
-        return product.view(*values.shape[:-1], self.out_features)
+        return product.view(*values.shape[:-1], self.out_features).to(self.results)
 
 
 class ProjectionAlone(GELU):
