@@ -10,6 +10,7 @@ import torch
 from tests.tiny import CALLS, SIZE, tiny_pipeline
 from vidaccel.artefacts import RUN_FILE, sha256_file, write_run
 from vidaccel.errors import UserError
+from vidaccel.families.registry import FAMILIES
 from vidaccel.models.conditioning import Conditioning, new_conditioning
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.saving import save_student
@@ -18,9 +19,11 @@ STARTED = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def save_teacher(folder: Path, family: str, **options: bool) -> Path:
-    """A tiny pipeline folder that says how it is called: 32 x 32 pixels, 5 frames, 6 steps, guidance 3."""
+    """A tiny pipeline folder that says how it is called: 32 x 32 pixels, 5 frames, 6 steps, guidance 3; 3 steps
+    and no guidance of one that is a student."""
     tiny_pipeline(family, **options).save_pretrained(folder)
-    call = SIZE | CALLS.get(family, {}) | {"steps": 6, "guidance": 3.0, "fps": 8}
+    steps = {"steps": 3, "guidance": 1.0} if FAMILIES[family].embeds_r else {"steps": 6, "guidance": 3.0}
+    call = SIZE | CALLS.get(family, {}) | {"fps": 8} | steps
     write_run(folder, format="model/1", command="test", config={}, seed=0, started=STARTED, call=call)
     return folder
 

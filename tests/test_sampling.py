@@ -12,13 +12,13 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.students import save_teacher, student
-from tests.tiny import CALLS, FLOW, SIZE, image_of, passes_of, tiny_pipeline
+from tests.tiny import CALLS, FLOW, SIZE, as_given, as_made, image_of, passes_of, tiny_pipeline
 from vidaccel.artefacts import RUN_FILE
 from vidaccel.cache.attach import attach
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import as_latents, as_taken, latent_channels
+from vidaccel.families.walk import latent_channels
 from vidaccel.models.calling import call_arguments, latent_size, set_guidance
 from vidaccel.models.grid import Grid, on_grid, own_grid, running_grid, step_grid
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline
@@ -155,7 +155,7 @@ def test_a_shift_of_a_scheduler_that_has_none_of_its_own_is_refused(scheduler, w
         generate(model, ["a"], GenerateConfig(steps=1, shift=3.0), [0])
 
 
-@pytest.mark.parametrize("family", [*FLOW, "mochi"])
+@pytest.mark.parametrize("family", [*FLOW, "anyflow", "mochi"])
 def test_listed_times_are_sampled_by_euler_whatever_the_pipeline_has(family):
     model = loaded(family)
     own = model.pipe.scheduler
@@ -165,7 +165,8 @@ def test_listed_times_are_sampled_by_euler_whatever_the_pipeline_has(family):
     with on_grid(model.pipe, grid=grid):
         got, (text, *_) = pipeline_latents(model, x_1, steps=3, guidance=1.0)
         expected = sample(velocity, x_1, text, grid.tensor)
-    close = torch.allclose if model.family.rises else torch.equal  # 1 - t is rounded
+    rounded = model.family.rises or model.family.times_per_frame  # 1 - t, and ends of steps in another type
+    close = torch.allclose if rounded else torch.equal
     assert close(got, expected) and model.pipe.scheduler is own
     with attach(model, predictor="reuse", sigmas=[1, 0.757, 0.522], full_steps=[0, 1, 2]) as attachment:
         again, _ = pipeline_latents(model, x_1, steps=3, guidance=1.0)
@@ -213,12 +214,12 @@ def pipeline_latents(
     prompts = ["a red circle", "a green square"][: len(x_1)]
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-    latents = as_taken(model.family, x_1).clone()
+    latents = as_given(model.family, x_1).clone()
     frames = model.pipe(prompts, latents=latents, output_type="latent", **arguments).frames
     passes.handle.remove()
     seen = passes_of(model.pipe, passes.seen)
     text = [{tensor.stored: kwargs[tensor.argument] for tensor in model.family.text_tensors} for kwargs in seen]
-    return as_latents(model.family, frames, x_1.shape[2:]), text
+    return as_made(model.family, frames, x_1.shape[2:]), text
 
 
 def noise(model: LoadedPipeline, count: int = 1) -> torch.Tensor:
@@ -354,3 +355,14 @@ def test_other_samplers_of_a_diffusion_model_are_refused_where_they_add_noise():
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(UserError, match="CogVideoXDPMScheduler adds fresh noise"):
         attach(pipe, predictor="reuse", steps=2, full_steps=[0])
+
+
+def test_a_pipeline_that_tells_r_itself_tells_the_time_in_its_place_when_asked(tmp_path):
+    model = load_pipeline(save_teacher(tmp_path, "anyflow"))
+    mean, instantaneous = (
+        generate(model, ["a red circle"], GenerateConfig(instantaneous=asked), [0]) for asked in (False, True)
+    )
+    assert (mean.steps, mean.passes) == (3, 3) and not torch.equal(mean.latents, instantaneous.latents)
+    called = replace(model, call=model.call | {"use_mean_velocity": False})
+    stock = generate(called, ["a red circle"], GenerateConfig(), [0])
+    torch.testing.assert_close(stock.latents, instantaneous.latents)

@@ -5,12 +5,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
@@ -25,6 +27,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
@@ -74,7 +77,9 @@ from transformers import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from vidaccel.compat.diffusers import do_without_ftfy
+from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES, family_of
+from vidaccel.families.walk import as_latents, as_taken
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -175,6 +180,16 @@ def called(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a call of a tiny pipeline says of the video, where it takes that: its size, the image it begins with."""
     known = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in (SIZE | {"image": Image.fromarray(IMAGE)}).items() if name in known}
+
+
+def as_given(family: DiTFamily, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, T, H, W] as the pipeline's call takes them; AnyFlow's turns them round itself."""
+    return latents if family.name == "anyflow" else as_taken(family, latents)
+
+
+def as_made(family: DiTFamily, latents: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """What the call makes, of that size (T, H, W), as [B, C, T, H, W]."""
+    return latents if family.name == "anyflow" else as_latents(family, latents, size)
 
 
 def image_of(family: str) -> np.ndarray | None:
@@ -427,6 +442,17 @@ def wan_vace() -> DiffusionPipeline:
     return WanVACEPipeline(**parts)
 
 
+def anyflow() -> DiffusionPipeline:
+    parts = wan().components
+    config = parts["transformer"].config
+    known = inspect.signature(AnyFlowTransformer3DModel.__init__).parameters.keys() & config.keys()
+    parts["transformer"] = AnyFlowTransformer3DModel(**{name: config[name] for name in known})
+    parts["scheduler"] = FlowMapEulerDiscreteScheduler(shift=5.0)
+    del parts["transformer_2"]
+    do_without_ftfy(AnyFlowPipeline)
+    return AnyFlowPipeline(**parts)
+
+
 def cogvideox() -> DiffusionPipeline:
     """With rotations, as the 5B model has them, and half its compression of time: two groups of latent frames."""
     width, latent = 32, 4
@@ -620,6 +646,7 @@ def mochi() -> DiffusionPipeline:
 
 
 BUILDERS = {
+    "anyflow": anyflow,
     "cogvideox": cogvideox,
     "cogvideox_i2v": cogvideox_i2v,
     "hunyuan_video": hunyuan_video,
@@ -635,7 +662,7 @@ BUILDERS = {
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"cogvideox_i2v", "hunyuan_video_i2v", "ltx2", "mochi", "wan_vace"}
+VARIED = {"anyflow", "cogvideox_i2v", "hunyuan_video_i2v", "ltx2", "mochi", "wan_vace"}
 """Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""

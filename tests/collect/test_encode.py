@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import BUILDERS, CALLS, SIZE, called, passes_of, tiny_pipeline
+from tests.tiny import BUILDERS, CALLS, SIZE, as_given, called, passes_of, tiny_pipeline
 from vidaccel.collect.encode import batch, encode_prompts, encode_samples, encode_texts, encode_videos, first_frames
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
-from vidaccel.families.walk import as_taken
 from vidaccel.models.calling import call_arguments, set_guidance
 from vidaccel.models.loading import LoadedPipeline
 
@@ -93,7 +92,7 @@ def test_the_pipeline_decodes_what_was_encoded(family, models):
     latents = encode_videos(pipe.vae, videos(1))
     set_guidance(loaded, two_pass=False)
     zero = pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    given = as_taken(loaded.family, latents)
+    given = as_given(loaded.family, latents)
     if loaded.family.predicts != "flow":  # whose steps do not leave latents alone
         pipe.scheduler.step = lambda *args, **options: (given,)
     arguments = call_arguments(loaded, steps=loaded.family.least_steps, two_pass=False) | called(pipe)

@@ -101,8 +101,15 @@ class Model:
             made = self.distilled("cfg", made, name, denoiser=name)
         return made
 
+    @property
+    def passes(self) -> int:
+        """Of a step, as it is made to be called."""
+        return 1 if self.family.embeds_r else 2
+
     @cached_property
     def student(self) -> Path:
+        if self.family.embeds_r:
+            return self.teacher
         return self.distilled("mean_velocity", self.cfg)
 
     @cached_property
@@ -145,12 +152,13 @@ def runs_predicted_steps(model: Model) -> None:
     plain = latents(model.loaded, **called)
     with vidaccel.attach(model.loaded, predictor="reuse", steps=steps, full_steps=list(range(steps))) as attachment:
         assert torch.equal(latents(model.loaded, **called), plain)
-        assert (attachment.full_passes, attachment.predicted_passes) == (2 * steps, 0)
+        assert (attachment.full_passes, attachment.predicted_passes) == (model.passes * steps, 0)
     for predictor in ("reuse", "taylor"):
         with vidaccel.attach(model.loaded, predictor=predictor, steps=steps, full_steps=full) as attachment:
             predicted = latents(model.loaded, **called)
         assert predicted.isfinite().all() and not torch.equal(predicted, plain)
-        assert (attachment.full_passes, attachment.predicted_passes) == (4, 2 * (steps - 2))
+        passes = attachment.full_passes, attachment.predicted_passes
+        assert passes == (2 * model.passes, model.passes * (steps - 2))
     assert torch.equal(latents(model.loaded, **called), plain)
 
 
@@ -306,6 +314,8 @@ def why_not(family: DiTFamily, ability: str) -> str | None:
         return f"{family.title} {family.untrained}, and .* is of clips and captions alone"
     if ability in set(NOT_ALL) - {"collect-features"} and family.predicts != "flow":
         return f"{family.title} predicts v .* is for flow velocities"
+    if ability.startswith("distill") and family.embeds_r:
+        return f"is a student already: {family.title} is told where a step ends"
     if ability in ("distill method=mean_velocity", "train-predictor") and len(family.denoisers) > 1:
         return f"{family.title} denoises with 2 transformers"
     return None

@@ -242,7 +242,8 @@ def test_the_timestep_embedder_sees_the_time_and_nothing_else(family, pipes):
     generate(pipes[family.name], family, generator=torch.Generator().manual_seed(7))
     hook.remove()
     width = embedder.linear_2.out_features
-    assert {tuple(output.shape) for _, output in seen} == {(1, width)}
+    rows = 2 if family.times_per_frame else 1
+    assert {tuple(output.shape) for _, output in seen} == {(rows, width)}
     times = 2 if any(each.first_frame for each in family.conditions) else 1  # a clean frame has its own
     assert all(torch.equal(output, seen[i % times][1]) for i, (_, output) in enumerate(seen))
 

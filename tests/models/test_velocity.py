@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tiny import ONE_DENOISER, SIZE, called, guided, tiny_pipeline
+from tests.tiny import FLOW, ONE_DENOISER, SIZE, called, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES, family_of_pipeline
 from vidaccel.families.walk import as_latents, as_taken, latent_channels
@@ -89,8 +89,11 @@ def inputs(pipe, family, kwargs):
     text = {tensor.stored: kwargs[tensor.argument] for tensor in family.text_tensors}
     hidden = as_latents(family, kwargs["hidden_states"], size)
     for condition in family.conditions:
-        text[condition.stored] = kwargs[condition.argument] if condition.argument else hidden[:, channels:]
+        channels_of = hidden[:, :, :1] if condition.first_frame else hidden[:, channels:]
+        text[condition.stored] = kwargs[condition.argument] if condition.argument else channels_of
     t = kwargs["timestep"] / 1000
+    if family.times_per_frame:
+        t = t[:, 0]
     return hidden[:, :channels], 1 - t if family.rises else t, text
 
 
@@ -112,7 +115,7 @@ def test_gives_what_the_transformer_gave_in_its_pipeline(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_15", "ltx_video", "mochi", "wan"])
+@pytest.mark.parametrize("name", [*FLOW, "anyflow", "hunyuan_video_i2v", "mochi"])
 def test_times_are_told_as_exactly_as_the_pipeline_tells_them(name):
     """In bfloat16 some pipelines round them, by up to 2 of 1000."""
     pipe, family, seen = one_pass(name, torch.bfloat16)

@@ -101,8 +101,9 @@ def rows(config: BenchmarkConfig, model: nn.Module, size: Size) -> dict[str, int
     frame = math.prod(sides)
     video = times * frame
     apart = {condition.tokens for condition in family.conditions if condition.counted}
-    text = sum(count for name, count in config.text_tokens.items() if name not in apart)
-    return {"one": 1, "frame": frame, "video": video, "text": text, "all": video + text, **config.text_tokens}
+    texts = config.text_tokens
+    text = sum(count for name, count in texts.items() if name not in apart)
+    return {"one": 1, "frame": frame, "frames": times, "video": video, "text": text, "all": video + text, **texts}
 
 
 def _check_texts(family: DiTFamily, given: dict[str, int]) -> None:

@@ -33,7 +33,7 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of
-from vidaccel.families.walk import boundaries_of, denoisers_of, passes_of_call
+from vidaccel.families.walk import boundaries_of, denoisers_of, embeds, passes_of_call
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of
@@ -167,7 +167,7 @@ def _attached(
 
 def _refuse_without_r(transformer: Any, family: DiTFamily) -> None:
     """`UserError` unless the transformer is told where a step ends, as that of a released predictor was."""
-    if step_hook_of(transformer) is None and not (family.r_config and transformer.config[family.r_config]):
+    if step_hook_of(transformer) is None and not embeds(transformer, family, "r"):
         raise UserError(
             "a released predictor is for a student of mean velocities, and this transformer is told no r",
             "give the student as well (student=FILE, vidaccel.load_student); or see what it does with force=true",

@@ -260,13 +260,16 @@ class DiTFamily:
     """Dotted paths of embedders whose output is the same at every step, or nearly: a predicted step takes that of the
     last full one."""
     r_config: str | None = None
-    """Transformer config key that is true when it was built with an embedding of r; None if the class has none."""
+    """Transformer config key that is true when it was built with an embedding of r; None if the class has none, or
+    always one: its models are students then, from which nothing is distilled."""
     r_argument: str | None = None
     """The transformer's forward argument that then takes 1000 r."""
     g_config: str | None = None
     """Transformer config key that is true when it was built with an embedding of g; None if the class has none."""
     g_argument: str | None = None
     """The transformer's forward argument that then takes 1000 g."""
+    times_per_frame: bool = False
+    """Whether `forward` takes times [B, T], one of each latent frame."""
     batched_autoencoder: bool = True
     """Whether the autoencoder takes several videos at once."""
     chunked_autoencoder: str | None = None
@@ -297,6 +300,11 @@ class DiTFamily:
     def begins_with_image(self) -> bool:
         """Whether its videos begin with an image."""
         return any(each.made_of == "image" for each in self.conditions)
+
+    @property
+    def embeds_r(self) -> bool:
+        """Whether all of its transformers are told where a step ends."""
+        return self.r_argument is not None and self.r_config is None
 
     @property
     def all_lists(self) -> tuple[BlockList, ...]:

@@ -1,11 +1,11 @@
 """What each part of a family's transformer works on, as data: FLOPs and memory are computed from it.
 
 A *stream* is a number of rows: `one` (the conditioning vector), `video` or `text` tokens, `all` of them, those of a
-latent `frame`, or one of several texts by its name in the configuration; `prompt+1` is one row more. A Linear or patch
-convolution costs 2 FLOPs a weight and row of its stream, an attention 4 D a pair of query and key, and nothing else is
-counted: PyTorch's counter leaves out norms, rotations and activation functions as well, and
-tests/bench/measures/test_flops.py holds the sums against it, to the last FLOP. So all that a family adds, as `costs` of
-its record, is a table of `layer name -> stream`.
+latent `frame`, how many `frames` there are, or one of several texts by its name in the configuration; `prompt+1` is one
+row more. A Linear or patch convolution costs 2 FLOPs a weight and row of its stream, an attention 4 D a pair of query
+and key, and nothing else is counted: PyTorch's counter leaves out norms, rotations and activation functions as well,
+and tests/bench/measures/test_flops.py holds the sums against it, to the last FLOP. So all that a family adds, as
+`costs` of its record, is a table of `layer name -> stream`.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,8 @@ class Argument:
     """`model` is the one of the weights."""
     copies: int = 1
     """2 is a tuple of two such tensors (cosines and sines)."""
+    names: tuple[str, ...] = ()
+    """Of a dictionary that has it by each of them: one tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,4 +67,5 @@ class FamilyCosts:
     @property
     def texts(self) -> set[str]:
         """Streams of the texts and of what stands beside them, whose lengths a configuration gives."""
-        return {stream.partition("+")[0] for _, stream in self.layers} - {"one", "video", "text", "all", "frame"}
+        others = {"one", "video", "text", "all", "frame", "frames"}
+        return {stream.partition("+")[0] for _, stream in self.layers} - others

@@ -40,6 +40,7 @@ HUNYUAN_VIDEO_I2V = replace(
     ),
     conditions=(Condition("image_latents", first_frame=True),),
     texts_see_image=True,
+    rounds_times=False,
     split=None,
     fused=None,
     batched=False,  # it takes one image for each prompt

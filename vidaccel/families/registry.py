@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from vidaccel.errors import UserError
+from vidaccel.families.anyflow import ANYFLOW
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.cogvideox import COGVIDEOX
 from vidaccel.families.cogvideox_i2v import COGVIDEOX_I2V
@@ -23,6 +24,7 @@ from vidaccel.families.wan_vace import WAN_VACE
 FAMILIES: dict[str, DiTFamily] = {
     family.name: family
     for family in (
+        ANYFLOW,
         COGVIDEOX,
         COGVIDEOX_I2V,
         HUNYUAN_VIDEO,
@@ -57,6 +59,7 @@ UNSUPPORTED: dict[str, str] = {
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": _FORCING,
     "SkyReelsV2DiffusionForcingPipeline": _FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _FORCING,
+    "WanAnimatePipeline": "makes its video in pieces, each from the last, of a video of poses and one of a face",
 }
 """By diffusers pipeline class why it is of no family: what predicted steps would get wrong."""
 

@@ -46,6 +46,13 @@ def conditions_of(transformer: nn.Module, family: DiTFamily) -> list[Condition]:
     return [each for each in family.conditions if each.width_config is None or config[each.width_config] is not None]
 
 
+def embeds(transformer: nn.Module, family: DiTFamily, number: str) -> bool:
+    """Whether a transformer was built with an embedding of "r" or "g"."""
+    config: Any = transformer.config
+    key = getattr(family, f"{number}_config")
+    return bool(config[key]) if key else number == "r" and family.embeds_r
+
+
 def stored_inputs(transformer: nn.Module, family: DiTFamily) -> list[str]:
     """Names in a feature folder of all that a transformer is given besides latents and numbers: texts, conditions."""
     return [each.stored for each in (*family.text_tensors, *conditions_of(transformer, family))]

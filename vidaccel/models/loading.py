@@ -22,7 +22,7 @@ from vidaccel.compat.diffusers import do_without_ftfy
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import Denoiser, DiTFamily
 from vidaccel.families.registry import family_of
-from vidaccel.families.walk import denoisers_of
+from vidaccel.families.walk import denoisers_of, embeds
 from vidaccel.file_hashes import FileHashes
 from vidaccel.models.adapters import Adapter, add_adapters, check_denoisers
 from vidaccel.models.calling import guidance_in_force, second_guidance, set_guidance, warn_of_guidance
@@ -323,7 +323,7 @@ def as_student(loaded: LoadedPipeline, conditioning: Conditioning | None, schedu
             guider = getattr(pipe, family.guidance.guider)
             setattr(pipe, family.guidance.guider, guider.new(enabled=False))
     hook = None
-    if conditioning is not None or (family.r_config and transformer.config[family.r_config]):
+    if conditioning is not None or embeds(transformer, family, "r"):
         hook = StepHook(pipe, family, conditioning, loaded.default("guidance"))
     made = replace(loaded, conditioning=conditioning, hook=hook)
     if "guidance" in made.call and family.guidance.guider:

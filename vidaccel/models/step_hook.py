@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidaccel.compat.diffusers import hook_registry
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import denoisers_of, passes_of_call
+from vidaccel.families.walk import denoisers_of, embeds, passes_of_call
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import current_step
 
@@ -37,8 +37,7 @@ class StepHook(ModelHook):
         """r = t at every step: a student of mean velocities then gives the instantaneous ones."""
         self._pipe, self._family, self._conditioning = pipe, family, conditioning
         self._transformer = denoisers_of(pipe, family)[0]
-        native = bool(family.r_config and self._transformer.config[family.r_config])
-        self._r_argument = family.r_argument if native else None
+        self._r_argument = family.r_argument if embeds(self._transformer, family, "r") else None
         self._last: tuple[Tensor, int] | None = None
         HookRegistry.check_if_exists_or_initialize(self._transformer).register_hook(self, NAME)
 
@@ -52,7 +51,8 @@ class StepHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         conditioning = self._conditioning if self._conditioning and not self._conditioning.is_given else None
-        r_argument = self._r_argument if kwargs.get(self._r_argument) is None else None
+        told = kwargs.get(self._r_argument) is not None and not (self.instantaneous and self._family.embeds_r)
+        r_argument = None if told else self._r_argument
         if not conditioning and not r_argument:
             return self.fn_ref.original_forward(*args, **kwargs)
         timestep = kwargs["timestep"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import as_latents, as_taken, boundaries_of, conditions_of, denoisers_of
+from vidaccel.families.walk import as_latents, as_taken, boundaries_of, conditions_of, denoisers_of, embeds
 from vidaccel.models.calling import compression_of
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import denoiser_at
@@ -62,7 +62,8 @@ class Velocity(nn.Module):
 
     def embeds(self, number: str) -> bool:
         """Whether the model is conditioned on "r" or "g", by itself or by `conditioning`."""
-        return self._native(number) or (self.conditioning is not None and number in self.conditioning.config.embeds)
+        attached = self.conditioning is not None and number in self.conditioning.config.embeds
+        return attached or embeds(self.transformer, self.family, number)
 
     def forward(self, x: Tensor, t: Tensor, text: Text, r: Tensor | None = None, g: Tensor | None = None) -> Tensor:
         """x [B, C, T, H, W], t, r and g [B] -> [B, C, T, H, W]; r is t unless given.
@@ -75,9 +76,10 @@ class Velocity(nn.Module):
             raise ValueError(f"{given} was given for g, and the model embeds {embedded}")
         numbers = {"r": t if r is None else r, "g": g}
         arguments: dict[str, Any] = {each.argument: text[each.stored] for each in self.family.text_tensors}
-        for name, argument in (("r", self.family.r_argument), ("g", self.family.g_argument)):
-            if self._native(name):
-                arguments[argument] = (1000 * numbers[name]).to(x.dtype)
+        told = x.dtype if self.family.rounds_times else torch.promote_types(x.dtype, torch.float32)
+        for name, argument, dtype in (("r", self.family.r_argument, told), ("g", self.family.g_argument, x.dtype)):
+            if embeds(self.transformer, self.family, name):
+                arguments[argument] = (1000 * numbers[name]).to(dtype)
         for blank in self.family.blank_inputs:
             width = self.transformer.config[blank.width_config]
             arguments[blank.argument] = x.new_zeros(len(x), blank.tokens, width)
@@ -93,18 +95,17 @@ class Velocity(nn.Module):
                 arguments[condition.argument] = given
                 if condition.counted:
                     arguments[condition.counted] = given.shape[1]
-        told = x.dtype if self.family.rounds_times else torch.promote_types(x.dtype, torch.float32)
         timestep = (1000 * (1 - t if self.family.rises else t)).to(told)
+        if self.family.times_per_frame:
+            timestep = _per_frame(timestep, x)
+            if (ends := self.family.r_argument) is not None:
+                arguments[ends] = _per_frame(arguments[ends], x)
         with nullcontext() if self.conditioning is None else self.conditioning.given(**numbers):
             taken = as_taken(self.family, self._padded(channels))
             given = self.transformer(hidden_states=taken, timestep=timestep, **arguments, return_dict=False)[0]
         u = as_latents(self.family, given, x.shape[2:])
         u = -u if self.family.rises else u
         return u if clean is None else torch.cat([_straight(x[:, :, :1], clean, t).to(u.dtype), u[:, :, 1:]], dim=2)
-
-    def _native(self, number: str) -> bool:
-        key = getattr(self.family, f"{number}_config")
-        return bool(key and self.transformer.config[key])
 
     def _sized(self, x: Tensor) -> dict[str, Any]:
         """The inputs that follow from the size of latents x."""
@@ -222,6 +223,11 @@ def velocity_of(loaded: "LoadedPipeline") -> Velocity:
         further = [each.conditioning for each in loaded.further] or [None] * len(boundaries)
         return SwitchedVelocity(transformers, loaded.family, [loaded.conditioning, *further], boundaries, scale)
     return Velocity(transformers[0], loaded.family, loaded.conditioning, scale)
+
+
+def _per_frame(times: Tensor, x: Tensor) -> Tensor:
+    """Times [B] of latents [B, C, T, H, W] as [B, T]."""
+    return times[:, None].expand(-1, x.shape[2])
 
 
 def _straight(x: Tensor, clean: Tensor, t: Tensor) -> Tensor:

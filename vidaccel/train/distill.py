@@ -421,6 +421,11 @@ def _span(loaded: LoadedPipeline, attribute: str) -> tuple[float, float]:
 
 def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
     require_trainable(loaded.family, "distillation")
+    if loaded.family.embeds_r:
+        raise UserError(
+            f"{loaded.source} is a student already: {loaded.family.title} is told where a step ends",
+            f"train a predictor for it: vidaccel train-predictor student={loaded.source} -o FOLDER",
+        )
     method.check_teacher(loaded, velocity_of(loaded))
 
 

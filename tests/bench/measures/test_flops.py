@@ -136,7 +136,8 @@ def one_pass(request):
     lengths = {name: given[argument].shape[1] for name, argument in texts.items() if argument in given}
     apart = {each.tokens for each in family.conditions if each.counted}
     assert sum(count for name, count in lengths.items() if name not in apart) == text
-    return transformer, family, {"one": 1, "video": video, "text": text, "all": video + text, **lengths}, counter
+    rows = {"one": 1, "frames": 2, "video": video, "text": text, "all": video + text}
+    return transformer, family, rows | lengths, counter
 
 
 def test_a_whole_pass_is_what_pytorch_counts(one_pass):
@@ -170,7 +171,7 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     image |= {"image_condition_type": "token_replace"} if any(each.first_frame for each in family.conditions) else {}
     model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts, transformer=image))
     text = sum(count for name, count in texts.items() if name != "audio")
-    rows = {"one": 1, "frame": 500, "video": 1500, "text": text, "all": 1500 + text, **texts}
+    rows = {"one": 1, "frame": 500, "frames": 3, "video": 1500, "text": text, "all": 1500 + text, **texts}
     found = first_blocks(model, family, rows)
     for block_list in family.all_lists:
         block = model.get_submodule(block_list.name)[0]

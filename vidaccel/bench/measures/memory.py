@@ -95,7 +95,7 @@ def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, row
 
 def block_arguments(
     model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]
-) -> dict[str, Tensor | tuple[Tensor, ...] | int | None]:
+) -> dict[str, Tensor | tuple[Tensor, ...] | dict[str, Tensor] | int | None]:
     """The arguments of a block's call, one video, empty, on the device and in the dtype of the model."""
     like = next(model.parameters())
     tokens = {"hidden_states": "video", "encoder_hidden_states": "text"}
@@ -114,4 +114,6 @@ def block_arguments(
         shape, dtype = _shape(argument, model, rows), _dtype(argument, like.dtype)
         tensors = tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(argument.copies))
         given[name] = tensors if argument.copies > 1 else tensors[0]
+        if argument.names:
+            given[name] = dict.fromkeys(argument.names, tensors[0])
     return given
