@@ -3,17 +3,22 @@
 import pytest
 import torch
 from diffusers.hooks.group_offloading import ModuleGroup
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import vidaccel
 from tests.tiny import HUNYUAN_CALL, called, calls_of_a_step, guided, tiny_pipeline
 from vidaccel.cli.main import app
+from vidaccel.compat.torch import TorchDispatchMode, is_traceable_wrapper_subclass
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of
+from vidaccel.models.live_bytes import weight_bytes
 from vidaccel.runtime.offload import check_offload, offload, offload_trunk
+from vidaccel.runtime.quantized import quantize_blocks
 
 CPU, STEPS = torch.device("cpu"), 4
+SETTINGS = {"predictor": "taylor", "steps": STEPS, "full_steps": [0, 1]}
 
 
 def latents(pipe, prompt="a red circle"):
@@ -22,29 +27,39 @@ def latents(pipe, prompt="a red circle"):
     return pipe(prompt=prompt, num_inference_steps=STEPS, generator=draw, output_type="latent", **more).frames
 
 
+def weights(group):
+    """Parameters and buffers of a group."""
+    own = [each for part in group.modules for each in (*part.parameters(), *part.buffers())]
+    return [*own, *group.parameters, *group.buffers]
+
+
+def held(group):
+    """Bytes of a group: quantised weights are made of several."""
+    return sum(part.nbytes for weight in weights(group) for part in parts(weight))
+
+
+def parts(weight):
+    if not is_traceable_wrapper_subclass(weight):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+
+
 @pytest.fixture
 def moved(monkeypatch):
     """Bytes of each group that was brought to the device."""
     bytes, onload = [], ModuleGroup.onload_
 
     def counted(group):
-        bytes.append(sum(p.nbytes for module in group.modules for p in module.parameters()))
+        bytes.append(held(group))
         onload(group)
 
     monkeypatch.setattr(ModuleGroup, "onload_", counted)
     return bytes
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "ltx_video", "wan"])
-def test_a_predicted_step_moves_no_weights_and_a_full_one_those_of_the_trunk(name, moved):
-    pipe, family = tiny_pipeline(name), FAMILIES[name]
-    settings = {"predictor": "taylor", "steps": STEPS, "full_steps": [0, 1]}
-    with vidaccel.attach(pipe, **settings):
-        expected = latents(pipe)
-    offload_trunk(pipe.transformer, family, CPU)
-    a_pass = [sum(p.nbytes for p in block.parameters()) for _, block in blocks_of(pipe.transformer, family)]
-    by_step = []
-    step = pipe.scheduler.step
+def a_step(pipe, moved):
+    """Bytes of the groups that moved in each step, of steps that the pipeline makes from now on."""
+    by_step, step = [], pipe.scheduler.step
 
     def count(*args, **kwargs):
         by_step.append(list(moved))
@@ -52,10 +67,78 @@ def test_a_predicted_step_moves_no_weights_and_a_full_one_those_of_the_trunk(nam
         return step(*args, **kwargs)
 
     pipe.scheduler.step = count
-    with vidaccel.attach(pipe, **settings):
+    return by_step
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "ltx_video", "wan"])
+def test_a_predicted_step_moves_no_weights_and_a_full_one_those_of_the_trunk(name, moved):
+    pipe, family = tiny_pipeline(name), FAMILIES[name]
+    with vidaccel.attach(pipe, **SETTINGS):
+        expected = latents(pipe)
+    offload_trunk(pipe.transformer, family, CPU)
+    a_pass = [sum(p.nbytes for p in block.parameters()) for _, block in blocks_of(pipe.transformer, family)]
+    by_step = a_step(pipe, moved)
+    with vidaccel.attach(pipe, **SETTINGS):
         assert torch.equal(latents(pipe), expected)
     full = a_pass * calls_of_a_step(pipe)
     assert by_step == [full, full, [], []]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_quantised_weights_move_as_they_are(kind, moved):
+    if kind == "int8":
+        pytest.importorskip("torchao", reason="the extra `quant` is not installed")
+    pipe, family = tiny_pipeline("cogvideox"), FAMILIES["cogvideox"]
+    blocks = [block for _, block in blocks_of(pipe.transformer, family)]
+    plain = weight_bytes(blocks)
+    quantize_blocks(pipe.transformer, family, kind)
+    with vidaccel.attach(pipe, **SETTINGS):
+        expected = latents(pipe)
+    offload_trunk(pipe.transformer, family, CPU)
+    by_step = a_step(pipe, moved)
+    with vidaccel.attach(pipe, **SETTINGS):
+        assert torch.equal(latents(pipe), expected)
+    full = [weight_bytes([block]) for block in blocks] * calls_of_a_step(pipe)
+    assert by_step == [full, full, [], []] and weight_bytes(blocks) < 0.6 * plain
+
+
+class Placed(TorchDispatchMode):
+    """Refuses operations on weights that wait elsewhere, which an accelerator would."""
+
+    def __init__(self, waiting: set[int]):
+        super().__init__()
+        self.waiting = waiting
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert self.waiting.isdisjoint(map(id, tree_leaves((args, kwargs)))), f"{func} of a weight that waits elsewhere"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["ltx2", "wan22"])
+def test_weights_are_there_whenever_they_are_used(name, monkeypatch, moved):
+    """Also of what is not called but asked to decode (LTX-2's audio), and of text encoders whose blocks lie deep, of
+    which a layer is there at a time."""
+    waiting: set[int] = set()
+
+    def onload(group, load=ModuleGroup.onload_):
+        waiting.difference_update(map(id, weights(group)))
+        load(group)
+
+    def put_away(group, put=ModuleGroup.offload_):
+        put(group)
+        waiting.update(map(id, weights(group)))
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    monkeypatch.setattr(ModuleGroup, "offload_", put_away)
+    pipe = tiny_pipeline(name)
+    offload(pipe, FAMILIES[name], "group", CPU)
+    assert waiting
+    with Placed(waiting):
+        draw = torch.Generator().manual_seed(0)
+        pipe(prompt="a red circle", num_inference_steps=2, generator=draw, **called(pipe))
+    moved.clear()
+    pipe.text_encoder(torch.ones(1, 4, dtype=torch.long))
+    assert len(moved) > 4 and max(moved) <= max(p.nbytes for p in pipe.text_encoder.parameters())
 
 
 @pytest.mark.parametrize("how", ["group", "model"])
@@ -78,7 +161,7 @@ def test_a_group_offloads_text_encoders_too_and_not_the_autoencoder(moved):
     pipe, family = tiny_pipeline("hunyuan_video"), FAMILIES["hunyuan_video"]
     offload(pipe, family, "group", CPU)
     pipe.encode_prompt("a red circle", **HUNYUAN_CALL)
-    assert sum(moved) == sum(p.nbytes for part in (pipe.text_encoder, pipe.text_encoder_2) for p in part.parameters())
+    assert sum(moved) == weight_bytes([pipe.text_encoder, pipe.text_encoder_2])
     moved.clear()
     pipe.vae.decode(torch.zeros(1, 4, 1, 2, 2))
     assert not moved

@@ -2,9 +2,10 @@
 
     offload(pipe, family, "group", device)      # of a pipeline on the CPU, after `prepare` and before `attach`
 
-`group` moves each block of the trunk to the device for its own call. Embedders, output head and autoencoder stay there,
-as do the predictor and what is cached, so that a predicted step moves no weights at all. `model` has one model of the
-pipeline on the device at a time, and `sequential` one layer.
+`group` moves each block of the trunk to the device for its own call. Embedders, output head and autoencoders stay there,
+as do the predictor and what is cached, so that a predicted step moves no weights at all; text encoders and whatever
+else there is move layer by layer, once a video. `model` has one model of the pipeline on the device at a time, and
+`sequential` one layer. Quantised weights move as they are, in half the bytes.
 """
 
 import torch
@@ -51,13 +52,13 @@ def offload(pipe: DiffusionPipeline, family: DiTFamily, how: str, device: torch.
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         denoisers = denoisers_of(pipe, family)
-        for name, part in pipe.components.items():
+        for part in pipe.components.values():
             if any(part is denoiser for denoiser in denoisers):
                 offload_trunk(part, family, device)
-            elif name == "vae":  # which is not called but asked to encode and decode
+            elif isinstance(part, nn.Module) and hasattr(part, "decode"):  # not called, which is what a group waits for
                 part.to(device)
-            elif isinstance(part, nn.Module):
-                apply_group_offloading(part, device, CPU, offload_type="block_level", num_blocks_per_group=1)
+            elif isinstance(part, nn.Module):  # its blocks may lie deeper than diffusers looks for them
+                apply_group_offloading(part, device, CPU, offload_type="leaf_level")
 
 
 def offload_trunk(transformer: nn.Module, family: DiTFamily, device: torch.device) -> None:
