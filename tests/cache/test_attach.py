@@ -182,6 +182,17 @@ def test_two_passes_without_contexts_are_told_apart_by_their_order(pipe, monkeyp
         assert torch.equal(call(pipe), expected)
 
 
+def test_a_pass_that_begins_in_the_middle_of_a_generation_is_full_at_first():
+    """As of guidance from a step on, which HunyuanVideo-1.5's guider may have."""
+    pipe = tiny_pipeline("hunyuan_video_15")
+    late = pipe.guider.new(guidance_scale=4.0, enabled=True, start=0.5)
+    run = {"num_inference_steps": STEPS, "output_type": "latent"} | called(pipe)
+    pipe.guider = late
+    with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0]) as attachment:
+        pipe("a red circle", **run)
+    assert (attachment.full_passes, attachment.predicted_passes) == (2, 4)
+
+
 def test_another_number_of_steps_is_refused_and_does_no_harm(pipe, plain):
     with vidaccel.attach(pipe, predictor="reuse", steps=STEPS, full_steps=[0, 2]):
         expected = call(pipe)

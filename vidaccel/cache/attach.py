@@ -212,7 +212,7 @@ class Attachment:
         self._pipe, self._family, self._forecaster, self._bound = pipe, family, forecaster, bound
         self._timesteps: Tensor | None = None
         self._scheduler = pipe.scheduler  # the last one that was checked
-        self._first, self._index, self._unnamed = 0, 0, 0
+        self._index, self._unnamed = 0, 0
         self._running: Trunk | None = None  # that of the denoiser under way
         self._seen: set[str] = set()
         self._told = False  # that the first step of a further denoiser is full
@@ -264,7 +264,7 @@ class Attachment:
         listed = self.policy(step, context)
         if trunk is not self._running:
             self._switch(trunk, step.index, listed)
-        full = listed or step.index == self._first  # which has nothing to look back on
+        full = listed or not trunk.memory(context)  # which has nothing to look back on
         forecaster = None if full else self._forecaster
         passes = passes_of_call(self._pipe, self._family, trunk.open.name)
         return Mode(forecaster, torch.tensor(step.t), None, context, step.index == step.count - 1, passes)
@@ -274,7 +274,6 @@ class Attachment:
         freed."""
         if self._running is not None:
             self._running.reset()
-            self._first = index
             if not listed and not self._told:
                 self._told = True
                 name = self._family.denoisers[self._trunks.index(trunk)].attribute
@@ -292,7 +291,7 @@ class Attachment:
                 self._forecaster.attend_like(self._trunks[0].transformer)
             for trunk in self._trunks:
                 trunk.reset()
-            self._timesteps, self._first, self._index, self._unnamed = timesteps, index, index, 0
+            self._timesteps, self._index, self._unnamed = timesteps, index, 0
             self._running = None
             self._seen.clear()
         if index != self._index:
