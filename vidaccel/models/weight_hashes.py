@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from vidaccel.families.walk import denoisers_of
-from vidaccel.models.loading import ADAPTERS, LoadedPipeline
+from vidaccel.models.files import ADAPTERS
+from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.unchanged import active_adapters
 
 
