@@ -325,6 +325,12 @@ def test_values_that_do_not_fit(word, message):
     assert "\n" not in error.value.message + error.value.hint
 
 
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), SpritesConfig])
+def test_a_seed_is_what_an_order_can_be_drawn_by(schema):
+    with pytest.raises(UserError, match="seed=-1 is not possible"):
+        schema(seed=-1)
+
+
 def test_a_value_that_does_not_fit_in_a_group_names_its_path():
     with pytest.raises(UserError, match=r"^teacher\.train\.steps: Value 'abc'"):
         sprites("teacher.train.steps=abc")

@@ -112,6 +112,7 @@ class DistillConfig:
         for key in ("clips", "sample_steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
         low_high = self.guidance_range
         fits = low_high is None or (len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf)
         require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high, or null")

@@ -135,6 +135,7 @@ class SpritesConfig:
     """Shift of the sampler's step grid."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
         for key in ("clips", "score_prompts", "steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         most = 1 if self.data else math.inf
