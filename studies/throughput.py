@@ -25,11 +25,13 @@ from vidaccel.collect.bank import Bank, world_bank
 from vidaccel.collect.encode import LATENT
 from vidaccel.config import loader as configuration
 from vidaccel.config.distill import DistillConfig
+from vidaccel.config.plan import GPUS
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
-from vidaccel.train.distill import Clips, distill, velocity_of
+from vidaccel.models.velocity import velocity_of
+from vidaccel.train.distill import Clips, distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.predictor.served import Starts, objective_of, start_predictor
@@ -41,8 +43,9 @@ from vidaccel.worlds.sprites.settings import SpritesConfig
 from vidaccel.worlds.sprites.source import RenderedScenes
 from vidaccel.worlds.sprites.teacher import from_scenes
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-"""Dense bf16 operations a second by a word of the card's name, from its maker's data sheet."""
+PEAKS = {word: GPUS[word.lower()].bfloat16 for word in ("H100", "H200", "A100", "L40S")}
+PEAKS |= {word: GPUS[f"rtx{word}"].bfloat16 for word in ("3090", "4090", "5090")}
+"""Dense bf16 operations a second by a word of the card's name."""
 DISTILLED = {
     "CFG distillation": ("sprites/cfg", "sprites/teacher", 5),
     "mean velocity": ("sprites/restricted_meanflow", "sprites/student", 7),
