@@ -51,14 +51,12 @@ def sharpness(found: Mapping[str, Any], row: str, other: str) -> dict[str, Sharp
             raise UserError(
                 f'"{row}" was not compared with "{other}"', f"it has {first} and {', '.join(found['rows'])}"
             )
-        deltas = found["rows"][other]["paired"]  # of the other less the first
-        return {
-            name: _sharp(*(-deltas[name][key] for key in ("mean", "low", "high")), found["prompts"])
-            for name in MEASURES
-        }
-    sides = [_scores(found, name) for name in (row, other)]
-    deltas = differences(*sides, found["meanings"], scorer_named("sprites").totals)
-    return {name: _sharp(*deltas[name][:3], len(found["prompts"])) for name in MEASURES}
+        paired = found["rows"][other]["paired"]  # of the other less the first
+        ends = {name: [-paired[name][key] for key in ("mean", "low", "high")] for name in MEASURES}
+        return {name: _sharp(ends[name], found["prompts"]) for name in MEASURES}
+    ours, others = (_scores(found, name) for name in (row, other))
+    deltas = differences(ours, others, found["meanings"], scorer_named("sprites").totals)
+    return {name: _sharp(deltas[name][:3], len(found["prompts"])) for name in MEASURES}
 
 
 def table(found: Mapping[str, Any], row: str, others: Sequence[str]) -> Iterator[list[str]]:
@@ -78,7 +76,8 @@ def _scores(found: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     return {measure: np.array(values, dtype=np.float64) for measure, values in kept["scores"].items()}
 
 
-def _sharp(delta: float, low: float, high: float, prompts: int) -> Sharpness:
+def _sharp(difference: Sequence[float], prompts: int) -> Sharpness:
+    delta, low, high = difference
     error = abs(high - low) / INTERVAL
     z = delta / error if error else 0.0
     return Sharpness(delta, z, prompts * (SEEN / z) ** 2 if z else math.inf)
