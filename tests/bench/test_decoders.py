@@ -111,10 +111,11 @@ def test_a_row_decodes_in_its_own_way(models, folder):
 
 
 def test_a_whole_runs_decoder_is_that_of_all_rows_but_the_baseline():
-    methods = {"full": MethodConfig(), "fast": MethodConfig(steps=4), "own": MethodConfig(steps=4, decoder="mine")}
+    methods = {"full": MethodConfig(), "fast": MethodConfig(steps=4), "mine": MethodConfig(steps=4, decoder="mine")}
+    methods["plain"] = MethodConfig(steps=4, decoder="own")
     config = BenchmarkConfig(methods=methods, baseline="full", decoder="theirs")
     found = {name: row.decoder for name, row in config.wanted().items()}
-    assert found == {"full": None, "fast": "theirs", "own": "mine"}
+    assert found == {"full": None, "fast": "theirs", "mine": "mine", "plain": None}
 
 
 def test_an_own_full_run_is_decoded_as_its_row_is():

@@ -1,6 +1,7 @@
 """Which model a row runs on, and what it says where there is none."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def test_rows_of_schedules_alone_name_their_folder_and_one_line_says_what_it_lac
             "no folder": "there is no predictor runs/nowhere",
         },
     )
+
+
+def test_a_forecaster_is_made_once_for_each_way_of_sampling():
+    models = Models(BenchmarkConfig(model="a", student="b", distilled="b"), "cpu")
+    row, loaded = MethodConfig(steps=4, every=2, on_skipped="taylor"), SimpleNamespace(pipe=None, family=None)
+    own = models._forecaster(row, loaded)
+    assert models._forecaster(replace(row, decoder="narrow"), loaded) is own  # which changes no latent
+    # Of one model, in two passes, and as the model of the instantaneous velocity that a student is.
+    others = {"two_pass": True}, {"weights": "teacher"}, {"guidance": 2.0}, {"order": 2}
+    assert len({id(made) for made in [own, *(models._forecaster(replace(row, **o), loaded) for o in others)]}) == 5
 
 
 def test_lora_files_are_of_the_model_and_of_rows_that_name_their_own():

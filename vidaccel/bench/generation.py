@@ -68,10 +68,22 @@ def timed_generation(
         FloatingPointError: the videos are not finite.
         UserError: settings that the model cannot follow.
     """
+    config = sampling_of(method, size, shared or BenchmarkConfig())
+    clock = Clock(loaded)
+    how = "np" if decode else "latent"
+    videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, how, image)
+    latents = final_latents(loaded, clock.latents, size)
+    if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
+        raise FloatingPointError("the video is not finite")
+    made = eight_bits(videos) if decode else None
+    return TimedGeneration(made, latents, clock.last - clock.first, ended - started, clock.first - started)
+
+
+def sampling_of(method: MethodConfig, size: Size, shared: BenchmarkConfig) -> GenerateConfig:
+    """How a row's videos of that size are sampled."""
     frames, height, width = size
-    shared = shared or BenchmarkConfig()
     second = shared.guidance_2 if method.guidance is None else None
-    config = GenerateConfig(
+    return GenerateConfig(
         steps=method.steps,
         shift=method.shift,
         timesteps=method.timesteps,
@@ -85,14 +97,6 @@ def timed_generation(
         height=height,
         width=width,
     )
-    clock = Clock(loaded)
-    how = "np" if decode else "latent"
-    videos, started, ended = run_pipeline(loaded, prompts, seeds, config, clock, how, image)
-    latents = final_latents(loaded, clock.latents, size)
-    if not latents.isfinite().all() or decode and not np.isfinite(videos).all():
-        raise FloatingPointError("the video is not finite")
-    made = eight_bits(videos) if decode else None
-    return TimedGeneration(made, latents, clock.last - clock.first, ended - started, clock.first - started)
 
 
 def writing_seconds(frames: np.ndarray, fps: float) -> float | None:

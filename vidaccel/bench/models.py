@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vidaccel.bench.baselines.registry import switched_on
-from vidaccel.bench.generation import Size, timed_generation
+from vidaccel.bench.generation import Size, sampling_of, timed_generation
 from vidaccel.bench.measures.quality import fitting_prompts
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import Schedule, pick, schedules_of
@@ -269,9 +269,8 @@ class Models:
         if method.on_skipped == "multistep":
             return Multistep.from_pretrained(self.predictor_folder(method))
         full = method.schedule() if method.budget is None else list(self.searched(method).full_steps)
-        grid = Grid.listed(method.timesteps, method.sigmas)
-        sampled = method.steps, method.shift, grid, method.guidance, method.guidance_2, tuple(full)
-        key = self.weights(method), method.on_skipped, method.order, *sampled
+        sampled = repr(sampling_of(method, self.config.videos[0], self.config))
+        key = self.weights(method), method.on_skipped, method.order, tuple(full), sampled
         if key not in self._made:
             generate = partial(self._calibrate, method, loaded)
             making = Making(loaded.pipe, loaded.family, method.order, None, full, generate)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vidaccel.config.checks import require, require_scales, settle_times
+from vidaccel.config.checks import expand_paths, require, require_scales, settle_times
 from vidaccel.config.runtime import DECODE, RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.forecasters.registry import FORECASTERS
@@ -20,6 +20,9 @@ schedules alone."""
 
 EQUAL_COMPUTE = "equal compute"
 """In place of a row's name: as many full steps of the same model as a row costs."""
+
+OWN_DECODER = "own"
+"""In place of a decoder's folder: that of the autoencoder itself."""
 
 SIZE = ("num_frames", "height", "width")
 """Of a video: settings, in the order of `sizes`."""
@@ -129,11 +132,13 @@ class MethodConfig:
     """The predictor of this row alone: a folder, of fitted scalars where on_skipped=multistep, of schedules alone where
     there is nothing to train."""
     decoder: str | None = None
-    """The folder of the distilled decoder that makes this row's frames, in place of the benchmark's."""
+    """The folder of the distilled decoder that makes this row's frames, in place of the benchmark's; `own` is the
+    autoencoder's own where the benchmark has another."""
     decode: str | None = None
     """How this row's latents become frames, in place of the benchmark's `decode`."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         require(self.weights in ("teacher", "student"), "weights", self.weights, "is teacher or student")
         settle_times(self, unless=50)
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
@@ -234,8 +239,8 @@ class BenchmarkConfig(RuntimeConfig):
     predictor: str | None = None
     """Folder of the trained predictor, or a shipped one (sprites/predictor)."""
     decoder: str | None = None
-    """Folder of a distilled decoder that makes the frames of all rows but the baseline; null is the autoencoder's
-    own."""
+    """Folder of a distilled decoder that makes the frames of all rows but the baseline and those that name one; null is
+    the autoencoder's own."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Arguments of the family's transformer class that are not its defaults."""
     compression: list[int] = field(default_factory=lambda: [4, 8])
@@ -327,6 +332,7 @@ class BenchmarkConfig(RuntimeConfig):
     """Random weights: true times the whole transformer, false one block of each kind; null: whole if it fits."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         super().__post_init__()
         require(self.sizes != [], "sizes", self.sizes, "must hold at least one size")
         for size in self.sizes or ():
@@ -392,5 +398,7 @@ class BenchmarkConfig(RuntimeConfig):
     def _decoded(self, name: str) -> MethodConfig:
         """The row of that name with the decoder that it gets."""
         row = self.methods[name]
+        if row.decoder == OWN_DECODER:
+            return replace(row, decoder=None)
         own = row.decoder is not None or self.decoder is None or name == self.baseline
         return row if own else replace(row, decoder=self.decoder)
