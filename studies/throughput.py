@@ -162,7 +162,7 @@ def flops_of_a_run(student: LoadedPipeline, bank: Bank) -> float:
     config = served_settings()
     task = task_of(student, replace(config, mse=replace(config.mse, batch_size=1)), None, (bank, {}))
     starts, total = Starts.of(task, 1), 0.0
-    with task.trunk:
+    with task.trunks:
         predictor, objective = start_predictor(task, starts), objective_of(task, starts)
         for index in range(len(LISTS)):
             drawn = objective.draw(index, generator_for(0, index, drawing_device(objective, predictor)))

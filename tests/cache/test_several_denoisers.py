@@ -11,7 +11,8 @@ from tests.tiny import called, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import family_of
 from vidaccel.families.walk import blocks_of, boundaries_of, denoisers_of
-from vidaccel.forecasters.learned import Predictor
+from vidaccel.forecasters.learned import new_predictor
+from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.grid import current_step
 
 STEPS = 4
@@ -92,9 +93,35 @@ def test_the_pipeline_says_where_it_switches(pipe):
     assert [trunk.predicted_passes for trunk in attachment._trunks] == [0, 4]
 
 
-def test_what_was_made_for_one_transformer_is_refused(pipe, tmp_path):
+def test_a_network_for_one_transformer_or_for_another_switch_is_refused(pipe, tmp_path):
     family = family_of(pipe)
-    made = Predictor.__new__(Predictor)
+    made = new_predictor(pipe.transformer, family, {}, {}, 1)
+    made.save_pretrained(tmp_path)
     for predictor in (made, str(tmp_path)):
-        with pytest.raises(UserError, match=f"for one transformer, and {family.title} denoises with 2"):
+        with pytest.raises(UserError, match=r"predictor is for one transformer, and the pipeline has a second .* 0.8"):
             vidaccel.attach(pipe, predictor=predictor, steps=STEPS, full_steps=[0, 2])
+    second = new_predictor(pipe.transformer_2, family, {}, {}, 1)
+    made = new_predictor(pipe.transformer, family, {}, {}, 1, [second], boundary=0.9)
+    with pytest.raises(UserError, match=r"below t = 0.9, and the pipeline has 0.8\nhint: train"):
+        vidaccel.attach(pipe, predictor=made, steps=STEPS, full_steps=[0, 2])
+
+
+class Noted(Reuse):
+    """Notes the times at which it is asked, and of which pass what it looks back on is."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, arguments, memory, t):
+        self.asked.append((round(float(t), 4), round(float(memory[0].t), 4)))
+        return super().__call__(arguments, memory, t)
+
+
+def test_each_transformer_is_predicted_by_its_own_part_of_a_forecaster(pipe):
+    both = Noted()
+    both.parts = [Noted(), Noted()]
+    expected = by_hand(pipe, {0, 2})
+    with vidaccel.attach(pipe, predictor=both, steps=STEPS, full_steps=[0, 2]):
+        assert torch.equal(call(pipe), expected)
+    t_0, t_1, t_2, t_3, _ = (round(t, 4) for t in pipe.scheduler.sigmas.tolist())
+    assert [each.asked for each in (both, *both.parts)] == [[], 2 * [(t_1, t_0)], 2 * [(t_3, t_2)]]

@@ -94,12 +94,7 @@ class Model:
 
     @cached_property
     def cfg(self) -> Path:
-        """Of two transformers one after the other."""
-        first, *others = [denoiser.attribute for denoiser in self.family.denoisers]
-        made = self.distilled("cfg", self.teacher, **({"denoiser": first} if others else {}))
-        for name in others:
-            made = self.distilled("cfg", made, name, denoiser=name)
-        return made
+        return self.of_each("cfg", self.teacher)
 
     @property
     def passes(self) -> int:
@@ -110,7 +105,20 @@ class Model:
     def student(self) -> Path:
         if self.family.embeds_r:
             return self.teacher
-        return self.distilled("mean_velocity", self.cfg)
+        return self.of_each("mean_velocity", self.cfg)
+
+    def of_each(self, method: str, teacher: Path) -> Path:
+        """Distilled; of two transformers one after the other."""
+        first, *others = [denoiser.attribute for denoiser in self.family.denoisers]
+        made = self.distilled(method, teacher, **({"denoiser": first} if others else {}))
+        for name in others:
+            made = self.distilled(method, made, name, denoiser=name)
+        return made
+
+    @property
+    def steps(self) -> int:
+        """Of a student: each transformer has one to predict."""
+        return 3 if len(self.family.denoisers) == 1 else 4
 
     @cached_property
     def predictor(self) -> Path:
@@ -124,7 +132,7 @@ class Model:
         return vidaccel.train_predictor(config, self.folder / forecaster, **settings, **stages)
 
     def distilled(self, method: str, teacher: Path, name: str = "", **more: Any) -> Path:
-        made = {"teacher": str(teacher), "features": str(self.features), "sample_steps": 3, "shift": SHIFT}
+        made = {"teacher": str(teacher), "features": str(self.features), "sample_steps": self.steps, "shift": SHIFT}
         vidaccel.distill("cfg", self.folder / (method + name), method=method, train=TRAIN, **made, **more)
         return self.folder / (method + name)
 
@@ -208,15 +216,19 @@ def trains_predictors(model: Model) -> None:
     """The predictor of a student serves it, by schedules that were searched; on one batch its loss falls tenfold."""
     student = load_pipeline(model.student)
     with vidaccel.attach(student, predictor=str(model.predictor), budget=2) as attachment:
-        assert latents(student).isfinite().all()
-    assert (attachment.full_passes, attachment.predicted_passes) == (2, 1)
+        assert latents(student, num_inference_steps=model.steps).isfinite().all()
+    assert (attachment.full_passes, attachment.predicted_passes) == (2, model.steps - 2)
     config = PredictorConfig(
-        student=str(model.student), features=str(model.features), blocks=1, mse=TrainConfig(**TRAIN)
+        student=str(model.student),
+        features=str(model.features),
+        blocks=1,
+        mse=TrainConfig(**TRAIN),
+        adversarial=TrainConfig(steps=0),
     )
     task = task_of(student, config, None)
-    with task.trunk:
+    with task.trunks:
         predictor, pairs = training._start(task)
-        loss, pair = PredictorLoss(task.student, task.trunk, predictor), pairs.draw(0, 2, 0, generator_for(0, 0))
+        loss, pair = PredictorLoss(task.student, task.trunks, predictor), pairs.draw(0, 2, 0, generator_for(0, 0))
         optimizer, found = torch.optim.Adam(predictor.parameters(), lr=0.01), []
         while len(found) < 200 and (not found or found[-1] > 0.09 * found[0]):
             value = loss(pair)[0]
@@ -299,9 +311,7 @@ def models(tmp_path_factory) -> Callable[[str], Model]:
 NOT_ALL: dict[str, Callable[[Model], Any]] = {
     "collect-features": Model.collected,
     "distill method=cfg": lambda model: model.cfg,
-    "distill method=mean_velocity": lambda model: model.distilled(
-        "mean_velocity", model.teacher, **({"denoiser": "transformer"} if len(model.family.denoisers) > 1 else {})
-    ),
+    "distill method=mean_velocity": lambda model: model.distilled("mean_velocity", model.teacher),
     "train-predictor": lambda model: model.trained("learned", model.teacher),
     "forecaster=taylor": lambda model: model.trained("taylor", model.teacher),
 }
@@ -316,8 +326,6 @@ def why_not(family: DiTFamily, ability: str) -> str | None:
         return f"{family.title} predicts v .* is for flow velocities"
     if ability.startswith("distill") and family.embeds_r:
         return f"is a student already: {family.title} is told where a step ends"
-    if ability in ("distill method=mean_velocity", "train-predictor") and len(family.denoisers) > 1:
-        return f"{family.title} denoises with 2 transformers"
     return None
 
 
@@ -357,7 +365,7 @@ def front() -> list[str]:
         distilled = [works(family, f"distill method={name}") for name in ("cfg", "mean_velocity")]
         said = [works(family, name) for name in ("attach", "train-predictor", "benchmark --plan")]
         attached, *rest = ["yes" if cell else "no" for cell in (*said, family.fused)]
-        few = "guidance alone" if distilled == [True, False] else "yes" if all(distilled) else "no"
+        few = "yes" if all(distilled) else "no"
         cells = [family.title, f"`{family.pipelines[0]}`", images[0] if images else "no", attached, few, *rest]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

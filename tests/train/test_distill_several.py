@@ -1,5 +1,6 @@
-"""Each of two transformers has its guidance distilled by itself, and both end up in one folder."""
+"""Each of two transformers is distilled by itself, for guidance and for few steps, and both end up in one folder."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,9 @@ from vidaccel.bench.models import Models
 from vidaccel.bench.own_model import resolved, with_ancestors
 from vidaccel.cli.main import app
 from vidaccel.collect.encode import encode_conditions, encode_texts
+from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.collect import CollectConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
@@ -27,8 +30,10 @@ from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import SwitchedVelocity, velocity_of
 from vidaccel.sampling import generate
 from vidaccel.train.methods.base import Distillation
+from vidaccel.train.methods.mean_velocity.target import Interval
 from vidaccel.train.predictor.task import task_of
 
+CONDITIONINGS = "conditioning", "conditioning_2"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -127,8 +132,60 @@ def test_each_velocity_is_that_of_its_own_transformer_and_conditioning(made):
     both.second = 2.0
     low, expected = torch.tensor([0.79]), velocity_of(of_one(loaded, "transformer_2"))
     assert torch.equal(both(x, low, text, g=g), expected(x, low, text, g=torch.tensor([2.0])))
-    with pytest.raises(ValueError, match="several times"):
+    with pytest.raises(ValueError, match="times of several transformers"):
         both(x.expand(2, -1, -1, -1, -1), torch.tensor([0.8, 0.7]), text, g=g)
+
+
+@pytest.fixture(scope="module")
+def few(made):
+    """Both of them trained for few steps as well, one after the other, and all t and r of each."""
+    folder, _ = made
+    times = {"few_high": [], "few": []}
+    for name, source, output in (("transformer", "both", "few_high"), ("transformer_2", "few_high", "few")):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def noted(x, t, r, *more, to=times[output]):
+                to.append(torch.stack([t, r]))
+                return Interval(x, t, r, *more)
+
+            patch.setattr("vidaccel.train.methods.mean_velocity.method.Interval", noted)
+            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": TRAIN}
+            settings |= {"method": "mean_velocity", "denoiser": name, "teacher": str(folder / source)}
+            vidaccel.distill("cfg", folder / output, **settings)
+    return folder, {name: torch.cat(drawn, 1) for name, drawn in times.items()}
+
+
+def test_no_interval_leads_from_the_times_of_one_into_those_of_the_other(few):
+    folder, times = few
+    (t, r), (later_t, later_r) = times["few_high"], times["few"]
+    assert (r >= 0.8).all() and (t < 1).all() and (r <= t).all() and (r == 0.8).any()
+    assert (later_t < 0.8).all() and (later_r >= 0).all() and (later_r <= later_t).all() and (later_r < 0.2).any()
+    first, second = (json.loads((folder / "few" / name / "config.json").read_text()) for name in CONDITIONINGS)
+    assert first["until"] == 0.8 and "until" not in second
+    with pytest.raises(UserError, match=r"transformer_2 of .*few_high has not been distilled"):
+        vidaccel.generate("a red circle", model=str(folder / "few_high"))
+
+
+@torch.no_grad()
+def test_the_step_across_is_told_where_the_first_ends(few):
+    folder, _ = few
+    loaded = load_pipeline(folder / "few")
+    for each in (loaded, *loaded.further):  # what was trained for two steps hardly matters
+        torch.nn.init.normal_(
+            each.conditioning.embedders["r"].linear_2.weight, generator=torch.Generator().manual_seed(0)
+        )
+    first, second = loaded.conditioning, loaded.further[0].conditioning
+    r, b, g = torch.tensor([0.75]), torch.tensor([0.8]), torch.tensor([3.0])
+    assert torch.equal(first(r=r, g=g), first(r=b, g=g)) and not torch.equal(second(r=r, g=g), second(r=b, g=g))
+    sampler = TrajectorySampler(loaded, CollectConfig(kind="trajectory", model="here"))
+    made = sampler(["a red circle"], [0])  # at 1, 0.9, 0.75, 0.5, 0
+    x, u = made["x"][0], made["velocity"][0]
+    expected = loaded.pipe("a red circle", latents=x[:1].clone(), output_type="latent").frames
+    torch.testing.assert_close(x[-1] - 0.5 * u[-1], expected[0], rtol=1e-4, atol=1e-4)
+    text = {"prompt_embeds": made["prompt_embeds"]}
+    told = of_one(loaded, "transformer"), torch.tensor([0.9])
+    across = velocity_of(told[0])(x[1:2], told[1], text, r=b, g=torch.tensor([3.0]))
+    torch.testing.assert_close(u[1:2], across, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +193,6 @@ def test_each_velocity_is_that_of_its_own_transformer_and_conditioning(made):
     [
         ({}, "denoises with 2 transformers, and nothing says which"),
         ({"denoiser": "transformer_3"}, "has transformer, transformer_2"),
-        ({"denoiser": "transformer", "method": "mean_velocity"}, "a mean velocity leads from the times"),
         ({"denoiser": "transformer", "gate_samples": 2}, "gates are for one transformer of all times"),
         ({"denoiser": "transformer", "merge_lora": False, "train": {"lora_rank": 2}}, "adapter apart"),
     ],
@@ -202,10 +258,9 @@ def test_a_benchmark_has_its_teacher_guided_as_the_student(made):
     ]
 
 
-@pytest.mark.parametrize("forecaster", ["learned", "linear", "multistep"])
-def test_so_are_predictors_and_scalars(made, forecaster, monkeypatch, tmp_path):
+@pytest.mark.parametrize("forecaster", ["learned", "linear"])
+def test_so_are_predictors(made, forecaster, monkeypatch, tmp_path):
     folder, _ = made
-    for room in ("training", "multistep"):
-        monkeypatch.setattr(f"vidaccel.train.predictor.{room}.load_named", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("vidaccel.train.predictor.training.load_named", lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"denoises with 2 transformers.*\nhint: .*forecaster=taylor"):
         vidaccel.train_predictor(PredictorConfig(forecaster=forecaster), tmp_path / "out", student=str(folder / "both"))

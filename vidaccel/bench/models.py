@@ -151,8 +151,10 @@ class Models:
         folder = self.predictor_folder(method)
         key = str(folder), loaded.source
         if key not in self._predictors:
-            transformer = denoisers_of(loaded.pipe, loaded.family)[0]
-            self._predictors[key] = predictor_at(folder, transformer, loaded.family).run_like(transformer)
+            transformers = denoisers_of(loaded.pipe, loaded.family)
+            made = predictor_at(folder, transformers[0], loaded.family)
+            made.check_denoisers(loaded.pipe, loaded.family)
+            self._predictors[key] = made.run_like(*transformers)
         return self._predictors[key]
 
     def predictor_folder(self, method: MethodConfig) -> Path:

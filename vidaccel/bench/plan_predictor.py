@@ -58,7 +58,8 @@ def plan_predictor(
     if config.stage == "search":
         stages = []
     halves = all(stage.precision == "bfloat16" for stage in (config.mse, config.adversarial))
-    predictor = Predictor.costs(costs.trunk).parameters
+    denoisers = len(model.family.denoisers)
+    predictor = denoisers * Predictor.costs(costs.trunk).parameters
     with torch.device("meta"):
         discriminator = Discriminator(costs.trunk.width, config.discriminator)
     judges = sum(p.numel() for p in discriminator.parameters()) * (len(stages) > 1)
@@ -77,15 +78,15 @@ def plan_predictor(
     parts.append(_search(config, costs, steps, halves))
 
     stored = HALF if halves else FLOAT32
-    shared: dict[str, float] = {"student": stored * costs.weights, "predictor": FLOAT32 * trained}
-    shared |= optimised(trained, config.mse, _matrices(config, costs))
+    shared: dict[str, float] = {"student": stored * denoisers * costs.weights, "predictor": FLOAT32 * trained}
+    shared |= optimised(trained, config.mse, denoisers * _matrices(config, costs))
     each = {"activations": float(_activations(config, costs, steps, stages))}
     gathered = stored * (GATHERED_BLOCKS * costs.block + costs.outside) + FLOAT32 * costs.block
     disk = _disk(config, costs, steps, samples) | {
         "a checkpoint": checkpoint_bytes(trained, shared),
         "the predictor": FLOAT32 * predictor,
     }
-    known = {"trained": trained, "frozen": costs.weights}
+    known = {"trained": trained, "frozen": denoisers * costs.weights}
     of = f"train-predictor, pairs={config.pairs}, {config.blocks} blocks, {config.mse.precision}"
     return TrainingPlan(of, model, costs.tokens, known, parts, Held(shared, each, gathered), disk, notes)
 
@@ -179,10 +180,11 @@ def _untrained(
         parts = [_fitted(config, model, costs, steps, halves)]
     else:
         parts = [_search(config, costs, steps, halves, 1 + _two_pass(config, model, costs))]
-    shared: dict[str, float] = {"the model": (HALF if halves else FLOAT32) * costs.weights}
+    weights = len(model.family.denoisers) * costs.weights
+    shared: dict[str, float] = {"the model": (HALF if halves else FLOAT32) * weights}
     precision = "bfloat16" if halves else "float32"
     held = Held(shared, {"activations": float(config.mse.batch_size * costs.quiet(precision))}, 0.0)
-    known = {"trained": 0, "frozen": costs.weights}
+    known = {"trained": 0, "frozen": weights}
     of = f"train-predictor, forecaster={config.forecaster}, {precision}"
     return TrainingPlan(of, model, costs.tokens, known, parts, held, {}, [*notes, "one process does it"])
 

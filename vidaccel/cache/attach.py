@@ -33,16 +33,16 @@ from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of
-from vidaccel.families.walk import boundaries_of, denoisers_of, embeds, passes_of_call
+from vidaccel.families.walk import denoisers_of, embeds, passes_of_call
 from vidaccel.file_hashes import FileHashes
-from vidaccel.forecasters.base import Forecaster, Making
+from vidaccel.forecasters.base import Forecaster, Making, of_denoiser
 from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.files import local_path
-from vidaccel.models.grid import Grid, on_grid, running_grid, shift_of, step_of
+from vidaccel.models.grid import Grid, check_boundary, on_grid, running_grid, shift_of, step_of
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.own_call import keep_transformers, loaded_of
 from vidaccel.models.step_hook import step_hook_of
@@ -126,7 +126,6 @@ def _attached(
         if not predictor.exists():
             hint = f"a predictor is a folder, a released file of weights, or one of: {', '.join(attachable())}"
             raise UserError(f"there is no folder {predictor}", f"{hint}; nothing is downloaded")
-    _refuse_one_of_several(predictor, family)
     forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
         named = isinstance(forecaster, Multistep) or forecaster.config.student is not None
@@ -139,15 +138,13 @@ def _attached(
                 forecaster.check_fits(transformer, family, student, force, called)
                 if not (named or force or forecaster.config.architecture != PUBLISHED):
                     _refuse_without_r(transformer, family)
+            forecaster.check_denoisers(pipe, family)
             if named and forecaster.scalars is not None:
                 forecaster.scalars.check_fits(family.name, student, force, called)
     chosen = _schedule(predictor, *which)
-    if chosen.boundary is not None and chosen.boundary not in boundaries_of(pipe, family):
-        own = ", ".join(f"{each:g}" for each in boundaries_of(pipe, family)) or "no second transformer"
-        raise UserError(
-            f"the schedule is for a second transformer below t = {chosen.boundary:g}, and the pipeline has {own}",
-            "say which steps are full (every=3), or search a schedule",
-        )
+    if chosen.boundary is not None:
+        hint = "say which steps are full (every=3), or search a schedule"
+        check_boundary("the schedule is", chosen.boundary, pipe, family, hint)
     if isinstance(forecaster, Multistep):
         return _under_scalars(pipe, family, forecaster, chosen, force)
     scalars = None
@@ -156,7 +153,7 @@ def _attached(
         if scalars is not None and scalars.find(chosen.full_steps, chosen.steps, chosen.times) is None:
             scalars = None
         if forecaster is not predictor:
-            forecaster.run_like(denoisers_of(pipe, family)[0]).to(execution_device(pipe))
+            forecaster.run_like(*denoisers_of(pipe, family)).to(execution_device(pipe))
     bound = _bound_to(forecaster, chosen, force)
     shift = shift_of(pipe.scheduler, family)
     if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
@@ -265,7 +262,7 @@ class Attachment:
         if trunk is not self._running:
             self._switch(trunk, step.index, listed)
         full = listed or not trunk.memory(context)  # which has nothing to look back on
-        forecaster = None if full else self._forecaster
+        forecaster = None if full else of_denoiser(self._forecaster, self._trunks.index(trunk))
         passes = passes_of_call(self._pipe, self._family, trunk.open.name)
         return Mode(forecaster, torch.tensor(step.t), None, context, step.index == step.count - 1, passes)
 
@@ -288,7 +285,7 @@ class Attachment:
                 self._scheduler = self._pipe.scheduler
             self._check_grid()
             if isinstance(self._forecaster, Predictor):
-                self._forecaster.attend_like(self._trunks[0].transformer)
+                self._forecaster.attend_like(*(trunk.transformer for trunk in self._trunks))
             for trunk in self._trunks:
                 trunk.reset()
             self._timesteps, self._index, self._unnamed = timesteps, index, 0
@@ -381,6 +378,7 @@ def _under_scalars(
     beneath; `UserError` unless they were fitted to its grid."""
     check_sampler(pipe.scheduler)
     scalars = multistep.list_for(chosen.full_steps, chosen.steps, chosen.times)
+    check_boundary("these scalars are", scalars.boundary, pipe, family, "fit some to this pipeline")
     remedy = "vidaccel train-predictor forecaster=multistep shift={shift:g}"
     bound = Bound(
         f"this list of scalars ({chosen.budget} of {chosen.steps})", scalars.grid, "or fit some to it", remedy
@@ -392,7 +390,7 @@ def _under_scalars(
     def check_grid() -> None:
         bound.check(running_grid(pipe.scheduler, family))
 
-    check_guidance = (lambda guidance: None) if force else multistep.check_guidance
+    check_guidance = (lambda *scales: None) if force else multistep.check_guidance
     network = beneath() if beneath else None
     return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass, network)
 
@@ -407,16 +405,6 @@ def _forecaster(
     if isinstance(predictor, Path):
         return forecaster_class(kind_of(predictor)).make(Making(pipe, family, folder=predictor))
     return forecaster_class(predictor).make(Making(pipe, family))
-
-
-def _refuse_one_of_several(predictor: str | Path | Forecaster | Multistep, family: DiTFamily) -> None:
-    """`UserError` for what was made for one transformer where there are several."""
-    if len(family.denoisers) > 1 and isinstance(predictor, Path | Predictor | Multistep):
-        name = predictor if isinstance(predictor, Path) else f"this {type(predictor).__name__}"
-        raise UserError(
-            f"{name} is for one transformer, and {family.title} denoises with {len(family.denoisers)}",
-            "take predictor=reuse or predictor=taylor, which need no training",
-        )
 
 
 def _student(loaded: LoadedPipeline | None, pipe: DiffusionPipeline, family: DiTFamily, force: bool) -> set[str] | None:

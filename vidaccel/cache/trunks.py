@@ -6,32 +6,33 @@ from contextlib import AbstractContextManager, ExitStack
 from torch import Tensor
 
 from vidaccel.cache.trunk import DEFAULT_CONTEXT, Trunk
-from vidaccel.forecasters.base import Cached, Forecaster
+from vidaccel.forecasters.base import Cached, Forecaster, of_denoiser
 from vidaccel.models.grid import denoiser_at
 
 
 class Trunks:
-    """What schedule search asks of a `Trunk`."""
+    """What training and search ask of a `Trunk`."""
 
     def __init__(self, trunks: Sequence[Trunk], boundaries: Sequence[float]):
         """`boundaries` are the times below which the next one's begin."""
         self._trunks, self._boundaries = trunks, boundaries
-        self._last = trunks[0]
+        self._last = 0
         self._attached = ExitStack()
 
     def full(self, t: Tensor) -> AbstractContextManager[None]:
-        """As of the `Trunk` of time t []."""
-        return self._at(t).full(t)
+        """As of the `Trunk` of times t, [] or [B], which are all its own."""
+        return self._trunks[self._at(t)].full(t)
 
     def predicted(
         self, forecaster: Forecaster, t: Tensor, memory: tuple[Cached, ...] | None = None
     ) -> AbstractContextManager[None]:
-        """As of the `Trunk` of time t []."""
-        return self._at(t).predicted(forecaster, t, memory)
+        """As of the `Trunk` of times t, [] or [B], which are all its own, by the forecaster's part for that."""
+        which = self._at(t)
+        return self._trunks[which].predicted(of_denoiser(forecaster, which), t, memory)
 
     def memory(self, context: str = DEFAULT_CONTEXT) -> tuple[Cached, ...]:
         """What full passes of the trunk that was asked for last have left, newest first."""
-        return self._last.memory(context)
+        return self._trunks[self._last].memory(context)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -48,6 +49,6 @@ class Trunks:
     def __exit__(self, *error) -> None:
         self._attached.close()
 
-    def _at(self, t: Tensor) -> Trunk:
-        self._last = self._trunks[denoiser_at(t, self._boundaries)]
+    def _at(self, t: Tensor) -> int:
+        self._last = denoiser_at(t.flatten()[0], self._boundaries)
         return self._last

@@ -9,7 +9,8 @@ where they are.
 Scalars on top of a network are the exception: a predicted pass then enters the transformer as the network's own does,
 which is attached beneath (attach.py), and what that gives is one more term of the answer.
 
-Passes of a step are told apart by their order, which is the same in every step of a generation.
+Passes of a step are told apart by their order, which is the same in every step of a generation. What the first of two
+transformers has left is forgotten where the second takes over.
 
 B batch, C channels, T frames, H and W latent pixels
 """
@@ -68,7 +69,7 @@ class WholePass:
         family: DiTFamily,
         scalars: FittedList,
         check_grid: Callable[[], None] = lambda: None,
-        check_guidance: Callable[[float], None] = lambda guidance: None,
+        check_guidance: Callable[[float, float | None], None] = lambda guidance, first: None,
         two_pass: bool = True,
         network: Network | None = None,
     ):
@@ -76,7 +77,8 @@ class WholePass:
         Args:
             scalars: their list of full steps and numbers.
             check_grid: called when a generation begins, which it may refuse.
-            check_guidance: told the scale of a generation before its first predicted step, and may refuse it.
+            check_guidance: told the scale of a generation before its first predicted step, and may refuse it; of two
+                transformers that of the second as well, with the first's.
             two_pass: whether guidance in two passes is served.
             network: what answers beneath, for scalars on top of one; taken off with this.
         """
@@ -92,6 +94,8 @@ class WholePass:
         self._index, self._place = 0, 0
         self._scheduler = pipe.scheduler  # the last one that was checked
         self._scale: float | None = None
+        self._running: _Call | None = None  # of the transformer under way
+        self._first = 0  # the step with which it began
         self._network = network
         self._calls = [_Call(self, transformer) for transformer in denoisers_of(pipe, family)]
         self._release = keep_transformers(pipe, family)
@@ -118,15 +122,13 @@ class WholePass:
         step = current_step(self._pipe.scheduler)
         self._follow(step)
         full = self.policy(step, "")
-        if step.index and not self.remembered:
-            raise UserError(
-                f"a sampling begins at step {step.index}, and the scalars are for whole ones", "take predictor=taylor"
-            )
         place, self._place = self._place, self._place + 1
         passes = passes_of_call(self._pipe, self._family)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if step.index == 1 and place == 0:
-            self._check_generation(call.transformer, x, kwargs)
+        if self._running is not None and step.index == self._first + 1 and place == 0:
+            self._check_generation(self._running.transformer, x, kwargs)
+        if call is not self._running:
+            self._switch(call, step.index)
         try:
             if full:
                 output = call.full(args, kwargs)
@@ -153,7 +155,7 @@ class WholePass:
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps or step.index < self._index:
             self.remembered.clear()
-            self._timesteps = None
+            self._timesteps = self._running = None
             if self._pipe.scheduler is not self._scheduler:
                 check_pipeline(self._pipe, self._family)
                 check_sampler(self._pipe.scheduler)
@@ -162,6 +164,21 @@ class WholePass:
             self._timesteps, self._place = timesteps, 0
         if step.index != self._index:
             self._index, self._place = step.index, 0
+
+    def _switch(self, call: "_Call", index: int) -> None:
+        """To the transformer of this call; what the one before has left is freed."""
+        if self._running is None and index:
+            raise UserError(
+                f"a sampling begins at step {index}, and the scalars are for whole ones", "take predictor=taylor"
+            )
+        if index not in self._scalars.firsts:
+            self._timesteps = None
+            raise UserError(
+                f"the pipeline switches its transformer at step {index}, and the scalars were fitted to other steps",
+                "fit some to this pipeline (vidaccel train-predictor forecaster=multistep)",
+            )
+        self.remembered.clear()
+        self._running, self._first = call, index
 
     def _keep(self, place: int, left: Left) -> None:
         if place == len(self.remembered):
@@ -184,15 +201,18 @@ class WholePass:
         return -u if self._family.rises else u
 
     def _check_generation(self, transformer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
-        """Refuse guidance that the scalars were not fitted for, when the first step, which is full, is over."""
+        """Refuse guidance that the scalars were not fitted for, when the first step of a transformer, which is full,
+        is over; `kwargs` are of the pass that follows it."""
         hook = step_hook_of(transformer)
         if hook is not None and hook.instantaneous:
             raise UserError("the scalars are for a student's mean velocities", "leave instantaneous=true out")
         if not self._two_pass and self._passes() > 1:
             raise UserError("the scalars are for guidance in one pass a step, and the pipeline makes two", "fit others")
-        self._scale = self._guidance(transformer, hook, x, kwargs)
-        if self._scale is not None:
-            self._check_guidance(self._scale)
+        scale = self._guidance(transformer, hook, x, kwargs)
+        if self._first == 0:
+            self._scale = scale
+        if scale is not None and (self._first == 0 or self._scale is not None):
+            self._check_guidance(scale, self._scale if self._first else None)
 
     def _passes(self) -> int:
         """Of a step of the generation under way."""
@@ -216,7 +236,7 @@ class WholePass:
             lasts = [Left(*halves) for halves in zip(lasts[0].x.chunk(2), lasts[0].u.chunk(2), strict=True)]
             x = x.chunk(2)[0]
         first, second = lasts[:2]
-        times = times_of(self._pipe.scheduler)[:2].tolist()
+        times = times_of(self._pipe.scheduler)[self._first : self._first + 2].tolist()
         taken = (first.x.float() - x[:, : first.u.shape[1]].float()) / (times[0] - times[1])
         apart = (first.u.float() - second.u.float()).flatten()
         if not (square := float(apart @ apart)):

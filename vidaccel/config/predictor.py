@@ -7,7 +7,7 @@ from vidaccel.config.checks import expand_paths, require, require_clip_size, req
 from vidaccel.config.training import TrainConfig
 
 TWO_PASS = ("reuse", "taylor", "multistep")
-"""Forecasters for models that make two passes a step as well; the first two are for two transformers too."""
+"""Forecasters for models that make two passes a step as well."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class PredictorConfig:
     guidance: float | None = None
     """Scale g that the predictor learns to work at, for a student that embeds it; null is the student's own."""
     guidance_2: float | None = None
-    """For `reuse`, `taylor`: that of the second of two transformers; null is that of `guidance` where it is said."""
+    """That of the second of two transformers; null is that of `guidance` where it is said."""
     negative_prompt: str | None = None
     """Of `multistep`, `reuse` and `taylor`: what two passes of a model's runs lead away from; null is that of the
     features, else the model's own."""
@@ -185,7 +185,7 @@ class PredictorConfig:
             rule = "is for forecaster=multistep, in place of budgets"
             alone = self.forecaster == "multistep" and budgets is None
             require(alone, "full_steps", self.full_steps, rule)
-        for key, forecasters in (("negative_prompt", TWO_PASS), ("guidance_2", TWO_PASS[:2])):
+        for key, forecasters in (("negative_prompt", TWO_PASS), ("guidance_2", (*TWO_PASS, "learned"))):
             value, fits = getattr(self, key), self.forecaster in forecasters
             rule = f"is for forecaster={'|'.join(forecasters)}: others make one pass of one transformer"
             require(value is None or fits, key, value, rule)

@@ -74,6 +74,12 @@ class Making:
     """Runs the pipeline once, each step in full and in one pass, on prompts and noise that are measured nowhere."""
 
 
+def of_denoiser(forecaster: Any, which: int) -> Any:
+    """The part of a forecaster that is for one of several transformers; the forecaster itself where all share it."""
+    parts = getattr(forecaster, "parts", None)
+    return forecaster if parts is None else parts[which]
+
+
 @dataclass(frozen=True)
 class PlannedTrunk:
     """What a plan knows of the trunk that is stood in for, and of the forecaster's settings."""

@@ -91,6 +91,8 @@ class NetworkConfig:
     """`student_hash` of the model it was trained for."""
     architecture: str = CORRECTION
     """Of ARCHITECTURES; files that do not say it are older than the other one."""
+    boundary: float | None = None
+    """Time below which the second of the two transformers takes over that it has a network for each of; None: one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached", tuple(self.cached))
@@ -153,7 +155,10 @@ class Checkpointed:
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
             # Not save_model, which refuses weights that are parts of one in a mapped file.
             save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, str(temporary))
-        write_json(folder / CONFIG_FILE, asdict(self.config))
+        content = {
+            name: value for name, value in asdict(self.config).items() if name != "boundary" or value is not None
+        }
+        write_json(folder / CONFIG_FILE, content)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

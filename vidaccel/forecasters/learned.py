@@ -40,10 +40,13 @@ paper says of neither how it starts.
 Scalars that were fitted with the network's answer as one more term (multistep.py) may lie beside its weights; attached
 to a pipeline, the network then serves under them wherever they have its list of full steps.
 
+Of a model with two transformers each has a network of its own (`Predictor.parts`), both of one form and in one file.
+
 B batch, N tokens, D width
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +66,7 @@ from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTr
 from vidaccel.forecasters.checkpoint import CORRECTION, PUBLISHED, SCALARS_FILE, Checkpointed, NetworkConfig
 from vidaccel.forecasters.multistep import Multistep
 from vidaccel.models.files import local_path
+from vidaccel.models.grid import check_boundary
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.released import Released
 from vidaccel.runtime.compiled import compile_like
@@ -147,8 +151,16 @@ class Predictor(Checkpointed, nn.Module):
         self.fusions = nn.ModuleDict({name: fusion(own[name]) for name in fusions})
         self.statistics = nn.ModuleDict({name: Statistics(own[name]) for name in measured})
         self.blocks = _blocks(config).to_empty(device=torch.get_default_device())
+        more = [] if config.boundary is None else [Predictor(replace(config, boundary=None))]
+        self.further = nn.ModuleList(more)
+        """That of the second of two transformers; this one is then the first's."""
         self.scalars: Multistep | None = None
         """What was fitted with its answer as one more term; the network serves alone where there is nothing."""
+
+    @property
+    def parts(self) -> "list[Predictor]":
+        """The networks of each transformer."""
+        return [self, *(cast(Predictor, network) for network in self.further)]
 
     @property
     def recomputes(self) -> bool:
@@ -233,13 +245,20 @@ class Predictor(Checkpointed, nn.Module):
         weight = ((k_0 - now) / (k_1 - k_0 + (k_0 - now) / 2)).reshape(-1, 1, 1)
         return {name: h + weight.to(h) * (h - memory[1].tokens[name]) for name, h in latest.items()}
 
+    def check_denoisers(self, pipe: DiffusionPipeline, family: DiTFamily) -> None:
+        """`UserError` unless there is a network for each of the pipeline's transformers, at the times that it takes."""
+        hint = "train one for this pipeline: vidaccel train-predictor"
+        check_boundary("the predictor is", self.config.boundary, pipe, family, hint)
+
     def fusion(self, name: str) -> nn.Module:
         """The fusion that tokens of this name go through."""
         return self.fusions["tokens" if self._joint else name]
 
-    def run_like(self, transformer: nn.Module) -> "Predictor":
+    def run_like(self, transformer: nn.Module, *further: nn.Module) -> "Predictor":
         """Take over how the trunk's own blocks are run: types (families keep some weights in float32), attention
-        backend, fused kernels, torch.compile."""
+        backend, fused kernels, torch.compile. Each network from its own of several transformers."""
+        for network, own in zip(self.parts[1:], further, strict=True):
+            network.run_like(own)
         computes: Any = transformer.dtype
         for block, original in self._beside(transformer):
             weights, modules = plain_weights(original), dict(original.named_modules())
@@ -254,8 +273,10 @@ class Predictor(Checkpointed, nn.Module):
         self.fusions.to(computes)
         return self
 
-    def attend_like(self, transformer: nn.Module) -> None:
+    def attend_like(self, transformer: nn.Module, *further: nn.Module) -> None:
         """Go about tokens that are split over several devices as the trunk's own blocks now do."""
+        for network, own in zip(self.parts[1:], further, strict=True):
+            network.attend_like(own)
         module: Any
         for block, original in self._beside(transformer):
             modules: dict[str, Any] = dict(original.named_modules())
@@ -277,6 +298,7 @@ def new_predictor(
     entering: Tokens,
     cached: Tokens,
     blocks: int = 2,
+    further: "Sequence[Predictor]" = (),
     **made_for,
 ) -> Predictor:
     """An untrained predictor in float32 on the transformer's device.
@@ -284,9 +306,10 @@ def new_predictor(
     Args:
         transformer: whose trunk it is to stand in for.
         family: its record.
-        entering: tokens that entered the trunk, for their statistics.
+        entering: tokens that entered the trunk, for their statistics; none where it will have no step to predict.
         cached: those that a full pass left (`Cached.tokens`), by the same names, for theirs.
         blocks: k, at most the length of the transformer's last block list.
+        further: the one for the second of two transformers; `made_for` then says their `boundary`.
         made_for: further fields of `NetworkConfig`.
 
     Raises:
@@ -304,8 +327,10 @@ def new_predictor(
         for name in kind.residual_layers if predictor.config.architecture == CORRECTION else ():
             for parameter in layers[name].parameters() if name in layers else ():
                 nn.init.zeros_(parameter)
+    predictor.further = nn.ModuleList(further)
     for name, statistics in predictor.statistics.items():
-        statistics.measure(entering[name].cpu(), cached[name].cpu())
+        if name in entering:
+            statistics.measure(entering[name].cpu(), cached[name].cpu())
     return predictor.to(next(transformer.parameters()).device)
 
 
@@ -321,10 +346,11 @@ def load_predictor(path: str | Path, pipe: DiffusionPipeline | LoadedPipeline) -
     """
     pipe = pipe.pipe if isinstance(pipe, LoadedPipeline) else pipe
     family = family_of(pipe)
-    transformer = denoisers_of(pipe, family)[0]
-    predictor = predictor_at(local_path(path), transformer, family)
-    predictor.check_fits(transformer, family, force=True)  # whose it is, `attach` asks
-    return predictor.run_like(transformer).to(execution_device(pipe))
+    transformers = denoisers_of(pipe, family)
+    predictor = predictor_at(local_path(path), transformers[0], family)
+    predictor.check_fits(transformers[0], family, force=True)  # whose it is, `attach` asks
+    predictor.check_denoisers(pipe, family)
+    return predictor.run_like(*transformers).to(execution_device(pipe))
 
 
 def predictor_at(path: Path, transformer: nn.Module, family: DiTFamily) -> Predictor:

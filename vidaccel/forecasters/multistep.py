@@ -7,6 +7,9 @@ one model, one grid and one list of full steps, fitted to the model's own runs s
 (train/predictor/multistep.py). A step that is predicted so costs no pass of the transformer, embedders and head
 included. The forecast is linear, so that with guidance in two passes the same numbers serve each of the two.
 
+Of a model with two transformers a predicted step looks back on full steps of its own alone, so that the first step of
+each is full (`FittedList.boundary`).
+
 On top of a network (`FittedList.network`) its own answer u_P, which costs a shallow pass, is one more term, the first:
 
     u = w u_P + sum_j a_j u_j + b x + sum_j c_j x_j
@@ -147,6 +150,8 @@ class FittedList:
     """Where they change with the scale of guidance: the lowest, which `coefficients` are for, and the highest."""
     at_highest: dict[int, tuple[float, ...]] | None = None
     """Those at the highest, likewise by position; between the two they lie on a line."""
+    boundary: float | None = None
+    """Time below which the second of the two transformers takes over that they were fitted to; None: it is one."""
 
     def __post_init__(self) -> None:
         grid = Grid.recorded(self.steps, self.shift, self.times)
@@ -155,6 +160,8 @@ class FittedList:
         full = tuple(self.full_steps)
         object.__setattr__(self, "times", grid.times)
         object.__setattr__(self, "full_steps", full)
+        if missing := set(self.firsts) - set(full):
+            raise ValueError(f"step {min(missing)}, the first of a transformer, is not full")
         object.__setattr__(self, "coefficients", self._checked(self.coefficients))
         if (self.guidance_range is None) != (self.at_highest is None):
             raise ValueError("numbers at the highest scale of guidance and the range of it go together")
@@ -172,7 +179,8 @@ class FittedList:
                 f"full steps {list(full)} and fitted ones {sorted(numbers)} are not the {self.steps} steps"
             )
         for step, row in numbers.items():
-            known = min(self.history, sum(before < step for before in full))
+            begin = max(first for first in self.firsts if first <= step)
+            known = min(self.history, sum(begin <= before < step for before in full))
             if not known or len(row) != 2 * known + 1 + self.network or not all(map(math.isfinite, row)):
                 raise ValueError(f"step {step} has {len(row)} coefficients, or some are not finite")
         return numbers
@@ -183,6 +191,15 @@ class FittedList:
         grid = Grid.recorded(self.steps, self.shift, self.times)
         assert grid is not None  # or it would not have been made
         return grid
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """Positions of the steps with which the transformers begin, each of which looks back on nothing."""
+        return self.grid.firsts([] if self.boundary is None else [self.boundary])
+
+    def record(self) -> dict[str, Any]:
+        """As files have it: the boundary only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "boundary" or value is not None}
 
     def numbers(self, step: int, guidance: float | Tensor | None = None) -> Tensor:
         """Those of a predicted step: [2 K + 1], or for scales [B] of guidance that they change with [2 K + 1, B].
@@ -225,11 +242,13 @@ class MultistepConfig:
     student: str
     """`student_hash` of the model it was fitted to."""
     guidance_range: tuple[float, float]
-    """Guidance scales of the runs that it was fitted to, lowest and highest."""
+    """Guidance scales of the runs that it was fitted to, lowest and highest; of two transformers the first's."""
     two_pass: bool
     """Whether those scales were reached by two passes a step."""
     lists: tuple[FittedList, ...]
     """One for each list of full steps on each grid."""
+    guidance_2: float | None = None
+    """Scale of the second of two transformers in those runs; None is that of the first."""
 
     def __post_init__(self) -> None:
         low, high = map(float, self.guidance_range)
@@ -238,6 +257,8 @@ class MultistepConfig:
         lists = [made if isinstance(made, FittedList) else FittedList(**made) for made in self.lists]
         object.__setattr__(self, "guidance_range", (low, high))
         object.__setattr__(self, "lists", tuple(lists))
+        if self.guidance_2 is not None and not 1 <= self.guidance_2 < math.inf:
+            raise ValueError(f"guidance_2={self.guidance_2}")
         if self.family not in FAMILIES:
             raise UserError(f"the scalars are for the family {self.family!r}", f"known are {', '.join(FAMILIES)}")
 
@@ -261,7 +282,10 @@ class Multistep:
 
     def save_pretrained(self, folder: str | Path, name: str = CONFIG_FILE) -> None:
         """Write config.json, or `SCALARS_FILE` beside a network; all else is for the command that made the folder."""
-        write_json(Path(folder) / name, {"format": FORMAT} | asdict(self.config))
+        content = {"format": FORMAT} | asdict(self.config) | {"lists": [each.record() for each in self.config.lists]}
+        if self.config.guidance_2 is None:
+            del content["guidance_2"]
+        write_json(Path(folder) / name, content)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Multistep":
@@ -328,8 +352,17 @@ class Multistep:
         where = "" if times is None else f" on the grid of {Grid(tuple(times))}"
         raise UserError(f"no scalars were fitted to the full steps {asked}{where}", f"take one of: {known}")
 
-    def check_guidance(self, guidance: float) -> None:
-        """`UserError` for a scale outside the range that they were fitted to, but for `ROUNDING`."""
+    def check_guidance(self, guidance: float, first: float | None = None) -> None:
+        """`UserError` for a scale outside the range that they were fitted to, but for `ROUNDING`; with that of the
+        first of two transformers, for another scale of the second than it had in the runs."""
+        if first is not None:
+            own = first if self.config.guidance_2 is None else self.config.guidance_2
+            if abs(guidance - own) > ROUNDING * own:
+                raise UserError(
+                    f"guidance_2={guidance:.3g}, and the scalars were fitted to runs with {own:.3g}",
+                    f"sample with guidance_2={own:.3g}, or fit others with guidance_2={guidance:.3g}",
+                )
+            return
         low, high = self.config.guidance_range
         if not low * (1 - ROUNDING) <= guidance <= high * (1 + ROUNDING):
             raise UserError(

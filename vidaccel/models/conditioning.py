@@ -54,6 +54,8 @@ class ConditioningConfig:
     """[low, high] of the scales g it was trained on."""
     times: tuple[float, ...] | None = None
     """Times [steps + 1] of that grid; where only steps and shift are said, those that follow."""
+    until: float = 0.0
+    """Least r it was trained on, which stands for all below: where the second of two transformers takes over."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeds", tuple(self.embeds))
@@ -91,6 +93,8 @@ class Conditioning(nn.Module):
     def forward(self, **numbers: Tensor) -> Tensor:
         """Numbers [B] by name, r in [0, 1] and g as a scale, -> [B, D]."""
         dtype = next(self.parameters()).dtype
+        if self.config.until and "r" in self.embedders:
+            numbers["r"] = numbers["r"].clamp(min=self.config.until)
         embedded = (e(self.frequencies(1000 * numbers[name]).to(dtype)) for name, e in self.embedders.items())
         return sum(embedded)
 
@@ -154,7 +158,7 @@ class Conditioning(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self, folder / WEIGHTS_FILE)
-        write_json(folder / CONFIG_FILE, asdict(self.config))
+        write_json(folder / CONFIG_FILE, {k: v for k, v in asdict(self.config).items() if k != "until" or v})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Conditioning":

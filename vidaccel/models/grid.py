@@ -23,6 +23,7 @@ from torch import Tensor
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import family_of
+from vidaccel.families.walk import boundaries_of
 
 TOLERANCE = 0.1
 """How far, in steps, a time may lie from its place on a grid. UniPC's lie up to 0.001 S from those of a shift."""
@@ -158,6 +159,15 @@ def _shortened(times: Sequence[float]) -> str:
 def denoiser_at(t: Tensor, boundaries: Sequence[float]) -> int:
     """Which denoiser takes the step that begins at t [], as pipelines choose: the next below each of the boundaries."""
     return sum(not bool(1000 * t >= 1000 * boundary) for boundary in boundaries)
+
+
+def check_boundary(what: str, boundary: float | None, pipe: DiffusionPipeline, family: DiTFamily, hint: str) -> None:
+    """`UserError` for what was made for another switch between transformers than the pipeline's, or for none."""
+    own = next(iter(boundaries_of(pipe, family)), None)
+    if boundary != own:
+        made = "one transformer" if boundary is None else f"a second transformer below t = {boundary:g}"
+        has = "no second transformer" if own is None else f"{'a second one below t = ' * (boundary is None)}{own:g}"
+        raise UserError(f"{what} for {made}, and the pipeline has {has}", hint)
 
 
 @dataclass(frozen=True)

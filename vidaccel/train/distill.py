@@ -141,7 +141,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         provenance = provenance | {"negative_prompt": unwanted(loaded)}
     torch.manual_seed(config.seed)  # for the first layers of new embeddings
     start = _started(config, loaded)
-    copy = student_of(loaded, config, start)
+    copy = student_of(loaded, config, start, span)
     if start is not None:
         provenance = provenance | {"start": _go_on_from(config, start, copy)}
     teacher, student = velocity_of(loaded).requires_grad_(False).eval(), velocity_of(copy).requires_grad_(True)
@@ -303,10 +303,15 @@ def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -
     return measured
 
 
-def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipeline | None = None) -> LoadedPipeline:
+def student_of(
+    loaded: LoadedPipeline,
+    config: DistillConfig,
+    start: LoadedPipeline | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> LoadedPipeline:
     """The teacher once more, its transformer to be trained, which starts equal to it: new embeddings give nothing.
 
-    It embeds what `start`, whose weights it is to go on from, does as well.
+    It embeds what `start`, whose weights it is to go on from, does as well; `span` are the transformer's own times.
     """
     loaded_embeds, family, attribute = velocity_of(loaded).embeds, loaded.family, loaded.family.denoisers[0].attribute
     copy = _beside(config.teacher, loaded, config.lora or ())
@@ -316,7 +321,7 @@ def student_of(loaded: LoadedPipeline, config: DistillConfig, start: LoadedPipel
     wanted = [name for name in ("r", "g") if name == method.embeds or name in more or loaded_embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
-    trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift)
+    trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift, span)
     if "g" in embeds:
         trained["guidance_range"] = tuple(with_scales(config, loaded).guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
@@ -387,12 +392,6 @@ def _of_one_denoiser(config: DistillConfig, method: Method, family: DiTFamily) -
         raise UserError(
             f"lora={others[0]} is not for the {config.denoiser} that is distilled, and would be lost",
             "give it when that one is distilled",
-        )
-    if method.embeds == "r":
-        raise UserError(
-            f"{family.title} denoises with {len(names)} transformers, and a mean velocity leads from the times of one "
-            "into those of the other",
-            "method=cfg distils guidance; for few steps take a step-distilled LoRA for each (lora=)",
         )
     if config.train.lora_rank and not config.merge_lora:
         raise UserError("an adapter apart is of one transformer alone", "leave merge_lora=true")

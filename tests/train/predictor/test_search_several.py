@@ -16,6 +16,7 @@ from vidaccel.config.collect import CollectConfig
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import boundaries_of, denoisers_of
+from vidaccel.forecasters.learned import new_predictor
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.grid import Grid, GridScheduler
@@ -67,10 +68,24 @@ def test_a_run_of_our_own_is_the_pipelines_with_a_scale_for_each(loaded):
         TrajectorySampler(loaded, CollectConfig(kind="trajectory", model="here", cache=True, guidance=1.0))
 
 
+def networks(loaded):
+    """A predictor with a network for each transformer, which answer differently."""
+    first, second = denoisers_of(loaded.pipe, loaded.family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made_for = {"steps": 6, "shift": 3.0, "times": GRID.times}
+        further = new_predictor(second, loaded.family, {}, {}, 1, **made_for)
+        made = new_predictor(first, loaded.family, {}, {}, 1, [further], boundary=0.8, **made_for)
+        for network in made.parts:
+            torch.nn.init.normal_(network.fusions["hidden_states"].outer.weight, std=0.05)
+    return made.eval()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True], ids=["one pass", "two"])
-@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(grid=GRID)], ids=["reuse", "taylor"])
+@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(grid=GRID), networks], ids=["reuse", "taylor", "learned"])
 def test_lists_are_as_attached_and_stretches_stay_on_their_side(loaded, forecaster, guided):
+    forecaster = forecaster(loaded) if forecaster is networks else forecaster
     velocity, noise = velocity_of(loaded), torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     text, told = encode_texts(loaded, ["a red circle"]), {}
     if guided:
@@ -87,7 +102,7 @@ def test_lists_are_as_attached_and_stretches_stay_on_their_side(loaded, forecast
     assert set(found) == {2, 3, 4, 5, 6}
     assert all(3 in full for ways in found.values() for _, full in ways)
     plain = run(loaded, noise, **told)
-    named = "taylor" if forecaster.history > 1 else "reuse"
+    named = {Reuse: "reuse", Taylor: "taylor"}.get(type(forecaster), forecaster)
     for full, error in errors.items():
         with vidaccel.attach(loaded.pipe, predictor=named, steps=6, full_steps=list(full)):
             got = run(loaded, noise, **told)

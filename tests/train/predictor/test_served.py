@@ -228,7 +228,7 @@ def test_an_exact_forecaster_has_no_error(world, family):
     """Which gives the tokens that a full pass would leave there; and reuse has its own."""
     task = task_for(world, family)
     starts = Starts.of(task, 3)
-    with task.trunk:
+    with task.trunks:
         serving = module.serving_of(task)
         tensors = starts.draw(2, generator_for(0, 0), task.device) | {"g": torch.full((2,), 4.0)}
         _, left = serving.own(tensors["noise"], module.text_of(tensors), tensors["g"], kept=4)
@@ -260,7 +260,7 @@ def test_a_step_in_static_memory_is_the_plain_step(world, family):
     """Lists of full steps are variants of the loss, and scalars come with what is drawn."""
     task = task_for(world, family, lists=[[0, 2], [0, 1], [0, 1, 3]], guidance_range=[2.0, 5.0])
     starts, weights, outcomes = Starts.of(task, 3), [], []
-    with task.trunk:
+    with task.trunks:
         made = start_predictor(task, starts)
         made_up = {
             each: FittedList(each, numbers_for(each), 4, times=task.sampling.grid.times, network=True)
@@ -294,7 +294,7 @@ def numbers_for(full_steps: tuple[int, ...]) -> dict[int, tuple[float, ...]]:
 def test_nothing_in_the_loss_asks_for_a_value(world, monkeypatch):
     task = task_for(world)
     starts = Starts.of(task, 3)
-    with task.trunk:
+    with task.trunks:
         predictor, objective = start_predictor(task, starts), module.objective_of(task, starts)
         drawn = objective.draw(0, generator_for(0, 0))
         for name in ("item", "tolist", "__bool__", "__float__", "__int__"):

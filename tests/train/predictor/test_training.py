@@ -204,7 +204,7 @@ def test_trajectories_are_learnt_from_alike_with_and_without_stored_caches(world
             world, family, pairs="trajectory", features=str(world(family) / features), max_skipped=2, history=2
         )
         task = task_of(student, config, None)
-        with task.trunk:
+        with task.trunks:
             _, pairs = module._start(task)
             drawn.append(pairs.draw(3, 2, 3, generator_for(0, 3)))
             assert len(drawn[-1].memory) == 2
@@ -293,7 +293,7 @@ def test_scales_are_drawn_from_a_range_only_when_asked(world):
         ({"guidance_range": [1.0, 3.0]}, 1.0, 3.0),
     ):
         task = task_of(student, settings(world, **changes), None)
-        with task.trunk:
+        with task.trunks:
             _, pairs = module._start(task)
             g = pairs.draw(0, 2, 0, generator_for(0, 0)).g
         assert ((low <= g) & (g <= high)).all()
@@ -304,7 +304,7 @@ def test_the_widest_interval_is_the_students_own_or_its_grids(world, tmp_path):
     config = settings(world)
     for restrict, expected in ((None, 0.4), (0.1, 0.1)):  # 4 steps of shift 2: 1, 6/7, 2/3, 2/5, 0
         task = task_of(load_pipeline(config.student, dtype="float32"), replace(config, restrict=restrict), None)
-        with task.trunk:
+        with task.trunks:
             assert module._start(task)[1].restrict == pytest.approx(expected, abs=1e-6)
 
 

@@ -104,8 +104,9 @@ class Method:
     """Raises `UserError` for a teacher that it cannot distil, given as the pipeline and as its velocity."""
     resolved: Callable[[Any], Any] = lambda settings: settings
     """Its settings with what they leave open chosen; called where the number of processes is known."""
-    conditioning: Callable[[DistillConfig, float], dict[str, Any]] = lambda config, shift: {}
-    """What the student's conditioning config is to record of the training besides its step grid, of that shift."""
+    conditioning: Callable[[DistillConfig, float, tuple[float, float]], dict[str, Any]] = lambda config, shift, span: {}
+    """What the student's conditioning config is to record of the training besides its step grid, of that shift; `span`
+    as of a `Distillation`."""
     gates: Callable[[Distillation, HeldOut], Measured] = lambda task, held_out: Measured()
     """The numbers that say that a student was trained, computed when it is."""
     preflight: Callable[[Distillation], None] = lambda task: None

@@ -8,7 +8,7 @@ is what is missing beside the last velocities and latents, not what those say al
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Fits:
                 self.latest = {made.full_steps: made for made in (FittedList(**each) for each in kept)}
             else:
                 self.latest = self._fitted()
-                on_first(partial(write_json, file, {"lists": [asdict(made) for made in self.latest.values()]}))
+                on_first(partial(write_json, file, {"lists": [made.record() for made in self.latest.values()]}))
             self._since = since
         return self.latest
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.forecasters.base import Forecaster
 from vidaccel.forecasters.reuse import Reuse
@@ -38,7 +39,7 @@ class PredictorLoss(nn.Module):
     def __init__(
         self,
         student: Velocity,
-        trunk: Trunk,
+        trunk: Trunk | Trunks,
         predictor: nn.Module,
         discriminator: Discriminator | None = None,
         config: DiscriminatorConfig | None = None,

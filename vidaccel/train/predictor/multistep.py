@@ -7,7 +7,8 @@ run the model there, which is all that a fit costs.
 
 Which lists are tried: the cost of a stretch from full step i, after the full step h, up to the next one j is what is
 left of the own state at j outside the span of the velocities and latents of i and h on the own run, times what such
-errors grow to in the end (search.py). The cheapest of each budget by the sum of these are fitted and run on other
+errors grow to in the end (search.py). Of two transformers a stretch looks back on full steps of its own and ends where
+the other begins. The cheapest of each budget by the sum of these are fitted and run on other
 prompts, and the best of them is kept.
 
 N runs, S steps
@@ -65,7 +66,7 @@ from vidaccel.prompts import prompts_in
 from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
-from vidaccel.train.predictor.task import SEARCHED, check_student, refuse_several, search_of
+from vidaccel.train.predictor.task import SEARCHED, check_student, search_of
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -90,6 +91,8 @@ class Served:
 
 
 def _full_step(runs: Runs, state: Served, step: int, beneath: Beneath | None) -> Served:
+    if step in runs.firsts:  # of its transformer, which knows nothing of the other's
+        state = replace(state, us=(), xs=(), left=())
     if beneath is None:
         u, left = runs.velocity(step, state.x), ()
     else:
@@ -142,7 +145,8 @@ def fit_lists(
                 for end in ((0,) if share is None else (0, 1))
             )
             error = relative_error(state.x[fitted:], runs.states[-1][fitted:]) if fitted < len(runs) else None
-            found = FittedList(each, numbers, grid.steps, grid.shift, grid.times, error, network=beneath is not None)
+            on = each, numbers, grid.steps, grid.shift, grid.times, error
+            found = FittedList(*on, network=beneath is not None, boundary=runs.boundary)
             if highest:
                 found = replace(found, guidance_range=span, at_highest=highest[0])
             made.append((found, state.x[fitted:]))
@@ -215,8 +219,10 @@ def estimated_costs(runs: Runs, growth: Sequence[float]) -> list[list[list[float
     nothing = float("inf")
     costs = [[[nothing] * (steps + 1) for _ in range(steps)] for _ in range(steps)]
     for i in range(steps):
+        end = next((first for first in runs.firsts if first > i), steps)
         for h in range(i) if i else [0]:
-            known = torch.stack([states[i], velocities[i], *([states[h], velocities[h]] if h < i else [])])
+            before = [states[h], velocities[h]] if runs.begin(i) <= h < i else []
+            known = torch.stack([states[i], velocities[i], *before])
             inner = known @ gram @ known.mT
             scale = inner.diagonal().sqrt()
             inner = inner / torch.outer(scale, scale) + SMALLEST * torch.eye(len(known), dtype=torch.float64)
@@ -226,7 +232,7 @@ def estimated_costs(runs: Runs, growth: Sequence[float]) -> list[list[list[float
             whole = (wanted @ gram * wanted).sum(1)
             left = (whole - explained).clamp(min=0)
             left[0] = 0  # the next step begins where the full one leads
-            for j in range(i + 1, steps + 1):
+            for j in range(i + 1, end + 1):
                 costs[h][i][j] = float(left[j - i - 1]) * growth[j]
     return costs
 
@@ -252,7 +258,10 @@ def measured_growth(runs: Runs, count: int, ridge: float = RIDGE) -> list[float]
     growth = [1.0] * (steps + 1)
     with Progress("how errors grow", total=max(0, steps - 2)) as progress:
         for j in range(2, steps):
-            before = range(j - 2, max(-1, j - 4), -1)
+            if j - 1 in runs.firsts:  # which is full
+                progress.advance()
+                continue
+            before = range(j - 2, max(runs.begin(j - 1) - 1, j - 4), -1)
             us, xs = ([each[i] for i in before] for each in (runs.velocities, runs.states))
             numbers = fit_coefficients(us, xs, runs.states[j - 1], runs.velocities[j - 1], ridge)
             u = multistep_velocity(numbers, [u[:count] for u in us], [x[:count] for x in xs], part.states[j - 1])
@@ -285,7 +294,7 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     sampler, prompts, span = runs_of(config, loaded)
     steps = sampler.steps
     if config.full_steps is not None:
-        check_full_steps(config.full_steps, steps)
+        _check_listed(config.full_steps, sampler)
     if config.budgets and config.budgets[-1] > steps:
         raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
     data = {"captions": [caption for caption, _ in prompts], **_parents(config, loaded)}
@@ -303,7 +312,13 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         own = runs.part(slice(config.runs))
         growth = measured_growth(own, config.search_prompts, config.ridge)
         found = candidates(estimated_costs(own, growth), config.tried)
-        budgets = config.budgets or range(1, steps // 2 + 1)
+        budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget in found]
+        if not budgets:
+            raise UserError(
+                f"budgets={config.budgets or [*range(1, steps // 2 + 1)]}, and the first step of each of "
+                f"{len(runs.firsts)} transformers is full",
+                f"take budgets=[{len(runs.firsts)}] or more",
+            )
         lists = [full for budget in budgets for _, full in found[budget]]
     made = [each for each, _ in fit_lists(runs, lists, config.runs, config.ridge)]
     best: dict[int, FittedList] = {}
@@ -317,6 +332,7 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         span,
         sampler.empty is not None,
         tuple(best[budget] for budget in sorted(best)),
+        sampler.second,
     )
     beside = compared(runs.part(slice(config.runs, None)), fitted.lists)
     return _finish(config, output, loaded, sampler, fitted, beside, asked, started)
@@ -330,7 +346,6 @@ def runs_of(
     Raises:
         UserError: there are no two captions, or the model cannot be sampled so.
     """
-    refuse_several(loaded.family)
     asked, wanted = _collected(config), config.runs + config.checked_prompts
     images = None
     if config.prompts is not None:
@@ -372,13 +387,25 @@ def _sampled(
     sampler = TrajectorySampler(loaded, asked)
     if sampler.steps < 2:
         raise UserError("a model of one step has nothing to predict from", "set steps to 2 or more")
+    if config.guidance_2 is None and sampler.second == sampler.guidance:
+        sampler.second = None  # it is that of the first, whatever that is
     return sampler, _span(config, loaded, sampler)
+
+
+def _check_listed(full_steps: Sequence[int], sampler: TrajectorySampler) -> None:
+    """`UserError` unless the list is one of full steps, with the first of each transformer among them."""
+    full, firsts = check_full_steps(full_steps, sampler.steps), sampler.grid.firsts(sampler.boundaries)
+    if missing := [first for first in firsts if first not in full]:
+        raise UserError(
+            f"full_steps={list(full)} leaves out {missing[0]}, the first step of the second transformer",
+            f"list it: full_steps={sorted({*full, *firsts})}",
+        )
 
 
 def _collected(config: PredictorConfig) -> CollectConfig:
     """The settings of the runs, as those who collect trajectories know them."""
     high = max(config.guidance_range) if config.guidance_range else config.guidance
-    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt")
+    names = ("data", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "negative_prompt", "guidance_2")
     named = {name: getattr(config, name) for name in names}
     wanted = config.runs + config.checked_prompts
     return CollectConfig(kind="trajectory", model=config.student, clips=wanted, guidance=high, **named)
@@ -423,7 +450,8 @@ def _finish(
 ) -> list[Schedule]:
     """Write the folder, with what it had for other grids."""
     schedules = [
-        Schedule(each.steps, each.full_steps, "search", each.shift, each.error, each.times) for each in fitted.lists
+        Schedule(each.steps, each.full_steps, "search", each.shift, each.error, each.times, each.boundary)
+        for each in fitted.lists
     ]
     kept, run = _kept(output, loaded, fitted)
     lists = (*(each for each in kept.lists if each.steps != sampler.steps), *fitted.lists) if kept else fitted.lists
@@ -464,8 +492,8 @@ def _kept(
     if not (output / RUN_FILE).exists():
         return None, {}
     run, there = read_run(output, FORMAT), Multistep.from_pretrained(output).config
-    same = there.student in student_hashes(loaded) and there.guidance_range == fitted.guidance_range
-    if not (same and there.two_pass == fitted.two_pass):
+    guided = [(each.guidance_range, each.guidance_2, each.two_pass) for each in (there, fitted)]
+    if there.student not in student_hashes(loaded) or guided[0] != guided[1]:
         log.warning("%s holds scalars for another model or other guidance, which are replaced", output)
         return None, {}
     return there, run

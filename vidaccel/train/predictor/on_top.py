@@ -88,6 +88,8 @@ class Fitting(NamedTuple):
     """The first `PredictorConfig.runs` to fit to, the others to try on."""
     span: tuple[float, float]
     """Of their guidance."""
+    second: float | None = None
+    """Scale of the second of two transformers; None is that of the first."""
 
 
 def fitting_runs(task: PredictorTask) -> Fitting | None:
@@ -104,7 +106,7 @@ def fitting_runs(task: PredictorTask) -> Fitting | None:
     wanted = config.runs + config.checked_prompts
     log.info("scalars on top of the network: %d runs, guidance from %g to %g", wanted, *span)
     if prompts is not None:
-        return Fitting(own_runs(sampler, prompts, config.seed, span, config.mse.batch_size), span)
+        return Fitting(own_runs(sampler, prompts, config.seed, span, config.mse.batch_size), span, sampler.second)
     tried, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
     drawn = [
         starts.draw(count, generator_for(config.seed, FITTED_INDEX + i), task.device)
@@ -112,7 +114,7 @@ def fitting_runs(task: PredictorTask) -> Fitting | None:
     ]
     whole = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
     noise, text = whole.pop("noise"), text_of(whole)
-    return Fitting(runs_from(sampler, noise, text, config.seed, span, config.mse.batch_size), span)
+    return Fitting(runs_from(sampler, noise, text, config.seed, span, config.mse.batch_size), span, sampler.second)
 
 
 def fit_on_top(
@@ -138,13 +140,13 @@ def fit_on_top(
     fitting = fitting or fitting_runs(task)
     if fitting is None:
         return [], None
-    runs, span = fitting
+    runs, span, second = fitting
     budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))
     found = candidates(estimated_costs(own, measured_growth(own, config.search_prompts, config.ridge)), config.tried)
     wanted |= {full for ways in found.values() for _, full in ways}
-    beneath = Beneath(task.trunk, predictor)
+    beneath = Beneath(task.trunks, predictor)
     made = fit_lists(runs, sorted(full for full in wanted if len(full) in budgets), config.runs, config.ridge, beneath)
     best: dict[int, tuple[FittedList, Tensor]] = {}
     for each in made:
@@ -159,7 +161,7 @@ def fit_on_top(
             places = " ".join(map(str, each.made.full_steps))
             log.warning("at %s the network adds nothing to scalars alone, which cost no pass (multistep)", places)
     kept = [each for each in compared if each.error < each.network]
-    return kept, _with_other_grids(task, predictor, [each.made for each in kept], span)
+    return kept, _with_other_grids(task, predictor, [each.made for each in kept], (span, second))
 
 
 def _compared(
@@ -192,16 +194,21 @@ def _error(made: FittedList) -> float:
 
 
 def _with_other_grids(
-    task: PredictorTask, predictor: Predictor, lists: list[FittedList], span: tuple[float, float]
+    task: PredictorTask,
+    predictor: Predictor,
+    lists: list[FittedList],
+    guided: tuple[tuple[float, float], float | None],
 ) -> Multistep | None:
-    """These lists and those of other grids that go with them; None if there are none."""
-    before = predictor.scalars.config if predictor.scalars is not None else None
-    if before is not None and before.student in student_hashes(task.loaded) and before.guidance_range == span:
+    """These lists and those of other grids that go with them, of the same guidance (`Fitting`); None if there are
+    none."""
+    before, (span, second) = predictor.scalars.config if predictor.scalars is not None else None, guided
+    same = before is not None and (before.guidance_range, before.guidance_2) == guided
+    if before is not None and before.student in student_hashes(task.loaded) and same:
         lists = [*(each for each in before.lists if each.steps != task.sampling.grid.steps), *lists]
     elif before is not None:
         log.warning("the scalars that were on top of this network are for other guidance, and are replaced")
     if not lists:
         return None
     return Multistep(
-        MultistepConfig(task.loaded.family.name, student_hash(task.loaded), span, two_pass=False, lists=tuple(lists))
+        MultistepConfig(task.loaded.family.name, student_hash(task.loaded), span, False, tuple(lists), second)
     )

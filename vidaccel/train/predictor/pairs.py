@@ -8,6 +8,7 @@ trajectory   the full step is one of the student's own sampling; predicted steps
 B batch, S steps, C channels, T frames, H and W latent pixels
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.encode import LATENT, batch
 from vidaccel.collect.source import EncodedSource
 from vidaccel.collect.trajectories import CACHES
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
+from vidaccel.models.grid import denoiser_at
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised, sample_guidance
 from vidaccel.train.methods.mean_velocity.intervals import sample_interval_ends
@@ -76,7 +79,7 @@ class Pairs:
     """What the forward passes of a training learn from, as its settings say."""
 
     student: Velocity
-    trunk: Trunk
+    trunk: Trunk | Trunks
     predictor: Forecaster
     data: Data
     """Encoded clips, or trajectories."""
@@ -89,37 +92,59 @@ class Pairs:
     """Widest interval t - r."""
     seed: int
     """Of the order in which data is drawn."""
+    boundary: float | None = None
+    """Time below which the second of two transformers takes over; a pair is of one, which take turns."""
+    further_restrict: float = 1.0
+    """`restrict` of the second."""
+
+    @property
+    def steps_of(self) -> dict[int, range]:
+        """Of each transformer that has steps to predict its steps on the grid."""
+        steps, boundaries = len(self.grid) - 1, [] if self.boundary is None else [self.boundary]
+        taken = [denoiser_at(t, boundaries) for t in self.grid[:-1].cpu()]
+        begun = [i for i in range(steps) if not i or taken[i] != taken[i - 1]]
+        ranges = {taken[i]: range(i, j) for i, j in zip(begun, [*begun[1:], steps], strict=True)}
+        return {which: own for which, own in ranges.items() if len(own) > 1}
 
     def draw(self, index: int, count: int, step: int, generator: torch.Generator) -> Pair:
         """B = `count` samples for forward pass `index` of optimiser step `step`."""
         chosen = [self.data.at(index * count + i, self.seed) for i in range(count)]
         samples = [tensors for tensors, _ in self.data.read(chosen)]
+        turns = [*self.steps_of.items()]
+        which, own = turns[step % len(turns)]  # in all processes
         if self.config.pairs == "data":
-            return self._from_clips(samples, generator)
-        return self._from_trajectories(samples, step, generator)
+            return self._from_clips(samples, generator, which, own)
+        return self._from_trajectories(samples, step, generator, own)
 
-    def _from_clips(self, samples: list[dict[str, Tensor]], generator: torch.Generator) -> Pair:
+    def _from_clips(self, samples: list[dict[str, Tensor]], generator: torch.Generator, which: int, own: range) -> Pair:
         text = batch(samples, self.grid.device, torch.float32)
         x_0 = text.pop(LATENT)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         count, lag = len(samples), self.config.lag
         if self.config.intervals == "grid":
-            times = grid_times(count, self.grid.cpu(), lag, generator)
+            times = grid_times(count, self.grid.cpu(), lag, generator, own)
         else:
-            times = restricted_times(count, self.restrict, lag, generator)
+            restrict, span = self.restrict, (0.0, 1.0)
+            if self.boundary is not None:
+                restrict = (self.restrict, self.further_restrict)[which]
+                span = ((self.boundary, 1.0), (0.0, self.boundary))[which]
+            times = restricted_times(count, restrict, lag, generator, span)
         full, predicted = (Times(*(end.to(x_0) for end in step)) for step in times)
         return noised_pair(self.student, self.trunk, x_0, eps, text, self._scales(count, generator), full, predicted)
 
-    def _from_trajectories(self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator) -> Pair:
-        steps = len(self.grid) - 1
+    def _from_trajectories(
+        self, samples: list[dict[str, Tensor]], step: int, generator: torch.Generator, own: range
+    ) -> Pair:
+        steps = len(own)
         # All processes take as many passes in a step, or those that share weights would wait for each other.
         longest = min(self.config.max_skipped, steps - 1)
         # By numbers of its own: those of (seed, step) are a pass's, and the length would choose where that one starts.
         length = int(torch.randint(1, longest + 1, (), generator=generator_for(~self.seed, step)))
-        first = torch.randint(steps - length, (len(samples),), generator=generator)
+        first = own.start + torch.randint(steps - length, (len(samples),), generator=generator)
         starts = [first]
         if self.config.history > 1:
-            starts.append((first - torch.randint(1, longest + 1, first.shape, generator=generator)).clamp(min=0))
+            before = first - torch.randint(1, longest + 1, first.shape, generator=generator)
+            starts.append(before.clamp(min=own.start))
         g = self._scales(len(samples), generator)
         alike = [{n: x for n, x in sample.items() if n not in (*PER_STEP, "times")} for sample in samples]
         text = batch(alike, self.grid.device, torch.float32)
@@ -145,19 +170,28 @@ def stepped(x: Tensor, times: Times, u: Tensor) -> Tensor:
     return x - per_sample(times.t - times.r, x) * u
 
 
-def restricted_times(count: int, restrict: float, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
-    """Full and predicted step: t ~ U(0, 1), r = max(0, t - U(0, restrict)), and both U(0, lag) later, or at 0."""
+def restricted_times(
+    count: int, restrict: float, lag: float, generator: torch.Generator, span: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Times, Times]:
+    """Full and predicted step: t ~ U(0, 1), r = max(0, t - U(0, restrict)), and both U(0, lag) later, or at 0; of one
+    of two transformers all of that in its `span` in place of [0, 1]."""
+    low, high = span
     t = torch.rand(count, generator=generator)
-    r = sample_interval_ends(t, restrict, 0.0, generator)
+    if span != (0.0, 1.0):
+        t = (low + (high - low) * t).clamp(low, math.nextafter(high, 0.0))
+    r = sample_interval_ends(t, restrict, 0.0, generator, low)
     passed = lag * torch.rand(count, generator=generator)
-    return Times(t, r), Times((t - passed).clamp(min=0.0), (r - passed).clamp(min=0.0))
+    return Times(t, r), Times((t - passed).clamp(min=low), (r - passed).clamp(min=low))
 
 
-def grid_times(count: int, grid: Tensor, lag: float, generator: torch.Generator) -> tuple[Times, Times]:
-    """Full and predicted step: two of a grid [S + 1], neighbours or at most `lag` apart; all such are as likely."""
-    steps = len(grid) - 1
+def grid_times(
+    count: int, grid: Tensor, lag: float, generator: torch.Generator, own: range | None = None
+) -> tuple[Times, Times]:
+    """Full and predicted step: two of a grid [S + 1], neighbours or at most `lag` apart; all such are as likely. `own`
+    are the steps of one of two transformers."""
+    own = range(len(grid) - 1) if own is None else own
     at = grid.tolist()  # a difference in float32 would be rounded, and may pass for one that is no longer than `lag`
-    near = [(i, j) for i in range(steps) for j in range(i + 1, steps) if j == i + 1 or at[i] - at[j] <= lag]
+    near = [(i, j) for i in own for j in range(i + 1, own.stop) if j == i + 1 or at[i] - at[j] <= lag]
     full, predicted = torch.tensor(near)[torch.randint(len(near), (count,), generator=generator)].T
     return Times(grid[full], grid[full + 1]), Times(grid[predicted], grid[predicted + 1])
 
@@ -165,7 +199,7 @@ def grid_times(count: int, grid: Tensor, lag: float, generator: torch.Generator)
 @torch.no_grad()
 def noised_pair(
     student: Velocity,
-    trunk: Trunk,
+    trunk: Trunk | Trunks,
     x_0: Tensor,
     eps: Tensor,
     text: Text,
@@ -184,7 +218,7 @@ def noised_pair(
 @torch.no_grad()
 def trajectory_pair(
     student: Velocity,
-    trunk: Trunk,
+    trunk: Trunk | Trunks,
     forecaster: Forecaster,
     full: Sequence[FullStep],
     length: int,
@@ -218,7 +252,9 @@ def trajectory_pair(
     return Pair(x, times, text, g, target, memory)
 
 
-def _remembered(student: Velocity, trunk: Trunk, step: FullStep, grid: Tensor, text: Text, g: Tensor | None) -> Cached:
+def _remembered(
+    student: Velocity, trunk: Trunk | Trunks, step: FullStep, grid: Tensor, text: Text, g: Tensor | None
+) -> Cached:
     """What a full step leaves, from its stored tokens, or by running it again where they are not stored."""
     if step.tokens:
         return Cached(step.tokens, grid[step.index])

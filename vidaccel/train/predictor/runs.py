@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.encode import encode_prompts
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.errors import UserError
@@ -46,6 +47,8 @@ class Runs:
     """[N] guidance scales; None for a model that takes none."""
     batch_size: int
     """Runs that go through the model together."""
+    boundary: float | None = None
+    """Time below which the second of two transformers takes over; None: it is one."""
 
     def __len__(self) -> int:
         return len(self.states[0])
@@ -64,6 +67,15 @@ class Runs:
     def times(self) -> Tensor:
         """[S + 1]"""
         return self.sampler.grid.tensor
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """Positions of the steps with which the transformers begin."""
+        return self.sampler.grid.firsts([] if self.boundary is None else [self.boundary])
+
+    def begin(self, step: int) -> int:
+        """The first step of the transformer that takes this one."""
+        return max(first for first in self.firsts if first <= step)
 
     def velocity(self, step: int, x: Tensor) -> Tensor:
         """What the model gives at a step that begins with x [N, C, T, H, W] in place of `states[step]`."""
@@ -102,7 +114,7 @@ Left = tuple[tuple[Cached, ...], ...]
 class Beneath:
     """A network in the place of a model's trunk, asked at the states of runs."""
 
-    trunk: Trunk
+    trunk: Trunk | Trunks
     """Of the model that the runs are of, attached."""
     forecaster: Forecaster
 
@@ -201,4 +213,4 @@ def _runs(
     if not all(tensor.isfinite().all() for tensor in (*states, *velocities)):
         raise UserError("runs of the model are not finite", "try dtype=float32; if that fails too, it is broken")
     text = {name: torch.cat([part[name] for part in texts]) for name in texts[0]}
-    return Runs(sampler, states, velocities, text, g, batch_size)
+    return Runs(sampler, states, velocities, text, g, batch_size, next(iter(sampler.boundaries), None))

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from vidaccel.cache.trunk import Trunk
+from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank, cut_texts
 from vidaccel.collect.encode import LATENT, batch, encode_texts
 from vidaccel.collect.source import EncodedSource
 from vidaccel.errors import UserError
-from vidaccel.families.walk import stored_inputs
+from vidaccel.families.walk import denoisers_of, stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.multistep import HISTORY, FittedList, multistep_velocity
 from vidaccel.forecasters.reuse import Reuse
-from vidaccel.models.grid import Grid
+from vidaccel.models.grid import Grid, denoiser_at
 from vidaccel.models.velocity import Text, Velocity
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.flow_matching import sample_guidance
@@ -62,9 +63,11 @@ class Serving:
     """A student, and how it is sampled. Nothing here waits for the device."""
 
     student: Velocity
-    trunk: Trunk
+    trunk: Trunk | Trunks
     grid: Tensor
     """Times [S + 1], on the student's device."""
+    firsts: FullSteps = (0,)
+    """The steps with which its transformers begin."""
 
     @property
     def steps(self) -> int:
@@ -114,11 +117,14 @@ class Serving:
                 some.
         """
         first = leading(full_steps)
+        begin = max(i for i in self.firsts if i <= first)  # of the transformer of that step
         x, states, history = own[0][first], [], forecaster.history
-        memory = tuple(reversed(own[1][:first]))[:history]
-        known = [(self.mean(i, *own[0][i : i + 2]), own[0][i]) for i in reversed(range(first))][:HISTORY]
+        memory = tuple(reversed(own[1][begin:first]))[:history]
+        known = [(self.mean(i, *own[0][i : i + 2]), own[0][i]) for i in reversed(range(begin, first))][:HISTORY]
         for index in range(first, self.steps):
             before = x
+            if index in self.firsts:
+                memory, known = (), []
             if index in full_steps:
                 x, left = self.full_step(index, x, text, g)
                 memory = (left, *memory)[:history]
@@ -166,9 +172,9 @@ def served_loss(
     return OF_THE_END * last + OF_OTHERS * sum(before), last.detach()
 
 
-def default_lists(steps: int) -> list[FullSteps]:
+def default_lists(steps: int, firsts: FullSteps = (0,)) -> list[FullSteps]:
     """Lists of a quarter, three eighths and a half of the steps, which come closer together where there is more noise:
-    i-th of k full steps at S (i/k)^2 or S (i/k)^1.5."""
+    i-th of k full steps at S (i/k)^2 or S (i/k)^1.5. The steps with which transformers begin are added."""
     found = []
     for share in (0.25, 0.375, 0.5):
         count = max(1, round(share * steps))
@@ -176,11 +182,11 @@ def default_lists(steps: int) -> list[FullSteps]:
             places = [int(steps * (i / count) ** power) for i in range(count)]
             for i in range(1, count):
                 places[i] = max(places[i], places[i - 1] + 1)
-            found.append(tuple(places))
-    return sorted(set(found), key=lambda each: (len(each), each))
+            found.append(tuple(sorted({*places, *firsts})))
+    return sorted({each for each in found if len(each) < steps} or {firsts}, key=lambda each: (len(each), each))
 
 
-def check_lists(lists: Sequence[Sequence[int]], steps: int) -> list[FullSteps]:
+def check_lists(lists: Sequence[Sequence[int]], steps: int, firsts: FullSteps = (0,)) -> list[FullSteps]:
     """As tuples; `UserError` for one that is no list of full steps of so many, or leaves nothing to predict."""
     for each in lists:
         rising = list(each) == sorted(set(each)) and bool(each)
@@ -188,6 +194,10 @@ def check_lists(lists: Sequence[Sequence[int]], steps: int) -> list[FullSteps]:
             raise UserError(
                 f"lists: {list(each)} are no full steps of {steps}",
                 f"a list rises from 0, stays below {steps}, and leaves a step to predict",
+            )
+        if missing := set(firsts) - set(each):
+            raise UserError(
+                f"lists: {list(each)} leaves out {min(missing)}, the first step of the second transformer", "list it"
             )
     return [tuple(each) for each in lists]
 
@@ -337,7 +347,9 @@ def compared(
     for tensors in runs:
         noise, text, g = tensors["noise"], text_of(tensors), tensors.get("g")
         for which, made in enumerate((forecaster, Reuse())):
-            for each, wrong in list_errors(serving.student, serving.trunk, made, noise, text, grid, g, list(squares)):
+            for each, wrong in list_errors(
+                serving.student, serving.trunk, made, noise, text, grid, g, list(squares), serving.firsts
+            ):
                 squares[each][which] += float(wrong.sum())
     count = sum(len(tensors["noise"]) for tensors in runs)
     return [Compared(each, *((square / count) ** 0.5 for square in sums)) for each, sums in squares.items()]
@@ -384,7 +396,7 @@ class Shares:
 
     def __call__(self) -> dict[str, float]:
         served = self.task.config.pairs == "served"
-        lists = lists_of(self.task) if served else default_lists(self.task.sampling.grid.steps)
+        lists = lists_of(self.task) if served else default_lists(self.task.sampling.grid.steps, self.task.firsts)
         if not self._reuse:
             self._reuse = self._errors(Reuse(), lists)
         found = self._errors(self.forecaster, lists, self.fits)
@@ -414,58 +426,81 @@ def _drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator
 
 def serving_predictor(task: PredictorTask, folder: Path) -> Predictor:
     """The one that was saved there, run as the student's blocks are."""
-    transformer = task.student.transformer
+    transformers = denoisers_of(task.loaded.pipe, task.loaded.family)
     predictor = Predictor.from_pretrained(folder).to(task.device)
-    predictor.check_fits(transformer, task.loaded.family, student_hashes(task.loaded), called=task.config.student)
-    return predictor.run_like(transformer)
+    predictor.check_fits(transformers[0], task.loaded.family, student_hashes(task.loaded), called=task.config.student)
+    predictor.check_denoisers(task.loaded.pipe, task.loaded.family)
+    return predictor.run_like(*transformers)
 
 
 # training
 
 
 def serving_of(task: PredictorTask) -> Serving:
-    return Serving(task.student, task.trunk, task.sampling.grid.tensor.to(task.device))
+    return Serving(task.student, task.trunks, task.sampling.grid.tensor.to(task.device), task.firsts)
 
 
 def lists_of(task: PredictorTask) -> list[FullSteps]:
     """Those that take turns in its training."""
     steps, asked = task.sampling.grid.steps, task.config.lists
-    return default_lists(steps) if asked is None else check_lists(asked, steps)
+    return default_lists(steps, task.firsts) if asked is None else check_lists(asked, steps, task.firsts)
 
 
 def start_predictor(task: PredictorTask, starts: Starts) -> Predictor:
     """A new one, which has the statistics of all predicted steps of a few runs under reuse."""
-    config, grid, student = task.config, task.sampling.grid, task.student
     serving = serving_of(task)
-    tensors = _drawn_as_sampled(task, starts, config.mse.batch_size, generator_for(config.seed, 0))
+    tensors = _drawn_as_sampled(task, starts, task.config.mse.batch_size, generator_for(task.config.seed, 0))
     text, g = text_of(tensors), tensors.get("g")
-    entering: dict[str, list[Tensor]] = {}
-    cached: dict[str, list[Tensor]] = {}
+    seen: dict[int, tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]] = {}
 
     class Look(Reuse):
         def __call__(self, arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+            assert t is not None
+            boundaries = [] if task.boundary is None else [task.boundary]
+            entering, cached = seen.setdefault(denoiser_at(t, boundaries), ({}, {}))
             for name, tokens in memory[0].tokens.items():
                 entering.setdefault(name, []).append(arguments[name].float().cpu())
                 cached.setdefault(name, []).append(tokens.float().cpu())
             return super().__call__(arguments, memory, t)
 
-    full_steps = max(lists_of(task), key=len)
+    full_steps = max(lists_of(task), key=len) if task.boundary is None else task.firsts
     with torch.no_grad():
         own = serving.own(tensors["noise"], text, g, kept=leading(full_steps))
         serving.served(Look(), full_steps, own, text, g)
-    return new_predictor(
-        student.transformer,
-        student.family,
-        {name: torch.cat(parts) for name, parts in entering.items()},
-        {name: torch.cat(parts) for name, parts in cached.items()},
-        config.blocks,
-        architecture=config.architecture,
-        history=config.history,
-        steps=grid.steps,
-        shift=grid.shift,
-        times=grid.times,
-        student=student_hash(task.loaded),
-    )
+    measured = {
+        which: tuple({name: torch.cat(parts) for name, parts in each.items()} for each in both)
+        for which, both in seen.items()
+    }
+    return new_networks(task, measured)
+
+
+def new_networks(task: PredictorTask, measured: Mapping[int, tuple[Tokens, ...]]) -> Predictor:
+    """An untrained predictor for the task, with a network for each transformer of the student.
+
+    Args:
+        measured: tokens that entered the trunk and those that full passes left, by transformer; nothing for one that
+            has no step to predict.
+    """
+    config, grid, made = task.config, task.sampling.grid, []
+    for which, velocity in reversed([*enumerate(task.velocities)]):
+        entering, cached = measured.get(which, ({}, {}))
+        predictor = new_predictor(
+            velocity.transformer,
+            velocity.family,
+            entering,
+            cached,
+            config.blocks,
+            made,
+            architecture=config.architecture,
+            history=config.history,
+            steps=grid.steps,
+            shift=grid.shift,
+            times=grid.times,
+            student=student_hash(task.loaded),
+            boundary=None if which else task.boundary,
+        )
+        made = [predictor]
+    return made[0]
 
 
 def objective_of(task: PredictorTask, starts: Starts, passes: int = 1, fits: Fits | None = None) -> Objective:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -48,7 +48,9 @@ ADDED = {"prompts": None, "guidance_2": None, "scalars_every": 0}
 STAGES = ("mse", "adversarial")
 """Of a training: groups of settings."""
 UNTRAINED = ("reuse", "taylor")
-"""Forecasters that have nothing of a transformer's own, and so serve several."""
+"""Forecasters that have nothing of a transformer's own."""
+OF_SEVERAL = (*UNTRAINED, "multistep", "learned")
+"""Those that serve models with several transformers."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,6 @@ class PredictorTask:
         return self.data
 
     @property
-    def trunk(self) -> Trunk:
-        """Where there is one transformer."""
-        if isinstance(self.trunks, Trunks):
-            raise ValueError("what needs one transformer is asked of several")
-        return self.trunks
-
-    @property
     def boundary(self) -> float | None:
         """Time below which the second of two transformers takes over."""
         return next(iter(boundaries_of(self.loaded.pipe, self.loaded.family)), None)
@@ -101,6 +96,12 @@ class PredictorTask:
     def firsts(self) -> tuple[int, ...]:
         """The steps with which each transformer begins."""
         return self.sampling.grid.firsts(boundaries_of(self.loaded.pipe, self.loaded.family))
+
+    @property
+    def velocities(self) -> list[Velocity]:
+        """The student's, of each of its transformers."""
+        further = self.student.further if isinstance(self.student, SwitchedVelocity) else ()
+        return [self.student, *(cast(Velocity, each) for each in further)]
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +115,7 @@ def trainable_student(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[
         UserError: no predictor can be trained for it, or not as asked, whatever is learnt from.
     """
     require_trainable(loaded.family, "the training of a predictor")
-    if config.forecaster not in UNTRAINED:
-        refuse_several(loaded.family)
+    refuse_several(loaded.family, config)
     require_whole(loaded)
     check_pipeline(loaded.pipe, loaded.family)  # now, and not when what was trained is to be served
     student = velocity_of(loaded).requires_grad_(False).eval()
@@ -124,8 +124,8 @@ def trainable_student(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[
     guidance = _guidance(loaded, config, student, twice)
     if not twice and (isinstance(student, SwitchedVelocity) or config.guidance_2 is not None):
         second = second_guidance(loaded, config.guidance, config.guidance_2, False if student.embeds("g") else None)
-        if isinstance(student, SwitchedVelocity):
-            student.second = second
+        if isinstance(student, SwitchedVelocity):  # over a range it is the first's, unless it has its own
+            student.second = second if config.guidance_2 or not config.guidance_range else None
     return student, guidance, twice
 
 
@@ -157,13 +157,17 @@ def task_of(
     provenance = provenance | guided
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
-    if config.budgets and config.budgets[-1] > sampling.grid.steps:
-        steps = sampling.grid.steps
+    steps, boundaries = sampling.grid.steps, boundaries_of(loaded.pipe, loaded.family)
+    if config.budgets and config.budgets[-1] > steps:
         raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
     looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
     history = made.history if made else looks_back.get(config.forecaster, config.history)
+    if config.forecaster == "learned" and len(sampling.grid.firsts(boundaries)) == steps:
+        raise UserError(
+            f"each of {steps} steps is the first of a transformer, and leaves nothing to predict",
+            "set steps= to more",
+        )
     trunks = [Trunk(each, loaded.family, history) for each in denoisers_of(loaded.pipe, loaded.family)]
-    boundaries = boundaries_of(loaded.pipe, loaded.family)
     whole = Trunks(trunks, boundaries) if boundaries else trunks[0]
     return PredictorTask(config, loaded, student, whole, data, provenance, sampling)
 
@@ -204,16 +208,23 @@ def check_student(config: PredictorConfig) -> None:
         )
     index = local_path(config.student) / "model_index.json"
     family = family_of_index(read_json(index)) if index.is_file() else None
-    if family is not None and config.forecaster not in UNTRAINED:
-        refuse_several(family)
+    if family is not None:
+        refuse_several(family, config)
 
 
-def refuse_several(family: DiTFamily) -> None:
+def refuse_several(family: DiTFamily, config: PredictorConfig) -> None:
     """`UserError` where a family denoises with several transformers, for what is trained on one."""
-    if len(family.denoisers) > 1:
+    if len(family.denoisers) == 1:
+        return
+    several = f"{family.title} denoises with {len(family.denoisers)} transformers"
+    if config.forecaster not in OF_SEVERAL:
         raise UserError(
-            f"{family.title} denoises with {len(family.denoisers)} transformers, and this trains for one",
-            "search schedules that need no training: forecaster=reuse, or forecaster=taylor",
+            f"{several}, and forecaster={config.forecaster} is fitted to one",
+            f"take forecaster={'|'.join(OF_SEVERAL)}",
+        )
+    if config.forecaster == "learned" and config.stage == "all" and config.adversarial.is_on:
+        raise UserError(
+            f"{several}, and a discriminator looks into one", "set adversarial.steps=0, which leaves that stage out"
         )
 
 

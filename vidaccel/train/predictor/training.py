@@ -42,14 +42,14 @@ from vidaccel.errors import UserError
 from vidaccel.families.walk import blocks_of
 from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCALARS_FILE, SCHEDULE_FILE, WEIGHTS_FILE
-from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import HISTORY, Multistep
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import LoadedPipeline, load_named, resolve_device
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.velocity import SwitchedVelocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.processes import locked_by_first, on_first, processes, rank, world
 from vidaccel.sampling import run_pipeline
@@ -69,6 +69,7 @@ from vidaccel.train.predictor.served import (
     compare,
     default_lists,
     lists_of,
+    new_networks,
     objective_of,
     serving_predictor,
     start_predictor,
@@ -232,7 +233,7 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
     trainable_student(loaded, config)  # now, and not when trajectories of it are collected
     task = task_of(loaded, with_trajectories(config, loaded, output), made)
     fitting = None
-    with task.trunk:
+    with task.trunks:
         if run is None:
             before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
             on_top = Multistep.on_top_of(output) if before and config.scalars is not False else None
@@ -292,7 +293,7 @@ def _fit_on_top(
     run["fitted"] = [*others, *(each.record() for each in found)]
     best = {
         len(each.made.full_steps): Schedule(
-            grid.steps, each.made.full_steps, "search", grid.shift, each.error, grid.times
+            grid.steps, each.made.full_steps, "search", grid.shift, each.error, grid.times, each.made.boundary
         )
         for each in found
     }
@@ -329,13 +330,13 @@ def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, ou
     with locked(output):
         task = task_of(loaded, config, None, (bank, {"clips": len(bank), "captions": bank.captions}))
         torch.manual_seed(config.seed)
-        with task.trunk:
+        with task.trunks:
             fitting = _train_served(task, output)
             found = _compare(task, output, [])
             grid = task.sampling.grid
             best = {len(each.full_steps): each for each in sorted(found, key=lambda each: -each.error)}
             schedules = [
-                Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times)
+                Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times, task.boundary)
                 for each in best.values()
             ]
             run = _described(task, config, started) | {"compared": [each.record() for each in found]}
@@ -350,14 +351,14 @@ def _train(task: PredictorTask, output: Path) -> None:
     config, student = task.config, task.student
     predictor, pairs = _start(task)
     discriminator = Discriminator(predictor.config.width, config.discriminator).to(task.device)
-    _say_size(predictor, student)
+    _say_size(predictor, task)
     _shard(task, predictor, discriminator)
-    predictor_loss = PredictorLoss(student, task.trunk, predictor, relative=config.relative)
+    predictor_loss = PredictorLoss(student, task.trunks, predictor, relative=config.relative)
     looks = config.mse.gates_every or config.adversarial.gates_every
     measure = Shares(task, predictor, Starts.of(task, config.search_prompts)) if looks else None
     _stage("mse", task, pairs, predictor_loss, output, measure)
     if config.adversarial.is_on:
-        judged = PredictorLoss(student, task.trunk, predictor, discriminator, config.discriminator, config.relative)
+        judged = PredictorLoss(student, task.trunks, predictor, discriminator, config.discriminator, config.relative)
         _stage("adversarial", task, pairs, judged, output, measure)
     _save(predictor, output)
 
@@ -367,14 +368,14 @@ def _train_served(task: PredictorTask, output: Path) -> Fitting | None:
     config, passes = task.config, task.config.mse.accumulate * world()
     tried, learnt = Starts.of(task, config.clips).apart(config.search_prompts)
     predictor = start_predictor(task, learnt)
-    _say_size(predictor, task.student)
+    _say_size(predictor, task)
     _shard(task, predictor)
     few = config.scalars is None and config.runs < 2 * HISTORY + 2  # the numbers of a step
     if few and config.scalars_every:
         log.warning("the network is trained alone: %d runs are too few to fit scalars to", config.runs)
     fitting, fits = (fitting_runs(task) if config.scalars_every and not few else None), None
     if fitting is not None:
-        lists, beneath = lists_of(task), Beneath(task.trunk, predictor)
+        lists, beneath = lists_of(task), Beneath(task.trunks, predictor)
         runs, folder = fitting.runs.part(slice(config.runs)), output / CHECKPOINTS / "mse"
         fits = Fits(runs, lists, beneath, folder, config.scalars_every, config.ridge)
     measure = Shares(task, predictor, tried, fits)
@@ -383,34 +384,25 @@ def _train_served(task: PredictorTask, output: Path) -> Fitting | None:
     return fitting
 
 
-def _say_size(predictor: Predictor, student: Velocity) -> None:
-    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, student.transformer))
+def _say_size(predictor: Predictor, task: PredictorTask) -> None:
+    transformers = nn.ModuleList(velocity.transformer for velocity in task.velocities)
+    own, whole = (sum(p.numel() for p in part.parameters()) for part in (predictor, transformers))
     log.info("the predictor has %d parameters, %.1f %% of the student's %d", own, 100 * own / whole, whole)
 
 
 def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     """A new predictor, which has the statistics of a first pair of passes, and what it will learn from."""
-    config, student, sampling = task.config, task.student, task.sampling
-    trained_on = student.conditioning.config.restrict if student.conditioning else None
-    restrict = config.restrict or trained_on or sampling.grid.widest
+    config, sampling, measured = task.config, task.sampling, {}
+    trained_on = [each.conditioning.config.restrict if each.conditioning else None for each in task.velocities]
+    restrict = [config.restrict or each or sampling.grid.widest for each in trained_on]
     grid = sampling.grid.tensor.to(task.device)
-    pairs = Pairs(student, task.trunk, Reuse(), task.samples, config, grid, sampling.guidance, restrict, config.seed)
+    known = Reuse(), task.samples, config, grid, sampling.guidance, restrict[0], config.seed
+    pairs = Pairs(task.student, task.trunks, *known, task.boundary, restrict[-1])
     with autocast(config.mse, task.device):
-        first = pairs.draw(0, config.mse.batch_size, 0, generator_for(config.seed, 0))
-        entering = _entering(task, first)
-    predictor = new_predictor(
-        student.transformer,
-        student.family,
-        entering,
-        first.memory[0].tokens,
-        config.blocks,
-        architecture=config.architecture,
-        history=config.history,
-        steps=sampling.grid.steps,
-        shift=sampling.grid.shift,
-        times=sampling.grid.times,
-        student=student_hash(task.loaded),
-    )
+        for step, which in enumerate(pairs.steps_of):
+            first = pairs.draw(0, config.mse.batch_size, step, generator_for(config.seed, 0))
+            measured[which] = _entering(task, first), first.memory[0].tokens
+    predictor = new_networks(task, measured)
     return predictor, replace(pairs, predictor=predictor)
 
 
@@ -423,7 +415,7 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
         seen.update({name: arguments[name] for name in memory[0].tokens})
         return memory[0].tokens
 
-    with task.trunk.predicted(look, pair.times.t, pair.memory):
+    with task.trunks.predicted(look, pair.times.t, pair.memory):
         task.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
     return seen
 
@@ -486,6 +478,8 @@ def _shaping(task: PredictorTask, name: str) -> dict[str, Any]:
     shared = {key: value for key, value in config.items() if key not in elsewhere}
     earlier = {} if name == "mse" else {"mse": _with_effect(config["mse"]), "discriminator": config["discriminator"]}
     provenance = {"data": task.provenance, "student": student_hash(task.loaded), **task.sampling.record()}
+    if isinstance(task.student, SwitchedVelocity):
+        provenance["guidance_2"] = task.student.second
     return shared | earlier | provenance
 
 
@@ -496,12 +490,18 @@ def _with_effect(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shard(task: PredictorTask, predictor: Predictor, discriminator: Discriminator | None = None) -> None:
     """Each part on its own, because each is called on its own."""
-    student = task.student
-    shard(student.transformer, [block for _, block in blocks_of(student.transformer, student.family)])
-    for part in (student.conditioning, discriminator):
-        if part is not None:
+    for student in task.velocities:
+        shard(student.transformer, [block for _, block in blocks_of(student.transformer, student.family)])
+        if student.conditioning is not None:
+            shard(student.conditioning, [])
+    if discriminator is not None:
+        shard(discriminator, [])
+    if not predictor.further:
+        shard(predictor, predictor.blocks)
+        return
+    for network in predictor.parts:  # of which one holds the other, and neither is called first every time
+        for part in (*network.blocks, *network.fusions.values()):
             shard(part, [])
-    shard(predictor, predictor.blocks)
 
 
 def _save(predictor: Predictor, output: Path) -> None:
@@ -525,7 +525,7 @@ def _compare(task: PredictorTask, output: Path, schedules: list[Schedule]) -> li
     """The predictor in `output` beside reuse: under the schedules of a quarter, three eighths and half of the steps,
     and under the lists that it was trained with."""
     config, steps = task.config, task.sampling.grid.steps
-    budgets = {len(each) for each in default_lists(steps)}
+    budgets = {len(each) for each in default_lists(steps, task.firsts)}
     lists = {tuple(each.full_steps) for each in schedules if each.budget in budgets and each.budget < steps}
     served = config.pairs == "served"
     lists |= set(lists_of(task)) if served else set()

@@ -5,12 +5,14 @@ u(x, r, t) = x (1 - exp(-a (t - r))) / (t - r).
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vidaccel.errors import UserError
 from vidaccel.models.grid import step_grid
 from vidaccel.train.methods.mean_velocity.derivative import derivative_target
 from vidaccel.train.methods.mean_velocity.intervals import restrict_at, sample_interval_ends, widest_interval
@@ -156,3 +158,35 @@ def test_nothing_finite_is_no_loss():
     loss, left_out = weighted_error(torch.zeros(2, 1, 1, 1, 1), target, 0.0, 1e-3)
     assert loss.isnan()  # which the training loop skips and counts
     assert int(left_out) == 2
+
+
+def test_of_two_transformers_nothing_is_asked_of_one_at_the_others_times():
+    """Its teacher gives nothing below b, where the other takes over: every target is still the mean velocity."""
+    b, x = 0.6, torch.randn(64, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = b + (1 - b) * torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    r = sample_interval_ends(t, 0.4, 0.0, torch.Generator().manual_seed(2), low=b)
+    assert (r >= b).all() and (r == b).any() and (r > b).any()
+
+    def own(u):
+        def of_own_times(x, t, *r):
+            outside = (torch.stack([t, *r]) < b - 1e-9).any(0) | (t > 1)
+            return torch.where(outside.view(-1, 1, 1, 1, 1), torch.nan, u(x, t, *r))
+
+        return of_own_times
+
+    expected = mean_velocity(x, t, r)
+    torch.testing.assert_close(rollout_target(own(teacher), x, t, r, 8), expected, rtol=1e-3, atol=1e-3)
+    for derivative in ("exact", "finite_difference"):
+        config = MeanVelocityTraining(derivative=derivative, difference_step=0.02)
+        target = partial(derivative_target, own(mean_velocity), teacher(x, t), x, t, r, config, warmup=1.0)
+        torch.testing.assert_close(target(span=(b, 1.0)), expected, rtol=0.02, atol=0.02)
+        assert derivative == "exact" or target().isnan().any()
+
+
+def test_the_widest_interval_of_a_transformer_ends_where_the_other_begins():
+    """Shift 3 in 4 steps: 1, 0.9, 0.75, 0.5, 0."""
+    assert widest_interval(4, 3.0, (0.8, 1.0)) == pytest.approx(0.1)
+    assert widest_interval(4, 3.0, (0.7, 1.0)) == pytest.approx(0.15)
+    assert widest_interval(4, 3.0, (0.0, 0.75)) == pytest.approx(0.5)  # at the boundary it is still the first's
+    with pytest.raises(UserError, match="no step of 4 at shift 3 begins from t = 0 to 0.4"):
+        widest_interval(4, 3.0, (0.0, 0.4))

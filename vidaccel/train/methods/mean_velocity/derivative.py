@@ -21,13 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def derivative_target(
-    u: MeanVelocity, v: Tensor, x: Tensor, t: Tensor, r: Tensor, config: MeanVelocityTraining, warmup: float | Tensor
+    u: MeanVelocity,
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    config: MeanVelocityTraining,
+    warmup: float | Tensor,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """v - (t - r) Du/Dt, with the derivative clipped and multiplied by `warmup` in [0, 1] as configured."""
     if config.derivative == "exact":
         derivative = jvp.exact(u, x, t, r, v, config.kernels, config.attention_precision)
     else:
-        derivative = jvp.finite_difference(u, x, t, r, v, config.difference_step)
+        derivative = jvp.finite_difference(u, x, t, r, v, config.difference_step, span)
     if config.tangent_clip is not None:
         size = derivative.square().mean(dim=(1, 2, 3, 4), keepdim=True).sqrt()
         derivative = derivative / (size + config.tangent_clip)
@@ -36,7 +43,7 @@ def derivative_target(
 
 def _target(at: Interval, settings: MeanVelocityTraining) -> Tensor:
     warmup = (at.step / settings.tangent_warmup).clamp(max=1.0) if settings.tangent_warmup else 1.0
-    return derivative_target(at.student, _followed(at, settings), at.x, at.t, at.r, settings, warmup)
+    return derivative_target(at.student, _followed(at, settings), at.x, at.t, at.r, settings, warmup, at.span)
 
 
 def _preflight(at: Interval, settings: MeanVelocityTraining) -> None:
@@ -51,7 +58,7 @@ def _preflight(at: Interval, settings: MeanVelocityTraining) -> None:
     with torch.no_grad():
         v = _followed(at, settings)
     with_exact = not missing and (world() == 1 or settings.derivative == "exact")
-    check = jvp.check_derivatives(at.student, at.x, at.t, at.r, v, settings, with_exact)
+    check = jvp.check_derivatives(at.student, at.x, at.t, at.r, v, settings, with_exact, at.span)
     log.info("before training: %s", check)
 
 

@@ -43,9 +43,11 @@ def exact(
 
 
 @torch.no_grad()
-def finite_difference(u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float) -> Tensor:
-    """Du/Dt [B, C, T, H, W] by a difference over [t - step, t + step], cut to [0, 1], taken in float64."""
-    after, before = (t + step).clamp(max=1.0), (t - step).clamp(min=0.0)
+def finite_difference(
+    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float, span: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Du/Dt [B, C, T, H, W] by a difference over [t - step, t + step], cut to `span`, taken in float64."""
+    after, before = (t + step).clamp(max=span[1]), (t - step).clamp(min=span[0])
 
     def at(time: Tensor) -> Tensor:
         return u(x + per_sample(time - t, x) * v, time, r).double()
@@ -72,14 +74,21 @@ class DerivativeCheck:
 
 
 def check_derivatives(
-    u: MeanVelocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor, config: MeanVelocityTraining, with_exact: bool
+    u: MeanVelocity,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    v: Tensor,
+    config: MeanVelocityTraining,
+    with_exact: bool,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> DerivativeCheck:
     """What a training on Du/Dt is about to see.
 
     Raises:
         TrainingFailed: a derivative is zero or not finite, so that there is nothing to train on.
     """
-    difference = finite_difference(u, x, t, r, v, config.difference_step)
+    difference = finite_difference(u, x, t, r, v, config.difference_step, span)
     tangent = exact(u, x, t, r, v, config.kernels, config.attention_precision) if with_exact else None
     for name, derivative in (("finite difference", difference), ("exact", tangent)):
         if derivative is not None and not 0 < _rms(derivative) < torch.inf:

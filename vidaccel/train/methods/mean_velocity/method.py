@@ -40,14 +40,15 @@ log = logging.getLogger(__name__)
 def _loss(task: Distillation) -> Loss:
     settings, target, steps = task.settings, _target(task), task.config.train.steps
     per_step = task.config.train.accumulate * world()
-    widest = widest_interval(task.config.sample_steps, task.shift)
+    widest = widest_interval(task.config.sample_steps, task.shift, task.span)
     if steps is None and settings.restrict_end is not None:
         raise UserError("restrict_end, and nobody knows how many steps there will be", "set train.steps, not minutes")
 
     def draw(index: int, generator: torch.Generator) -> Batch:
         x_0, eps, t, g, text = task.draw(index, generator)
         restrict = restrict_at(settings, widest, min(1.0, index / (steps * per_step)) if steps else 0.0)
-        ends = sample_interval_ends(t.to(generator.device), restrict, settings.r_equals_t_share, generator)
+        share, low = settings.r_equals_t_share, task.span[0]
+        ends = sample_interval_ends(t.to(generator.device), restrict, share, generator, low)
         numbers = {"restrict": restrict, "step": index / per_step}
         numbers = {name: torch.tensor(number, dtype=torch.float64, device=t.device) for name, number in numbers.items()}
         tensors = {"x": noised(x_0, eps, t), "t": t, "r": ends.to(t), "g": g, "v": eps - x_0}
@@ -56,7 +57,7 @@ def _loss(task: Distillation) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x, t, r, g, v, step = (batch.tensors[name] for name in ("x", "t", "r", "g", "v", "step"))
         teacher, student = (_bound(velocity, text_of(batch.tensors), g) for velocity in (task.teacher, model))
-        goal = target.mean_velocity(Interval(x, t, r, v, teacher, student, step), settings)
+        goal = target.mean_velocity(Interval(x, t, r, v, teacher, student, step, task.span), settings)
         error, left_out = weighted_error(student(x, t, r), goal, settings.error_power, settings.error_constant)
         return error, {"restrict": batch.tensors["restrict"], "left_out": left_out}
 
@@ -79,15 +80,16 @@ def weighted_error(predicted: Tensor, target: Tensor, power: float, constant: fl
 def _preflight(task: Distillation) -> None:
     """Says how wide the grid's intervals are, and has the target look at the first batch."""
     settings, target, steps = task.settings, _target(task), task.config.sample_steps
-    widest = widest_interval(steps, task.shift)
+    widest = widest_interval(steps, task.shift, task.span)
     restrict = restrict_at(settings, widest, 0.0)
     log.info("%d steps, shift %g: widest interval %.2f; R starts at %.2f", steps, task.shift, widest, restrict)
     if target.preflight is None:
         return
     x_0, eps, t, g, text = task.draw(0, generator_for(task.config.seed, 0))
-    r = (t - restrict).clamp(min=0.0)
+    r = (t - restrict).clamp(min=task.span[0])
     teacher, student = _bound(task.teacher, text, g), _bound(task.student, text, g)
-    target.preflight(Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, torch.zeros(())), settings)
+    at = Interval(noised(x_0, eps, t), t, r, eps - x_0, teacher, student, torch.zeros(()), task.span)
+    target.preflight(at, settings)
 
 
 def _target(task: Distillation) -> Target:
@@ -115,9 +117,10 @@ def _resolved(settings: MeanVelocityTraining) -> MeanVelocityTraining:
     return replace(settings, derivative=derivative)
 
 
-def _conditioning(config: DistillConfig, shift: float) -> dict[str, Any]:
-    """R at the end of the training, which a predictor's training asks for."""
-    return {"restrict": restrict_at(config.own_settings, widest_interval(config.sample_steps, shift), 1.0)}
+def _conditioning(config: DistillConfig, shift: float, span: tuple[float, float]) -> dict[str, Any]:
+    """R at the end of the training, which a predictor's training asks for, and the least r."""
+    widest = widest_interval(config.sample_steps, shift, span)
+    return {"restrict": restrict_at(config.own_settings, widest, 1.0), "until": span[0]}
 
 
 def _gates(task: Distillation, held_out: HeldOut) -> Measured:

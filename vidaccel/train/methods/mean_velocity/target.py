@@ -31,6 +31,8 @@ class Interval(NamedTuple):
     """The one that is trained, likewise."""
     step: Tensor
     """Optimiser steps made, []; with accumulation, parts of one count."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """Times that the transformer takes, where others take the rest."""
 
 
 @dataclass(frozen=True)
