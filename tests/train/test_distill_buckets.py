@@ -1,6 +1,7 @@
 """Clips of several sizes in one folder: batches of one size, and a student called for the size that most have."""
 
 import json
+import re
 from datetime import UTC, datetime
 
 import pytest
@@ -18,7 +19,8 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.train.distill import distill
-from vidaccel.train.methods.base import Distillation
+from vidaccel.train.methods import base
+from vidaccel.train.methods.base import Distillation, drawn
 from vidaccel.train.predictor.task import task_of
 
 SIZES = [(5, 32, 32), (5, 32, 48), (5, 32, 48), (5, 32, 48), (5, 32, 32)]
@@ -65,10 +67,78 @@ def test_batches_are_of_one_size_each(model, tmp_path, monkeypatch, caplog):
     assert [call[name] for name in ("num_frames", "height", "width")] == [5, 32, 48]
 
 
-@pytest.mark.parametrize("asked", [{"bank": "on"}, {"gate_samples": 1}])
-def test_a_bank_and_gates_are_of_one_size(model, tmp_path, asked):
-    with pytest.raises(UserError, match="have 2 sizes, and a bank and gates are of one"):
-        distill(config(model, **asked), tmp_path / "out")
+def test_a_bank_is_of_one_size(model, tmp_path):
+    with pytest.raises(UserError, match="have 2 sizes, and a bank is of one"):
+        distill(config(model, bank="on"), tmp_path / "out")
+
+
+def test_gates_are_of_clips_of_the_size_that_most_have_which_nothing_learns_from(model, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(data, index, count, seed):
+        seen.append(drawn(data, index, count, seed))
+        return seen[-1]
+
+    monkeypatch.setattr(base, "drawn", noted)
+    distill(config(model, gate_samples=1), tmp_path / "cfg")
+    assert {sample for batch in seen for sample in batch} == {0, 1, 2, 4}  # the last of the three is the third
+    gates = json.loads((tmp_path / "cfg" / "gates.json").read_text())
+    assert gates["samples"] == 1 and gates["guidance_gap"]["closed"]
+
+
+class Clips:
+    """In the place of a folder's: random frames of the size that each is brought to."""
+
+    captions, sizes, fps = [CAPTIONS[i % 3] for i in range(len(SIZES))], SIZES, 8
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, [f"{i}.mp4" for i in range(len(SIZES))]
+        for file in self.files:
+            (folder / file).touch()
+
+    def __len__(self):
+        return len(SIZES)
+
+    def __getitem__(self, index):
+        return torch.rand(3, *SIZES[index], generator=torch.Generator().manual_seed(index)) * 2 - 1, ""
+
+
+def test_clips_of_several_sizes_are_encoded_while_training(model, tmp_path, monkeypatch):
+    asked = []
+
+    def opened(folder, **size):
+        asked.append(size["sizes"])
+        return Clips(tmp_path)
+
+    monkeypatch.setattr("vidaccel.collect.source.ClipFolder", opened)
+    shapes, take = [], base.taken
+
+    def noted(data, chosen, device):
+        shapes.append(take(data, chosen, device)["latent"].shape[1:])
+        return take(data, chosen, device)
+
+    monkeypatch.setattr(base, "taken", noted)
+    sizes = [[5, 32, 32], [5, 32, 48]]
+    distill(config(model, features=None, data="clips", sizes=sizes, gate_samples=1), tmp_path / "cfg")
+    assert asked == [tuple(map(tuple, sizes))] and set(shapes) == {(4, 2, 4, 4), (4, 2, 4, 6)}
+    call = json.loads((tmp_path / "cfg" / "run.json").read_text())["call"]
+    assert [call[name] for name in ("num_frames", "height", "width")] == [5, 32, 48]
+    assert json.loads((tmp_path / "cfg" / "gates.json").read_text())["samples"] == 1
+
+
+@pytest.mark.parametrize(
+    "asked, rule",
+    [
+        ({"sizes": [[5, 32, 32]]}, "goes with data= of a student, without features"),
+        ({"features": None, "data": "clips", "sizes": [[5, 32, 32]], "height": 32}, "without num_frames, height"),
+        ({"features": None, "data": "clips", "sizes": [[5, 32]]}, r"is a list of \[frames, height, width\]"),
+        ({"method": "decoder", "features": None, "data": "clips", "sizes": [[5, 32, 32]]}, "data= of a student"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(model, asked, rule):
+    with pytest.raises(UserError) as error:
+        config(model, **asked)
+    assert re.search(rule, error.value.hint)
 
 
 def test_a_predictor_takes_those_of_the_size_that_most_have(model):

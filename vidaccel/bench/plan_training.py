@@ -179,11 +179,14 @@ def features_disk(clips: int | None, samples: int, clip: int) -> dict[str, float
 
 
 def asked_size(config: DistillConfig | PredictorConfig) -> dict[str, int | None]:
-    """num_frames, height and width of the settings, else what their features were collected with, where that is
-    there; None leaves it to the model."""
+    """num_frames, height and width of the settings, of several sizes the largest, else what their features were
+    collected with, where that is there; None leaves it to the model."""
     run = Path(config.features or "") / RUN_FILE
     collected = read_json(run, "collect them again").get("config", {}) if config.features and run.is_file() else {}
     names = ("num_frames", "height", "width")
+    sizes = config.sizes if isinstance(config, DistillConfig) else collected.get("sizes")
+    if sizes:
+        return dict(zip(names, max(sizes, key=math.prod), strict=True))
     return {name: collected.get(name) if getattr(config, name) is None else getattr(config, name) for name in names}
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidaccel.collect.encode import LATENT, encode_samples, encode_texts, first_frames
 from vidaccel.config.collect import CollectConfig
-from vidaccel.data.buckets import Size
+from vidaccel.data.buckets import Buckets, Size
 from vidaccel.data.clips import ClipFolder
 from vidaccel.data.order import index_at
 from vidaccel.data.shards import Sample
@@ -88,12 +88,44 @@ def sizes_of(source: ClipSource) -> Sequence[Size] | None:
     return source.clips.sizes if isinstance(source, FolderClips) and source.several else None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some clips of a source, all of one size."""
+
+    source: ClipSource
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Record]:
+        return self.source[self.indices[index]]
+
+    def record(self, index: int) -> Record:
+        return self.source.record(self.indices[index])
+
+    @property
+    def fingerprint(self) -> Record:
+        return self.source.fingerprint | {"clips": self.indices}
+
+
 class EncodedSource:
     """Samples of kind `encoded`, computed when asked for: to be read like a `ShardFolder` of them."""
 
     def __init__(self, loaded: LoadedPipeline, source: ClipSource, dtype: str = "float16"):
         """`dtype` is what tensors are rounded to, as they would be in a folder."""
         self.loaded, self.source, self.dtype = loaded, source, dtype
+        sizes = sizes_of(source) or ()
+        self.buckets = Buckets(sizes) if len(set(sizes)) > 1 else None
+        """As of a `ShardFolder`."""
+
+    def commonest(self) -> "EncodedSource":
+        """As `ShardFolder.commonest`."""
+        return self if self.buckets is None else self.part(self.buckets.commonest)
+
+    def part(self, indices: Iterable[int]) -> "EncodedSource":
+        """As `ShardFolder.part`."""
+        return EncodedSource(self.loaded, Part(self.source, tuple(int(i) for i in indices)), self.dtype)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -51,6 +51,17 @@ def require_clip_size(config: Any) -> None:
         require(config.features is None, key, value, "goes without features, which have a size and a rate of their own")
 
 
+def require_sizes(config: Any, fits: bool, rule: str) -> None:
+    """Of settings with several `sizes` in place of one: `fits` says whether the others go with them, by this rule."""
+    sizes = config.sizes
+    if sizes is None:
+        return
+    alone = all(getattr(config, key) is None for key in ("num_frames", "height", "width"))
+    require(alone and fits, "sizes", sizes, f"goes with {rule}, without num_frames, height and width")
+    each = bool(sizes) and all(len(size) == 3 and min(size) >= 1 for size in sizes)
+    require(each, "sizes", sizes, "is a list of [frames, height, width]: sizes=[[81,480,832],[49,832,480]]")
+
+
 def require_scales(config: Any) -> None:
     """Of settings with scales of guidance."""
     for key in ("guidance", "guidance_2"):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from vidaccel.config.checks import expand_paths, require, settle_times
+from vidaccel.config.checks import expand_paths, require, require_sizes, settle_times
 
 
 @dataclass
@@ -73,15 +73,7 @@ class CollectConfig:
         require(self.kind in kinds, "kind", self.kind, f"is {' or '.join(kinds)}")
         require(not self.cache or self.kind == "trajectory", "cache", self.cache, "goes with kind=trajectory")
         require(bool(self.model.strip()), "model", self.model, "must name a model")
-        if self.sizes is not None:
-            alone = all(getattr(self, key) is None for key in ("num_frames", "height", "width"))
-            fits = alone and self.kind == "encoded" and self.data is not None
-            rule = "goes with data= and kind=encoded, without num_frames, height and width"
-            require(fits, "sizes", self.sizes, rule)
-            each = bool(self.sizes) and all(len(size) == 3 and min(size) >= 1 for size in self.sizes)
-            require(
-                each, "sizes", self.sizes, "is a list of [frames, height, width]: sizes=[[81,480,832],[49,832,480]]"
-            )
+        require_sizes(self, self.kind == "encoded" and self.data is not None, "data= and kind=encoded")
         for key in ("clips", "batch_size", "per_shard"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         settle_times(self)

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vidaccel.config.checks import changed, expand_paths, require, require_clip_size
+from vidaccel.config.checks import changed, expand_paths, require, require_clip_size, require_sizes
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 
@@ -64,6 +64,9 @@ class DistillConfig:
     """Pixels of such clips; null is the model's own."""
     width: int | None = None
     """Pixels of such clips; null is the model's own."""
+    sizes: list[list[int]] | None = None
+    """[frames, height, width] of several sizes of the clips in `data`, in place of those three: as of collect-features.
+    Batches are of one size each."""
     fps: float | None = None
     """Frames a second that such clips are brought to; null is the model's own."""
     seed: int = 0
@@ -113,6 +116,8 @@ class DistillConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        clips = self.data is not None and self.features is None and self.method != "decoder"
+        require_sizes(self, clips, "data= of a student, without features")
         low_high = self.guidance_range
         fits = low_high is None or (len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf)
         require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high, or null")

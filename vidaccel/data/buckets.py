@@ -3,6 +3,7 @@
 A size is (frames, height, width) of a video, in pixels.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -45,6 +46,13 @@ class Buckets:
         self.commonest = max(self.groups, key=len)
         """Those of the size that most have, of the first such."""
         self._epochs: dict[tuple[int, int, int], list[list[int]]] = {}
+
+    def without(self, left_out: Sequence[int]) -> "Buckets":
+        """Those of all samples but these, which leave some of each size."""
+        made = copy.copy(self)
+        made.groups = [np.setdiff1d(group, left_out) for group in self.groups]
+        made.commonest, made._epochs = np.setdiff1d(self.commonest, left_out), {}
+        return made
 
     def batch(self, index: int, count: int, seed: int) -> list[int]:
         """The samples of batch `index`, counted from 0 over all epochs."""

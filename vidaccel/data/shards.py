@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -217,8 +217,12 @@ class ShardFolder:
         """The samples of the size that most have; the folder itself where all have one."""
         if self.buckets is None:
             return self
+        return self.part(self.buckets.commonest)
+
+    def part(self, indices: Iterable[int]) -> "ShardFolder":
+        """Those samples, which are of one size."""
         some = copy.copy(self)
-        some._samples, some.buckets = [self._samples[i] for i in self.buckets.commonest], None
+        some._samples, some.buckets = [self._samples[i] for i in indices], None
         return some
 
     def verify(self) -> None:

@@ -195,7 +195,7 @@ class FittedList:
     @property
     def firsts(self) -> tuple[int, ...]:
         """Positions of the steps with which the transformers begin, each of which looks back on nothing."""
-        return self.grid.firsts([] if self.boundary is None else [self.boundary])
+        return (0,) if self.boundary is None else self.grid.firsts([self.boundary])
 
     def record(self) -> dict[str, Any]:
         """As files have it: the boundary only where there is one."""

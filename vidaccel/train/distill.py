@@ -8,6 +8,7 @@ B batch, C channels, T frames, H and W latent pixels
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy as duplicate
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -28,6 +29,7 @@ from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
+from vidaccel.data.buckets import Buckets
 from vidaccel.data.shards import ShardFolder
 from vidaccel.data.video import contact_sheet
 from vidaccel.errors import UserError
@@ -190,7 +192,7 @@ def _resolved(config: DistillConfig, method: Method) -> DistillConfig:
 
 def _shaping(config: DistillConfig) -> dict:
     """The settings that shape a training, besides those that `train` is given itself."""
-    elsewhere = {"train", "start", "features", "on_damage", "data", "clips", *CLIP_SIZE, "seed"}
+    elsewhere = {"train", "start", "features", "on_damage", "data", "clips", "sizes", *CLIP_SIZE, "seed"}
     elsewhere |= {"prompts", "guidance", "merge_lora"}  # of what is made of the weights
     elsewhere |= {"bank", "gate_samples", "gate_runs"}  # what was learnt from says what that means
     elsewhere |= {"lora"}  # the teacher's hashes have them
@@ -217,7 +219,7 @@ def open_data(loaded: LoadedPipeline, config: DistillConfig) -> tuple[ShardFolde
         features = open_features(config.features, "encoded", loaded.hashes, config.on_damage, several_sizes=True)
         check_tensors(features, loaded)
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
-    own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
+    own = {name: getattr(config, name) for name in ("data", "clips", "sizes", "seed", *CLIP_SIZE)}
     clips = CollectConfig(model=config.teacher, **own)
     source = open_source(loaded, clips)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
@@ -244,14 +246,8 @@ def _in_memory(
         log.info("how much of its stage the student learns is not computed here: gate_samples=64 does, on 64 clips")
     if world() > 1 and (config.bank == "on" or count):
         raise UserError("several processes keep no bank of clips, and compute no gates", "set bank=auto gate_samples=0")
-    if isinstance(data, ShardFolder) and data.buckets is not None:
-        if config.bank == "on" or config.gate_samples:
-            raise UserError(
-                f"the clips in {data.folder} have {len(data.buckets.groups)} sizes, and a bank and gates are of one",
-                "leave bank= and gate_samples= out, or collect features of one size",
-            )
-        log.info("clips of %d sizes, batches of one each: read from disk, and no gates", len(data.buckets.groups))
-        return Clips(data, made_of)
+    if data.buckets is not None:
+        return _of_several_sizes(loaded, config, data, data.buckets, made_of, target, count, unconditional)
     rendered = world_bank(loaded, count, 1, config.seed, "held_out") if count else None
     from_folder = count and rendered is None
     size = sum(tensor.nbytes for tensor in data[0][0].values()) * len(data)
@@ -266,6 +262,36 @@ def _in_memory(
     bank, held_out = bank.split(kept_out)
     log.info("the last %d of %d clips are kept out of the training, for its gates", kept_out, kept_out + len(bank))
     return Clips(bank, made_of | {"kept_out": kept_out}, held_out)
+
+
+def _of_several_sizes(
+    loaded: LoadedPipeline,
+    config: DistillConfig,
+    data: ShardFolder | EncodedSource,
+    buckets: Buckets,
+    made_of: dict,
+    target: torch.device,
+    count: int,
+    unconditional: Callable[[], Text],
+) -> Clips:
+    """`data` without the clips that are kept out of it for the gates, at most `count` of the size that most have."""
+    sizes = len(buckets.groups)
+    if config.bank == "on":
+        raise UserError(
+            f"the clips in {config.features or config.data} have {sizes} sizes, and a bank is of one",
+            "leave bank= out, or collect features of one size",
+        )
+    log.info("clips of %d sizes, batches of one each: they are read when they are drawn", sizes)
+    kept_out = min(count, max(1, round(GATE_SHARE * len(data))), len(buckets.commonest) - 1)
+    if kept_out < 1:
+        return Clips(data, made_of)
+    last = buckets.commonest[-kept_out:]
+    held_out = Bank.of(data.part(last), target, loaded.family, unconditional())
+    data = duplicate(data)
+    data.buckets = buckets.without(last)
+    said = "%d of %d clips, of the size that most have, are kept out of the training, for its gates"
+    log.info(said, kept_out, len(data))
+    return Clips(data, made_of | {"kept_out": kept_out}, held_out)
 
 
 def _measured(task: Distillation, method: Method, clips: Bank, brief: bool = False) -> tuple[Measured, int]:
@@ -442,7 +468,7 @@ def _evaluate(model: nn.Module, loss: Callable, seed: int) -> float:
 def _sheet(copy: LoadedPipeline, config: DistillConfig, data: ShardFolder | EncodedSource, file: Path) -> None:
     """Videos of a few prompts by the student as it is, of the size that it learns from, frames side by side; they begin
     with images of the first samples where they begin with any. Every process makes them, one writes."""
-    data = data.commonest() if isinstance(data, ShardFolder) else data
+    data = data.commonest()
     prompts = config.prompts or [data[i][1]["caption"] for i in range(min(SHEET_PROMPTS, len(data)))]
     own, videos = GenerateConfig(), []
     for i, prompt in enumerate(prompts):

@@ -7,7 +7,9 @@ teacher's own run.json, else its family.
 import logging
 from dataclasses import replace
 
+from vidaccel.collect.bank import Bank
 from vidaccel.collect.features import called_like
+from vidaccel.collect.source import EncodedSource, sizes_of
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.distill import DistillConfig
 from vidaccel.data.shards import ShardFolder
@@ -22,15 +24,14 @@ HIGHEST = 8.0
 
 def called_as_told(teacher: LoadedPipeline, config: DistillConfig, data: Data) -> LoadedPipeline:
     """The teacher, called as its student is to be."""
-    if isinstance(data, ShardFolder):
-        teacher = called_like(data, teacher)
+    teacher = _called_like(data, teacher)
     own = {name: getattr(config, name) for name in (*CLIP_SIZE, "negative_prompt")}
     return replace(teacher, call=teacher.call | {name: value for name, value in own.items() if value is not None})
 
 
 def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher: LoadedPipeline) -> None:
     """Say of each thing that a student's call has who said it: `told` is `called_as_told` of the others."""
-    features = called_like(data, teacher).call if isinstance(data, ShardFolder) else {}
+    features = {} if isinstance(data, Bank) else _called_like(data, teacher).call
     of: dict[str, list[str]] = {}
     for name in (*CLIP_SIZE, "guidance", "negative_prompt"):
         own = getattr(config, name)
@@ -41,7 +42,7 @@ def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher
         if own is not None:
             source = "the settings"
         elif name in features and features.get(name) != teacher.call.get(name):
-            source = "the features"
+            source = "the features" if isinstance(data, ShardFolder) else "the clips"
         else:
             source = "the model" if name in told.call else f"{told.family.title}'s defaults"
         of.setdefault(source, []).append(f"{name}={value}")
@@ -52,6 +53,17 @@ def say_sources(told: LoadedPipeline, config: DistillConfig, data: Data, teacher
         log.info(
             "and for steps of shift=%g (of %s; the teacher's own follow the video's size)", shift, told.family.title
         )
+
+
+def _called_like(data: Data, teacher: LoadedPipeline) -> LoadedPipeline:
+    """With what features say of its call, and clips of several sizes of the videos' size: that which most have."""
+    if isinstance(data, ShardFolder):
+        return called_like(data, teacher)
+    if isinstance(data, EncodedSource) and data.buckets is not None:
+        sizes = sizes_of(data.source) or ()
+        size = dict(zip(CLIP_SIZE, sizes[data.buckets.commonest[0]], strict=False))
+        return replace(teacher, call=teacher.call | size)
+    return teacher
 
 
 def own_scale(config: DistillConfig, teacher: LoadedPipeline) -> float:

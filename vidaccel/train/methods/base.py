@@ -35,7 +35,7 @@ def taken(data: Data, chosen: Sequence[int], device: torch.device) -> dict[str, 
 
 def drawn(data: Data, index: int, count: int, seed: int) -> list[int]:
     """The samples of batch `index`, all of one size."""
-    if isinstance(data, ShardFolder) and data.buckets is not None:
+    if not isinstance(data, Bank) and data.buckets is not None:
         return data.buckets.batch(index, count, seed)
     return [data.at(index * count + i, seed) for i in range(count)]
 

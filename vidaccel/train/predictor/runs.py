@@ -71,7 +71,7 @@ class Runs:
     @property
     def firsts(self) -> tuple[int, ...]:
         """Positions of the steps with which the transformers begin."""
-        return self.sampler.grid.firsts([] if self.boundary is None else [self.boundary])
+        return (0,) if self.boundary is None else self.sampler.grid.firsts([self.boundary])
 
     def begin(self, step: int) -> int:
         """The first step of the transformer that takes this one."""
