@@ -129,16 +129,19 @@ def test_clips_of_several_sizes_are_encoded_while_training(model, tmp_path, monk
 @pytest.mark.parametrize(
     "asked, rule",
     [
-        ({"sizes": [[5, 32, 32]]}, "goes with data= of a student, without features"),
+        ({"sizes": [[5, 32, 32]]}, "goes with data=, without features"),
         ({"features": None, "data": "clips", "sizes": [[5, 32, 32]], "height": 32}, "without num_frames, height"),
         ({"features": None, "data": "clips", "sizes": [[5, 32]]}, r"is a list of \[frames, height, width\]"),
-        ({"method": "decoder", "features": None, "data": "clips", "sizes": [[5, 32, 32]]}, "data= of a student"),
+        (
+            {"method": "decoder", "features": None, "data": "clips", "sizes": [[5, 32, 32]]},
+            "a decoder is taught by clips of one size",
+        ),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(model, asked, rule):
     with pytest.raises(UserError) as error:
         config(model, **asked)
-    assert re.search(rule, error.value.hint)
+    assert re.search(rule, f"{error.value.message}; {error.value.hint}")
 
 
 def test_a_predictor_takes_those_of_the_size_that_most_have(model):

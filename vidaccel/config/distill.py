@@ -116,8 +116,7 @@ class DistillConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
-        clips = self.data is not None and self.features is None and self.method != "decoder"
-        require_sizes(self, clips, "data= of a student, without features")
+        require_sizes(self, self.data is not None and self.features is None, "data=, without features")
         low_high = self.guidance_range
         fits = low_high is None or (len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf)
         require(fits, "guidance_range", low_high, "is [low, high] with 1 <= low <= high, or null")

@@ -4,8 +4,8 @@
 
 `group` moves each block of the trunk to the device for its own call. Embedders, output head and autoencoders stay
 there, as do the predictor and what is cached, so that a predicted step moves no weights at all; text encoders and
-whatever else there is move layer by layer, once a video. `model` has one model of the pipeline on the device at a time, and
-`sequential` one layer. Quantised weights move as they are, in half the bytes.
+whatever else there is move layer by layer, once a video. `model` has one model of the pipeline on the device at a time,
+and `sequential` one layer. Quantised weights move as they are, in half the bytes.
 """
 
 import torch

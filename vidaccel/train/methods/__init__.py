@@ -37,6 +37,7 @@ METHODS = {
             "a decoder is held against its teacher on clips that are kept out of its training in any case": (
                 *("gate_samples", "gate_runs", "train.gates_every"),
             ),
+            "a decoder is taught by clips of one size": ("sizes",),
             "sheets of a decoder show clips that it was not trained on": ("prompts",),
         },
     ),
