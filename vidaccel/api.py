@@ -85,20 +85,24 @@ def generate(
 def export_model(
     output: str | Path, config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
 ) -> dict[str, Any]:
-    """Write the model of these settings into the folder `output` for diffusers alone, its guidance fixed; returns what
-    its pipeline is to be called with.
+    """Write the model of these settings into the folder `output` for diffusers alone, its guidance fixed, or its
+    transformer into the file `output`, NAME.safetensors, by the original names; returns what its pipeline is to be
+    called with.
 
     Raises:
         UserError: the model is a student that diffusers alone has no place for, or a setting is of making videos.
     """
-    from vidaccel.models.exporting import check_export
+    from vidaccel.models.exporting import check_export, is_file
     from vidaccel.models.exporting import export_model as export
     from vidaccel.models.files import read_model
     from vidaccel.models.loading import load_pipeline
+    from vidaccel.models.original import require_original
 
     settings = settings_of("generate", config or "teacher", overrides)
     said = check_export(output, settings)
     files, lora = read_model(settings.model, settings.student), settings.lora or ()
+    if is_file(output):
+        require_original(files.contents.family)
     loaded = load_pipeline(files, device=device, dtype=settings.dtype, lora=lora)
     return export(output, loaded, guidance=settings.guidance, guidance_2=settings.guidance_2, config=said)
 

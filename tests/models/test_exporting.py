@@ -1,10 +1,12 @@
 """Models that diffusers loads without vidaccel make what they make here, at the scale that they were fixed at."""
 
 import json
+import logging
 
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -97,10 +99,59 @@ def test_what_diffusers_has_no_place_for_is_refused(tmp_path):
     half = load_pipeline(save(tmp_path / "half", first, trained(first, ("g",))))
     with pytest.raises(UserError, match="the transformer_2 of .* has not been distilled"):
         export_model(tmp_path / "plain", half)
-    rising = load_pipeline(student(tmp_path / "mochi", "mochi", ("g",)))
-    with pytest.raises(UserError, match="the pipeline of Mochi gives its scheduler times of its own"):
-        export_model(tmp_path / "plain", rising)
     assert not (tmp_path / "plain").exists()
+    for target, taken in (("plain.safetensors", loaded), ("half.safetensors", half)):
+        with pytest.raises(UserError, match=r"how far it goes \(r\)|has not been distilled"):
+            export_model(tmp_path / target, taken)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_times_that_rise_are_those_of_the_pipeline(tmp_path, caplog):
+    """Mochi's, which gives its scheduler a list of its own, and calls its transformer with what is left of the way."""
+    caplog.set_level(logging.INFO)
+    loaded = load_pipeline(student(tmp_path, "mochi", ("g",)))
+    arguments = export_model(tmp_path / "plain", loaded, guidance=5.0)
+    assert "the pipeline of Mochi gives its scheduler times of its own" in caplog.text
+    plain = diffusers.MochiPipeline.from_pretrained(tmp_path / "plain")
+    assert plain.scheduler.config["invert_sigmas"] and plain.scheduler.config["shift"] == 1.0
+    made = latents(plain, **arguments)
+    loaded.pipe.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
+    for scale, same in ((5.0, True), (1.0, False)):
+        loaded.hook.guidance = scale
+        assert torch.allclose(made, latents(loaded.pipe, **arguments), rtol=1e-3, atol=1e-4) == same
+    again = load_pipeline(tmp_path / "plain")
+    assert "shift" not in again.call and again.guidance == 1.0
+    torch.testing.assert_close(latents(again.pipe, **arguments), made)
+
+
+@pytest.mark.parametrize("family", ["wan", "wan22"])
+def test_one_file_of_each_transformer_by_its_original_names(family, tmp_path):
+    """What is in it is what the folder of the same model has, and its header says how it is to be called."""
+    loaded = guided(tmp_path, family)
+    arguments = export_model(tmp_path / "plain", loaded, guidance=5.0)
+    assert export_model(tmp_path / "m.safetensors", loaded, guidance=5.0) == arguments
+    files = {"transformer": "m.safetensors"}
+    if family == "wan22":
+        files = {name: f"m.{name}.safetensors" for name in ("transformer", "transformer_2")}
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == set(files.values())
+    for name, file in files.items():
+        folder = tmp_path / "plain" / name
+        expected = diffusers.WanTransformer3DModel.from_pretrained(folder).state_dict()
+        how = {"config": str(tmp_path / "plain"), "subfolder": name, "local_files_only": True}
+        made = diffusers.WanTransformer3DModel.from_single_file(str(tmp_path / file), **how).state_dict()
+        assert made.keys() == expected.keys() and all(torch.equal(made[key], expected[key]) for key in made)
+        with safe_open(tmp_path / file, framework="pt") as opened:
+            said = json.loads(opened.metadata()["vidaccel"])
+        assert said["call"]["guidance"] == 1.0 and said["call"]["steps"] == 4 and said["parents"].keys() == {"model"}
+    with pytest.raises(UserError, match=r"m\..*safetensors is there already"):
+        export_model(tmp_path / "m.safetensors", loaded)
+
+
+def test_of_a_family_whose_names_are_not_known_a_file_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    save_teacher(tmp_path / "ltx", "ltx_video")
+    monkeypatch.setattr("vidaccel.models.loading.load_pipeline", None)
+    with pytest.raises(UserError, match="what the authors of LTX-Video call its weights is not known here"):
+        vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "ltx"))
 
 
 def test_the_command(tmp_path):

@@ -85,7 +85,8 @@ def generate(
         typer.Option(
             "--export",
             help="Make no video, but a folder (-o) of the model that diffusers loads alone, its guidance fixed: of a "
-            "student of method=cfg, or a plain model with its LoRAs.",
+            "student of method=cfg, or a plain model with its LoRAs. -o NAME.safetensors: its transformer as one file "
+            "by the original names.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
@@ -142,9 +143,9 @@ def generate(
 
 def _export(config: GenerateConfig, output: Path | None, others: Sequence[str | Path], device: str) -> None:
     if output is None or others:
+        instead = f"not a video of {others[0]}" if others else "none is named"
         raise UserError(
-            f"--export makes a folder{f', and not a video of {others[0]}' if others else ', and none is named'}",
-            "vidaccel generate --export model=MODEL -o FOLDER",
+            f"--export makes a folder or a file, and {instead}", "vidaccel generate --export model=MODEL -o FOLDER"
         )
     refuse_many("--export")
     quiet_libraries()
@@ -152,6 +153,11 @@ def _export(config: GenerateConfig, output: Path | None, others: Sequence[str | 
 
     arguments = export_model(output, config, device=device)
     said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    if output.suffix == ".safetensors":
+        typer.echo(
+            f"{output}: by its original names, for what loads such files; in diffusers' terms called with {said}"
+        )
+        return
     typer.echo(f"{output}: for diffusers alone; call its pipeline with {said}")
 
 

@@ -47,7 +47,7 @@ On clips that were kept out of its training, 0 for an untrained student and 1 fo
     if "student" in config:
         how = f"distilled to {call['steps']} steps of one pass each by others, whose weights `{command}` read"
     own_scale = conditioning is not None and conditioning.config.embeds == ("g",) and not adapter
-    exportable = own_scale and not undistilled and not family.times
+    exportable = own_scale and not undistilled
     exported = (
         "\n`vidaccel generate --export model=path/to/this/folder -o ANOTHER` writes one that it loads, whose scale is "
         "fixed (`guidance=`).\n"

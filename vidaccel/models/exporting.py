@@ -1,11 +1,14 @@
-"""A model as a folder that diffusers loads alone: nothing is told its transformer any more, so its scale is fixed.
+"""A model as a folder that diffusers loads alone, or its transformer as one file in the original layout: nothing is
+told the transformer any more, so its scale is fixed.
 
 The embedding of g adds one vector to the timestep's at a given scale, which a bias of the model's own takes in. That of
 r is another at every step: a student of mean velocities stays a folder of vidaccel's.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -14,10 +17,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors.torch import save_file
 
-from vidaccel.artefacts import RUN_FILE, atomic_folder, check_output, sha256_file, write_run
+from vidaccel import __version__
+from vidaccel.artefacts import (
+    RUN_FILE,
+    atomic_folder,
+    atomic_path,
+    check_output,
+    check_writable,
+    sha256_file,
+    write_run,
+)
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
+from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
 from vidaccel.models.cards import README, exported_card
@@ -25,7 +39,9 @@ from vidaccel.models.files import ADAPTERS
 from vidaccel.models.folder import FORMAT
 from vidaccel.models.grid import ListedScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.models.original import as_original
 
+log = logging.getLogger(__name__)
 COMMAND = "vidaccel generate --export"
 TAKEN = ("model", "student", "lora", "guidance", "guidance_2", "dtype")
 """Settings of `vidaccel generate` that an export follows."""
@@ -33,8 +49,8 @@ FIXED = ("two_pass", "guidance", "guidance_2", "negative_prompt")
 """Settings of a student's call that its weights hold in the end."""
 
 
-def check_export(folder: str | Path, settings: GenerateConfig) -> dict[str, Any]:
-    """Those of the settings that an export takes; `UserError` for any other that is said, and for a folder that cannot
+def check_export(target: str | Path, settings: GenerateConfig) -> dict[str, Any]:
+    """Those of the settings that an export takes; `UserError` for any other that is said, and for a place that cannot
     be written, before a weight is read."""
     for each in fields(settings):
         value = getattr(settings, each.name)
@@ -43,12 +59,39 @@ def check_export(folder: str | Path, settings: GenerateConfig) -> dict[str, Any]
                 f"{each.name}={value} is of making videos, and an export makes none",
                 f"leave it out; an export takes {', '.join(TAKEN)}",
             )
-    check_output(folder, FORMAT)
+    _check_target(Path(target))
     return {name: getattr(settings, name) for name in TAKEN}
 
 
+def is_file(target: str | Path) -> bool:
+    """Whether an export to that place is one file, in place of a folder."""
+    return Path(target).suffix == ".safetensors"
+
+
+def _check_target(target: Path) -> None:
+    if not is_file(target):
+        check_output(target, FORMAT)
+        return
+    check_writable(target)
+    _refuse_existing([target])
+
+
+def _refuse_existing(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} is there already", "remove it, or choose another name with -o")
+
+
+def _files(target: Path, family: DiTFamily) -> dict[str, Path]:
+    """The file of each transformer, by its attribute."""
+    names = [denoiser.attribute for denoiser in family.denoisers]
+    if len(names) == 1:
+        return {names[0]: target}
+    return {name: target.with_name(f"{target.stem}.{name}{target.suffix}") for name in names}
+
+
 def export_model(
-    folder: str | Path,
+    target: str | Path,
     loaded: LoadedPipeline,
     *,
     guidance: float | None = None,
@@ -58,22 +101,25 @@ def export_model(
     """Write the model, LoRA files that were loaded with it in its weights, for plain diffusers.
 
     Args:
-        folder: what takes its place there is whole or not there.
+        target: a folder, whose place the model takes whole or not at all; or a file NAME.safetensors, which is not
+            there yet, for the transformer alone by its original names (families/original.py), of two transformers
+            NAME.transformer.safetensors and NAME.transformer_2.safetensors.
         loaded: a plain model, or a student that embeds g alone.
         guidance: the scale that a student is fixed at; None is its own.
         guidance_2: that of the second of two transformers.
-        config: settings for run.json.
+        config: settings for run.json, or for the file's header.
 
     Returns:
         What the pipeline is to be called with beside its prompt.
 
     Raises:
         UserError: the model embeds r, half of it is distilled, its grid is one that no scheduler of diffusers' own
-            makes, or the folder cannot be written.
+            makes, its original names are not known, or the place cannot be written.
     """
-    check_output(folder, FORMAT)
+    target = Path(target)
+    _check_target(target)
     require_whole(loaded)
-    _require_exportable(loaded)
+    _require_exportable(loaded, is_file(target))
     scale, _ = guidance_in_force(loaded, guidance, None)
     second = second_guidance(loaded, guidance, guidance_2, None)
     scales = [scale, second or scale]
@@ -81,9 +127,18 @@ def export_model(
     call = {name: value for name, value in loaded.call.items() if not (distilled and name in FIXED)}
     own = {"guidance": scale} | ({} if second is None else {"guidance_2": second})
     call |= {"guidance": 1.0} if distilled else own
+    if distilled and loaded.family.times:
+        call.pop("shift", None)
     arguments = call_arguments(loaded, guidance=guidance, guidance_2=guidance_2)
     started = datetime.now(UTC)
-    with atomic_folder(folder) as draft:
+    if is_file(target):
+        said = {"command": COMMAND, "config": dict(config or {}), "parents": _parents(loaded), "call": call}
+        files = _files(target, loaded.family)
+        _refuse_existing(files.values())
+        with _without_conditioning(loaded, scales):
+            _write_files(files, loaded, said)
+        return arguments
+    with atomic_folder(target) as draft:
         with _without_conditioning(loaded, scales), _with_scheduler(loaded):
             DiffusionPipeline.save_pretrained(loaded.pipe, draft)  # which a student's own class refuses
         fixed = " and ".join(f"{each:g}" for each in own.values()) if distilled else None
@@ -102,6 +157,18 @@ def export_model(
     return arguments
 
 
+def _write_files(files: Mapping[str, Path], loaded: LoadedPipeline, said: Mapping[str, Any]) -> None:
+    """Each transformer as a file; `said`, which stands for a run.json, goes into the header."""
+    header = {"format": "pt", "vidaccel": json.dumps({"vidaccel": __version__, "source": loaded.source, **said})}
+    for name, file in files.items():
+        transformer: Any = getattr(loaded.pipe, name)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        weights = {key: weight.detach().cpu() for key, weight in transformer.state_dict().items()}
+        original = as_original(weights, loaded.family, width)
+        with atomic_path(file) as draft:
+            save_file({key: weight.contiguous() for key, weight in original.items()}, draft, metadata=header)
+
+
 def _parents(loaded: LoadedPipeline) -> dict[str, str]:
     """SHA-256 of the model's run.json, and of each LoRA file that it was loaded with."""
     run = Path(loaded.source) / RUN_FILE
@@ -110,16 +177,10 @@ def _parents(loaded: LoadedPipeline) -> dict[str, str]:
     return found | {f"lora.{i}": loaded.hashes[name] for i, name in enumerate(lora)}
 
 
-def _require_exportable(loaded: LoadedPipeline) -> None:
-    if isinstance(loaded.pipe.scheduler, ListedScheduler):
+def _require_exportable(loaded: LoadedPipeline, weights_alone: bool) -> None:
+    if not weights_alone and isinstance(loaded.pipe.scheduler, ListedScheduler):
         raise UserError(
             f"{loaded.source} is sampled at listed times, which no scheduler of diffusers alone holds",
-            "share the folder as it is, for vidaccel",
-        )
-    if loaded.family.times and loaded.conditioning is not None:
-        raise UserError(
-            f"the pipeline of {loaded.family.title} gives its scheduler times of its own, which are not those that "
-            f"{loaded.source} was distilled for",
             "share the folder as it is, for vidaccel",
         )
     for each in (loaded, *loaded.further):
@@ -153,7 +214,13 @@ def _with_scheduler(loaded: LoadedPipeline) -> Iterator[None]:
     """The pipeline with a scheduler of diffusers' own on a student's grid: flow-match Euler, which most pipelines hand
     their grid to; UniPC, as Wan ships it, where a pipeline leaves that to its scheduler."""
     pipe, own = loaded.pipe, loaded.pipe.scheduler
-    if loaded.conditioning is not None:
+    if loaded.conditioning is not None and loaded.family.times:
+        log.info(
+            "the pipeline of %s gives its scheduler times of its own: the model is sampled at those, as its teacher is",
+            loaded.family.title,
+        )
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=loaded.family.rises)
+    elif loaded.conditioning is not None:
         shift = fixed_shift(own, loaded.family)
         handed = {"sigmas", "timesteps"} & inspect.signature(type(pipe).__call__).parameters.keys()
         if handed:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -25,12 +24,11 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.released import ADDED, BLOCKS, Layout, recognised
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig
 from vidaccel.models.folder import PICKLES, safetensors_header
+from vidaccel.models.original import hunyuan_as_diffusers
 
 log = logging.getLogger(__name__)
 SHOWN = 3
 """Names of weights in a message."""
-SINGLE_STREAM = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-"""What HunyuanVideo's `linear1` holds one below another: D rows each, the last all that are left."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,8 @@ class Released:
         """
         for theirs, ours in self.layout.renamed:
             name = name.replace(theirs, ours)
-        if "single_blocks." in name and ".linear1." in name:  # which diffusers splits for HunyuanVideo's own D alone
-            parts = (weight[:width], weight[width : 2 * width], weight[2 * width : 3 * width], weight[3 * width :])
-            made = {name.replace("linear1", part): rows for part, rows in zip(SINGLE_STREAM, parts, strict=True)}
-        else:
-            made = {name: weight}
         try:
-            made = convert_hunyuan_video_transformer_to_diffusers(made)
+            made = hunyuan_as_diffusers(name, weight, width)
         except ValueError:  # of a weight that does not come apart in three
             return {}
         if self.layout.what == "predictor":
