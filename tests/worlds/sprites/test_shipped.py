@@ -173,7 +173,7 @@ def test_the_scalars_are_attached_as_a_row_of_the_benchmark_is():
         assert (served == attached.frames).all() and (served != whole).any()
 
 
-@pytest.mark.parametrize("name", ["reuse", "taylor"])
+@pytest.mark.parametrize("name", ["reuse", "taylor", "linear"])
 def test_a_forecaster_without_training_has_a_list_for_each_row_that_names_it(name):
     folder, config = SHIPPED / name, load("benchmark", BenchmarkConfig, "sprites")
     run = read_run(folder, "schedules/1")
