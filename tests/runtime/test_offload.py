@@ -114,10 +114,10 @@ class Placed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["ltx2", "wan22"])
+@pytest.mark.parametrize("name", ["ltx2", "hunyuan_video_15_i2v"])
 def test_weights_are_there_whenever_they_are_used(name, monkeypatch, moved):
-    """Also of what is not called but asked to decode (LTX-2's audio), and of text encoders whose blocks lie deep, of
-    which a layer is there at a time."""
+    """Also of what is not called but asked to decode (LTX-2's audio), of an attention that does not call its layers (of
+    images), and of text encoders whose blocks lie deep, of which a layer is there at a time."""
     waiting: set[int] = set()
 
     def onload(group, load=ModuleGroup.onload_):
@@ -138,7 +138,7 @@ def test_weights_are_there_whenever_they_are_used(name, monkeypatch, moved):
         pipe(prompt="a red circle", num_inference_steps=2, generator=draw, **called(pipe))
     moved.clear()
     pipe.text_encoder(torch.ones(1, 4, dtype=torch.long))
-    assert len(moved) > 4 and max(moved) <= max(p.nbytes for p in pipe.text_encoder.parameters())
+    assert max(moved) < sum(moved) / 4
 
 
 @pytest.mark.parametrize("how", ["group", "model"])

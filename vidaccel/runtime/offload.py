@@ -3,9 +3,9 @@
     offload(pipe, family, "group", device)      # of a pipeline on the CPU, after `prepare` and before `attach`
 
 `group` moves each block of the trunk to the device for its own call. Embedders, output head and autoencoders stay
-there, as do the predictor and what is cached, so that a predicted step moves no weights at all; text encoders and
-whatever else there is move layer by layer, once a video. `model` has one model of the pipeline on the device at a time,
-and `sequential` one layer. Quantised weights move as they are, in half the bytes.
+there, as do the predictor and what is cached, so that a predicted step moves no weights at all; text encoders and what
+else there is move layer by layer, once a video. `model` has one model of the pipeline on the device at a time, and
+`sequential` one layer. Quantised weights move as they are, in half the bytes.
 """
 
 import torch
@@ -57,8 +57,17 @@ def offload(pipe: DiffusionPipeline, family: DiTFamily, how: str, device: torch.
                 offload_trunk(part, family, device)
             elif isinstance(part, nn.Module) and hasattr(part, "decode"):  # not called, which is what a group waits for
                 part.to(device)
-            elif isinstance(part, nn.Module):  # its blocks may lie deeper than diffusers looks for them
-                apply_group_offloading(part, device, CPU, offload_type="leaf_level")
+            elif isinstance(part, nn.Module):
+                _offload_beside(part, device)
+
+
+def _offload_beside(part: nn.Module, device: torch.device) -> None:
+    """By layer: blocks may lie deeper than diffusers looks for them. But one attention of PyTorch's reads the weights
+    of a layer that it never calls."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in part.modules()):
+        apply_group_offloading(part, device, CPU, offload_type="block_level", num_blocks_per_group=1)
+    else:
+        apply_group_offloading(part, device, CPU, offload_type="leaf_level")
 
 
 def offload_trunk(transformer: nn.Module, family: DiTFamily, device: torch.device) -> None:
