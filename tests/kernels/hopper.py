@@ -136,10 +136,9 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
     def qk_norm_rope(fused):
         q, angle = empty(B, N, H, D), empty(N, D, dtype=torch.float32)
         for weight in (empty(D), empty(W)):
-            for interleaved in (True, False):
-                fused.forward([(q, q, weight, weight)], angle, angle, interleaved, 1e-6)
-                fused.tangent([(q, q, q, q, weight, weight)], angle, angle, interleaved, 1e-6)
-                fused.backward(q, q, weight, angle, angle, interleaved, 1e-6)
+            fused.forward([(q, q, weight, weight)], angle, angle, 1e-6)
+            fused.tangent([(q, q, q, q, weight, weight)], angle, angle, 1e-6)
+            fused.backward(q, q, weight, angle, angle, 1e-6)
 
     def quantize_rows(fused):
         fused.quantize(empty(N, W), None, False)

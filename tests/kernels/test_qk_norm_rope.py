@@ -33,17 +33,17 @@ def draw(shape, across=False, text=0, dtype=torch.float32, seed=0):
     return [normal(*s, dtype=dtype, seed=seed + i) for i, s in enumerate(shapes)]
 
 
-def angles(tokens, D, interleaved):
-    cos, sin = get_1d_rotary_pos_embed(D, tokens, use_real=True, repeat_interleave_real=interleaved)
+def angles(tokens, D):
+    cos, sin = get_1d_rotary_pos_embed(D, tokens, use_real=True)
     return cos.to(DEVICE), sin.to(DEVICE)
 
 
-def call(op, cos, sin, interleaved, **options):
+def call(op, cos, sin, **options):
     """The op as a function of its differentiable inputs alone."""
 
     def run(q, k, q_weight, k_weight, *text):
         c, s = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (cos, sin))
-        return op(q, k, q_weight, k_weight, c, s, text=text or None, interleaved=interleaved, **options)
+        return op(q, k, q_weight, k_weight, c, s, text=text or None, **options)
 
     return run
 
@@ -54,17 +54,16 @@ cases = st.fixed_dictionaries(
         "rotated": st.sampled_from([0.0, 0.5, 1.0]),
         "across": st.booleans(),
         "text": st.sampled_from([0, 1, 4]),
-        "interleaved": st.booleans(),
     }
 )
 
 
 def both(case):
     N, D = case["shape"][1], case["shape"][3]
-    cos, sin = angles(int(N * case["rotated"]), D, case["interleaved"])
+    cos, sin = angles(int(N * case["rotated"]), D)
     return (
-        call(qk_norm_rope, cos, sin, case["interleaved"], kernels="fused"),
-        call(reference, cos, sin, case["interleaved"]),
+        call(qk_norm_rope, cos, sin, kernels="fused"),
+        call(reference, cos, sin),
     )
 
 
@@ -99,35 +98,34 @@ def test_tangents(case, dtype):
     assert_close(tangents(fused, inputs, directions), expected, 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_both_layouts_are_those_of_diffusers(interleaved):
+def test_the_layout_is_that_of_diffusers():
     q, k, q_weight, k_weight = draw((2, 6, 3, 16))
-    cos, sin = angles(6, 16, interleaved)
+    cos, sin = angles(6, 16)
     norm = RMSNorm(16, eps=1e-6).to(DEVICE)
     norm.weight.data = q_weight
-    stock = apply_rotary_emb(norm(q), (cos, sin), use_real_unbind_dim=-1 if interleaved else -2, sequence_dim=1)
+    stock = apply_rotary_emb(norm(q), (cos, sin), sequence_dim=1)
     for kernels in ("reference", "fused"):
-        got, _ = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, interleaved=interleaved, kernels=kernels)
+        got, _ = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, kernels=kernels)
         assert_close([got], [stock], 1e-6)
 
 
 def test_strided_inputs():
-    cos, sin = angles(3, 16, True)
+    cos, sin = angles(3, 16)
     packed = normal(2, 9, 2, 3 * 16)
     q, k, _ = packed.chunk(3, dim=-1)
     weights = draw((1, 1, 2, 16))[2:]
     for inputs in ([q[:, 2:6], k[:, 5:], *weights], [q.mT.contiguous().mT, k, *weights]):
-        fused, exact = call(qk_norm_rope, cos, sin, True, kernels="fused"), call(reference, cos, sin, True)
+        fused, exact = call(qk_norm_rope, cos, sin, kernels="fused"), call(reference, cos, sin)
         assert_close(outputs(fused, inputs), outputs(exact, double(inputs)), 1e-5)
         assert_close(gradients(fused, inputs), gradients(exact, double(inputs)), 1e-5)
 
 
 def test_the_op_is_registered_soundly():
     q, k, q_weight, k_weight, *text = draw((2, 4, 2, 16), text=3)
-    cos, sin = angles(4, 16, True)
+    cos, sin = angles(4, 16)
     leaves = [tensor.requires_grad_() for tensor in (q, k, q_weight, k_weight)]
-    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *text, True, 1e-6))
-    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *[None] * 4, False, 1e-6))
+    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *text, 1e-6))
+    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *[None] * 4, 1e-6))
     fused = functools.partial(qk_norm_rope, kernels="fused")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     for got, expected in zip(compiled(*leaves, cos, sin), fused(*leaves, cos, sin), strict=True):
@@ -136,7 +134,7 @@ def test_the_op_is_registered_soundly():
 
 def test_bad_input_says_what_is_supported():
     q, k, q_weight, k_weight = draw((2, 4, 2, 16))
-    cos, sin = angles(5, 16, True)
+    cos, sin = angles(5, 16)
     with pytest.raises(ValueError, match="cos turns 5 tokens, but q has 4"):
         qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
     with pytest.raises(ValueError, match=r"expected \(16,\) or \(32,\)"):

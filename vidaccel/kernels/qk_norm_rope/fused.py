@@ -2,10 +2,9 @@
 
 B samples, N video and L text tokens, H heads, D head dim, R <= N rotated tokens; q, k [B, N, H, D], cos, sin [R, D].
 
-A program takes one token's q and k, all heads, as pairs (a, b) of entries that rotate together: for the interleaved
-layout a register reshape of contiguous loads, for the half-split layout two contiguous loads. Tokens beyond R get the
-angle zero instead of a branch. Text with weights of its own is a second launch into the tail of the same output, which
-replaces the concatenation before attention.
+A program takes one token's q and k, all heads, as pairs (a, b) of neighbours that rotate together: a register reshape
+of contiguous loads. Tokens beyond R get the angle zero instead of a branch. Text with weights of its own is a
+second launch into the tail of the same output, which replaces the concatenation before attention.
 
 Roofline (bf16, B = 1, N = 64k, H D = 3072, D = 128): q and k in and out are 4 N H D elements, 1.61 GB, cos and sin in
 float32 2 N D more, 0.07 GB: 0.39 ms at the 4.3 TB/s that a copy reaches on an H200. With tangents 0.77 ms; backward
@@ -24,42 +23,29 @@ CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
 
 
 @triton.jit
-def _load(ptr, stride_h, H, D, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _load(ptr, stride_h, H, D, HEADS: tl.constexpr, HALF: tl.constexpr):
     """A token's rows [H, D] as the two members of each pair, [HEADS, HALF] float32 each, zero where padded."""
     h = tl.arange(0, HEADS)[:, None]
-    if INTERLEAVED:
-        d = tl.arange(0, 2 * HALF)[None, :]
-        x = tl.load(ptr + h * stride_h + d, mask=(h < H) & (d < D), other=0.0)
-        a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
-    else:
-        d = tl.arange(0, HALF)[None, :]
-        inside = (h < H) & (d < D // 2)
-        a = tl.load(ptr + h * stride_h + d, mask=inside, other=0.0)
-        b = tl.load(ptr + h * stride_h + D // 2 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 2 * HALF)[None, :]
+    x = tl.load(ptr + h * stride_h + d, mask=(h < H) & (d < D), other=0.0)
+    a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
     return a.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def _store(ptr, a, b, stride_h, H, D, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _store(ptr, a, b, stride_h, H, D, HEADS: tl.constexpr, HALF: tl.constexpr):
     h = tl.arange(0, HEADS)[:, None]
-    if INTERLEAVED:
-        d = tl.arange(0, 2 * HALF)[None, :]
-        tl.store(ptr + h * stride_h + d, tl.reshape(tl.join(a, b), (HEADS, 2 * HALF)), mask=(h < H) & (d < D))
-    else:
-        d = tl.arange(0, HALF)[None, :]
-        inside = (h < H) & (d < D // 2)
-        tl.store(ptr + h * stride_h + d, a, mask=inside)
-        tl.store(ptr + h * stride_h + D // 2 + d, b, mask=inside)
+    d = tl.arange(0, 2 * HALF)[None, :]
+    tl.store(ptr + h * stride_h + d, tl.reshape(tl.join(a, b), (HEADS, 2 * HALF)), mask=(h < H) & (d < D))
 
 
 @triton.jit
-def _angle(cos_ptr, sin_ptr, n, R, D, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
+def _angle(cos_ptr, sin_ptr, n, R, D, HALF: tl.constexpr):
     """cos and sin of token n's pairs, [1, HALF]; the angle is zero from token R on."""
     i = tl.arange(0, HALF)[None, :]
-    d = 2 * i if INTERLEAVED else i
     rotated = i < tl.where(n < R, D // 2, 0)
-    cos = tl.load(cos_ptr + n * D + d, mask=rotated, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + n * D + d, mask=rotated, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + n * D + 2 * i, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + n * D + 2 * i, mask=rotated, other=0.0).to(tl.float32)
     return cos, sin
 
 
@@ -88,13 +74,13 @@ def _jacobian(va, vb, a, b, rrms, H, D, ACROSS: tl.constexpr):
 @triton.jit
 def _forward_one(
     x_ptr, w_ptr, out_ptr, cos, sin, H, D, eps, x_stride_h, w_stride_h,
-    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    a, b = _load(x_ptr, x_stride_h, H, D, INTERLEAVED, HEADS, HALF)
-    wa, wb = _load(w_ptr, w_stride_h, H, D, INTERLEAVED, HEADS, HALF)
+    a, b = _load(x_ptr, x_stride_h, H, D, HEADS, HALF)
+    wa, wb = _load(w_ptr, w_stride_h, H, D, HEADS, HALF)
     a, b, _ = _normalise(a, b, eps, H, D, ACROSS)
     a, b = a * wa, b * wb
-    _store(out_ptr, a * cos - b * sin, b * cos + a * sin, D, H, D, INTERLEAVED, HEADS, HALF)
+    _store(out_ptr, a * cos - b * sin, b * cos + a * sin, D, H, D, HEADS, HALF)
 
 
 @autotuned(CONFIGS, key=["H", "D"])
@@ -102,34 +88,34 @@ def _forward_one(
 def _forward(
     q_ptr, k_ptr, q_w_ptr, k_w_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     R, H, D, eps, q_b, q_n, q_h, k_b, k_n, k_h, out_b, w_h,
-    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     n, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, INTERLEAVED, HALF)
+    cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, HALF)
     out = b * out_b + n * H * D
     _forward_one(
         q_ptr + b * q_b + n * q_n, q_w_ptr, q_out_ptr + out, cos, sin, H, D, eps, q_h, w_h,
-        INTERLEAVED, ACROSS, HEADS, HALF,
+        ACROSS, HEADS, HALF,
     )  # fmt: skip
     _forward_one(
         k_ptr + b * k_b + n * k_n, k_w_ptr, k_out_ptr + out, cos, sin, H, D, eps, k_h, w_h,
-        INTERLEAVED, ACROSS, HEADS, HALF,
+        ACROSS, HEADS, HALF,
     )  # fmt: skip
 
 
 @triton.jit
 def _tangent_one(
     x_ptr, dx_ptr, w_ptr, out_ptr, dout_ptr, cos, sin, H, D, eps, x_stride_h, dx_stride_h, w_stride_h,
-    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    a, b = _load(x_ptr, x_stride_h, H, D, INTERLEAVED, HEADS, HALF)
-    da, db = _load(dx_ptr, dx_stride_h, H, D, INTERLEAVED, HEADS, HALF)
-    wa, wb = _load(w_ptr, w_stride_h, H, D, INTERLEAVED, HEADS, HALF)
+    a, b = _load(x_ptr, x_stride_h, H, D, HEADS, HALF)
+    da, db = _load(dx_ptr, dx_stride_h, H, D, HEADS, HALF)
+    wa, wb = _load(w_ptr, w_stride_h, H, D, HEADS, HALF)
     a, b, rrms = _normalise(a, b, eps, H, D, ACROSS)
     da, db = _jacobian(da, db, a, b, rrms, H, D, ACROSS)
     a, b, da, db = a * wa, b * wb, da * wa, db * wb
-    _store(out_ptr, a * cos - b * sin, b * cos + a * sin, D, H, D, INTERLEAVED, HEADS, HALF)
-    _store(dout_ptr, da * cos - db * sin, db * cos + da * sin, D, H, D, INTERLEAVED, HEADS, HALF)
+    _store(out_ptr, a * cos - b * sin, b * cos + a * sin, D, H, D, HEADS, HALF)
+    _store(dout_ptr, da * cos - db * sin, db * cos + da * sin, D, H, D, HEADS, HALF)
 
 
 @autotuned(CONFIGS, key=["H", "D"])
@@ -137,18 +123,18 @@ def _tangent_one(
 def _tangent(
     q_ptr, k_ptr, dq_ptr, dk_ptr, q_w_ptr, k_w_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, dq_out_ptr, dk_out_ptr,
     R, H, D, eps, q_b, q_n, q_h, k_b, k_n, k_h, dq_b, dq_n, dq_h, dk_b, dk_n, dk_h, out_b, w_h,
-    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     n, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, INTERLEAVED, HALF)
+    cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, HALF)
     out = b * out_b + n * H * D
     _tangent_one(
         q_ptr + b * q_b + n * q_n, dq_ptr + b * dq_b + n * dq_n, q_w_ptr, q_out_ptr + out, dq_out_ptr + out,
-        cos, sin, H, D, eps, q_h, dq_h, w_h, INTERLEAVED, ACROSS, HEADS, HALF,
+        cos, sin, H, D, eps, q_h, dq_h, w_h, ACROSS, HEADS, HALF,
     )  # fmt: skip
     _tangent_one(
         k_ptr + b * k_b + n * k_n, dk_ptr + b * dk_b + n * dk_n, k_w_ptr, k_out_ptr + out, dk_out_ptr + out,
-        cos, sin, H, D, eps, k_h, dk_h, w_h, INTERLEAVED, ACROSS, HEADS, HALF,
+        cos, sin, H, D, eps, k_h, dk_h, w_h, ACROSS, HEADS, HALF,
     )  # fmt: skip
 
 
@@ -156,31 +142,30 @@ def _tangent(
 def _backward(
     g_ptr, x_ptr, w_ptr, cos_ptr, sin_ptr, gx_ptr, gw_ptr,
     N, R, H, D, eps, g_b, g_n, g_h, x_b, x_n, x_h, w_h,
-    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     part, parts, b = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     tokens = tl.cdiv(N, parts)
-    wa, wb = _load(w_ptr, w_h, H, D, INTERLEAVED, HEADS, HALF)
+    wa, wb = _load(w_ptr, w_h, H, D, HEADS, HALF)
     gwa = tl.zeros((HEADS, HALF), tl.float32)
     gwb = tl.zeros((HEADS, HALF), tl.float32)
     for n in range(part * tokens, tl.minimum((part + 1) * tokens, N)):
-        cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, INTERLEAVED, HALF)
-        ga, gb = _load(g_ptr + b * g_b + n * g_n, g_h, H, D, INTERLEAVED, HEADS, HALF)
-        xa, xb = _load(x_ptr + b * x_b + n * x_n, x_h, H, D, INTERLEAVED, HEADS, HALF)
+        cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, HALF)
+        ga, gb = _load(g_ptr + b * g_b + n * g_n, g_h, H, D, HEADS, HALF)
+        xa, xb = _load(x_ptr + b * x_b + n * x_n, x_h, H, D, HEADS, HALF)
         xa, xb, rrms = _normalise(xa, xb, eps, H, D, ACROSS)
         turned = ga * cos + gb * sin
         gb = gb * cos - ga * sin
         gwa += turned * xa
         gwb += gb * xb
         va, vb = _jacobian(turned * wa, gb * wb, xa, xb, rrms, H, D, ACROSS)
-        _store(gx_ptr + (b * N + n) * H * D, va, vb, D, H, D, INTERLEAVED, HEADS, HALF)
-    _store(gw_ptr + (b * parts + part) * H * D, gwa, gwb, D, H, D, INTERLEAVED, HEADS, HALF)
+        _store(gx_ptr + (b * N + n) * H * D, va, vb, D, H, D, HEADS, HALF)
+    _store(gw_ptr + (b * parts + part) * H * D, gwa, gwb, D, H, D, HEADS, HALF)
 
 
-def _constants(x: Tensor, weight: Tensor, interleaved: bool) -> dict:
+def _constants(x: Tensor, weight: Tensor) -> dict:
     H, D = x.shape[2:]
     return {
-        "INTERLEAVED": interleaved,
         "ACROSS": weight.numel() != D,
         "HEADS": triton.next_power_of_2(H),
         "HALF": triton.next_power_of_2(D // 2),
@@ -192,7 +177,7 @@ def _head_stride(weight: Tensor, D: int) -> int:
 
 
 def forward(
-    streams: list[tuple[Tensor, Tensor, Tensor, Tensor]], cos: Tensor, sin: Tensor, interleaved: bool, eps: float
+    streams: list[tuple[Tensor, Tensor, Tensor, Tensor]], cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """streams: (q, k, q_weight, k_weight) of the video, and of text if it has weights of its own -> q, k joined."""
     B, _, H, D = streams[0][0].shape
@@ -204,7 +189,7 @@ def forward(
         _forward[(N, B)](
             q, k, q_weight, k_weight, cos, sin, q_out[:, offset:], k_out[:, offset:],
             rotated, H, D, eps, *q.stride()[:3], *k.stride()[:3], q_out.stride(0), _head_stride(q_weight, D),
-            **_constants(q, q_weight, interleaved),
+            **_constants(q, q_weight),
         )  # fmt: skip
         offset, rotated = N, 0
     return q_out, k_out
@@ -214,7 +199,6 @@ def tangent(
     streams: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """streams: (q, k, dq, dk, q_weight, k_weight) -> q, k, dq, dk, each [B, N + L, H, D]."""
@@ -228,15 +212,13 @@ def tangent(
             *inputs, q_weight, k_weight, cos, sin, *(out[:, offset:] for out in outs),
             rotated, H, D, eps, *(stride for x in inputs for stride in x.stride()[:3]),
             outs[0].stride(0), _head_stride(q_weight, D),
-            **_constants(inputs[0], q_weight, interleaved),
+            **_constants(inputs[0], q_weight),
         )  # fmt: skip
         offset, rotated = N, 0
     return tuple(outs)
 
 
-def backward(
-    g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, eps: float
-) -> tuple[Tensor, Tensor]:
+def backward(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradient of a normed and rotated stream [B, N, H, D] -> gradients of its input and of its weight."""
     B, N, H, D = x.shape
     parts = max(1, min(N, PARTIAL_SUMS // B))
@@ -245,7 +227,7 @@ def backward(
     _backward[(parts, B)](
         g, x, weight, cos, sin, gx, gw,
         N, len(cos), H, D, eps, *g.stride()[:3], *x.stride()[:3], _head_stride(weight, D),
-        **_constants(x, weight, interleaved), num_warps=8,
+        **_constants(x, weight), num_warps=8,
     )  # fmt: skip
     gw = gw.sum(0) if weight.numel() != D else gw.sum((0, 1))
     return gx, gw.view(weight.shape).to(weight.dtype)

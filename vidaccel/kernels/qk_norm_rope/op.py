@@ -20,7 +20,6 @@ def qk_norm_rope(
     sin: Tensor,
     *,
     text: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    interleaved: bool = True,
     eps: float = 1e-6,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -28,22 +27,22 @@ def qk_norm_rope(
 
     q_weight, k_weight: [D] to norm each head by itself, [H D] to norm all heads together. text: (q, k, q_weight,
     k_weight) of L text tokens with weights of their own, which follow the video's and are not rotated; text that shares
-    the video's weights is simply part of q and k. interleaved: pairs are (2i, 2i + 1), else (i, i + D/2); cos and sin
-    hold each pair's angle at both of its places, as diffusers' `get_1d_rotary_pos_embed` writes them.
+    the video's weights is simply part of q and k. Pairs are (2i, 2i + 1), and cos and sin hold each pair's angle at
+    both of its places, as diffusers' `get_1d_rotary_pos_embed` writes them.
     """
     _check(q, k, q_weight, k_weight, cos, sin, text)
     if select.choose(kernels, q.device) == "reference":
-        return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, text, interleaved, eps)
+        return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, text, eps)
     check_tensors("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, *(text or ()))
     tangents.refuse("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     text_q, text_k, text_q_weight, text_k_weight = text or (None,) * 4
     primals, duals = tangents.split(q, k, *(text or ())[:2])
     if duals is not None:
         weights = [q_weight, k_weight, *(text or ())[2:]]
-        q, k, dq, dk = _tangent(list(primals), list(duals), weights, cos, sin, interleaved, eps)
+        q, k, dq, dk = _tangent(list(primals), list(duals), weights, cos, sin, eps)
         return tangents.join(q, dq), tangents.join(k, dk)
     return _forward(
-        q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight, interleaved, eps
+        q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight, eps
     )  # fmt: skip
 
 
@@ -80,7 +79,6 @@ def _forward(
     text_k: Tensor | None,
     text_q_weight: Tensor | None,
     text_k_weight: Tensor | None,
-    interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     from vidaccel.kernels.qk_norm_rope import fused
@@ -88,11 +86,11 @@ def _forward(
     streams = [(dense_rows(q), dense_rows(k), q_weight, k_weight)]
     if text_q is not None:
         streams.append((dense_rows(text_q), dense_rows(text_k), text_q_weight, text_k_weight))
-    return fused.forward(streams, cos.contiguous(), sin.contiguous(), interleaved, eps)
+    return fused.forward(streams, cos.contiguous(), sin.contiguous(), eps)
 
 
 @_forward.register_fake
-def _(q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight, interleaved, eps):
+def _(q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight, eps):
     B, N, H, D = q.shape
     tokens = N if text_q is None else N + text_q.shape[1]
     return q.new_empty(B, tokens, H, D), k.new_empty(B, tokens, H, D)
@@ -106,33 +104,30 @@ def _tangent(
     weights: list[Tensor],
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vidaccel.kernels.qk_norm_rope import fused
 
     primals, duals = [dense_rows(x) for x in primals], [dense_rows(x) for x in duals]
     streams = [(*primals[i : i + 2], *duals[i : i + 2], *weights[i : i + 2]) for i in range(0, len(primals), 2)]
-    return fused.tangent(streams, cos.contiguous(), sin.contiguous(), interleaved, eps)
+    return fused.tangent(streams, cos.contiguous(), sin.contiguous(), eps)
 
 
 @torch.library.custom_op("vidaccel::qk_norm_rope_backward", mutates_args=())
 @on_its_device
-def _backward(
-    g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, eps: float
-) -> tuple[Tensor, Tensor]:
+def _backward(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from vidaccel.kernels.qk_norm_rope import fused
 
-    return fused.backward(dense_rows(g), dense_rows(x), weight, cos.contiguous(), sin.contiguous(), interleaved, eps)
+    return fused.backward(dense_rows(g), dense_rows(x), weight, cos.contiguous(), sin.contiguous(), eps)
 
 
 @_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, eps: float):
+def _(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.interleaved, ctx.eps = inputs
+    *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -141,7 +136,7 @@ def _gradients(ctx, gq: Tensor | None, gk: Tensor | None):
 
     def back(g: Tensor | None, x: Tensor, weight: Tensor, first: int, rotated: int) -> tuple[Tensor, Tensor]:
         part = torch.zeros_like(x) if g is None else g[:, first : first + x.shape[1]]
-        return _backward(part, x, weight, cos[:rotated], sin[:rotated], ctx.interleaved, ctx.eps)
+        return _backward(part, x, weight, cos[:rotated], sin[:rotated], ctx.eps)
 
     N, R = q.shape[1], len(cos)
     (gx_q, gw_q), (gx_k, gw_k) = back(gq, q, q_weight, 0, R), back(gk, k, k_weight, 0, R)
@@ -149,7 +144,7 @@ def _gradients(ctx, gq: Tensor | None, gk: Tensor | None):
     if text_q is not None:
         (gt_q, gtw_q), (gt_k, gtw_k) = back(gq, text_q, text_q_weight, N, 0), back(gk, text_k, text_k_weight, N, 0)
         text = gt_q, gt_k, gtw_q, gtw_k
-    return gx_q, gx_k, gw_q, gw_k, None, None, *text, None, None
+    return gx_q, gx_k, gw_q, gw_k, None, None, *text, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

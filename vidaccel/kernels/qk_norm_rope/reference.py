@@ -12,19 +12,14 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     text: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    interleaved: bool = True,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """q, k [B, N, H, D], cos, sin [R, D] with R <= N -> q, k [B, N + L, H, D]; L text tokens, from `text`, come last.
 
     The norm (arXiv 1910.07467) is over D with weights [D], or over all heads with weights [H D]. The first R tokens are
-    rotated (arXiv 2104.09864) in pairs (2i, 2i + 1) if interleaved, else (i, i + D/2); cos and sin hold each pair's
-    angle twice, at both of its places.
+    rotated (arXiv 2104.09864) in pairs (2i, 2i + 1); cos and sin hold each pair's angle twice, at both of its places.
     """
-    q, k = (
-        _rotate(_norm(x, weight, eps), cos, sin, interleaved).to(x.dtype)
-        for x, weight in ((q, q_weight), (k, k_weight))
-    )
+    q, k = (_rotate(_norm(x, weight, eps), cos, sin).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))
     if text is None:
         return q, k
     text_q, text_k, text_q_weight, text_k_weight = text
@@ -39,12 +34,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(square + eps) * weight.to(x.dtype).view(-1, x.shape[-1])
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = x[:, : len(cos)], x[:, len(cos) :]
-    if interleaved:
-        quarter = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        quarter = torch.cat([-second, first], dim=-1)
+    quarter = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
     turned = turned * cos.to(x.dtype)[:, None] + quarter * sin.to(x.dtype)[:, None]
     return torch.cat([turned, rest], dim=1)
