@@ -114,10 +114,13 @@ def session(
         _check_devices(config, files, target)
     pictures, said = fitted_images(files, config, images)
     whole = config.offload == "none"
+    placed = whole and config.quantize == "none"  # as they are stored they may not fit where they do quantised
     loaded = load_pipeline(
-        files, device=device, dtype=config.dtype, lora=config.lora or (), placed=whole, decoder=config.decoder
+        files, device=device, dtype=config.dtype, lora=config.lora or (), placed=placed, decoder=config.decoder
     )
     ran = runtime.prepare(loaded, config, target)
+    if whole and not placed:
+        loaded.pipe.to(target)
     if config.parallel.devices > 1:
         ran["parallel"] = _split(loaded, config, target)
     if not whole:

@@ -36,27 +36,43 @@ def test_plan_of_a_predictor():
     assert "money" not in result.stdout and "in 24 GB" in result.stdout
 
 
-def test_what_fits_a_card():
-    result = run(*CARD, "only=[student-20,fora-3]", "memory=24GB", "gpu=rtx4090", "price=0.5")
+def card(*words: str) -> tuple[dict[str, list[str]], str]:
+    """Cells of each row, behind its seconds, and all that is said of a card, on one line."""
+    result = run("benchmark", "--plan", *words)
     assert result.exit_code == 0, result.output
-    assert all(len(line) <= 80 for line in result.stdout.splitlines())
-    card = result.stdout.partition("on 24 GB")[2]
-    rows = {
-        line.split()[0]: " ".join(line.split()[3:])
-        for line in card.splitlines()
-        if line[1:].startswith(("student", "fora"))
-    }
-    assert rows["student-20"] == "too large 18.3 GB 4.91 GB"
-    assert rows["fora-3"] == "too large too large too large"
-    assert "quantize=fp8" in card and "offload=group" in card and "text encoder 11.4 GB" in card
-    without = run(*CARD, "only=[student-20]", "gpu=a100")
-    assert "fp8" not in without.stdout  # whose tensor cores have none
+    lines = result.stdout.partition("\non 24 GB")[2].splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    table = [line.split() for line in lines if line[1:].startswith(("method", "student", "fora"))]
+    return {name: " ".join(cells).replace(" GB", "").split() for name, _, *cells in table}, " ".join(
+        " ".join(lines).split()
+    )
 
 
-def test_two_transformers_are_held_both():
-    result = run(*CARD[:3], "wan22", *CARD[4:], "only=[student-20]", "memory=48GB", "gpu=l40s")
-    *_, row = (line.split()[2:] for line in result.stdout.splitlines() if line.startswith(" student-20"))
-    assert " ".join(row) == "too large 32.8 GB 5.37 GB"
+def test_what_fits_a_card():
+    cells, said = card(*CARD[2:], "only=[student-20,fora-3]", "memory=24GB", "gpu=rtx4090", "price=0.5")
+    assert cells == {"method": ["money", "model+fp8", "group"], "student-20": ["0.0738", "18.3", "5.1"]}
+    assert "fit by none, at the least: fora-3 (" in said
+    assert "no row fits by whole (44 GB), fp8 (30 GB), model (32.3 GB)" in said
+    assert "model+fp8: offload=model quantize=fp8" in said and "28.1 GB to the card, 14.1 GB with quantize=fp8" in said
+    assert "own memory, 40.2 GB in all" in said and "text encoder 11.4 GB" in said
+
+
+def test_a_card_without_fp8_takes_int8_compiled():
+    _, said = card(*CARD[2:], "only=[student-20]", "memory=24GB", "gpu=rtx3090")
+    assert "quantize=int8 compile=true" in said and "fp8" not in said
+
+
+def test_of_two_transformers_blocks_of_one_are_on_the_card():
+    cells, said = card("--conf", "wan22", "sizes=[[81,480,832]]", "only=[student-20]", "memory=24GB", "gpu=rtx4090")
+    assert cells == {"method": ["model+fp8", "group"], "student-20": ["17.9", "5.25"]}
+    assert "whole (72.1 GB), fp8 (44.1 GB), model (31.9 GB)" in said
+
+
+def test_masks_of_every_pair_are_trimmed_on_a_card():
+    words = ("--conf", "hunyuan_video_15", "sizes=[[121,720,1280]]", "only=[student-20]", "memory=24GB")
+    cells, said = card(*words, "gpu=rtx4090")
+    assert cells["student-20"] == ["23.6", "18.1", "10.1"]
+    assert "group: offload=group trim_text=true" in said
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,17 @@ def _with_transformer(folder: Path) -> Path:
 
 
 def stored_beside(folder: Path) -> dict[str, int]:
-    """Bytes of the weights of encoders of text and images and of the autoencoder, as they lie there."""
-    parts = {"text encoder": "text_encoder*", "image encoder": "image_encoder", "autoencoder": "vae"}
+    """Bytes of the weights of encoders, of the autoencoder and of what LTX-2 has besides, as they lie
+    there."""
+    parts = {
+        "text encoder": ["text_encoder", "text_encoder_2"],
+        "image encoder": ["image_encoder"],
+        "connectors": ["connectors"],
+        "autoencoder": ["vae"],
+        "sound": ["audio_vae", "vocoder"],
+    }
     found = {
-        name: sum(file.stat().st_size for part in folder.glob(pattern) for file in part.glob("*.safetensors"))
-        for name, pattern in parts.items()
+        name: sum(file.stat().st_size for part in names for file in (folder / part).glob("*.safetensors"))
+        for name, names in parts.items()
     }
     return {name: size for name, size in found.items() if size}

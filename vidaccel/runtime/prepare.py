@@ -82,6 +82,7 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
             ours = "fused" if config.kernels == "fused" else "auto"
             quantize_blocks(transformer, loaded.family, config.quantize, ours)
         if config.compile:
+            transformer.to(device)  # where its graphs are to be recorded
             # Texts cut to their length differ in it; everything else keeps its shape.
             compile_blocks(transformer, loaded.family, dynamic=None if config.trim_text else False)
     return {

@@ -3,7 +3,7 @@
 Activations are what lives inside one block beside the weights, at its highest, as the stock model runs with an
 attention that stores no scores (flash attention and its like). Embedders and head hold less, and the blocks run one
 after another. HunyuanVideo-1.5's stock block makes a mask of every pair of tokens, three times over, and that is most
-of what it holds. A GPU's allocator adds its rounding.
+of what it holds: `trim_text` does without. A GPU's allocator adds its rounding.
 """
 
 import math
@@ -19,6 +19,7 @@ from vidaccel.families.costs import Argument
 from vidaccel.families.walk import call_block, latent_channels, patch_of
 from vidaccel.forecasters.registry import FORECASTERS, forecaster_class
 from vidaccel.models.live_bytes import FusedAttention, LiveBytes, NothingMasked
+from vidaccel.runtime.fuse import take_any_mask
 
 
 class CacheBytes(NamedTuple):
@@ -81,15 +82,24 @@ def _dtype(argument: Argument, of_model: torch.dtype) -> torch.dtype:
     return of_model if argument.dtype == "model" else getattr(torch, argument.dtype)
 
 
-def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int]) -> int:
-    """Most bytes alive at once in a block of a `model` on the meta device, arguments included."""
-    return max(_block_bytes(model, family, block_list, rows) for block_list in family.all_lists)
+def activation_bytes(model: nn.Module, family: DiTFamily, rows: Mapping[str, int], trim_text: bool = False) -> int:
+    """Most bytes alive at once in a block of a `model` on the meta device, arguments included; as the stock model runs,
+    or with `trim_text`, which leaves blocks without a mask."""
+    return max(_block_bytes(model, family, block_list, rows, trim_text) for block_list in family.all_lists)
 
 
-def _block_bytes(model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int]) -> int:
+def _block_bytes(
+    model: nn.Module, family: DiTFamily, block_list: BlockList, rows: Mapping[str, int], trim_text: bool
+) -> int:
     block = model.get_submodule(block_list.name)[0]
+    undo = take_any_mask(block, family) if trim_text and family.needs_mask else None
     with torch.no_grad(), LiveBytes() as live, FusedAttention(), NothingMasked():
-        call_block(block_list, block, block_arguments(model, family, block_list, rows))
+        arguments = block_arguments(model, family, block_list, rows)
+        if trim_text and block_list.mask is not None:
+            arguments[block_list.mask] = None
+        call_block(block_list, block, arguments)
+    if undo is not None:
+        undo()
     return live.peak
 
 
