@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vidaccel.cache.attach import Attachment, attach
+from vidaccel.cache.attach import attach
+from vidaccel.cache.attachment import Attachment
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from vidaccel.cache.attach import Attachment
-from vidaccel.cache.policy import FullSteps
+from vidaccel.cache.attachment import Attachment
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.data.images import Source, fitted, read_image
@@ -140,9 +139,9 @@ def session(
             image=first,
         )
     with predicted_steps(loaded, config) as attachment:
-        policy = attachment and attachment.policy
-        if isinstance(policy, FullSteps) and len(policy.full_steps) == policy.steps:
-            log.info("all %d steps are full, and nothing is predicted: budget= takes fewer", policy.steps)
+        if attachment and len(attachment.policy.full_steps) == attachment.policy.steps:
+            steps = attachment.policy.steps
+            log.info("all %d steps are full, and nothing is predicted: budget= takes fewer", steps)
         if warm_up is not None and config.compile:
             generate(loaded, [warm_up], config, [config.seed], attachment, first)
         yield Session(config, loaded, ran, attachment, seconds, pictures, said)

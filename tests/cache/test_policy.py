@@ -33,9 +33,9 @@ def test_lists_that_cannot_be_meant_are_refused(full_steps, steps, message):
 
 def test_a_list_decides_by_position():
     policy = FullSteps([0, 2, 3], 5)
-    assert [policy(step(i, 5), "cond") for i in range(5)] == [True, False, True, True, False]
+    assert [policy(step(i, 5)) for i in range(5)] == [True, False, True, True, False]
 
 
 def test_another_number_of_steps_is_refused():
     with pytest.raises(UserError, match="for 5 steps, and the pipeline runs 8\nhint: pass num_inference_steps=5"):
-        FullSteps([0, 2], 5)(step(0, 8), "cond")
+        FullSteps([0, 2], 5)(step(0, 8))

@@ -12,7 +12,8 @@ from tests.cache.test_attach import call
 from tests.students import student
 from tests.tiny import FLOW, SIZE, calls_of_a_step, tiny_pipeline
 from vidaccel.bench.measures.counting import held_bytes
-from vidaccel.cache.attach import Attachment, attach
+from vidaccel.cache.attach import attach
+from vidaccel.cache.attachment import Attachment
 from vidaccel.cache.policy import FullSteps
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.whole_pass import WholePass, scalars_on

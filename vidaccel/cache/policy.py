@@ -1,18 +1,9 @@
-"""Which steps run the trunk: by position in a list, or by whatever else can be called as a `Policy`."""
+"""Which steps run the trunk: those at the positions of a list."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from vidaccel.errors import UserError
 from vidaccel.models.grid import Step
-
-
-class Policy(Protocol):
-    """Decides before each pass. One that adapts to what it has seen keeps its state by context and clears it at step 0;
-    a static one is `FullSteps`."""
-
-    def __call__(self, step: Step, context: str) -> bool:
-        """Whether the pass of this context at this step is a full one; at step 0 it has to be."""
 
 
 class FullSteps:
@@ -22,8 +13,8 @@ class FullSteps:
         """Raises `UserError` as `check_full_steps` does."""
         self.full_steps, self.steps = frozenset(check_full_steps(full_steps, steps)), steps
 
-    def __call__(self, step: Step, context: str) -> bool:
-        """Raises `UserError` if the pipeline runs another number of steps than the list is for."""
+    def __call__(self, step: Step) -> bool:
+        """Whether the passes of this step are full; `UserError` if the pipeline runs another number of steps."""
         if step.count != self.steps:
             raise UserError(
                 f"the schedule is for {self.steps} steps, and the pipeline runs {step.count}",

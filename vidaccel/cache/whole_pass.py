@@ -121,7 +121,7 @@ class WholePass:
         """A pass of a transformer, whichever way it goes."""
         step = current_step(self._pipe.scheduler)
         self._follow(step)
-        full = self.policy(step, "")
+        full = self.policy(step)
         place, self._place = self._place, self._place + 1
         passes = passes_of_call(self._pipe, self._family)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
