@@ -91,6 +91,15 @@ def test_predicted_steps_are_the_sums_that_are_written_out(pipe, guidance):
     assert not torch.equal(found, call(pipe, steps=STEPS, guidance=guidance))
 
 
+def test_of_lists_on_several_grids_the_one_of_the_pipelines_own_serves(pipe):
+    other = replace(SCALARS, shift=7.0, times=None)
+    with attached(pipe, lists=(other, SCALARS)) as scalars:
+        call(pipe, steps=STEPS)
+    assert scalars.predicted_passes
+    with pytest.raises(UserError, match="is for the grid of shift 7, and the pipeline is on that of shift 3"):
+        attached(pipe, lists=(other,))
+
+
 def on_top(pipe, rows) -> WholePass:
     """Scalars with these numbers on top of reuse of the trunk's tokens, in a network's place."""
     family = family_of_pipeline(type(pipe).__name__)

@@ -211,12 +211,13 @@ def test_what_they_were_not_fitted_to_is_refused():
             made.check_fits("wan", student)
     with pytest.raises(UserError, match="this is hunyuan_video"):
         made.check_fits("hunyuan_video", {"f" * 64}, force=True)
-    assert made.list_for([0, 1, 3], 5) is made.list_for([0, 1, 3], 5, made.config.lists[0].times)
-    with pytest.raises(UserError, match="0 2 of 5") as caught:
-        made.list_for([0, 2], 5)
-    assert "0 1 3 of 5" in caught.value.hint
-    with pytest.raises(UserError, match="on the grid of"):
-        made.list_for([0, 1, 3], 5, [1, 0.8, 0.6, 0.4, 0.2, 0])
+    found = made.find([0, 1, 3], 5)
+    assert found is not None and found is made.find([0, 1, 3], 5, found.times)
+    assert made.find([0, 2], 5) is None
+    error = made.lacking([0, 2], 5)
+    assert "0 2 of 5" in error.message and "0 1 3 of 5" in error.hint
+    even = [1, 0.8, 0.6, 0.4, 0.2, 0]
+    assert made.find([0, 1, 3], 5, even) is None and "on the grid of" in made.lacking([0, 1, 3], 5, even).message
     for scale in (1.0, 4.0, 4.05):
         made.check_guidance(scale)
     with pytest.raises(UserError, match="guidance=6") as caught:

@@ -33,7 +33,7 @@ from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.forecasters.multistep import Multistep
+from vidaccel.forecasters.multistep import FittedList, Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.files import local_path
@@ -143,7 +143,7 @@ def _attached(
     scalars = None
     if isinstance(forecaster, Predictor):
         scalars = forecaster.scalars
-        if scalars is not None and scalars.find(chosen.full_steps, chosen.steps, chosen.times) is None:
+        if scalars is not None and _fitted(scalars, chosen, pipe, family) is None:
             scalars = None
         if forecaster is not predictor:
             forecaster.run_like(*denoisers_of(pipe, family)).to(execution_device(pipe))
@@ -234,7 +234,9 @@ def _under_scalars(
     """The pipeline under the scalars of these full steps, where they are on top of a network with what attaches that
     beneath; `UserError` unless they were fitted to its grid."""
     check_sampler(pipe.scheduler)
-    scalars = multistep.list_for(chosen.full_steps, chosen.steps, chosen.times)
+    scalars = _fitted(multistep, chosen, pipe, family)
+    if scalars is None:
+        raise multistep.lacking(chosen.full_steps, chosen.steps, chosen.times)
     check_boundary("these scalars are", scalars.boundary, pipe, family, "fit some to this pipeline")
     remedy = "vidaccel train-predictor forecaster=multistep shift={shift:g}"
     bound = Bound(
@@ -250,6 +252,17 @@ def _under_scalars(
     check_guidance = (lambda *scales: None) if force else multistep.check_guidance
     network = beneath() if beneath else None
     return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass, network)
+
+
+def _fitted(multistep: Multistep, chosen: Schedule, pipe: DiffusionPipeline, family: DiTFamily) -> FittedList | None:
+    """The numbers for these full steps, if there are some: on the schedule's grid, else on the pipeline's, else on
+    another, which the refusal then names."""
+    times = chosen.times or pipe.scheduler.config.get("times")
+    shift = shift_of(pipe.scheduler, family)
+    if times is None and shift is not None:
+        times = Grid.shifted(chosen.steps, shift).times
+    found = multistep.find(chosen.full_steps, chosen.steps, times)
+    return multistep.find(chosen.full_steps, chosen.steps) if found is None and chosen.times is None else found
 
 
 def _forecaster(

@@ -343,14 +343,12 @@ class Multistep:
                 return made
         return None
 
-    def list_for(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> FittedList:
-        """As `find`; `UserError`, naming those that there are, if there are none."""
-        if (made := self.find(full_steps, steps, times)) is not None:
-            return made
+    def lacking(self, full_steps: Sequence[int], steps: int, times: Sequence[float] | None = None) -> UserError:
+        """That `find` finds none, naming those that there are."""
         known = "; ".join(f"{' '.join(map(str, made.full_steps))} of {made.steps}" for made in self.config.lists)
         asked = f"{' '.join(map(str, full_steps))} of {steps}"
         where = "" if times is None else f" on the grid of {Grid(tuple(times))}"
-        raise UserError(f"no scalars were fitted to the full steps {asked}{where}", f"take one of: {known}")
+        return UserError(f"no scalars were fitted to the full steps {asked}{where}", f"take one of: {known}")
 
     def check_guidance(self, guidance: float, first: float | None = None) -> None:
         """`UserError` for a scale outside the range that they were fitted to, but for `ROUNDING`; with that of the
