@@ -14,7 +14,8 @@ from vidaccel.bench.measures.quality import prompts_of
 from vidaccel.bench.models import Models
 from vidaccel.bench.sizes import planned_family
 from vidaccel.cache.schedule import schedules_of
-from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.checks import SIZE
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.registry import FAMILIES

@@ -19,6 +19,7 @@ from vidaccel.bench.measures.memory import activation_bytes
 from vidaccel.bench.measures.training import BlockBytes, training_blocks
 from vidaccel.bench.planned_model import PlannedModel
 from vidaccel.bench.sizes import meta_transformer, new_transformer, rows
+from vidaccel.config.checks import SIZE
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
@@ -183,11 +184,10 @@ def asked_size(config: DistillConfig | PredictorConfig) -> dict[str, int | None]
     collected with, where that is there; None leaves it to the model."""
     run = Path(config.features or "") / RUN_FILE
     collected = read_json(run, "collect them again").get("config", {}) if config.features and run.is_file() else {}
-    names = ("num_frames", "height", "width")
     sizes = config.sizes if isinstance(config, DistillConfig) else collected.get("sizes")
     if sizes:
-        return dict(zip(names, max(sizes, key=math.prod), strict=True))
-    return {name: collected.get(name) if getattr(config, name) is None else getattr(config, name) for name in names}
+        return dict(zip(SIZE, max(sizes, key=math.prod), strict=True))
+    return {name: collected.get(name) if getattr(config, name) is None else getattr(config, name) for name in SIZE}
 
 
 def folder_size(features: str | None) -> int | None:

@@ -13,6 +13,7 @@ from vidaccel.artefacts import RUN_FILE
 from vidaccel.bench.generation import Size
 from vidaccel.bench.own_model import planned
 from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.checks import SIZE
 from vidaccel.config.loader import conf_root, load
 from vidaccel.config.plan import PlanConfig
 from vidaccel.errors import UserError
@@ -90,7 +91,7 @@ def _shipped(name: str, asked: dict[str, int | None]) -> PlannedModel:
     config = planned(replace(_configured(name), dtype="float32"))
     if config.model is not None:
         return _of_folder(config.model, _with_transformer(config_folder(config.model)), asked)
-    size = _size(dict(zip(("num_frames", "height", "width"), config.videos[0], strict=True)), asked)
+    size = _size(dict(zip(SIZE, config.videos[0], strict=True)), asked)
     beside = {name: 2 * count for name, count in config.beside.items()}
     return PlannedModel(config, size, {}, (), beside, f"the configuration {name} of benchmark")
 
@@ -114,7 +115,7 @@ def _of_folder(name: str, folder: Path, asked: dict[str, int | None]) -> Planned
     )
     conditioning = folder / "conditioning" / "config.json"
     embeds = tuple(read_json(conditioning)["embeds"]) if conditioning.is_file() else ()
-    size = _size(dict(zip(("num_frames", "height", "width"), config.videos[0], strict=True)), asked)
+    size = _size(dict(zip(SIZE, config.videos[0], strict=True)), asked)
     return PlannedModel(config, size, call, embeds, stored_beside(folder), name)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from vidaccel.artefacts import atomic_path, read_json, write_json
 from vidaccel.bench.generation import Size, TimedGeneration
 from vidaccel.config.benchmark import MethodConfig
+from vidaccel.config.checks import SIZE
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError
 
@@ -112,7 +113,7 @@ def blank_run(row: Row, family: str) -> dict[str, Any]:
         "on": row.method.weights,
         "id": row.id,
         "settings": asdict(row.method),
-        "size": dict(zip(("num_frames", "height", "width"), row.size, strict=True)),
+        "size": dict(zip(SIZE, row.size, strict=True)),
         "steps": row.method.steps,
         "speedup": speedups(),
     }

@@ -44,7 +44,8 @@ from vidaccel.bench.own_model import fitted, resolved, with_ancestors
 from vidaccel.bench.reports.tables import not_run
 from vidaccel.bench.results import EXAMPLES, RECONSTRUCTED, results_of, write_results
 from vidaccel.bench.rows import NOT_RUN, STAGES, Row, Rows
-from vidaccel.config.benchmark import SIZE, BenchmarkConfig, MethodConfig
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
+from vidaccel.config.checks import SIZE
 from vidaccel.config.loader import to_dict
 from vidaccel.data.video import write_video
 from vidaccel.errors import UserError

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.collect.encode import LATENT, encode_samples, encode_texts, first_frames
+from vidaccel.config.checks import SIZE
 from vidaccel.config.collect import CollectConfig
 from vidaccel.data.buckets import Buckets, Size
 from vidaccel.data.clips import ClipFolder
@@ -233,7 +234,6 @@ def _of_several_sizes(loaded: LoadedPipeline, config: CollectConfig, fps: float)
 def size_of(loaded: LoadedPipeline, config: CollectConfig) -> dict[str, int]:
     """num_frames, height and width of the videos, as `config` names them or else the model; `UserError` if it cannot
     make such."""
-    names = ("num_frames", "height", "width")
-    size = {name: loaded.default(name) if getattr(config, name) is None else getattr(config, name) for name in names}
+    size = {name: loaded.default(name) if getattr(config, name) is None else getattr(config, name) for name in SIZE}
     check_sizes(loaded, **size)
     return size

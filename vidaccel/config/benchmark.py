@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vidaccel.config.checks import expand_paths, require, require_scales, settle_times
+from vidaccel.config.checks import DTYPES, SIZE, expand_paths, require, require_scales, require_seed, settle_times
 from vidaccel.config.runtime import DECODE, RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.forecasters.registry import FORECASTERS
@@ -23,9 +23,6 @@ EQUAL_COMPUTE = "equal compute"
 
 OWN_DECODER = "own"
 """In place of a decoder's folder: that of the autoencoder itself."""
-
-SIZE = ("num_frames", "height", "width")
-"""Of a video: settings, in the order of `sizes`."""
 
 DIRECTED = ("latent_relative_l2", "psnr_db", "ssim", "lpips", "agreement")
 """Measures of likeness of which it is known which way is better: less or more motion is neither."""
@@ -349,13 +346,12 @@ class BenchmarkConfig(RuntimeConfig):
         require(0 <= self.timed_seconds < math.inf, "timed_seconds", self.timed_seconds, "is in seconds, 0 or more")
         require(self.predictor_history in (1, 2), "predictor_history", self.predictor_history, "is 1 or 2")
         require(min(self.text_tokens.values(), default=1) >= 1, "text_tokens", self.text_tokens, "are at least 1 each")
-        dtypes = ("float32", "bfloat16", "float16")
-        require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"is one of {', '.join(DTYPES)}")
         scored = self.scorer is None or self.scorer.partition("/")[0] in WORLDS
         require(scored, "scorer", self.scorer, f"is one of {', '.join(WORLDS)}, perhaps with /PROMPTS, or null")
-        for key in ("seed", "scored_seed"):
-            seed = getattr(self, key) or 0
-            require(0 <= seed < 2**63, key, seed, "must be in 0 .. 2^63 - 1")
+        require_seed(self)
+        if self.scored_seed is not None:
+            require_seed(self, "scored_seed")
         require(self.stream in ("report", "choose"), "stream", self.stream, "is report or choose")
         for name in self.endpoints:
             group, _, measure = name.rpartition(".")

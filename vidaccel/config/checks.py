@@ -56,7 +56,7 @@ def require_sizes(config: Any, fits: bool, rule: str) -> None:
     sizes = config.sizes
     if sizes is None:
         return
-    alone = all(getattr(config, key) is None for key in ("num_frames", "height", "width"))
+    alone = all(getattr(config, key) is None for key in SIZE)
     require(alone and fits, "sizes", sizes, f"goes with {rule}, without num_frames, height and width")
     each = bool(sizes) and all(len(size) == 3 and min(size) >= 1 for size in sizes)
     require(each, "sizes", sizes, "is a list of [frames, height, width]: sizes=[[81,480,832],[49,832,480]]")
@@ -67,6 +67,12 @@ def require_scales(config: Any) -> None:
     for key in ("guidance", "guidance_2"):
         g = getattr(config, key)
         require(g is None or 1 <= g < math.inf, key, g, "is a number from 1 up, or null")
+
+
+def require_seed(config: Any, key: str = "seed") -> None:
+    """Of what generators, and orders of samples, are seeded by."""
+    seed = getattr(config, key)
+    require(0 <= seed < 2**63, key, seed, "must be in 0 .. 2^63 - 1")
 
 
 def settle_times(config: Any, unless: int | None = None) -> None:
@@ -94,5 +100,8 @@ PATHS = (
 )
 """Settings that are, or may be, the path of a file or folder, whichever command has them; a LoRA's has a scale
 behind it (models/adapters.py)."""
-CLIP_SIZE = ("num_frames", "height", "width", "fps")
+DTYPES = ("float32", "bfloat16", "float16")
+SIZE = ("num_frames", "height", "width")
+"""Of a video: settings, in the order of `sizes`."""
+CLIP_SIZE = (*SIZE, "fps")
 """Settings of the size and rate that clips are brought to."""

@@ -3,7 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from vidaccel.config.checks import expand_paths, require, require_sizes, settle_times
+from vidaccel.config.checks import (
+    DTYPES,
+    expand_paths,
+    require,
+    require_scales,
+    require_seed,
+    require_sizes,
+    settle_times,
+)
 
 
 @dataclass
@@ -78,15 +86,11 @@ class CollectConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
-        g = self.guidance
-        require(g is None or 1 <= g < math.inf, "guidance", g, "is a number from 1 up")
-        g = self.guidance_2
-        require(g is None or 1 <= g < math.inf, "guidance_2", g, "is a number from 1 up")
+        require_scales(self)
         require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "must be in [0, 1)")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        require_seed(self)
         for key in ("fps", "shift", "max_gigabytes"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, key, value, "must be above 0 and finite")
-        dtypes = ("float32", "bfloat16", "float16")
-        require(self.dtype in ("auto", *dtypes), "dtype", self.dtype, f"is one of auto, {', '.join(dtypes)}")
-        require(self.store in dtypes, "store", self.store, f"is one of {', '.join(dtypes)}")
+        require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"is one of auto, {', '.join(DTYPES)}")
+        require(self.store in DTYPES, "store", self.store, f"is one of {', '.join(DTYPES)}")

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vidaccel.config.checks import changed, expand_paths, require, require_clip_size, require_sizes
+from vidaccel.config.checks import changed, expand_paths, require, require_clip_size, require_seed, require_sizes
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 
@@ -115,7 +115,7 @@ class DistillConfig:
         for key in ("clips", "sample_steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        require_seed(self)
         require_sizes(self, self.data is not None and self.features is None, "data=, without features")
         low_high = self.guidance_range
         fits = low_high is None or (len(low_high) == 2 and 1 <= low_high[0] <= low_high[1] < math.inf)

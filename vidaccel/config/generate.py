@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidaccel.config.checks import expand_paths, require, settle_times
+from vidaccel.config.checks import DTYPES, expand_paths, require, require_seed, settle_times
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.config.runtime import RuntimeConfig
 
@@ -77,7 +77,7 @@ class GenerateConfig(RuntimeConfig):
         expand_paths(self)
         super().__post_init__()
         require(bool(self.model.strip()), "model", self.model, "must name a model")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        require_seed(self)
         g = self.guidance_2
         require(g is None or 1 <= g < math.inf, "guidance_2", g, "is a number from 1 up")
         settle_times(self)
@@ -85,7 +85,7 @@ class GenerateConfig(RuntimeConfig):
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         ways = ("none", "group", "model", "sequential")
         require(self.offload in ways, "offload", self.offload, f"is one of {', '.join(ways)}")
-        dtypes = ("auto", "float32", "bfloat16", "float16")
+        dtypes = ("auto", *DTYPES)
         require(self.dtype in dtypes, "dtype", self.dtype, f"is one of {', '.join(dtypes)}")
 
 

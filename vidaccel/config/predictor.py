@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from vidaccel.config.checks import expand_paths, require, require_clip_size, require_scales, settle_times
+from vidaccel.config.checks import expand_paths, require, require_clip_size, require_scales, require_seed, settle_times
 from vidaccel.config.training import TrainConfig
 
 TWO_PASS = ("reuse", "taylor", "multistep")
@@ -168,7 +168,7 @@ class PredictorConfig:
             "intervals": ("restricted", "grid"),
         }.items():
             require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in 0 .. 2^63 - 1")
+        require_seed(self)
         for key in ("clips", "blocks", "max_skipped", "search_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
