@@ -32,9 +32,11 @@ def workers(count: int) -> ProcessPoolExecutor:
 def score_row(
     loaded: LoadedPipeline, config: GenerateConfig, scorer: str, prompts: int, batch: int, file: Path, pool
 ) -> list[Scores]:
-    """Scores of the model's videos of the first held-out prompts, prompt i from seed i; from `file` if it has them."""
-    if file.exists():
-        return [json.loads(line)["scores"] for line in file.read_text().splitlines()]
+    """Scores of the model's videos of the first held-out prompts, prompt i from seed i; from `file` if it has those of
+    as many."""
+    known = [json.loads(line)["scores"] for line in file.read_text().splitlines()] if file.exists() else []
+    if len(known) == prompts:
+        return known
     texts = scorer_named(scorer).held_out_prompts(prompts)
     pending = []
     for first in range(0, prompts, batch):

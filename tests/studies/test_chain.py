@@ -1,7 +1,9 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,8 +281,11 @@ def names_of(pieces_folder: Path) -> list[str]:
 class Whole:
     """A world whose total is a score itself."""
 
-    def scorer(self):
-        return self
+    def held_out_prompts(self, count):
+        return list("abcd")[:count]
+
+    def score(self, frames, prompt):
+        return {"one": float(frames)}
 
     def meaning(self, prompt):
         return prompt
@@ -298,6 +303,22 @@ def test_differences_are_paired(monkeypatch):
     assert report["a"]["total"]["high"] - report["a"]["total"]["low"] > 20
     told = report["b"]["paired"]["total"]
     assert [told[name] for name in ("mean", "low", "high")] == pytest.approx([2.0] * 3)  # however prompts differ
+
+
+def test_scores_of_another_number_of_prompts_are_made_anew(tmp_path, monkeypatch):
+    asked = []
+
+    def generate(loaded, prompts, config, seeds):
+        asked.append(len(prompts))
+        return SimpleNamespace(frames=[0.5] * len(prompts))
+
+    monkeypatch.setattr(scoring, "scorer_named", lambda name: Whole())
+    monkeypatch.setattr(scoring, "generate", generate)
+    with ThreadPoolExecutor(1) as pool:
+        for prompts in (2, 4, 4):
+            scores = scoring.score_row(None, None, "any", prompts, 4, tmp_path / "row.jsonl", pool)
+            assert scores == [{"one": 0.5}] * prompts
+    assert asked == [2, 4]  # those of as many are read
 
 
 def test_a_config_with_a_share_of_nothing_for_a_stage_that_does_not_run_is_fine():
