@@ -187,7 +187,9 @@ def test_a_folder_has_both_and_serves_under_scalars(world, tmp_path):
 
 
 def test_what_one_transformer_alone_can_have_is_refused_first(world, monkeypatch, tmp_path):
-    monkeypatch.setattr("vidaccel.train.predictor.training.load_named", lambda *args, **more: pytest.fail("loaded"))
+    for module in ("training", "untrained"):
+        name = f"vidaccel.train.predictor.{module}.load_named"
+        monkeypatch.setattr(name, lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"a discriminator looks into one\nhint: set adversarial.steps=0"):
         vidaccel.train_predictor(config(world, adversarial=TrainConfig(steps=1)), tmp_path / "x")
     with pytest.raises(UserError, match=r"forecaster=linear is fitted to one"):

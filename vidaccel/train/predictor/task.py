@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 
 from vidaccel.artefacts import RUN_FILE, sha256_file
 from vidaccel.cache.checks import check_pipeline
+from vidaccel.cache.schedule import Schedule, read_schedules
 from vidaccel.cache.trunk import Trunk
 from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank
@@ -30,17 +32,19 @@ from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import boundaries_of, denoisers_of
-from vidaccel.forecasters.checkpoint import NetworkConfig
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, NetworkConfig
 from vidaccel.models.calling import guidance_in_force, require_whole, second_guidance, unwanted
 from vidaccel.models.files import local_path
 from vidaccel.models.folder import family_of_index, read_json
 from vidaccel.models.grid import Grid, own_grid, require_trainable
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import GuidedVelocity, SwitchedVelocity, Velocity, velocity_of
+from vidaccel.models.weight_hashes import student_hash
 from vidaccel.prompts import prompts_in
 from vidaccel.train.predictor.pairs import Data
 
 log = logging.getLogger(__name__)
+COMMAND = "vidaccel train-predictor"
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
 ADDED = {"prompts": None, "guidance_2": None, "scalars_every": 0}
@@ -242,6 +246,26 @@ def search_of(config: PredictorConfig, student: str, data: object) -> str:
         del given[stage]["gates_every"]  # which finds nothing, and which earlier versions did not have
     text = json.dumps({"settings": given, "student": student, "data": data}, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def search_asked(task: PredictorTask, config: PredictorConfig) -> str:
+    """`search_of` the settings as they were given."""
+    return search_of(config, student_hash(task.loaded), task.provenance)
+
+
+def schedules_found(task: PredictorTask, output: Path) -> list[Schedule]:
+    """The schedules that are there for the task's grid."""
+    return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
+
+
+def described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
+    """What run.json says of a training: the settings as they were given, and what was learnt from."""
+    folders = {"student": Path(task.loaded.source)}
+    if task.config.features is not None:
+        folders["features"] = Path(task.config.features)
+    parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
+    given = configuration.to_dict(config)
+    return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
 
 
 def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity, twice: bool) -> float:

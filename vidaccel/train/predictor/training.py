@@ -9,7 +9,6 @@ folder/trajectories                     of the student, where it learns from the
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,25 +25,21 @@ from vidaccel.artefacts import (
     read_run,
     say_finished,
     sha256_file,
-    verify_files,
     write_json,
     write_run,
 )
 from vidaccel.cache.schedule import Schedule, read_schedules, write_schedules
 from vidaccel.collect.bank import Bank
-from vidaccel.collect.encode import IMAGE, as_array
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
-from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.families.walk import blocks_of
-from vidaccel.forecasters.base import Cached, Forecaster, Making, Tokens
+from vidaccel.forecasters.base import Cached, Tokens
 from vidaccel.forecasters.checkpoint import FORMAT, SCALARS_FILE, SCHEDULE_FILE, WEIGHTS_FILE
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import HISTORY, Multistep
-from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.forecasters.reuse import Reuse
 from vidaccel.locks import locked
 from vidaccel.models.cards import README, predictor_card
@@ -52,7 +47,6 @@ from vidaccel.models.loading import LoadedPipeline, load_named, resolve_device
 from vidaccel.models.velocity import SwitchedVelocity
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.processes import locked_by_first, on_first, processes, rank, world
-from vidaccel.sampling import run_pipeline
 from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, shard
 from vidaccel.train.predictor.discriminator import Discriminator
@@ -61,7 +55,7 @@ from vidaccel.train.predictor.loss import PredictorLoss, Turn
 from vidaccel.train.predictor.on_top import Fitting, fit_on_top, fitting_runs
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.runs import Beneath
-from vidaccel.train.predictor.search import NOISE_INDEX, PROBE, search_schedules
+from vidaccel.train.predictor.search import search_schedules
 from vidaccel.train.predictor.served import (
     Compared,
     Shares,
@@ -75,22 +69,23 @@ from vidaccel.train.predictor.served import (
     start_predictor,
 )
 from vidaccel.train.predictor.task import (
+    COMMAND,
     SEARCHED,
     STAGES,
     PredictorTask,
     check_student,
-    search_of,
+    described,
+    schedules_found,
+    search_asked,
     task_of,
     trainable_student,
 )
 from vidaccel.train.predictor.trajectories import with_trajectories
+from vidaccel.train.predictor.untrained import search_untrained
 from vidaccel.train.step import autocast
 from vidaccel.train.trainer import WITHOUT_EFFECT, train
 
 log = logging.getLogger(__name__)
-COMMAND = "vidaccel train-predictor"
-SCHEDULES = "schedules/1"
-"""Format of a folder of a forecaster's schedules alone."""
 NOT_SHAPING = {
     "student",
     "lora",
@@ -134,92 +129,13 @@ def train_predictor(config: PredictorConfig, output: Path, device: str = "auto")
     """
     check_student(config)
     if config.forecaster != "learned":
-        return _search_only(config, output, device)
+        return search_untrained(config, output, device)
     check_output(output, FORMAT)
     if config.stage == "search":
         read_run(output, FORMAT)  # now, because a lock makes the folder that is missing
     with processes(), locked_by_first(output):
         schedules = _train_and_search(config, output, device)
         return schedules if rank() == 0 else []
-
-
-def _search_only(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
-    """Schedules of a forecaster that has nothing to train, into a folder that holds nothing else."""
-    check_output(output, SCHEDULES)
-    with processes(), locked_by_first(output):
-        started = datetime.now(UTC)
-        loaded = load_named(config.student, config.model, device=device, lora=config.lora or ())
-        task = task_of(loaded, config, None)
-        steps, asked = task.sampling.grid.steps, _asked(task, config)
-        before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
-        if before and before.get(SEARCHED, {}).get(str(steps)) == asked:
-            verify_files(output, before)
-            on_first(partial(say_finished, output))
-            return _found(task, output) if rank() == 0 else []
-        with task.trunks:
-            schedules = search_schedules(task, _made_by_name(task))
-        on_first(partial(_save_schedules, task, config, output, started, schedules))
-        return schedules if rank() == 0 else []
-
-
-def _save_schedules(
-    task: PredictorTask, config: PredictorConfig, output: Path, started: datetime, schedules: list[Schedule]
-) -> None:
-    """Beside those of other grids that are there for the same forecaster and student."""
-    made_for = {"forecaster": config.forecaster, "student": student_hash(task.loaded)}
-    before = read_run(output, SCHEDULES) if (output / RUN_FILE).exists() else {}
-    steps, same = task.sampling.grid.steps, all(before.get(key) == value for key, value in made_for.items())
-    others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if same else []
-    searched = {key: before[SEARCHED][key] for key in before.get(SEARCHED, {}) if same}
-    (output / RUN_FILE).unlink(missing_ok=True)
-    write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
-    run = _described(task, config, started)
-    write_run(
-        output,
-        format=SCHEDULES,
-        command=COMMAND,
-        config=run["config"],
-        seed=config.seed,
-        started=started,
-        parents=run["parents"],
-        **{SEARCHED: searched | {str(steps): _asked(task, config)}},
-        **made_for,
-    )
-
-
-def _asked(task: PredictorTask, config: PredictorConfig) -> str:
-    """`search_of` the settings as they were given."""
-    return search_of(config, student_hash(task.loaded), task.provenance)
-
-
-def _found(task: PredictorTask, output: Path) -> list[Schedule]:
-    """The schedules that are there for the task's grid."""
-    return [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps == task.sampling.grid.steps]
-
-
-def _made_by_name(task: PredictorTask) -> Forecaster:
-    """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
-    pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
-    chosen = [task.samples[i] for i in range(min(config.search_prompts, len(task.data)))]
-    captions = [record["caption"] for _, record in chosen]
-    times = None if grid.shift is not None else list(grid.times)
-    sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, sigmas=times, guidance=task.sampling.guidance)
-    seeds = [config.seed + NOISE_INDEX + i for i in range(len(captions))]
-
-    def generate() -> None:
-        if not family.begins_with_image:
-            run_pipeline(task.loaded, captions, seeds, sampling, nullcontext(), "latent")
-            return
-        for (tensors, record), seed in zip(chosen, seeds, strict=True):  # a call takes one image
-            image = as_array(tensors[IMAGE])
-            run_pipeline(task.loaded, [record["caption"]], [seed], sampling, nullcontext(), "latent", image)
-
-    making = Making(pipe, family, full_steps=range(0, grid.steps, PROBE), generate=generate)
-    forecaster = forecaster_class(config.forecaster).make(making)
-    follow = getattr(forecaster, "follow", None)
-    if follow is not None:
-        follow(grid)
-    return forecaster
 
 
 def _train_and_search(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
@@ -239,19 +155,19 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
             on_top = Multistep.on_top_of(output) if before and config.scalars is not False else None
             torch.manual_seed(config.seed)
             fitting = (_train_served if config.pairs == "served" else _train)(task, output)
-            run = _described(task, config, started)
+            run = described(task, config, started)
             if before and before["files"][WEIGHTS_FILE] == sha256_file(output / WEIGHTS_FILE):
                 run["searched_on"], run[SEARCHED] = before["searched_on"], before.get(SEARCHED, {})
                 if on_top is not None:
                     _save_on_top(output, on_top)
                     run["fitted"] = before["fitted"]
                 if on_first(partial(_is_done, task, output, before, run)):
-                    return _found(task, output)
-        asked = _asked(task, config)
+                    return schedules_found(task, output)
+        asked = search_asked(task, config)
         known = run.setdefault(SEARCHED, {})
         if config.stage == "search" and known.get(str(task.sampling.grid.steps)) == asked:
             on_first(lambda: say_finished(output))
-            return _found(task, output)
+            return schedules_found(task, output)
         schedules = _search(task, output)
         if config.stage != "search":
             run["compared"] = [each.record() for each in _compare(task, output, schedules)]
@@ -339,7 +255,7 @@ def train_served(loaded: LoadedPipeline, bank: Bank, config: PredictorConfig, ou
                 Schedule(grid.steps, each.full_steps, "search", grid.shift, each.error, grid.times, task.boundary)
                 for each in best.values()
             ]
-            run = _described(task, config, started) | {"compared": [each.record() for each in found]}
+            run = described(task, config, started) | {"compared": [each.record() for each in found]}
             if _wants_scalars(config, output):
                 schedules = _fit_on_top(task, output, run, schedules, fitting)
         _finish(task, output, run, schedules)
@@ -534,16 +450,6 @@ def _compare(task: PredictorTask, output: Path, schedules: list[Schedule]) -> li
     starts = Starts.of(task, config.clips if served else config.search_prompts)
     tried, _ = starts.apart(config.search_prompts)
     return compare(task, serving_predictor(task, output), tried, sorted(lists, key=lambda each: (-len(each), each)))
-
-
-def _described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
-    """What run.json says of a training: the settings as they were given, and what was learnt from."""
-    folders = {"student": Path(task.loaded.source)}
-    if task.config.features is not None:
-        folders["features"] = Path(task.config.features)
-    parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
-    given = configuration.to_dict(config)
-    return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
 
 
 def _finish(task: PredictorTask, output: Path, run: dict[str, Any], schedules: list[Schedule]) -> None:
