@@ -187,7 +187,7 @@ class Chain:
             teacher=teacher,
             start=start,
             seed=self.config.seed + 1000 * len(self.earlier),
-            gate_runs=self.config.runs,
+            gate_runs=None if config.method == "cfg" else self.config.runs,  # whose gates take none
             train=train,
         )
         distill(config, self.round / name, self.config.device, clips)

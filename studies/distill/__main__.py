@@ -88,6 +88,8 @@ def settings_of(conf: str, method: str, overrides: list[str] | None) -> DistillC
     config = configuration.load("distill", DistillConfig, conf, overrides or [])
     if config.method != method:
         raise UserError(f"{conf} is of method {config.method}, not {method}", "give another --conf or --cfg-conf")
+    if method != "mean_velocity":
+        return config
     own = replace(config.mean_velocity, derivative=config.mean_velocity.derivative or "exact")
     return replace(config, mean_velocity=own)
 
