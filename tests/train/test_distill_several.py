@@ -256,11 +256,3 @@ def test_a_benchmark_has_its_teacher_guided_as_the_student(made):
         (4.0, 4.0, [""]),
         (7.0, 6.0, ["a dog"]),
     ]
-
-
-@pytest.mark.parametrize("forecaster", ["learned", "linear"])
-def test_so_are_predictors(made, forecaster, monkeypatch, tmp_path):
-    folder, _ = made
-    monkeypatch.setattr("vidaccel.train.predictor.training.load_named", lambda *args, **more: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"denoises with 2 transformers.*\nhint: .*forecaster=taylor"):
-        vidaccel.train_predictor(PredictorConfig(forecaster=forecaster), tmp_path / "out", student=str(folder / "both"))

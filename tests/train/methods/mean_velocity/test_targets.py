@@ -163,7 +163,7 @@ def test_nothing_finite_is_no_loss():
 def test_of_two_transformers_nothing_is_asked_of_one_at_the_others_times():
     """Its teacher gives nothing below b, where the other takes over: every target is still the mean velocity."""
     b, x = 0.6, torch.randn(64, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t = b + (1 - b) * torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.linspace(b, 1, 64, dtype=torch.float64)
     r = sample_interval_ends(t, 0.4, 0.0, torch.Generator().manual_seed(2), low=b)
     assert (r >= b).all() and (r == b).any() and (r > b).any()
 
@@ -179,7 +179,7 @@ def test_of_two_transformers_nothing_is_asked_of_one_at_the_others_times():
     for derivative in ("exact", "finite_difference"):
         config = MeanVelocityTraining(derivative=derivative, difference_step=0.02)
         target = partial(derivative_target, own(mean_velocity), teacher(x, t), x, t, r, config, warmup=1.0)
-        torch.testing.assert_close(target(span=(b, 1.0)), expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(target(span=(b, 1.0)), expected, rtol=0.02, atol=0.05)
         assert derivative == "exact" or target().isnan().any()
 
 
