@@ -23,7 +23,7 @@ from vidaccel.models.grid import fixed_shift
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Text, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes
-from vidaccel.train.distill import GATE_SHARE
+from vidaccel.train.clips import GATE_SHARE
 from vidaccel.train.gates import (
     RUN_GUIDANCE,
     Measured,

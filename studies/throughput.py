@@ -31,7 +31,8 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.velocity import velocity_of
-from vidaccel.train.distill import Clips, distill
+from vidaccel.train.clips import Clips
+from vidaccel.train.distill import distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.objective import drawing_device, generator_for
 from vidaccel.train.predictor.served import Starts, objective_of, start_predictor

@@ -33,7 +33,8 @@ from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline, load_pipeline, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
-from vidaccel.train.distill import GATES_FILE, Clips, distill
+from vidaccel.train.clips import Clips
+from vidaccel.train.distill import GATES_FILE, distill
 from vidaccel.train.metrics import FILE as METRICS
 from vidaccel.train.predictor.multistep import train_multistep
 from vidaccel.train.predictor.training import train_served

@@ -26,7 +26,8 @@ from vidaccel.models.live_bytes import weight_bytes
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.velocity import velocity_of
 from vidaccel.numbers import quartiles
-from vidaccel.train.distill import open_data, student_of
+from vidaccel.train.clips import open_data
+from vidaccel.train.distill import student_of
 from vidaccel.train.flow_matching import flow_matching_loss
 from vidaccel.train.methods import method_of
 from vidaccel.train.methods.base import Distillation

@@ -31,6 +31,7 @@ from vidaccel.models.velocity import Velocity
 from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.sampling import generate
 from vidaccel.train import distill as module
+from vidaccel.train.clips import open_data
 from vidaccel.train.distill import distill, student_of, velocity_of
 from vidaccel.train.methods.base import Distillation
 from vidaccel.train.methods.cfg import cfg_loss
@@ -317,7 +318,7 @@ def test_clips_are_brought_to_the_size_that_is_asked_for(world, tmp_path):
     teacher, _ = world("wan")
     config = DistillConfig(teacher=str(teacher), data=str(tmp_path / "clips"), num_frames=9, height=16, width=32, fps=4)
     loaded = load_pipeline(teacher)
-    data, provenance = module.open_data(loaded, config)
+    data, provenance = open_data(loaded, config)
     assert data.source[0][0].shape == (3, 9, 16, 32)
     assert (provenance["size"], provenance["fps"]) == ([9, 16, 32], 4)
     assert video_size(loaded, data[0][0]["latent"].shape) == {"num_frames": 9, "height": 16, "width": 32}

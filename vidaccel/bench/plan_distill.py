@@ -27,7 +27,8 @@ from vidaccel.bench.planned_model import planned_model
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, embedding_width
-from vidaccel.train.distill import EVALUATION_PASSES, GATE_SHARE, LARGE, SHEET_PROMPTS, gate_samples
+from vidaccel.train.clips import GATE_SHARE, LARGE, gate_samples
+from vidaccel.train.distill import EVALUATION_PASSES, SHEET_PROMPTS
 from vidaccel.train.methods import method_of
 from vidaccel.train.methods.base import Method, OtherTraining
 from vidaccel.train.passes import Passes
