@@ -26,7 +26,8 @@ from vidaccel.bench.sizes import meta_transformer, planned_family, rows
 from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.families.base import DiTFamily
-from vidaccel.models.loading import DTYPES, config_folder
+from vidaccel.models.files import config_folder
+from vidaccel.models.loading import DTYPES
 from vidaccel.numbers import rounded, si
 from vidaccel.runtime.quantized import quantizable
 
