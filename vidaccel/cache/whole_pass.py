@@ -69,7 +69,7 @@ class WholePass:
         family: DiTFamily,
         scalars: FittedList,
         check_grid: Callable[[], None] = lambda: None,
-        check_guidance: Callable[[float, float | None], None] = lambda guidance, first: None,
+        check_guidance: Callable[..., None] = lambda *scales: None,
         two_pass: bool = True,
         network: Network | None = None,
     ):
@@ -211,8 +211,8 @@ class WholePass:
         scale = self._guidance(transformer, hook, x, kwargs)
         if self._first == 0:
             self._scale = scale
-        if scale is not None and (self._first == 0 or self._scale is not None):
-            self._check_guidance(scale, self._scale if self._first else None)
+        if scale is not None and self._scale is not None:
+            self._check_guidance(scale, *([self._scale] if self._first else []))
 
     def _passes(self) -> int:
         """Of a step of the generation under way."""

@@ -47,7 +47,7 @@ class Buckets:
         """Those of the size that most have, of the first such."""
         self._epochs: dict[tuple[int, int, int], list[list[int]]] = {}
 
-    def without(self, left_out: Sequence[int]) -> "Buckets":
+    def without(self, left_out: Sequence[int] | np.ndarray) -> "Buckets":
         """Those of all samples but these, which leave some of each size."""
         made = copy.copy(self)
         made.groups = [np.setdiff1d(group, left_out) for group in self.groups]

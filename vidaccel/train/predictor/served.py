@@ -454,7 +454,7 @@ def start_predictor(task: PredictorTask, starts: Starts) -> Predictor:
     seen: dict[int, tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]] = {}
 
     class Look(Reuse):
-        def __call__(self, arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None) -> Tokens:
+        def __call__(self, arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
             assert t is not None
             boundaries = [] if task.boundary is None else [task.boundary]
             entering, cached = seen.setdefault(denoiser_at(t, boundaries), ({}, {}))

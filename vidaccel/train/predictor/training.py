@@ -329,11 +329,12 @@ def _entering(task: PredictorTask, pair: Pair) -> Tokens:
     """The tokens that enter the trunk on the predicted step of `pair`."""
     seen: Tokens = {}
 
-    def look(arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
-        seen.update({name: arguments[name] for name in memory[0].tokens})
-        return memory[0].tokens
+    class Look(Reuse):
+        def __call__(self, arguments: Tokens, memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+            seen.update({name: arguments[name] for name in memory[0].tokens})
+            return super().__call__(arguments, memory, t)
 
-    with task.trunks.predicted(look, pair.times.t, pair.memory):
+    with task.trunks.predicted(Look(), pair.times.t, pair.memory):
         task.student(pair.x, pair.times.t, pair.text, r=pair.times.r, g=pair.g)
     return seen
 
