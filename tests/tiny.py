@@ -41,6 +41,9 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -152,10 +155,12 @@ pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE.update(
 
 SHORT = {"max_sequence_length": 16}
 CALLS = {
+    "anyflow": SHORT,
     "hunyuan_video": HUNYUAN_CALL,
     "hunyuan_video_i2v": SHORT,
     "ltx2": SHORT,
     "mochi": {"max_sequence_length": 5},
+    "skyreels_v2": SHORT,
 }
 """What a tiny pipeline has to be called with, for families that need anything."""
 
@@ -645,6 +650,22 @@ def mochi() -> DiffusionPipeline:
     )
 
 
+def skyreels_v2() -> DiffusionPipeline:
+    parts = wan().components
+    parts["transformer"] = SkyReelsV2Transformer3DModel.from_config(parts["transformer"].config)
+    del parts["transformer_2"]
+    do_without_ftfy(SkyReelsV2Pipeline)
+    return SkyReelsV2Pipeline(**parts)
+
+
+def skyreels_v2_i2v() -> DiffusionPipeline:
+    parts = wan_i2v().components
+    parts["transformer"] = SkyReelsV2Transformer3DModel.from_config(parts["transformer"].config)
+    del parts["transformer_2"]
+    do_without_ftfy(SkyReelsV2ImageToVideoPipeline)
+    return SkyReelsV2ImageToVideoPipeline(**parts)
+
+
 BUILDERS = {
     "anyflow": anyflow,
     "cogvideox": cogvideox,
@@ -656,13 +677,24 @@ BUILDERS = {
     "ltx2": ltx2,
     "ltx_video": ltx_video,
     "mochi": mochi,
+    "skyreels_v2": skyreels_v2,
+    "skyreels_v2_i2v": skyreels_v2_i2v,
     "wan": wan,
     "wan22": wan22,
     "wan22_i2v": wan22_i2v,
     "wan_i2v": wan_i2v,
     "wan_vace": wan_vace,
 }
-VARIED = {"anyflow", "cogvideox_i2v", "hunyuan_video_i2v", "ltx2", "mochi", "wan_vace"}
+VARIED = {
+    "anyflow",
+    "cogvideox_i2v",
+    "hunyuan_video_i2v",
+    "ltx2",
+    "mochi",
+    "skyreels_v2",
+    "skyreels_v2_i2v",
+    "wan_vace",
+}
 """Families that most tests of a single room do without: what is particular to them is tried where it is made."""
 ONE_DENOISER = sorted(name for name in BUILDERS if len(FAMILIES[name].denoisers) == 1 and name not in VARIED)
 """Families with one transformer: the further ones of others are like the first."""

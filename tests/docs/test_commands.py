@@ -24,7 +24,7 @@ PROGRAMS = {
 }
 CHANGED = [ROOT / page for page in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
 """Pages whose commands are today's; a card or a results file says what was run when it was made."""
-ADDED = {"family": "skyreels_v2", "forecaster": "average", "method": "halving", "target": "midpoint", "world": "bar"}
+ADDED = {"family": "chronoedit", "forecaster": "average", "method": "halving", "target": "midpoint", "world": "bar"}
 """Examples of docs/extending*.md whose names are in commands there: what they add, which has to be in place."""
 
 

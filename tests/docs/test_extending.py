@@ -6,7 +6,6 @@ import re
 import sys
 from functools import partial
 from inspect import getsource, signature
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.docs.placing import Placed, examples, place
 from tests.families import test_records
 from tests.kernels.compare import assert_close, double, gradients, normal, outputs, tangents
 from tests.students import save_teacher
-from tests.tiny import SIZE, guided, tiny_pipeline
+from tests.tiny import SIZE, called, guided, tiny_pipeline
 from tests.train.test_distill import TRAIN, write_features
 from vidaccel import api
 from vidaccel.cache.attach import attach
@@ -50,9 +49,9 @@ def example(name: str):
 
 
 def latents(pipe, steps: int = 4, **arguments) -> torch.Tensor:
-    arguments = guided(pipe, 1.0) | SIZE | arguments
+    arguments = guided(pipe, 1.0) | called(pipe) | arguments
     arguments |= {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
-    return pipe("a red circle", num_inference_steps=steps, **arguments).frames
+    return pipe(prompt="a red circle", num_inference_steps=steps, **arguments).frames
 
 
 def losses(folder) -> list[float]:
@@ -133,9 +132,6 @@ def test_a_family(placed, monkeypatch):
     builders = placed.namespaces["tests/tiny.py"]["BUILDERS"]
     monkeypatch.setitem(tiny.BUILDERS, family.name, builders[family.name])
     pipe = tiny_pipeline(family.name)
-    module = sys.modules[type(pipe).__module__]
-    if not hasattr(module, "ftfy"):  # which it calls whether it is installed or not
-        monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
 
     ran = 0
     for name, check in vars(test_records).items():
@@ -154,8 +150,8 @@ def test_a_family(placed, monkeypatch):
     result = run("benchmark", "--plan", "--json", "--conf", family.name, "only=[cfg-50,predictor-8-of-20,fora-3]")
     assert result.exit_code == 0, result.output
     runs = {each["method"]: each for each in json.loads(result.stdout)["runs"]}
-    assert runs["cfg-50"]["parameters"] == 14_288_491_584
-    assert runs["predictor-8-of-20"]["speedup"]["ideal"] == pytest.approx(11.59, abs=0.01)
+    assert runs["cfg-50"]["parameters"] == 16_394_878_784
+    assert runs["predictor-8-of-20"]["speedup"]["ideal"] == pytest.approx(11.58, abs=0.01)
 
 
 @example("forecaster")

@@ -15,6 +15,8 @@ from vidaccel.families.hunyuan_video_i2v import HUNYUAN_VIDEO_I2V
 from vidaccel.families.ltx2 import LTX2
 from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.mochi import MOCHI
+from vidaccel.families.skyreels_v2 import SKYREELS_V2
+from vidaccel.families.skyreels_v2_i2v import SKYREELS_V2_I2V
 from vidaccel.families.wan import WAN
 from vidaccel.families.wan22 import WAN22
 from vidaccel.families.wan22_i2v import WAN22_I2V
@@ -34,6 +36,8 @@ FAMILIES: dict[str, DiTFamily] = {
         LTX2,
         LTX_VIDEO,
         MOCHI,
+        SKYREELS_V2,
+        SKYREELS_V2_I2V,
         WAN,
         WAN22,
         WAN22_I2V,

@@ -1,5 +1,6 @@
 """FLOPs by formula: by hand, and against PyTorch's counter on real forward passes, to the last FLOP."""
 
+import math
 from dataclasses import replace
 from inspect import signature
 
@@ -167,7 +168,8 @@ def test_a_full_size_block_is_what_pytorch_counts(family):
     }  # Wan's blocks count 512 as text
     texts = {stream: texts[stream] for stream in streams}
     known = signature(getattr(diffusers, family.transformer).__init__).parameters
-    image = {"image_dim": 1280, "added_kv_proj_dim": 5120} if "image" in streams and "image_dim" in known else {}
+    own = math.prod(known[name].default for name in ("num_attention_heads", "attention_head_dim"))
+    image = {"image_dim": 1280, "added_kv_proj_dim": own} if "image" in streams and "image_dim" in known else {}
     image |= {"image_condition_type": "token_replace"} if any(each.first_frame for each in family.conditions) else {}
     model = meta_transformer(BenchmarkConfig(family=family.name, text_tokens=texts, transformer=image))
     text = sum(count for name, count in texts.items() if name != "audio")
