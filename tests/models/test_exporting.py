@@ -106,6 +106,14 @@ def test_what_diffusers_has_no_place_for_is_refused(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_pipeline_that_tells_r_itself_needs_nobody_else(tmp_path):
+    loaded = load_pipeline(save_teacher(tmp_path / "anyflow", "anyflow"))
+    arguments = export_model(tmp_path / "plain", loaded)
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "plain")
+    assert hook_registry(plain.transformer) is None and arguments["num_inference_steps"] == 3
+    assert torch.equal(latents(plain, **arguments), latents(loaded.pipe, **arguments))
+
+
 def test_times_that_rise_are_those_of_the_pipeline(tmp_path, caplog):
     """Mochi's, which gives its scheduler a list of its own, and calls its transformer with what is left of the way."""
     caplog.set_level(logging.INFO)

@@ -185,7 +185,8 @@ def _require_exportable(loaded: LoadedPipeline, weights_alone: bool) -> None:
         )
     for each in (loaded, *loaded.further):
         embeds = each.conditioning.config.embeds if each.conditioning else ()
-        if "r" in embeds or (each.hook is not None and each.conditioning is None):
+        told = each.hook is not None and each.conditioning is None and not each.family.embeds_r
+        if "r" in embeds or told:
             raise UserError(
                 f"{loaded.source} is told at every step how far it goes (r), for which diffusers alone has no place",
                 "share the folder as it is, for vidaccel; what can be exported is a student of method=cfg, or a plain "
