@@ -30,8 +30,8 @@ class DecoderTraining:
     crop: list[int] | None = None
     """[frames, height, width] of the excerpt of each latent that a pass sees; null is the whole latent."""
     kept: float = 1.0
-    """GiB of memory in which clips and the teacher's frames of them stay, in half precision, once they were made. Noise
-    and excerpts leave no frames to keep."""
+    """GiB of memory in which latents, and in half precision the teacher's frames of them, stay once they were made.
+    Noise and excerpts leave no frames to keep."""
 
     def __post_init__(self) -> None:
         require(0 < self.width <= 1, "width", self.width, "must be in (0, 1]")
