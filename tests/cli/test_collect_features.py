@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -35,6 +36,13 @@ def test_a_folder_of_videos_becomes_features(model, clips):
     again = run(f"model={model}", f"data={clips}", "-o", "features")
     assert again.exit_code == 0 and again.stdout == result.stdout and "info: already finished" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_what_learns_from_a_model_with_lora_is_told_of_it(monkeypatch):
+    monkeypatch.setattr("vidaccel.api.collect_features", lambda *args, **more: SimpleNamespace(count=3))
+    result = run("model=wan", "lora=[a.safetensors:0.5]", "kind=trajectory", "-o", "runs")
+    said = """`vidaccel train-predictor student=wan 'lora=["a.safetensors:0.5"]' features=runs` learns from them"""
+    assert said in result.stdout, result.output
 
 
 def test_rendered_scenes_of_the_shipped_model():

@@ -1,5 +1,6 @@
 """`vidaccel collect-features`: clips and captions to what training reads, once."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,8 @@ def collect_features(
     if dry_run:
         typer.echo(str(planned))
         return
-    learners = {"encoded": f"distill teacher={config.model}", "trajectory": f"train-predictor student={config.model}"}
+    model = config.model if not config.lora else f"{config.model} 'lora={json.dumps(config.lora)}'"
+    learners = {"encoded": f"distill teacher={model}", "trajectory": f"train-predictor student={model}"}
     place = f" -o {output.with_name('cfg')}" if output and config.kind == "encoded" else ""  # the first of two students
     learns = f"`vidaccel {learners[config.kind]} features={output}{place}` learns from them"
     typer.echo(f"{output}: {planned.count} samples of the kind {config.kind}; {learns}")
