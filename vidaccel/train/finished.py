@@ -1,7 +1,7 @@
 """A training whose command is given again when it is done: told by its settings and by the hashes of the files that
 they name, before any model is loaded.
 
-    folder/checkpoints/asked.json   written when what the training made is in place, of which it is no part
+    folder/.asked.json   written when what the training made is in place, of which it is no part
 """
 
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import __version__
-from vidaccel.artefacts import CHECKPOINTS, RUN_FILE, is_finished, read_json, write_json
+from vidaccel.artefacts import RUN_FILE, is_finished, read_json, write_json
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.file_hashes import file_sha256
 from vidaccel.models.adapters import Adapter
 from vidaccel.models.loading import local_path, read_model
 
-FILE = "asked.json"
+FILE = ".asked.json"
 
 
 def is_done(folder: Path, format: str, config: DistillConfig) -> bool:
@@ -27,7 +27,7 @@ def is_done(folder: Path, format: str, config: DistillConfig) -> bool:
     Raises:
         UserError: the teacher or a file is not there any more.
     """
-    file = folder / CHECKPOINTS / FILE
+    file = folder / FILE
     if not file.is_file() or not is_finished(folder, format):
         return False
     return read_json(file, f"remove {file}") == _asked(config)
@@ -36,7 +36,7 @@ def is_done(folder: Path, format: str, config: DistillConfig) -> bool:
 def note_done(folder: Path, config: DistillConfig) -> None:
     """Says so for `is_done`."""
     if (asked := _asked(config)) is not None:
-        write_json(folder / CHECKPOINTS / FILE, asked)
+        write_json(folder / FILE, asked)
 
 
 def _asked(config: DistillConfig) -> Mapping[str, Any] | None:
