@@ -103,6 +103,8 @@ def test_what_is_compared_with_what(rows):
     assert [row.name for row in every if compared_with(row, student)] == ["student-8", "4", "six", "reuse", "tea"]
     assert [row.name for row in every if compared_with(row, eight)] == ["4"]  # none of more steps than it has
     assert not compared_with(Row("other grid", MethodConfig(steps=4, shift=3.0), SIZE), student)
+    searched = Row("searched", MethodConfig(steps=20, budget=10, on_skipped="reuse", predictor="lists"), SIZE)
+    assert not any(compared_with(row, searched) for row in every)  # which is no full run
 
 
 def test_training_free():

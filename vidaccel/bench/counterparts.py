@@ -87,8 +87,10 @@ def references(rows: Sequence[Row]) -> list[Row]:
 
 def compared_with(row: Row, reference: Row) -> bool:
     """Whether the row is a sampling of the same model, as the same model is called, in at most as many steps."""
-    same = own_run(row.method) == _in_steps(reference.method, row.method.steps)
-    return same and row.size == reference.size and row is not reference and row.method.steps <= reference.method.steps
+    if row is reference or row.size != reference.size or not is_full(reference.method):
+        return False
+    steps = row.method.steps
+    return steps <= reference.method.steps and own_run(row.method) == _in_steps(reference.method, steps)
 
 
 def by_flops(row: Row, own: Row | None) -> float | None:
