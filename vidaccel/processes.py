@@ -55,11 +55,8 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
-    except RuntimeError as error:
-        if not _is_of_the_network(error):
-            raise
-        raise ProcessLost(str(error)) from error
+        with _told_of_losses():
+            yield
     finally:
         dist.destroy_process_group()
         # Destroyed, it still has its threads until nothing refers to it, and DTensor's caches keep every mesh, with its
@@ -70,8 +67,15 @@ def processes() -> Iterator[None]:
         gc.collect()
 
 
-def _is_of_the_network(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+@contextlib.contextmanager
+def _told_of_losses() -> Iterator[None]:
+    """What the network raises where another process has gone, as `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise ProcessLost(str(error)) from error
 
 
 def group_ends_with(mesh: DeviceMesh) -> None:
@@ -123,9 +127,15 @@ def on_all(function: Callable[[], Result], group: dist.ProcessGroup | None = Non
 
 
 def exchanged(own: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
-    """What each process, or each of a group, gives, in their order."""
+    """What each process, or each of a group, gives, in their order.
+
+    Raises:
+        ProcessLost: one of them has gone; now, and not at the end of `processes`, since who takes other errors for
+            those of its own work is not to take this one.
+    """
     every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, own, group)
+    with _told_of_losses():
+        dist.all_gather_object(every, own, group)
     return every
 
 

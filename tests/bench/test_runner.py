@@ -20,13 +20,15 @@ from vidaccel.bench import models as bench_models
 from vidaccel.bench import runner
 from vidaccel.bench.generation import timed_generation, writing_seconds
 from vidaccel.bench.models import Models
-from vidaccel.bench.rows import STAGES
+from vidaccel.bench.rows import STAGES, Row
+from vidaccel.bench.runner import Benchmark
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import every, write_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.benchmark import CACHES, BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import load
 from vidaccel.data.video import read_video
+from vidaccel.errors import ProcessLost
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
@@ -531,6 +533,19 @@ def test_batches_that_processes_share_are_those_of_one(bench, conf, tmp_path, mo
     for shared, alone in zip(*(_rows(each, "cfg_", "student_", "fora_") for each in (tmp_path, bench)), strict=True):
         assert [video["likeness"] for video in shared["videos"]] == [video["likeness"] for video in alone["videos"]]
         assert len(shared["videos"]) == 3
+
+
+def test_the_loss_of_a_process_is_no_error_of_a_row(monkeypatch):
+    """It would be left out when the benchmark goes on."""
+    row, saved = Row("student", MethodConfig(), (17, 64, 64)), []
+
+    def lose():
+        raise ProcessLost("Connection closed by peer")
+
+    monkeypatch.setattr(Benchmark, "_save", lambda self, row: saved.append((row.attempts, row.error)))
+    with pytest.raises(ProcessLost):
+        Benchmark.__new__(Benchmark)._attempt(row, lose, written=False)
+    assert saved == [(1, None), (0, None)]
 
 
 def test_a_row_scored_anew_is_compared_with_what_it_was(bench, conf, tmp_path):

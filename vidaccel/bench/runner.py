@@ -48,7 +48,7 @@ from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.checks import SIZE
 from vidaccel.config.loader import to_dict
 from vidaccel.data.video import write_video
-from vidaccel.errors import UserError
+from vidaccel.errors import ProcessLost, UserError
 from vidaccel.models.calling import check_image, check_sizes
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.processes import by_first, gathered, locked_by_first, on_first, processes, rank, world
@@ -484,7 +484,7 @@ class Benchmark:
         """Do a piece of a row's work, unless it has ended the process before; then all that is known is written, into
         results.json only if `written`.
 
-        Whatever it raises becomes the row's error.
+        Whatever it raises becomes the row's error, but for the loss of another process.
         """
         row.attempts += 1
         if row.attempts > ATTEMPTS:
@@ -494,7 +494,7 @@ class Benchmark:
             if row.error is None:
                 work()
             row.attempts = 0
-        except KeyboardInterrupt:  # which is not the row's doing
+        except (KeyboardInterrupt, ProcessLost):  # which is not the row's doing
             row.attempts = 0
             self._save(row)
             raise
