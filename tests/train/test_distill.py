@@ -565,10 +565,10 @@ def test_the_velocity_and_the_share_of_the_derivative_that_are_trained_on(
         drawn.append(plain(task, index, generator))
         return drawn[-1]
 
-    def target(student, v, x, t, r, config, warmup):
+    def target(student, v, x, t, r, config, warmup, span):
         followed.append(v)
         shares.append(warmup)
-        return meanflow_target(student, v, x, t, r, config, warmup)
+        return meanflow_target(student, v, x, t, r, config, warmup, span)
 
     def check(student, x, t, r, v, *rest):
         followed.append(v)

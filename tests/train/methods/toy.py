@@ -36,6 +36,6 @@ METHOD = Method(
     embeds="r",
     loss=_loss,
     check_teacher=_check_teacher,
-    conditioning=lambda config, shift: {"restrict": config.own_settings.end},
+    conditioning=lambda config, shift, span: {"restrict": config.own_settings.end},
     preflight=lambda task: SEEN.append("preflight"),
 )
