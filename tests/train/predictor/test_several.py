@@ -9,10 +9,12 @@ import torch
 import vidaccel
 from tests.students import save, save_teacher, trained
 from tests.train.test_distill import write_features
+from vidaccel.bench.models import Models
 from vidaccel.bench.plan_predictor import plan_predictor
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.collect.trajectories import TrajectorySampler
+from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
@@ -165,7 +167,7 @@ def test_served_runs_are_those_of_the_search_and_teach_both(world):
 
 
 def test_a_folder_has_both_and_serves_under_scalars(world, tmp_path):
-    """Trained as served, with scalars on top, then attached by its folder."""
+    """Trained as served, with scalars on top, then attached by its folder, and in a row of a benchmark."""
     made = config(world, pairs="served", scalars=True, runs=8, checked_prompts=2, tried=1, budgets=[2, 3])
     vidaccel.train_predictor(made, tmp_path / "p")
     written = json.loads((tmp_path / "p" / "config.json").read_text())
@@ -184,6 +186,16 @@ def test_a_folder_has_both_and_serves_under_scalars(world, tmp_path):
             latents = loaded.pipe("a red circle", output_type="latent").frames
         assert latents.isfinite().all()
         assert (attached.full_passes, attached.predicted_passes) == (len(full), 6 - len(full))
+    both = {"student": str(world / "student"), "predictor": str(tmp_path / "p")}
+    models = Models(BenchmarkConfig(family="wan22", dtype="float32", **both), "cpu")
+    row = MethodConfig(steps=6, full_steps=[0, 3])
+    with models.running(row, {}) as timed:
+        again = timed.pipe("a red circle", output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    with attach(loaded, predictor=tmp_path / "p", steps=6, full_steps=[0, 3]):
+        generator = torch.Generator().manual_seed(0)
+        assert torch.equal(again, loaded.pipe("a red circle", output_type="latent", generator=generator).frames)
+    added = models.parameters(row, timed) - models.parameters(MethodConfig(steps=6), timed)
+    assert added == sum(weight.numel() for weight in Predictor.from_pretrained(tmp_path / "p").parameters())
 
 
 def test_what_one_transformer_alone_can_have_is_refused_first(world, monkeypatch, tmp_path):
