@@ -21,9 +21,11 @@ TEXTS = {
     "ltx2": {"prompt": 16, "audio": 5},
     "hunyuan_video_15": {"prompt": 12, "glyphs": 8, "image": 729},
     "hunyuan_video_15_i2v": {"prompt": 12, "glyphs": 8, "image": 4},
-    "wan_i2v": {"prompt": 512, "image": 5},
 }
-"""Lengths of texts, where there are more than the prompt's or not 16."""
+"""Lengths of texts, where there are more than these."""
+PROMPT = {"prompt": 16}
+PROMPT_AND_IMAGE = {"prompt": 512, "image": 5}
+"""Wan's blocks take 512 of them for the text's."""
 METHODS = {
     "cfg": MethodConfig(weights="teacher", steps=4, two_pass=True),
     "student": MethodConfig(steps=2),
@@ -39,8 +41,9 @@ def config_of(family: str, **changes) -> BenchmarkConfig:
     pipe = tiny_pipeline(family)
     settings = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     compression = list(compression_of(pipe, FAMILIES[family]))
+    usual = PROMPT_AND_IMAGE if FAMILIES[family].costs.texts == {"prompt", "image"} else PROMPT
     fixed = {
-        "text_tokens": TEXTS.get(family, {"prompt": 16}),
+        "text_tokens": TEXTS.get(family, usual),
         "sizes": [[5, 32, 32]],
         "compression": compression,
         "dtype": "float32",
