@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePath, PurePosixPath
@@ -103,6 +103,16 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_left(targets: Iterable[Path]) -> None:
+    """Remove what killed processes left of files that they wrote by `atomic_path`. Nobody else may be writing them."""
+    named = {(target.parent, target.stem[:64], target.suffix) for target in targets}
+    for folder in {folder for folder, _, _ in named}:
+        for path in folder.glob(".*"):
+            left = re.fullmatch(r"\.(.*)\.[0-9a-f]{8}", path.stem)
+            if left and (folder, left[1], path.suffix) in named:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -226,7 +226,11 @@ def test_videos_of_prompts_are_made_once(models):
     straight = [file.read_bytes() for file in files]
     files[0].unlink()
     files[1].write_bytes(b"cut short")
+    left = [Path(f"videos/{name}") for name in (".0001.0123abcd.mp4", ".made/.0002.0123abcd.json", ".9.0123abcd.mp4")]
+    for file in left:  # two of a run that was killed, and one of somebody else
+        file.write_bytes(b"half")
     again = run(*words)
+    assert [file.exists() for file in left] == [False, False, True]
     assert "1 of 3 videos are there already" in again.stderr
     assert [line.partition(":")[0] for line in again.stdout.splitlines()] == ["videos/0000.mp4", "videos/0001.mp4"]
     assert [file.read_bytes() for file in files] == straight
