@@ -6,7 +6,11 @@ which are applied in their order; the conversion there is what each is tested ag
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from vidaccel.families.released import DOUBLE_STREAM_15, LAYOUTS
 
@@ -25,6 +29,8 @@ class Original:
     """How names begin that are the same in both."""
     swapped: tuple[str, ...] = ()
     """How original names begin of layers whose two halves change places: diffusers has the scale before the shift."""
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """diffusers' conversion of all weights, by name; None where they are converted one by one, as HunyuanVideo's."""
 
 
 def _hunyuan(*own: tuple[str, str]) -> Original:
@@ -109,7 +115,9 @@ def _wan() -> Original:
         (r"^(vace_blocks\..*\.)proj_in\.", r"\g<1>before_proj."),
         (r"^(vace_blocks\..*\.)proj_out\.", r"\g<1>after_proj."),
     )
-    return Original(renamed, kept=("patch_embedding.", "vace_patch_embedding."))
+    return Original(
+        renamed, kept=("patch_embedding.", "vace_patch_embedding."), convert=convert_wan_transformer_to_diffusers
+    )
 
 
 def _of_15() -> Original:

@@ -7,10 +7,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from diffusers.loaders.single_file_utils import (
-    convert_hunyuan_video_transformer_to_diffusers,
-    convert_wan_transformer_to_diffusers,
-)
+from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 from torch import Tensor
 
 from vidaccel.errors import UserError
@@ -73,8 +70,8 @@ def as_original(weights: Mapping[str, Tensor], family: DiTFamily, width: int) ->
 
 def as_diffusers(weights: Mapping[str, Tensor], family: DiTFamily, width: int) -> dict[str, Tensor]:
     """Weights of a family that `ORIGINALS` has, by diffusers' names."""
-    if family.name.startswith("wan"):
-        return convert_wan_transformer_to_diffusers(dict(weights))
+    if (convert := ORIGINALS[family.name].convert) is not None:
+        return convert(dict(weights))
     made: dict[str, Tensor] = {}
     for name, weight in weights.items():
         made |= hunyuan_as_diffusers(original_name(name, family.name) or name, weight, width)
