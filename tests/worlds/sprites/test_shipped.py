@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from vidaccel.artefacts import RUN_FILE, read_run, sha256_file, verify_files
@@ -20,6 +22,7 @@ from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.loader import load
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import Multistep
+from vidaccel.models.decoder import decode_whole
 from vidaccel.models.files import read_model
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
@@ -190,6 +193,32 @@ def test_a_forecaster_without_training_has_a_list_for_each_row_that_names_it(nam
     card = (folder / "README.md").read_text()
     for each in found:
         assert f"| {' '.join(map(str, each.full_steps))} of {each.steps} | {each.expected_error:.3f} |" in card
+
+
+def test_the_decoder_is_for_the_shipped_models_and_comes_near_the_frames_of_their_own():
+    folder = SHIPPED / "decoder"
+    verify_files(folder, read_run(folder, "decoder/1"))
+    own, fast = load_pipeline("sprites/student"), load_pipeline("sprites/student", decoder="sprites/decoder")
+    flops = []
+    for each in (own, fast):
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            decode_whole(each.pipe.vae, torch.zeros(2, 16, 5, 8, 8))  # of one clip oneDNN's are not counted
+        flops.append(counted.get_total_flops())
+    assert 1.8 * flops[1] < flops[0]
+    measured = read_run(folder, "decoder/1")["measured"]
+    assert f"{measured['psnr_db']:.1f} dB to those frames" in " ".join((folder / "README.md").read_text().split())
+    prompts = ["a red circle moving right on black", "a blue square growing on white"]
+    videos = [generate(each, prompts, GenerateConfig(steps=8), [0, 1]).frames / 127.5 for each in (own, fast)]
+    psnr = 10 * np.log10(4 / np.square(videos[0] - videos[1]).mean())
+    assert psnr > measured["psnr_db"] - 3
+
+
+def test_the_decoder_is_named_on_the_command_line(tmp_path):
+    words = ["generate", "a red circle moving right on black", "decoder=sprites/decoder", "decode=once", "--json"]
+    result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out.mp4")])
+    assert result.exit_code == 0, result.output
+    name = "decoder/diffusion_pytorch_model.safetensors"
+    assert json.loads(result.stdout)["hashes"][name] == sha256_file(SHIPPED / name)
 
 
 @pytest.mark.slow
