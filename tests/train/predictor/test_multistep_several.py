@@ -189,6 +189,7 @@ def test_lists_and_budgets_that_leave_out_the_second_are_refused(world, tmp_path
     for settings, said in (
         ({"full_steps": [0, 1]}, r"leaves out 2, the first .*\nhint: list it: full_steps=\[0, 1, 2\]"),
         ({"budgets": [1]}, r"first step of each of 2 transformers"),
+        ({"steps": 2}, "each of 2 steps is the first of a transformer"),
     ):
         with pytest.raises(UserError, match=said):
             vidaccel.train_predictor(PredictorConfig(), tmp_path / "x", **given | settings)

@@ -39,7 +39,7 @@ from vidaccel.train.predictor.served import (
     serving_of,
     start_predictor,
 )
-from vidaccel.train.predictor.task import task_of
+from vidaccel.train.predictor.task import default_budgets, task_of
 
 ONE = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "log_every": 1}
 
@@ -211,6 +211,16 @@ def test_what_one_transformer_alone_can_have_is_refused_first(world, monkeypatch
 def test_steps_that_leave_nothing_to_predict_are_refused(world):
     with pytest.raises(UserError, match="each of 2 steps is the first of a transformer"):
         task_of(load_pipeline(world / "student"), config(world, steps=2, shift=1.0), None)
+
+
+def test_budgets_without_the_first_step_of_each_are_refused_before_a_training(world, caplog):
+    """And left out, with a warning, where others are asked for beside them."""
+    loaded = load_pipeline(world / "student")
+    with pytest.raises(UserError, match=r"budgets=\[1\], and the first step of each of 2 .*\nhint: .*budgets=\[2\]"):
+        task_of(loaded, config(world, budgets=[1]), None)
+    task_of(loaded, config(world, budgets=[1, 3]), None)
+    assert caplog.messages[-1].startswith("budgets=[1] are left out")
+    assert [*default_budgets(8, (0,))] == [1, 2, 3, 4] and [*default_budgets(3, (0, 2))] == [2]
 
 
 def test_a_plan_counts_the_weights_of_both():

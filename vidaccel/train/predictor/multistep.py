@@ -66,7 +66,14 @@ from vidaccel.prompts import prompts_in
 from vidaccel.ranks import refuse_many
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.runs import Beneath, Left, Prompt, Runs, own_runs
-from vidaccel.train.predictor.task import SEARCHED, check_student, search_of
+from vidaccel.train.predictor.task import (
+    SEARCHED,
+    check_budgets,
+    check_student,
+    default_budgets,
+    require_predicted,
+    search_of,
+)
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor forecaster=multistep"
@@ -295,8 +302,9 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
     steps = sampler.steps
     if config.full_steps is not None:
         _check_listed(config.full_steps, sampler)
-    if config.budgets and config.budgets[-1] > steps:
-        raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
+    firsts = sampler.grid.firsts(sampler.boundaries)
+    require_predicted(steps, firsts)
+    check_budgets(config.budgets, steps, firsts)
     data = {"captions": [caption for caption, _ in prompts], **_parents(config, loaded)}
     asked = search_of(config, student_hash(loaded), data)
     before = read_run(output, FORMAT) if (output / RUN_FILE).exists() else {}
@@ -312,14 +320,8 @@ def _fit_and_search(config: PredictorConfig, output: Path, device: str) -> list[
         own = runs.part(slice(config.runs))
         growth = measured_growth(own, config.search_prompts, config.ridge)
         found = candidates(estimated_costs(own, growth), config.tried)
-        budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget in found]
-        if not budgets:
-            raise UserError(
-                f"budgets={config.budgets or [*range(1, steps // 2 + 1)]}, and the first step of each of "
-                f"{len(runs.firsts)} transformers is full",
-                f"take budgets=[{len(runs.firsts)}] or more",
-            )
-        lists = [full for budget in budgets for _, full in found[budget]]
+        budgets = config.budgets or default_budgets(steps, firsts)
+        lists = [full for budget in budgets if budget in found for _, full in found[budget]]
     made = [each for each, _ in fit_lists(runs, lists, config.runs, config.ridge)]
     best: dict[int, FittedList] = {}
     for each in made:

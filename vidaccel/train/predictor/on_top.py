@@ -33,7 +33,7 @@ from vidaccel.train.predictor.multistep import (
 )
 from vidaccel.train.predictor.runs import Beneath, Runs, own_runs, runs_from
 from vidaccel.train.predictor.served import Starts, relative_squares
-from vidaccel.train.predictor.task import PredictorTask
+from vidaccel.train.predictor.task import PredictorTask, default_budgets
 
 log = logging.getLogger(__name__)
 FITTED_INDEX = 10**9 + 3
@@ -141,7 +141,7 @@ def fit_on_top(
     if fitting is None:
         return [], None
     runs, span, second = fitting
-    budgets = [budget for budget in config.budgets or range(1, steps // 2 + 1) if budget < steps]
+    budgets = [budget for budget in config.budgets or default_budgets(steps, task.firsts) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))
     found = candidates(estimated_costs(own, measured_growth(own, config.search_prompts, config.ridge)), config.tried)

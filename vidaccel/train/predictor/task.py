@@ -7,7 +7,7 @@ is a few per cent of the student, and every other scale is another function to l
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -161,16 +161,13 @@ def task_of(
     provenance = provenance | guided
     if sampling.grid.steps < 2:
         raise UserError("a student of one step has nothing to predict from", "set steps to 2 or more")
-    steps, boundaries = sampling.grid.steps, boundaries_of(loaded.pipe, loaded.family)
-    if config.budgets and config.budgets[-1] > steps:
-        raise UserError(f"budgets={config.budgets}, and there are {steps} steps", f"take {steps} or fewer")
+    boundaries = boundaries_of(loaded.pipe, loaded.family)
+    firsts = sampling.grid.firsts(boundaries)
+    check_budgets(config.budgets, sampling.grid.steps, firsts)
     looks_back = {"reuse": 1, "linear": 1, "taylor": 2}  # as they are made by name
     history = made.history if made else looks_back.get(config.forecaster, config.history)
-    if config.forecaster == "learned" and len(sampling.grid.firsts(boundaries)) == steps:
-        raise UserError(
-            f"each of {steps} steps is the first of a transformer, and leaves nothing to predict",
-            "set steps= to more",
-        )
+    if config.forecaster == "learned":
+        require_predicted(sampling.grid.steps, firsts)
     trunks = [Trunk(each, loaded.family, history) for each in denoisers_of(loaded.pipe, loaded.family)]
     whole = Trunks(trunks, boundaries) if boundaries else trunks[0]
     return PredictorTask(config, loaded, student, whole, data, provenance, sampling)
@@ -229,6 +226,35 @@ def refuse_several(family: DiTFamily, config: PredictorConfig) -> None:
     if config.forecaster == "learned" and config.stage == "all" and config.adversarial.is_on:
         raise UserError(
             f"{several}, and a discriminator looks into one", "set adversarial.steps=0, which leaves that stage out"
+        )
+
+
+def check_budgets(budgets: Sequence[int] | None, steps: int, firsts: Sequence[int]) -> None:
+    """`UserError` for numbers of full steps, where some are asked for, that are none of so many steps, or are all fewer
+    than `firsts`, the steps with which transformers begin; that some are is said."""
+    if not budgets:
+        return
+    if budgets[-1] > steps:
+        raise UserError(f"budgets={list(budgets)}, and there are {steps} steps", f"take {steps} or fewer")
+    least, few = len(firsts), [budget for budget in budgets if budget < len(firsts)]
+    why = f"the first step of each of {least} transformers is full"
+    if len(few) == len(budgets):
+        raise UserError(f"budgets={list(budgets)}, and {why}", f"take budgets=[{least}] or more")
+    if few:
+        log.warning("budgets=%s are left out: %s", few, why)
+
+
+def default_budgets(steps: int, firsts: Sequence[int]) -> range:
+    """Numbers of full steps of those who fit scalars: up to half of the steps, or those that have to be full."""
+    return range(len(firsts), max(steps // 2, len(firsts)) + 1)
+
+
+def require_predicted(steps: int, firsts: Sequence[int]) -> None:
+    """`UserError` where transformers begin with every step."""
+    if len(firsts) == steps:
+        raise UserError(
+            f"each of {steps} steps is the first of a transformer, and leaves nothing to predict",
+            "set steps= to more",
         )
 
 
