@@ -186,6 +186,10 @@ def test_a_finished_one_says_so_before_a_model_is_loaded(world, distilled, monke
         with pytest.raises(LoadedAModel):
             distill(same, folder)
         file.write_text(own)
+    features.unlink()  # of which the training says more than that there is no such file
+    with pytest.raises(LoadedAModel):
+        distill(same, folder)
+    features.write_text(recorded)
 
 
 def test_a_few_step_teacher_keeps_its_r_when_guidance_is_distilled(world, tmp_path):

@@ -14,7 +14,7 @@ from vidaccel.config.distill import DistillConfig
 from vidaccel.config.loader import to_dict
 from vidaccel.file_hashes import file_sha256
 from vidaccel.models.adapters import Adapter
-from vidaccel.models.loading import local_path, read_model
+from vidaccel.models.files import local_path, read_model
 
 FILE = ".asked.json"
 
@@ -22,10 +22,11 @@ FILE = ".asked.json"
 def is_done(folder: Path, format: str, config: DistillConfig) -> bool:
     """Whether `folder` holds whole what this command makes.
 
-    False too where only the training itself can tell: of videos, which are many files; of another version's.
+    False too where only the training itself can tell: of videos, which are many files; of another version's; of files
+    that are not there any more.
 
     Raises:
-        UserError: the teacher or a file is not there any more.
+        UserError: the teacher or a file of `lora` is not there any more.
     """
     file = folder / FILE
     if not file.is_file() or not is_finished(folder, format):
@@ -40,12 +41,15 @@ def note_done(folder: Path, config: DistillConfig) -> None:
 
 
 def _asked(config: DistillConfig) -> Mapping[str, Any] | None:
+    """What the file says of this command; None where nothing short of the training can say it."""
     if config.data is not None:
         return None
     files = {f"lora.{i}": Adapter.parsed(each).file for i, each in enumerate(config.lora or ())}
     for role, folder in (("features", config.features), ("start", config.start)):
         if folder is not None:
             files[role] = local_path(folder) / RUN_FILE
+    if not all(file.is_file() for file in files.values()):
+        return None
     return {
         "vidaccel": __version__,
         "config": to_dict(config),
