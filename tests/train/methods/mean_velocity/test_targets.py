@@ -188,5 +188,8 @@ def test_the_widest_interval_of_a_transformer_ends_where_the_other_begins():
     assert widest_interval(4, 3.0, (0.8, 1.0)) == pytest.approx(0.1)
     assert widest_interval(4, 3.0, (0.7, 1.0)) == pytest.approx(0.15)
     assert widest_interval(4, 3.0, (0.0, 0.75)) == pytest.approx(0.5)  # at the boundary it is still the first's
+    assert widest_interval(2, 9.0, (0.9, 1.0)) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="no step of 2 at shift 9 begins from t = 0 to 0.9"):
+        widest_interval(2, 9.0, (0.0, 0.9))  # nor is 0.9 that, which is less in float32
     with pytest.raises(UserError, match="no step of 4 at shift 3 begins from t = 0 to 0.4"):
         widest_interval(4, 3.0, (0.0, 0.4))

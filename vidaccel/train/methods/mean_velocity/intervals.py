@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vidaccel.errors import UserError
-from vidaccel.models.grid import Grid
+from vidaccel.models.grid import Grid, denoiser_at
 from vidaccel.train.methods.mean_velocity.settings import MeanVelocityTraining
 
 
@@ -19,7 +19,9 @@ def widest_interval(steps: int, shift: float, span: tuple[float, float] = (0.0, 
     if span == (0.0, 1.0):
         return grid.widest
     begun = zip(grid.times, grid.times[1:], strict=False)
-    lengths = [t - max(r, low) for t, r in begun if low <= t and (t < high or high == 1)]
+    after = [] if high == 1 else [high]  # where the one before, if there is one, ends
+    own = [denoiser_at(t, [*after, low]) == len(after) for t in grid.tensor[:-1]]
+    lengths = [t - max(r, low) for (t, r), its in zip(begun, own, strict=True) if its]
     if not lengths:
         raise UserError(
             f"no step of {steps} at shift {shift:g} begins from t = {low:g} to {high:g}, the transformer's own times",
