@@ -60,6 +60,8 @@ def test_gates_that_fail_cost_a_warning_each_and_no_training(world, tmp_path, ca
 
     monkeypatch.setattr(module, "method_of", lambda name, own=module.method_of: replace(own(name), gates=failing))
     train = {"steps": 2, "gates_every": 1}
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "gates.json").write_text("{}")  # of fewer steps, which were made before
     distill(settings(world, "hunyuan_video", bank="on", gate_samples=1, train=train), tmp_path / "student", "cpu")
     assert "the look at step 2 failed (failure 2); training goes on: out of memory" in caplog.text
     assert "computing the gates failed (failure 1); the student is saved: out of memory" in caplog.text

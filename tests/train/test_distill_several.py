@@ -21,6 +21,7 @@ from vidaccel.collect.encode import encode_conditions, encode_texts
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.collect import CollectConfig
+from vidaccel.config.distill import DistillConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
@@ -29,6 +30,7 @@ from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.velocity import SwitchedVelocity, velocity_of
 from vidaccel.sampling import generate
+from vidaccel.train.distill import _warn_of_other_steps, student_of
 from vidaccel.train.methods.base import Distillation
 from vidaccel.train.methods.mean_velocity.target import Interval
 from vidaccel.train.predictor.task import task_of
@@ -164,6 +166,23 @@ def test_no_interval_leads_from_the_times_of_one_into_those_of_the_other(few):
     assert first["until"] == 0.8 and "until" not in second
     with pytest.raises(UserError, match=r"transformer_2 of .*few_high has not been distilled"):
         vidaccel.generate("a red circle", model=str(folder / "few_high"))
+
+
+def test_steps_that_the_other_was_not_trained_for_are_warned_of(few, caplog):
+    teacher = few[0] / "few_high"
+    loaded = load_pipeline(teacher)
+    for changes, said in (({"sample_steps": 4}, 0), ({"sample_steps": 8}, 1), ({"sample_steps": 4, "shift": 5.0}, 2)):
+        for name in ("transformer_2", "transformer"):  # of which the first alone is told r so far
+            config = DistillConfig(method="mean_velocity", teacher=str(teacher), denoiser=name, **changes)
+            _warn_of_other_steps(config, loaded)
+            assert len(caplog.messages) == said, changes
+    assert caplog.messages[0].startswith(f"the transformer of {teacher} is for sample_steps=4 shift=3, and")
+
+
+def test_guidance_that_is_distilled_later_leaves_the_least_r_as_it_was(few):
+    loaded = of_one(load_pipeline(few[0] / "few_high"), "transformer")
+    config = DistillConfig(method="cfg", teacher=str(few[0] / "few_high"), sample_steps=4)
+    assert student_of(loaded, config, span=(0.8, 1.0)).conditioning.config.until == 0.8
 
 
 @torch.no_grad()

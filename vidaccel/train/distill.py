@@ -105,6 +105,7 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
     span = (0.0, 1.0)
     if config.denoiser is not None:
         span = _span(loaded, config.denoiser)
+        _warn_of_other_steps(config, loaded)
         loaded = _alone(loaded, config.denoiser)
         if world() == 1:
             loaded.pipe.to(target)
@@ -162,6 +163,8 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         ),
     )
     measured = None if held_out is None else _gates_if_they_can(task, method, held_out, output)
+    if measured is None:
+        (output / GATES_FILE).unlink(missing_ok=True)  # of what was there before
     _save(config, loaded, copy, task, output, started, measured)
 
 
@@ -247,7 +250,9 @@ def student_of(
     wanted = [name for name in ("r", "g") if name == method.embeds or name in more or loaded_embeds(name)]
     embeds = tuple(name for name in wanted if not Velocity(transformer, family).embeds(name))
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
-    trained = {"shift": shift, "steps": config.sample_steps} | method.conditioning(config, shift, span)
+    known = [each.conditioning.config.until for each in (loaded, start) if each and each.conditioning]
+    trained = {"shift": shift, "steps": config.sample_steps, "until": max(known, default=0.0)}
+    trained |= method.conditioning(config, shift, span)
     if "g" in embeds:
         trained["guidance_range"] = tuple(with_scales(config, loaded).guidance_range)
     conditioning = new_conditioning(transformer, family, embeds, loaded.conditioning, **trained) if embeds else None
@@ -342,6 +347,18 @@ def _span(loaded: LoadedPipeline, attribute: str) -> tuple[float, float]:
     bounds = (1.0, *boundaries_of(loaded.pipe, loaded.family), 0.0)
     which = [denoiser.attribute for denoiser in loaded.family.denoisers].index(attribute)
     return bounds[which + 1], bounds[which]
+
+
+def _warn_of_other_steps(config: DistillConfig, loaded: LoadedPipeline) -> None:
+    """Where another denoiser's mean velocities are for another grid than that which the student is called with."""
+    names = [denoiser.attribute for denoiser in loaded.family.denoisers]
+    for name, each in zip(names, (loaded, *loaded.further), strict=True):
+        own = each.conditioning.config if each.conditioning else None
+        if name == config.denoiser or own is None or "r" not in own.embeds or own.steps is None:
+            continue
+        if own.steps != config.sample_steps or config.shift not in (None, own.shift):
+            grid = f"sample_steps={own.steps}" + (f" shift={own.shift:g}" if own.shift is not None else "")
+            log.warning("the %s of %s is for %s, and the model will be sampled otherwise", name, config.teacher, grid)
 
 
 def _check_teacher(loaded: LoadedPipeline, method: Method) -> None:
