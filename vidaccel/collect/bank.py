@@ -130,8 +130,7 @@ def cut_texts(
     """Texts [M, ...] by stored name without the tokens that every mask leaves out, those of texts `beside` them too.
 
     But for rounding up to a multiple of `ROUNDED_TO` and for tokens that the family needs. Those that are shorter than
-    texts beside them are padded. Where padding is not masked
-    (Wan) nothing is cut.
+    texts beside them are padded. Where padding is not masked (Wan) nothing is cut.
     """
     cut, stored = dict(texts), {text.argument: text.stored for text in family.text_tensors}
     for text in family.text_tensors:

@@ -25,7 +25,7 @@ from vidaccel.forecasters.reuse import Reuse
 from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.velocity import SwitchedVelocity
 from vidaccel.train.objective import generator_for
-from vidaccel.train.predictor import training
+from vidaccel.train.predictor import training, trajectories
 from vidaccel.train.predictor.loss import PredictorLoss
 from vidaccel.train.predictor.pairs import Pairs, grid_times, restricted_times
 from vidaccel.train.predictor.search import list_errors
@@ -131,6 +131,22 @@ def test_trajectories_lead_through_one_transformer(world):
             assert spans == 3 * [{step % 2 == 0}]
             seen |= {round(float(t), 4) for t in pair.times.t}
     assert seen == {round(float(grid[i]), 4) for i in (1, 2, 4, 5)}
+
+
+def test_trajectories_and_training_tell_the_second_one_scale(world, monkeypatch):
+    loaded, asked = load_pipeline(world / "student"), config(world, pairs="trajectory", guidance_2=2.0)
+
+    def job(loaded, source, collected):
+        raise RuntimeError(f"at {collected.guidance_2}")
+
+    monkeypatch.setattr(trajectories, "trajectory_job", job)
+    with pytest.raises(RuntimeError, match="at 2.0"):
+        trajectories.with_trajectories(asked, loaded, world / "none")
+    opened = [({}, {"steps": 6, "shift": 3.0, "guidance": 4.0, "guidance_2": 3.0})], {}
+    task = task_of(loaded, replace(asked, guidance_2=None), None, opened)
+    assert (task.sampling.guidance, task.student.second) == (4.0, 3.0)
+    with pytest.raises(UserError, match="are of guidance_2=3, not 2"):
+        task_of(loaded, asked, None, opened)
 
 
 def test_lists_hold_the_first_step_of_each():

@@ -11,6 +11,7 @@ B batch, S steps, C channels, T frames, H and W latent pixels
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class Pairs:
     further_restrict: float = 1.0
     """`restrict` of the second."""
 
-    @property
+    @cached_property
     def steps_of(self) -> dict[int, range]:
         """Of each transformer that has steps to predict its steps on the grid."""
         steps, boundaries = len(self.grid) - 1, [] if self.boundary is None else [self.boundary]

@@ -157,6 +157,7 @@ def task_of(
         shifted = Grid.shifted(steps, config.shift) if config.shift else None
         grid = shifted or own_grid(loaded.pipe.scheduler, loaded.family, steps)
     sampling = _sampling(grid, guidance, config, data)
+    _second_as_collected(student, config, data)
     student, guided = _guided(student, told, config, sampling.guidance, twice)
     provenance = provenance | guided
     if sampling.grid.steps < 2:
@@ -330,8 +331,7 @@ def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data |
     """What the settings say, or else the trajectories that are learnt from, or else the student itself."""
     own = {"steps": grid.steps, "shift": grid.shift, "guidance": guidance}
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    run = data[0][1] if config.pairs == "trajectory" and not isinstance(data, Bank) else {}
-    fixed = []
+    run, fixed = _run_of(config, data), []
     if "guidance" in run:  # a search may have encoded clips, and is of any grid, whatever was learnt from
         fixed = list(own) if config.stage == "all" else ["guidance"]
     own |= {name: run[name] for name in fixed}
@@ -350,6 +350,27 @@ def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data |
             raise UserError(f"no shift makes {grid}, and steps={steps} is another grid", "set shift= as well")
         grid = Grid.shifted(steps, shift)
     return Sampling(grid, guidance)
+
+
+def _run_of(config: PredictorConfig, data: Data | Bank) -> Mapping[str, Any]:
+    """What is recorded of the trajectories that are learnt from, if it is trajectories."""
+    return data[0][1] if config.pairs == "trajectory" and not isinstance(data, Bank) else {}
+
+
+def _second_as_collected(student: Velocity, config: PredictorConfig, data: Data | Bank) -> None:
+    """Have the second of two transformers told the scale that it had in the trajectories that are learnt from;
+    `UserError` if another one is asked for."""
+    run = _run_of(config, data)
+    if not isinstance(student, SwitchedVelocity) or "guidance_2" not in run:
+        return
+    if config.guidance_2 not in (None, run["guidance_2"]):
+        differing = f"guidance_2={_shown(run['guidance_2'])}, not {_shown(config.guidance_2)}"
+        raise UserError(
+            f"the trajectories in {config.features} are of {differing}",
+            "leave it out, or collect trajectories with it",
+        )
+    if not config.guidance_range:
+        student.second = run["guidance_2"]
 
 
 def _same_times(run: Grid, config: PredictorConfig) -> Grid:

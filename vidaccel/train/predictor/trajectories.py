@@ -62,7 +62,7 @@ def with_trajectories(config: PredictorConfig, loaded: LoadedPipeline, output: P
         return config
     if config.features is not None and kinds_in(config.features) == {"trajectory"}:
         return config
-    names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "guidance")
+    names = ("data", "clips", *CLIP_SIZE, "seed", "steps", "shift", "timesteps", "sigmas", "guidance", "guidance_2")
     sampled = {name: getattr(config, name) for name in names}
     asked = CollectConfig(kind="trajectory", model=config.student, batch_size=config.mse.batch_size, **sampled)
     if config.features is None:
