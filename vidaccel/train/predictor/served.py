@@ -60,7 +60,8 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Serving:
-    """A student, and how it is sampled. Nothing here waits for the device."""
+    """A student, and how it is sampled. Nothing here waits for the device, unless it asks which of two transformers a
+    step is of."""
 
     student: Velocity
     trunk: Trunk | Trunks
