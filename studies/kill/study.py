@@ -38,7 +38,7 @@ from vidaccel.artefacts import LOCK_FILE, RUN_FILE, atomic_folder, write_json
 from vidaccel.cli.common import Debug, reported
 from vidaccel.compat.torch import LOADED_BY_FSDP
 from vidaccel.errors import UserError
-from vidaccel.models.loading import local_path
+from vidaccel.models.files import local_path
 
 PATIENCE = 20.0
 """Seconds after which a process that waits for a dead one is told to end, by SIGTERM."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from vidaccel.bench import choosing, runner
+from vidaccel.bench.counterparts import own_run
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 
 TEA = MethodConfig(
@@ -70,6 +71,17 @@ def test_a_row_that_cannot_run_is_not_chosen_for(caplog):
     assert choosing.to_choose(config, {"other", "tea"}) is None
     assert choosing.with_choices(config, RESULTS).methods["other"] == replace(other, sweep={}, at_most=None)
     assert not caplog.text
+
+
+def test_a_row_chooses_beside_its_own_full_run_with_its_own_decoder():
+    """Also one that declines the benchmark's, and does so still when it is reported."""
+    declining = replace(TEA, weights="teacher", decoder="own")
+    config = replace(CONFIG, decoder="runs/narrow", methods=CONFIG.methods | {"declining": declining})
+    rows = choosing.to_choose(config).wanted()
+    for name, decoder in (("tea", "runs/narrow"), ("declining", None)):
+        assert rows[name].decoder == decoder and own_run(rows[name]) in rows.values()
+    reported = choosing.with_choices(config, RESULTS).wanted()
+    assert (reported["tea"].decoder, reported["declining"].decoder) == ("runs/narrow", None)
 
 
 NO_PROMPTS = {"prompts": ["a", "b", "c"], "scored_prompts": 2, "images": "images"}

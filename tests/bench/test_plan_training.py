@@ -18,6 +18,7 @@ from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.loader import SCHEMAS, load
 from vidaccel.config.plan import GPUS, PlanConfig
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train.distill import distill
@@ -171,6 +172,12 @@ def test_the_size_is_that_of_the_features(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"config": {"num_frames": 5, "height": 32, "width": None}}))
     asked = asked_size(DistillConfig(features=str(tmp_path)))
     assert asked == {"num_frames": 5, "height": 32, "width": None}
+
+
+@pytest.mark.parametrize("schema", [DistillConfig, PredictorConfig])
+def test_of_features_of_several_sizes_it_is_the_largest(schema, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"sizes": [[5, 32, 32], [5, 48, 32], [9, 16, 16]]}}))
+    assert asked_size(schema(features=str(tmp_path))) == {"num_frames": 5, "height": 48, "width": 32}
 
 
 def tensor_bytes(file: Path) -> int:

@@ -46,7 +46,7 @@ def to_choose(config: BenchmarkConfig, lacking: Container[str] = ()) -> Benchmar
             why = "each has an image" if config.images else f"of {len(config.prompts)} all are scored"
             log.info("%s: every value is a row, as no prompts are left to choose one on: %s", ", ".join(rows), why)
             return None
-    methods = dict(config.methods)
+    methods = config.methods | rows  # with the decoders that they get, of which there is no other for all here
     owns: dict[str, None] = {}
     for name, row in rows.items():
         own = own_run(row)
@@ -61,6 +61,7 @@ def to_choose(config: BenchmarkConfig, lacking: Container[str] = ()) -> Benchmar
         baseline=longest,
         stream="choose",
         prompts=prompts,
+        decoder=None,
         contrasts={},
         equal_compute=False,
         rounds=2,
@@ -89,7 +90,7 @@ def with_choices(config: BenchmarkConfig, results: Mapping[str, Any]) -> Benchma
             log.info("%s: no value of its sweep costs at most %g full passes", name, row.at_most)
         elif name in runs:
             log.warning("%s: no value was compared with its model's own full run, so it keeps its first", name)
-        methods[name] = replace(row, settings=ways[best].settings, sweep={}, at_most=None)
+        methods[name] = replace(config.methods[name], settings=ways[best].settings, sweep={}, at_most=None)
     return replace(config, methods=methods)
 
 

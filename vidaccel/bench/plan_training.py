@@ -184,8 +184,7 @@ def asked_size(config: DistillConfig | PredictorConfig) -> dict[str, int | None]
     collected with, where that is there; None leaves it to the model."""
     run = Path(config.features or "") / RUN_FILE
     collected = read_json(run, "collect them again").get("config", {}) if config.features and run.is_file() else {}
-    sizes = config.sizes if isinstance(config, DistillConfig) else collected.get("sizes")
-    if sizes:
+    if sizes := (config.sizes if isinstance(config, DistillConfig) else None) or collected.get("sizes"):
         return dict(zip(SIZE, max(sizes, key=math.prod), strict=True))
     return {name: collected.get(name) if getattr(config, name) is None else getattr(config, name) for name in SIZE}
 

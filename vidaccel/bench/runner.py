@@ -228,9 +228,9 @@ class Benchmark:
         if self.models.place(row.method):
             self._warm_up(row.method, row.size)
         with self.models.running(row.method, row.settings) as loaded:
-            # The model's own decoder ran in the warm-up.
-            own = f"{row.method.decoder} {row.size}"
-            cold = row.method.decoder is not None and own not in self._warmed_up
+            # The model's own decoder, as the benchmark has it decode, ran in the warm-up.
+            own = f"{row.method.decoder} {row.method.decode} {row.size}"
+            cold = (row.method.decoder or row.method.decode) is not None and own not in self._warmed_up
             if cold or row.id not in self._warmed_up:
                 self._generate(row, [self.timed_prompts[0]], [self.config.seed], loaded, decode=cold)
                 self._warmed_up |= {row.id, own}
