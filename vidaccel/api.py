@@ -90,19 +90,19 @@ def export_model(
     called with.
 
     Raises:
-        UserError: the model is a student that diffusers alone has no place for, or a setting is of making videos.
+        UserError: the model is a student that diffusers alone has no place for, `output` is there already, its original
+            names are not known, or a setting is of making videos.
     """
-    from vidaccel.models.exporting import check_export, is_file
+    from vidaccel.models.exporting import check_export, files_of, is_file
     from vidaccel.models.exporting import export_model as export
     from vidaccel.models.files import read_model
     from vidaccel.models.loading import load_pipeline
-    from vidaccel.models.original import require_original
 
     settings = settings_of("generate", config or "teacher", overrides)
     said = check_export(output, settings)
     files, lora = read_model(settings.model, settings.student), settings.lora or ()
     if is_file(output):
-        require_original(files.contents.family)
+        files_of(output, files.contents.family)
     loaded = load_pipeline(files, device=device, dtype=settings.dtype, lora=lora)
     return export(output, loaded, guidance=settings.guidance, guidance_2=settings.guidance_2, config=said)
 

@@ -155,11 +155,15 @@ def test_one_file_of_each_transformer_by_its_original_names(family, tmp_path):
         export_model(tmp_path / "m.safetensors", loaded)
 
 
-def test_of_a_family_whose_names_are_not_known_a_file_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
-    save_teacher(tmp_path / "ltx", "ltx_video")
+def test_what_no_file_can_be_made_of_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    for family in ("ltx_video", "wan22"):
+        save_teacher(tmp_path / family, family)
+    (tmp_path / "m.transformer_2.safetensors").touch()
     monkeypatch.setattr("vidaccel.models.loading.load_pipeline", None)
     with pytest.raises(UserError, match="what the authors of LTX-Video call its weights is not known here"):
-        vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "ltx"))
+        vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "ltx_video"))
+    with pytest.raises(UserError, match=r"m\.transformer_2\.safetensors is there already"):
+        vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "wan22"))
 
 
 def test_the_command(tmp_path):

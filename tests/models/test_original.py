@@ -28,7 +28,7 @@ def test_names_and_shapes_of_hunyuan_video_are_those_of_released_files():
     assert {name: weight.shape for name, weight in made.items()} == released
 
 
-@pytest.mark.parametrize("family", ["wan", "wan_vace", "hunyuan_video"])
+@pytest.mark.parametrize("family", ["wan", "wan_vace", "skyreels_v2", "hunyuan_video"])
 def test_diffusers_loads_such_a_file(family, tmp_path):
     """Of HunyuanVideo without blocks of a single stream, which diffusers takes apart at its full width alone."""
     transformer = tiny_pipeline(family).transformer

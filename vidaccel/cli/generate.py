@@ -154,9 +154,8 @@ def _export(config: GenerateConfig, output: Path | None, others: Sequence[str | 
     arguments = export_model(output, config, device=device)
     said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     if output.suffix == ".safetensors":
-        typer.echo(
-            f"{output}: by its original names, for what loads such files; in diffusers' terms called with {said}"
-        )
+        made = output if output.exists() else f"{output.with_suffix('')}.*.safetensors"  # one of each transformer
+        typer.echo(f"{made}: by its original names, for what loads such files; in diffusers' terms called with {said}")
         return
     typer.echo(f"{output}: for diffusers alone; call its pipeline with {said}")
 

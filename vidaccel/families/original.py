@@ -128,8 +128,8 @@ def _of_15() -> Original:
 
 
 ORIGINALS = {
-    "hunyuan_video": _hunyuan(),
+    **dict.fromkeys(("hunyuan_video", "hunyuan_video_i2v"), _hunyuan()),
     **dict.fromkeys(("hunyuan_video_15", "hunyuan_video_15_i2v"), _of_15()),
-    **dict.fromkeys(("wan", "wan_i2v", "wan22", "wan22_i2v", "wan_vace"), _wan()),
+    **dict.fromkeys(("wan", "wan_i2v", "wan22", "wan22_i2v", "wan_vace", "skyreels_v2", "skyreels_v2_i2v"), _wan()),
 }
 """By the name of a family."""

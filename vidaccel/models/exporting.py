@@ -8,7 +8,7 @@ r is another at every step: a student of mean velocities stays a folder of vidac
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from vidaccel.models.files import ADAPTERS
 from vidaccel.models.folder import FORMAT
 from vidaccel.models.grid import ListedScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
-from vidaccel.models.original import as_original
+from vidaccel.models.original import as_original, require_original
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel generate --export"
@@ -69,25 +69,26 @@ def is_file(target: str | Path) -> bool:
 
 
 def _check_target(target: Path) -> None:
-    if not is_file(target):
+    if is_file(target):
+        check_writable(target)
+    else:
         check_output(target, FORMAT)
-        return
-    check_writable(target)
-    _refuse_existing([target])
 
 
-def _refuse_existing(files: Iterable[Path]) -> None:
-    for file in files:
+def files_of(target: str | Path, family: DiTFamily) -> dict[str, Path]:
+    """The file of each transformer, by its attribute, of an export to one file.
+
+    Raises:
+        UserError: one is there already, or the original names of the family are not known.
+    """
+    target, names = Path(target), [denoiser.attribute for denoiser in family.denoisers]
+    require_original(family)
+    files = {name: target.with_name(f"{target.stem}.{name}{target.suffix}") for name in names}
+    files = files if len(names) > 1 else {names[0]: target}
+    for file in files.values():
         if file.exists():
             raise UserError(f"{file} is there already", "remove it, or choose another name with -o")
-
-
-def _files(target: Path, family: DiTFamily) -> dict[str, Path]:
-    """The file of each transformer, by its attribute."""
-    names = [denoiser.attribute for denoiser in family.denoisers]
-    if len(names) == 1:
-        return {names[0]: target}
-    return {name: target.with_name(f"{target.stem}.{name}{target.suffix}") for name in names}
+    return files
 
 
 def export_model(
@@ -101,9 +102,9 @@ def export_model(
     """Write the model, LoRA files that were loaded with it in its weights, for plain diffusers.
 
     Args:
-        target: a folder, whose place the model takes whole or not at all; or a file NAME.safetensors, which is not
-            there yet, for the transformer alone by its original names (families/original.py), of two transformers
-            NAME.transformer.safetensors and NAME.transformer_2.safetensors.
+        target: a folder, whose place the model takes whole or not at all; or a file NAME.safetensors for the
+            transformer alone by its original names (families/original.py), of two transformers
+            NAME.transformer.safetensors and NAME.transformer_2.safetensors, which are not there yet.
         loaded: a plain model, or a student that embeds g alone.
         guidance: the scale that a student is fixed at; None is its own.
         guidance_2: that of the second of two transformers.
@@ -120,6 +121,7 @@ def export_model(
     _check_target(target)
     require_whole(loaded)
     _require_exportable(loaded, is_file(target))
+    files = files_of(target, loaded.family) if is_file(target) else {}
     scale, _ = guidance_in_force(loaded, guidance, None)
     second = second_guidance(loaded, guidance, guidance_2, None)
     scales = [scale, second or scale]
@@ -131,10 +133,8 @@ def export_model(
         call.pop("shift", None)
     arguments = call_arguments(loaded, guidance=guidance, guidance_2=guidance_2)
     started = datetime.now(UTC)
-    if is_file(target):
+    if files:
         said = {"command": COMMAND, "config": dict(config or {}), "parents": _parents(loaded), "call": call}
-        files = _files(target, loaded.family)
-        _refuse_existing(files.values())
         with _without_conditioning(loaded, scales):
             _write_files(files, loaded, said)
         return arguments
