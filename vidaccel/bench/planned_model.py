@@ -140,8 +140,7 @@ def _with_transformer(folder: Path) -> Path:
 
 
 def stored_beside(folder: Path) -> dict[str, int]:
-    """Bytes of the weights of encoders, of the autoencoder and of what LTX-2 has besides, as they lie
-    there."""
+    """Bytes of the weights of encoders, of the autoencoder and of what LTX-2 has besides, as they lie there."""
     parts = {
         "text encoder": ["text_encoder", "text_encoder_2"],
         "image encoder": ["image_encoder"],
