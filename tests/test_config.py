@@ -373,7 +373,7 @@ def test_training_settings_out_of_range(key, value):
 def test_home_is_expanded_in_every_setting_that_is_a_path(tmp_path, monkeypatch):
     """Which a shell does not do behind an equals sign."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for schema in (*SCHEMAS.values(), MethodConfig, PlanConfig):
+    for schema in (*SCHEMAS.values(), MethodConfig, PlanConfig, SpritesConfig):
         texts = [name for name, kind in get_type_hints(schema).items() if kind in (str, str | None)]
         paths = [name for name in texts if re.search(r"\b([Ff]older|[Ff]ile)\b", meanings(schema).get(name, ""))]
         assert set(paths) - {"denoiser"} <= set(PATHS)  # that one is said of the folder that is made

@@ -126,11 +126,12 @@ def test_where_nothing_was_compared_it_is_said_and_the_first_value_stays(caplog)
 
 
 def test_a_benchmark_chooses_before_it_reports(tmp_path, monkeypatch):
-    made = []
+    made, with_models = [], []
 
     class Stub:
-        def __init__(self, config, folder, *others):
+        def __init__(self, config, folder, quality, models, command):
             made.append((config, folder))
+            with_models.append(models)
 
         def run(self):
             return RESULTS
@@ -142,6 +143,7 @@ def test_a_benchmark_chooses_before_it_reports(tmp_path, monkeypatch):
     assert (aside, folder) == (tmp_path / "choosing", tmp_path)
     assert (asked.stream, reported.stream) == ("choose", "report")
     assert reported.methods["tea"].settings == {"threshold": 0.2}
+    assert with_models[0] is with_models[1]  # a device may have no room for two of each
     made.clear()
     runner.run(config, tmp_path)
     assert [config for config, _ in made] == [config]  # no quality, nothing to choose by

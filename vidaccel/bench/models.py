@@ -52,6 +52,11 @@ class Models:
         self._decoders: dict[tuple[str, int], nn.Module] = {}
         self._images: list[np.ndarray] | None = None
 
+    def begin(self, config: BenchmarkConfig) -> None:
+        """Another benchmark of the same models, which stay loaded: what is fitted to its prompts is made anew."""
+        self.config, self._images = config, None
+        self._made.clear()
+
     def pipeline(self, method: MethodConfig) -> LoadedPipeline:
         """What the row runs on; `place` puts it on the device.
 

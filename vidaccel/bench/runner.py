@@ -74,19 +74,20 @@ def run(
         UserError: methods or settings that are not there, no model, or a folder of another benchmark or in use.
     """
     with processes(), locked_by_first(folder):
+        models = Models(config, device)  # of both benchmarks: the device may have no room for a model twice
         if quality and choosing.chosen_for(config):
-            config, asked = _to_choose(config, device)
+            config, asked = _to_choose(config, models)
             if asked is not None:
                 log.info("choosing settings on prompts of their own: %s", folder / choosing.FOLDER)
-                found = Benchmark(asked, folder / choosing.FOLDER, True, device, command).run()
+                found = Benchmark(asked, folder / choosing.FOLDER, True, models, command).run()
                 config = choosing.with_choices(config, found)
-        return Benchmark(config, folder, quality, device, command).run()
+        return Benchmark(config, folder, quality, models, command).run()
 
 
-def _to_choose(config: BenchmarkConfig, device: str) -> tuple[BenchmarkConfig, BenchmarkConfig | None]:
+def _to_choose(config: BenchmarkConfig, models: Models) -> tuple[BenchmarkConfig, BenchmarkConfig | None]:
     """The benchmark as it fits its model, and that which chooses for those of its rows that can run."""
     config = with_ancestors(config)
-    models = Models(config, device)
+    models.begin(config)
     config = fitted(config, models)
     _, lacking = resolved(config.wanted(), models)
     return config, choosing.to_choose(config, lacking)
@@ -95,14 +96,15 @@ def _to_choose(config: BenchmarkConfig, device: str) -> tuple[BenchmarkConfig, B
 class Benchmark:
     """One output folder, begun or finished."""
 
-    def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, device: str, command: str):
+    def __init__(self, config: BenchmarkConfig, folder: Path, quality: bool, models: Models, command: str):
         methods = config.wanted(swept=quality and config.sweeps)
         for name, method in methods.items():
             if method.cache is not None:
                 check_settings(name, method)
         config = with_ancestors(config)
-        self.models = Models(config, device)
-        self.config = config = fitted(config, self.models)
+        self.models = models
+        models.begin(config)
+        self.config = config = fitted(config, models)
         methods, lacking = resolved(methods, self.models)
         if quality and config.equal_compute:
             can_run = {name: method for name, method in methods.items() if name not in lacking}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vidaccel.config.checks import require, require_seed
+from vidaccel.config.checks import expand_paths, require, require_seed
 from vidaccel.config.training import TrainConfig
 
 CONF = Path(__file__).parent / "conf"
@@ -135,6 +135,7 @@ class SpritesConfig:
     """Shift of the sampler's step grid."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         require_seed(self)
         for key in ("clips", "score_prompts", "steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
