@@ -51,8 +51,8 @@ class StepHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         conditioning = self._conditioning if self._conditioning and not self._conditioning.is_given else None
-        told = kwargs.get(self._r_argument) is not None and not (self.instantaneous and self._family.embeds_r)
-        r_argument = None if told else self._r_argument
+        given = kwargs.get(self._r_argument) is not None and not (self.instantaneous and self._family.embeds_r)
+        r_argument = None if given else self._r_argument
         if not conditioning and not r_argument:
             return self.fn_ref.original_forward(*args, **kwargs)
         timestep = kwargs["timestep"]
