@@ -85,6 +85,7 @@ def test_models(earlier, name):
     else:
         config = json.loads(json.dumps(vars(loaded.conditioning.config)))
         assert config.pop("times") == list(Grid.shifted(config["steps"], config["shift"]).times)
+        assert config.pop("until") == 0  # there was one transformer alone, which takes all steps to the end
         assert config == expected["conditioning"]
     guidance = TWO_PASS if name == "teacher" else {}
     close(latents(loaded, expected["steps"], TINY_CALL | guidance), TENSORS[f"{name}.latents"])
@@ -105,6 +106,7 @@ def test_a_predictor_and_its_schedules(earlier, tmp_path):
     assert "times" not in json.loads((earlier / "predictor" / "config.json").read_text())
     assert config.pop("times") == list(Grid.shifted(4, 2.0).times)
     assert config.pop("architecture") == "correction"  # the only one then
+    assert config.pop("boundary") is None
     assert config == expected["config"]
     schedules = read_schedules("predictor/schedule.json")
     assert [schedule.grid for schedule in schedules] == [Grid.shifted(s.steps, s.shift) for s in schedules]

@@ -154,7 +154,8 @@ def test_the_command_at_the_end_has_all_that_the_model_was_loaded_with(monkeypat
     monkeypatch.setenv("HOME", str(Path.cwd()))
     Path("student.safetensors").touch()
     of_file = PredictorConfig(student="~/student.safetensors", model="base", lora=["a.safetensors:1", "b.safetensors"])
-    given = "PROMPT model=base student=~/student.safetensors lora=[a.safetensors:1,b.safetensors] predictor=out"
+    file = Path.cwd() / "student.safetensors"
+    given = f"PROMPT model=base student={file} lora=[a.safetensors:1,b.safetensors] predictor=out"
     assert _generating(of_file, Path("out"), [every(4, 2)]) == f"`vidaccel generate {given} budget=2 steps=4`"
     listed = PredictorConfig(student="student", forecaster="reuse", timesteps=[1000, 500])
     given = "PROMPT model=student predictor=reuse schedule=out/schedule.json budget=1 timesteps=[1000,500]"

@@ -227,5 +227,5 @@ def test_noise_and_excerpts_are_the_same_of_latent_and_frames(world):
 
 def test_a_plan_counts_both_decoders(world):
     said = " ".join(run("distill", "--conf", "sprites/decoder", "--plan").split())
-    assert "274,187 trained, 1,488,355 of the teacher's decoder" in said
-    assert "the teacher decodes 400 of 24,000 samples" in said
+    assert "1,419,459 trained, 1,488,355 of the teacher's decoder" in said
+    assert "the teacher decodes 800 of 15,000 samples" in said
