@@ -30,14 +30,14 @@ BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", r
 HEADLINE = (
     "cfg-50",
     "student-8",
-    "student-4",
     "cache-dit-taylor-at-4",
     "reuse-4-of-8-searched",
     "scalars-4-of-8",
     "predictor-4-of-8-searched",
     "predictor-3-of-8-searched",
+    "scalars-3-of-8-decoder",
 )
-"""Rows of sprites.json: the baseline, a student, and ways to leave out half of its steps."""
+"""Rows of sprites.json: the baseline, a student, ways to leave out half of its steps, and fewer with the decoder."""
 SHARPNESS = {
     "sprites": ("student-20", "student-4", "student-3", "student-2"),
     "chain/scores": ("teacher-50", "student-8", "student-4", "student-3"),
