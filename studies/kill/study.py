@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -58,9 +58,6 @@ TINY = (
     *("train.steps=6", "train.batch_size=1", "train.accumulate=2", "train.checkpointing=false", "train.warmup=1"),
     *("train.save_every=2", "train.log_every=1", "train.sample_every=0"),
 )
-
-Place = Callable[[str], str]
-"""From the name of a stage to the folder of its undisturbed run."""
 
 
 @dataclass(frozen=True)
