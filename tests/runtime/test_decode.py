@@ -17,7 +17,7 @@ from vidaccel.models.decoder import decode_whole
 from vidaccel.models.live_bytes import LiveBytes, weight_bytes
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.runtime import decode
-from vidaccel.runtime.decode import Tiles, _shareable, bytes_needed, decoding, tilings
+from vidaccel.runtime.decode import Tiles, Way, _shareable, decoding, needed, tilings
 from vidaccel.runtime.prepare import prepare
 from vidaccel.sampling import generate
 from vidaccel.worlds.sprites.render import render
@@ -48,7 +48,7 @@ def test_what_is_needed_is_what_it_takes(family, saved):
     latent = torch.randn(1, channels, 3, 8, 12, generator=torch.Generator().manual_seed(0))
     with LiveBytes() as whole:
         reference = decoded(loaded, latent)
-    assert bytes_needed(vae, tuple(latent.shape), None) == pytest.approx(whole.peak, rel=0.1)
+    assert needed(vae, tuple(latent.shape), Way(None)).bytes == pytest.approx(whole.peak, rel=0.1)
 
     tiles, calls = Tiles.of((8, 12), (1, 2), 2, pixels), []
     tiles.set(vae, pixels)
@@ -57,7 +57,7 @@ def test_what_is_needed_is_what_it_takes(family, saved):
         frames = decoded(loaded, latent)
     hook.remove()
     assert set(calls) == {(8, tiles.width), (8, 12 - tiles.width + tiles.width // tiles.unit)}
-    assert tiled.peak <= bytes_needed(vae, tuple(latent.shape), tiles) <= 1.5 * tiled.peak
+    assert tiled.peak <= needed(vae, tuple(latent.shape), Way(tiles)).bytes <= 1.5 * tiled.peak
     assert frames.shape == reference.shape
     assert not torch.equal(frames, reference)
 
@@ -127,7 +127,7 @@ def test_auto_is_whole_where_that_fits_and_else_the_largest_tiles_that_do(loaded
         latent = (1, loaded.pipe.vae.config.z_dim, 3, *(VIDEO[side] // 8 for side in ("height", "width")))
         first = next(tilings(loaded.pipe.vae, latent[-2:], 8))
         weights = weight_bytes([loaded.pipe.vae])  # which are not there yet
-        loaded.free = math.ceil(decode.ROOM * (bytes_needed(loaded.pipe.vae, latent, first) + weights))
+        loaded.free = math.ceil(decode.ROOM * (needed(loaded.pipe.vae, latent, Way(first)).bytes + weights))
         tiles = chosen(loaded)
         assert tiles == (8 * first.height, 8 * first.width)
         assert f"in 2 x 1 tiles of {tiles[0]} x {VIDEO['width']}" in caplog.messages[-1]
@@ -165,9 +165,46 @@ def test_once_makes_no_chunks_in_time_and_says_what_that_needs(saved, caplog):
     with torch.no_grad():
         assert torch.equal(frames["once"], decode_whole(vae, latent))
     assert frames["whole"].shape == frames["once"].shape and not torch.equal(frames["whole"], frames["once"])
-    vae.tile_sample_min_num_frames = 28
-    assert bytes_needed(vae, tuple(latent.shape), None) == pytest.approx(peaks["once"], rel=0.1)
+    assert needed(vae, tuple(latent.shape), Way(None, 28)).bytes == pytest.approx(peaks["once"], rel=0.1)
     assert any(said.startswith("decoding at once, which needs ") for said in caplog.messages)
+
+
+def test_no_tensor_is_larger_than_cuda_takes(loaded, monkeypatch):
+    latent = (1, loaded.pipe.vae.config.z_dim, 3, *(VIDEO[side] // 8 for side in ("height", "width")))
+    whole = needed(loaded.pipe.vae, latent, Way(None))
+    monkeypatch.setattr(decode, "LARGEST", whole.largest - 1)
+    tiles = chosen(loaded)
+    assert tiles is not None and tiles[0] < VIDEO["height"]
+    loaded.decode = "whole"
+    with pytest.raises(UserError, match=f"makes a tensor of {whole.largest:,} elements") as refused:
+        chosen(loaded)
+    assert "decode=tiled" in refused.value.hint
+    monkeypatch.setattr(decode, "LARGEST", whole.largest)
+    assert chosen(loaded) is None
+
+
+def test_once_takes_the_longest_chunks_and_fewest_tiles_that_fit(saved, monkeypatch):
+    loaded = load_pipeline(saved("hunyuan_video"))
+    vae: Any = loaded.pipe.vae
+    monkeypatch.setattr(decode, "execution_device", lambda pipe: torch.device("cuda"))
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 64 * GIB)
+    latent = (1, vae.config.latent_channels, 13, 4, 4)
+    loaded.decode = "once"
+    for chunk in (40, 28, 16):  # of which one more would be above the limit
+        monkeypatch.setattr(decode, "LARGEST", needed(vae, latent, Way(None, chunk)).largest)
+        with decoding(loaded, 1, num_frames=49, height=32, width=32):
+            assert (vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames) == (chunk, chunk - 4)
+            assert not vae.use_tiling
+            calls: list[torch.Tensor] = []
+            hook = vae.decoder.register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(inputs[0]))
+            frames = decoded(loaded, torch.zeros(latent))
+            hook.remove()
+        lengths = [call.shape[2] for call in calls]
+        assert frames.shape[2] == 49
+        assert lengths[0] == chunk // 4 + 1 and sum(4 * each - 3 for each in lengths) * 16 == decode._computed(
+            vae, latent, Way(None, chunk)
+        )
+    assert (vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames) == (16, 12)
 
 
 def test_memory_that_runs_out_is_one_line(loaded):

@@ -26,7 +26,8 @@ class RuntimeConfig:
     """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
 
     decode: str = "auto"
-    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `once` (in time too),
+    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `once` (in time too, or in as
+    long chunks and few tiles as there can be),
     `tiled` (the largest tiles that free memory allows, which blend, and which the devices of one video share), or
     `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as the autoencoder is)."""
 

@@ -21,6 +21,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak, self.now = 0, 0
         """Bytes that were alive at most, and that are."""
+        self.largest = 0
+        """Elements of the largest tensor that was made."""
         self._live: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -32,6 +34,7 @@ class LiveBytes(TorchDispatchMode):
             for key, storage in made.items():
                 self._follow(key, storage)
             self.peak = max(self.peak, self.now)
+            self.largest = max(self.largest, *(tensor.numel() for tensor in _tensors(result)))
         return result
 
     def _follow(self, key: int, storage: torch.UntypedStorage) -> None:
@@ -52,16 +55,21 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors in what an operation takes or gives: one, or lists and dictionaries of such."""
+    """Of all tensors in what an operation takes or gives."""
+    return (tensor.untyped_storage() for tensor in _tensors(tree))
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """One tensor, or those in lists and dictionaries of such."""
     if isinstance(tree, Tensor):
         if is_traceable_wrapper_subclass(tree):  # quantised weights are made of others, with no storage of their own
             for name in tree.__tensor_flatten__()[0]:
-                yield from _storages(getattr(tree, name))
+                yield from _tensors(getattr(tree, name))
         else:
-            yield tree.untyped_storage()
+            yield tree
     elif isinstance(tree, list | tuple | dict):
         for each in tree.values() if isinstance(tree, dict) else tree:
-            yield from _storages(each)
+            yield from _tensors(each)
 
 
 class FusedAttention(TorchFunctionMode):

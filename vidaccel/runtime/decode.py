@@ -3,23 +3,25 @@
     whole  whole in space, and in time as diffusers goes through it: HunyuanVideo in chunks of 16 frames that are
            blended, Wan and CogVideoX in chunks that hand on what their causal convolutions need (which changes no
            frame), HunyuanVideo-1.5 and LTX-Video at once
-    once   whole in space and time: chunks of HunyuanVideo are 5 latent frames of which 3 are new, so that up to 1.7
-           times less is computed; its mid-block then has an attention mask of all latent pixels by all
+    once   in space and time in as few and large pieces as there can be, one where that fits: HunyuanVideo's chunks are
+           else 5 latent frames of which 3 are new, so that up to 1.7 times less is computed
     tiled  in tiles, as few and large as memory allows, no smaller than diffusers' own, blended where they overlap; as
            many at least as there are devices that make the video, which share them
     auto   whole where that fits, else tiled; on a CPU, and where somebody has enabled tiling, the autoencoder is left
            as it is
 
-What a way needs is read off a run of the same autoencoder on the meta device, where tensors have sizes alone.
+What a way needs is read off a run of the same autoencoder on the meta device, where tensors have sizes alone. On a CUDA
+device no tensor may have 2^31 elements (`LARGEST`), which HunyuanVideo's 704 x 704 whole in space are above.
 """
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -44,13 +46,39 @@ HunyuanVideo's 256 x 256 tiles took 4.5 GiB, weights included, where 3.6 are tra
 IN_CHUNKS = {family.chunked_autoencoder for family in FAMILIES.values()} - {None}
 """Autoencoders that go through time in chunks, all of which take the same."""
 LIKE_ALL = 8
-"""Latent frames, or one more of an odd number (for CogVideoX's first chunk), in which every kind of chunk is."""
+"""Latent frames, or one more of an odd number (for CogVideoX's first chunk), in which every kind of chunk is, where an
+autoencoder has no size of them to set."""
+LARGEST = 2**31 - 1
+"""Elements of a tensor that PyTorch's padding takes on a CUDA device, and that its upsampling gives; both raise."""
+FEW = 3
+"""Ways in space, from whole on, of which `once` takes the one that computes least."""
 SMALLER = "ask for fewer frames or a smaller height and width"
 
-CHUNK = "tile_sample_min_num_frames"
-"""The attribute of diffusers' autoencoders that holds the frames of a chunk."""
+CHUNK, STRIDE = "tile_sample_min_num_frames", "tile_sample_stride_num_frames"
+"""The attributes of diffusers' autoencoders that hold the frames of a chunk, and those from one to the next."""
 
-_traces: WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, int]]] = WeakKeyDictionary()
+
+class Need(NamedTuple):
+    """What decoding takes."""
+
+    bytes: int
+    """Beside the weights."""
+    largest: int
+    """Elements of its largest tensor."""
+
+
+class Traced(NamedTuple):
+    """What a latent that is decoded whole in space takes."""
+
+    peak: int
+    """Bytes alive at most, all frames among them."""
+    frames: int
+    """Bytes of the frames."""
+    largest: int
+    """Elements of the largest tensor but those."""
+
+
+_traces: WeakKeyDictionary[nn.Module, dict[tuple, Traced]] = WeakKeyDictionary()
 """What `_traced` found of an autoencoder, by the latent, the frames of its chunks, and the type that it is in."""
 _said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """What was last said about an autoencoder."""
@@ -127,46 +155,83 @@ def tilings(vae: Any, extent: tuple[int, int], pixels: int) -> Iterator[Tiles]:
             return
 
 
-def bytes_needed(vae: Any, latent: tuple[int, ...], tiles: Tiles | None) -> int:
-    """What decoding a latent [B, C, T, H, W] takes beside the weights.
+class Way(NamedTuple):
+    """How a latent is decoded."""
 
-    Of tiles it is the largest tile's and, twice, the frames: those of all tiles, and put together. That is somewhat too
-    much, as a tile's peak has its own frames in it.
+    tiles: Tiles | None
+    """None is whole in space."""
+    chunk: int | None = None
+    """Frames of a chunk in time; None is what the autoencoder has."""
+
+    def set(self, vae: Any, pixels: int) -> None:
+        """Have the autoencoder go about it so."""
+        vae.disable_tiling() if self.tiles is None else self.tiles.set(vae, pixels)
+        if self.chunk is not None:
+            vars(vae).update(_chunk(vae, self.chunk))
+
+
+def _chunk(vae: Any, frames: int | None) -> dict[str, int]:
+    """The attributes of chunks of so many frames, blended with their neighbours over as many as the autoencoder's own;
+    those that it has for None."""
+    own = {name: getattr(vae, name) for name in (CHUNK, STRIDE) if hasattr(vae, name)}
+    return own if frames is None else {CHUNK: frames, STRIDE: frames - own[CHUNK] + own[STRIDE]}
+
+
+def needed(vae: Any, latent: tuple[int, ...], way: Way) -> Need:
+    """What decoding a latent [B, C, T, H, W] takes.
+
+    Bytes of tiles are the largest tile's and, twice, the frames: those of all tiles, and put together. That is somewhat
+    too much, as a tile's peak has its own frames in it.
     """
+    if way.tiles is None:
+        whole = _traced(vae, latent, way.chunk)
+        return Need(whole.peak, whole.largest)
     height, width = latent[-2:]
-    if tiles is None:
-        return _traced(vae, latent)[0]
-    tile = min(height, tiles.height), min(width, tiles.width)
-    peak, frames = _traced(vae, (*latent[:-2], *tile))
-    return peak + round(2 * frames * height * width / (tile[0] * tile[1]))
+    tile = min(height, way.tiles.height), min(width, way.tiles.width)
+    of_tile = _traced(vae, (*latent[:-2], *tile), way.chunk)
+    return Need(of_tile.peak + round(2 * of_tile.frames * height * width / (tile[0] * tile[1])), of_tile.largest)
 
 
-def _traced(vae: Any, latent: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes alive at most while such a latent is decoded whole, and of its frames, by a run on the meta device."""
-    known, chunk = _traces.setdefault(vae, {}), getattr(vae, CHUNK, None)
-    key = (*latent, chunk, vae.dtype)
+def _traced(vae: Any, latent: tuple[int, ...], chunk: int | None) -> Traced:
+    """By a run on the meta device."""
+    known, chunks = _traces.setdefault(vae, {}), _chunk(vae, chunk)
+    key = (*latent, *chunks.values(), vae.dtype)
     if key not in known:
-        frames_of = latent[2]
-        like_all = type(vae).__name__ in IN_CHUNKS and not _is_one_chunk(vae, frames_of)
-        some = min(frames_of, LIKE_ALL + frames_of % 2) if like_all else frames_of
+        T = latent[2]
+        some = T
+        if type(vae).__name__ in IN_CHUNKS:
+            ratio = vae.temporal_compression_ratio if chunks else 1
+            some = min(T, sum(chunks.values()) // ratio + 1 if chunks else LIKE_ALL + T % 2)
         with torch.device("meta"):
             blank: Any = type(vae).from_config(vae.config)
             nn.Module.to(blank, vae.dtype)  # diffusers' own warns
-            if chunk is not None:
-                setattr(blank, CHUNK, chunk)
+            vars(blank).update(chunks)
             z, told = torch.empty(*latent[:2], some, *latent[3:], dtype=vae.dtype), {}
             if vae.config.get("timestep_conditioning"):
                 told["temb"] = torch.empty(len(z), dtype=vae.dtype)
             with torch.no_grad(), LiveBytes() as live, FusedAttention(), Unwritten():
                 frames = blank.decode(z, **told).sample
-        whole = frames.nbytes * frames_of // some
-        known[key] = live.peak + 2 * (whole - frames.nbytes), whole
+        whole = frames.nbytes * T // some
+        known[key] = Traced(live.peak + 2 * (whole - frames.nbytes), whole, live.largest)
     return known[key]
 
 
-def _is_one_chunk(vae: Any, frames: int) -> bool:
-    """Whether so many latent frames are decoded at once by an autoencoder that has a size of chunks."""
-    return hasattr(vae, CHUNK) and frames <= getattr(vae, CHUNK) // vae.temporal_compression_ratio
+def _computed(vae: Any, latent: tuple[int, ...], way: Way) -> int:
+    """Frames times latent pixels that are decoded, those in several pieces as often."""
+    T, height, width = latent[2:]
+    area, frames = height * width, T
+    if way.tiles is not None:
+        sides = ((height, way.tiles.height), (width, way.tiles.width))
+        area = math.prod(sum(_pieces(whole, side, side - side // way.tiles.unit)) for whole, side in sides)
+    if chunks := _chunk(vae, way.chunk):
+        ratio = vae.temporal_compression_ratio
+        length, stride = (chunks[name] // ratio for name in (CHUNK, STRIDE))
+        frames = sum(ratio * (each - 1) + 1 for each in ([T] if length >= T else _pieces(T, length + 1, stride)))
+    return area * frames
+
+
+def _pieces(whole: int, length: int, stride: int) -> list[int]:
+    return [min(length, whole - start) for start in range(0, whole, stride)]
 
 
 @contextmanager
@@ -207,28 +272,53 @@ def _choose(loaded: LoadedPipeline, latent: tuple[int, ...], device: torch.devic
     if loaded.devices:  # which decode alike, or would wait for each other
         free = min(exchanged(free, loaded.devices.get_group()))
     brought = weight_bytes([vae]) if vae.device.type != device.type else 0
-    extent, ways = (latent[-2], latent[-1]), []
-    if loaded.decode != "tiled":
-        ways.append(None)
-    if loaded.decode == "once" and hasattr(vae, CHUNK):
-        setattr(vae, CHUNK, max(getattr(vae, CHUNK), latent[2] * vae.temporal_compression_ratio))
-    if loaded.decode in ("auto", "tiled"):
-        ways += _shareable(tilings(vae, extent, pixels), extent, loaded.devices.size() if loaded.devices else 1)
-    tiles, needed = None, 0
-    for tiles in ways:
-        needed = bytes_needed(vae, latent, tiles) + brought
-        if needed * ROOM <= free:
-            break
-    way = "at once" if loaded.decode == "once" else _named(tiles, extent, pixels)
-    if needed > free:
+    limit = LARGEST if device.type == "cuda" else math.inf
+    extent = latent[-2], latent[-1]
+
+    def fits(way: Way) -> bool:
+        need = needed(vae, latent, way)
+        return (need.bytes + brought) * ROOM <= free and need.largest <= limit
+
+    tiled = _shareable(tilings(vae, extent, pixels), extent, loaded.devices.size() if loaded.devices else 1)
+    if loaded.decode == "once":
+        way = _least_computed(vae, latent, [None, *tiled], fits)
+    else:
+        ways = [Way(None)] if loaded.decode != "tiled" else []
+        ways += [Way(tiles) for tiles in tiled] if loaded.decode != "whole" else []
+        way = next(filter(fits, ways), ways[-1])
+    need, named = needed(vae, latent, way), _named(vae, latent, way, pixels)
+    if need.largest > limit:
+        raise UserError(
+            f"decoding {named} makes a tensor of {need.largest:,} elements, of which {device.type} takes {limit:,}",
+            f"set decode=tiled, or {SMALLER}" if loaded.decode == "whole" else SMALLER,
+        )
+    if need.bytes + brought > free:
         other = f"set decode=tiled, or {SMALLER}" if loaded.decode in ("whole", "once") else SMALLER
         there = f"{_gib(free)} of {device.type} memory are free"
-        raise UserError(f"decoding {way} needs {_gib(needed)}, and {there}", other)
-    said = f"decoding {way}, which needs {_gib(needed)}"
+        raise UserError(f"decoding {named} needs {_gib(need.bytes + brought)}, and {there}", other)
+    said = f"decoding {named}, which needs {_gib(need.bytes + brought)}"
     if _said.get(vae) != said:
         _said[vae] = said
         log.info("%s; %s of %s memory are free", said, _gib(free), device.type)
-    vae.disable_tiling() if tiles is None else tiles.set(vae, pixels)
+    way.set(vae, pixels)
+
+
+def _least_computed(
+    vae: Any, latent: tuple[int, ...], every: Sequence[Tiles | None], fits: Callable[[Way], bool]
+) -> Way:
+    """Of the first `FEW` ways in space that fit, with the longest chunks in time that do; if none fits, of the smallest
+    tiles with the autoencoder's own chunks."""
+    ways: list[Way] = []
+    for tiles in every:
+        chunks: Sequence[int | None] = [None]
+        if type(vae).__name__ in IN_CHUNKS and hasattr(vae, CHUNK):
+            own, most = getattr(vae, CHUNK), vae.temporal_compression_ratio * latent[2]
+            chunks = [*range(own, most, getattr(vae, STRIDE)), max(own, most)]
+        if longest := bisect_left(chunks, True, key=lambda chunk, tiles=tiles: not fits(Way(tiles, chunk))):
+            ways.append(Way(tiles, chunks[longest - 1]))
+        if len(ways) == FEW:
+            break
+    return min(ways, key=lambda way: _computed(vae, latent, way), default=Way(every[-1]))
 
 
 def _shareable(ways: Iterable[Tiles], extent: tuple[int, int], devices: int) -> list[Tiles]:
@@ -237,12 +327,17 @@ def _shareable(ways: Iterable[Tiles], extent: tuple[int, int], devices: int) -> 
     return [tiles for tiles in every if math.prod(tiles.counts(extent)) >= devices] or every[-1:]
 
 
-def _named(tiles: Tiles | None, extent: tuple[int, int], pixels: int) -> str:
-    if tiles is None:
-        return "whole"
-    rows, columns = tiles.counts(extent)
-    height, width = (min(whole, side) * pixels for whole, side in zip(extent, (tiles.height, tiles.width), strict=True))
-    return f"in {rows} x {columns} tiles of {height} x {width}"
+def _named(vae: Any, latent: tuple[int, ...], way: Way, pixels: int) -> str:
+    T, *extent = latent[2:]
+    chunks = "" if way.chunk is None else f" in chunks of {way.chunk + 1} frames"
+    if way.tiles is None:
+        if way.chunk is None:
+            return "whole"
+        return "at once" if way.chunk // vae.temporal_compression_ratio >= T else f"whole in space{chunks}"
+    sides = (way.tiles.height, way.tiles.width)
+    rows, columns = way.tiles.counts((extent[0], extent[1]))
+    height, width = (min(whole, side) * pixels for whole, side in zip(extent, sides, strict=True))
+    return f"in {rows} x {columns} tiles of {height} x {width}{chunks}"
 
 
 def free_bytes(device: torch.device) -> int:
