@@ -149,6 +149,11 @@ def session(
 
 def _check_devices(config: GenerateConfig, files: ModelFiles, device: torch.device) -> None:
     """`UserError` for a split of one video that cannot be, before weights are read."""
+    if config.attention == runtime.AUTO:
+        raise UserError(
+            "attention=auto came with a video on several devices, whose attention is another than is measured",
+            "name one, such as attention=native",
+        )
     check_split(files.contents.family, config.parallel, device, config.attention)
     if config.compile:
         raise UserError(

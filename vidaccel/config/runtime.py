@@ -15,7 +15,8 @@ class RuntimeConfig:
     """Norms, modulation and rotary embedding of the blocks: `reference` (as diffusers writes them), `fused` (Triton) or
     `auto` (fused on a CUDA device)."""
     attention: str = "native"
-    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..."""
+    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..., or `auto` (on a CUDA device the fastest
+    of those that are there and as exact as PyTorch's own, by a short measurement when the model is loaded)."""
     trim_text: bool = False
     """Cut text padding off and drop its mask where a batch allows, which lets flash attention run; changes rounding."""
     quantize: str = "none"
@@ -26,10 +27,10 @@ class RuntimeConfig:
     """torch.compile each transformer block, with CUDA graphs on a CUDA device."""
 
     decode: str = "auto"
-    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `once` (in time too, or in as
-    long chunks and few tiles as there can be),
-    `tiled` (the largest tiles that free memory allows, which blend, and which the devices of one video share), or
-    `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as the autoencoder is)."""
+    """How latents become frames: `whole` (in space; in time as diffusers goes through it), `once` (in time too, or in
+    chunks as long and tiles as few as there can be), `tiled` (the largest tiles that free memory allows, which blend,
+    and which the devices of one video share), or `auto` (on a CUDA device whole where it fits, else tiled; on a CPU as
+    the autoencoder is)."""
 
     def __post_init__(self) -> None:
         kernels, quantize = ("reference", "fused", "auto"), ("none", "int8", "fp8")

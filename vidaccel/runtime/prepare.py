@@ -12,6 +12,8 @@ over all but the quantised weights from the trunk that it stands in for (`Predic
 """
 
 import logging
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +29,20 @@ from vidaccel.compat.diffusers import (
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of, denoisers_of
+from vidaccel.families.walk import blocks_of, denoisers_of, patch_of
 from vidaccel.kernels import select
+from vidaccel.models.calling import latent_size
 from vidaccel.models.loading import LoadedPipeline
+from vidaccel.runtime.attention import Attention, fastest
 from vidaccel.runtime.compiled import check_compiler, compile_blocks
 from vidaccel.runtime.fuse import fuse
 from vidaccel.runtime.quantized import check_quantization, quantize_blocks
 from vidaccel.runtime.text_padding import masks_text, trim_text
 
 logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""The attention backend that is measured to be the fastest."""
 
 CPU_ATTENTION = {"native", "_native_math", "_native_flash", "flex"}
 """Backends that run on a CPU."""
@@ -66,6 +73,8 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
     transformers = denoisers_of(loaded.pipe, loaded.family)
     device = device or next(transformers[0].parameters()).device
     check(config, device)
+    if config.attention == AUTO:
+        config = replace(config, attention=_fastest_attention(loaded, config, transformers[0], device))
     kernels = select.choose(config.kernels, device)
     if config.kernels == "auto" and loaded.family.fused is None:
         kernels = "reference"
@@ -95,8 +104,21 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
     }
 
 
+def _fastest_attention(loaded: LoadedPipeline, config: RuntimeConfig, transformer: Any, device: torch.device) -> str:
+    """For a video of the size that `config` names, or the model's own."""
+    size = {name: getattr(config, name, None) or loaded.default(name) for name in ("num_frames", "height", "width")}
+    sides = zip(latent_size(loaded, **size), patch_of(transformer), strict=True)
+    linear = next(m for m in _first_block(transformer, loaded.family).modules() if isinstance(m, nn.Linear))
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    masked = masks_text(loaded.family) and not config.trim_text
+    tokens = math.prod(side // patch for side, patch in sides)
+    return fastest(Attention(tokens, heads, width, linear.weight.dtype, masked), device)
+
+
 def _check_attention(name: str, device: torch.device) -> None:
-    names = [backend.value for backend in AttentionBackendName]
+    if name == AUTO:
+        return
+    names = [AUTO, *(backend.value for backend in AttentionBackendName)]
     if name not in names:
         raise UserError(f"no attention backend is called {name}", nearest(name, names))
     try:
