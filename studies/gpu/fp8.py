@@ -1,23 +1,19 @@
-"""fp8 beside bf16, uncompiled and compiled: a linear layer, full passes, a block of each kind.
+"""fp8 beside bf16, uncompiled: a linear layer and full passes; blocks and what is compiled are in passes.py.
 
 A layer in fp8 has its input quantised in its time, by the fused kernel on a GPU; beside it stands the product alone.
-The largest passes are not compiled: that gains where launches cost.
 """
 
 import functools
-from dataclasses import replace
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import nn
 
-from studies.gpu.measure import DEVICE, Rows, compiled
+from studies.gpu.measure import DEVICE, Rows
 from studies.gpu.model import Shape, build, inputs, quantized, running
 from studies.gpu.ops import Size
-from studies.gpu.passes import EVERYTHING, measure_blocks
+from studies.gpu.passes import FUSED
 from vidaccel.runtime.fp8 import Fp8Linear
-
-FUSED = "trimmed, fused"
 
 
 @torch.no_grad()
@@ -27,20 +23,12 @@ def run_fp8(rows: Rows, shapes: list[Shape]) -> None:
     for shape in shapes:
         with rows.attempt("linear", "preparation", shape.row()):
             _layer(rows, shape)
-    passes = [(large, FUSED), (small, FUSED), (small, EVERYTHING)]
     model = build(small)
-    for shape, variant in passes:
-        _full(rows, model, shape, variant)
+    for shape in (large, small):
+        _full(rows, model, shape, FUSED)
     if quantized(rows, small, model, "fp8"):
-        for shape, variant in passes:
-            _full(rows, model, shape, f"{variant}, fp8")
-    torch.compiler.reset()
-    model = build(replace(small, double_blocks=1, single_blocks=1))
-    for variant in (FUSED, EVERYTHING):
-        measure_blocks(rows, model, small, variant)
-    if quantized(rows, small, model, "fp8"):
-        for variant in (FUSED, EVERYTHING):
-            measure_blocks(rows, model, small, f"{variant}, fp8")
+        for shape in (large, small):
+            _full(rows, model, shape, f"{FUSED}, fp8")
 
 
 def _layer(rows: Rows, shape: Shape) -> None:
@@ -55,8 +43,6 @@ def _layer(rows: Rows, shape: Shape) -> None:
         "bf16": functools.partial(plain, x),
         "fp8": functools.partial(ours, x),
         "fp8, product alone": product,
-        "bf16, compiled": functools.partial(compiled(plain), x),
-        "fp8, compiled": functools.partial(compiled(ours), x),
     }
     for variant, call in calls.items():
         rows.measure("linear", variant, shape.row(), call, flops=8 * shape.tokens * width**2)
@@ -66,5 +52,4 @@ def _full(rows: Rows, model: HunyuanVideoTransformer3DModel, shape: Shape, varia
     with rows.attempt("full pass", variant, shape.row()), running(model, variant):
         call = functools.partial(model, **inputs(shape))
         few = {"budget": 1.0, "most": 5} if shape.tokens < 20_000 else {"budget": 0.0, "most": 2}
-        warmup = 2 if "compiled" in variant else 1
-        rows.measure("full pass", variant, shape.row(), call, flops=shape.flops(variant), warmup=warmup, **few)
+        rows.measure("full pass", variant, shape.row(), call, flops=shape.flops(variant), warmup=1, **few)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from studies.gpu import fp8, ops, passes, training
+from studies.gpu import costs, decoding, fp8, ops, passes, training
 from studies.gpu.measure import Rows
 from studies.gpu.model import Shape
 
@@ -34,6 +34,22 @@ def measure_fp8(rows: Rows, dry: bool) -> None:
     fp8.run_fp8(rows, [TOY] if dry else [TENTH, FULL])
 
 
+def measure_decode(rows: Rows, dry: bool) -> None:
+    decoding.run_decoding(rows, [TOY] if dry else [TENTH, FULL])
+
+
+def measure_attention(rows: Rows, dry: bool) -> None:
+    decoding.run_attention(rows, [TOY] if dry else [TENTH, FULL])
+
+
+def measure_predictor(rows: Rows, dry: bool) -> None:
+    costs.run_predictor(rows, [TOY] if dry else [TENTH, FULL])
+
+
+def measure_distillation(rows: Rows, dry: bool) -> None:
+    costs.run_distillation(rows, [TOY] if dry else [TENTH])
+
+
 def measure_ops(rows: Rows, dry: bool) -> None:
     sizes = [ops.Size(TENTH.tokens), ops.Size(FULL.tokens)]
     ops.run(rows, [ops.Size(12, 2, 16, torch.float32)] if dry else sizes)
@@ -55,6 +71,10 @@ def measure_training(rows: Rows, dry: bool) -> None:
 
 ITEMS: dict[str, Callable[[Rows, bool], None]] = {
     "fp8": measure_fp8,
+    "decode": measure_decode,
+    "predictor": measure_predictor,
+    "attention": measure_attention,
+    "distillation": measure_distillation,
     "ops": measure_ops,
     "blocks": measure_blocks,
     "model": measure_model,

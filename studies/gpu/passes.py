@@ -8,17 +8,20 @@ import contextlib
 import copy
 import functools
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
+from studies.gpu.decoding import STOCK, autoencoder, decode
 from studies.gpu.measure import CUDA, DEVICE, Rows, compiled
 from studies.gpu.model import FAMILY, Shape, build, inputs, quantized, running
 from vidaccel.cache.schedule import PUBLISHED
 from vidaccel.cache.trunk import Trunk
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.models.loading import LoadedPipeline
 
 SAMPLERS = {
     "50 steps with CFG": (50, range(50), 2),
@@ -26,7 +29,8 @@ SAMPLERS = {
     "4 full of 8": (8, PUBLISHED[8, 4], 1),
 }
 """Steps, which of them are full, passes a step."""
-EVERYTHING = "trimmed, fused, compiled"
+FUSED = "trimmed, fused"
+EVERYTHING = f"{FUSED}, compiled"
 
 
 @torch.no_grad()
@@ -34,11 +38,12 @@ def run_blocks(rows: Rows, shape: Shape, quick: bool) -> None:
     """One block of each kind. `quick` leaves out what is compiled."""
     small = replace(shape, double_blocks=1, single_blocks=1)
     model = build(small)
-    variants = ["eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn"]
+    variants = ["eager", "trimmed", FUSED, f"{FUSED}, cudnn"]
     for variant in variants if quick else [*variants, "trimmed, compiled", EVERYTHING]:
         measure_blocks(rows, model, shape, variant)
-    if not quick and quantized(rows, shape, model := build(small), "int8"):  # fp8 is in a piece of its own
-        measure_blocks(rows, model, shape, f"{EVERYTHING}, int8")
+    for kind in [] if quick else ["fp8", "int8"]:
+        if quantized(rows, shape, model := build(small), kind):
+            measure_blocks(rows, model, shape, f"{EVERYTHING}, {kind}")
 
 
 def measure_blocks(rows: Rows, model: HunyuanVideoTransformer3DModel, shape: Shape, variant: str) -> None:
@@ -66,31 +71,36 @@ def _block_inputs(model: HunyuanVideoTransformer3DModel, shape: Shape) -> dict[s
 
 
 def run_model(rows: Rows, shapes: list[Shape]) -> None:
-    """Passes of one model at each size, the samplers composed of them, and at the first size the samplers themselves.
+    """Passes of one model at each size, the samplers composed of them, and at the first size the samplers themselves,
+    from noise to frames.
 
     What is worth least stands last, should the time run out.
     """
-    first, *_ = shapes
-    model = build(first)
-    predictor = _predictor(model, first)
+    first, large = shapes[0], shapes[-1]
+    model, loaded = build(first), autoencoder(first)
+    predictor = new_predictor_of(model, first)
     baseline: dict[Shape, float | None] = {}
-    for shape in shapes:
-        for variant in ("eager", "trimmed, fused"):
+    for shape in reversed(shapes):
+        for variant in ("eager", FUSED):
             _passes(rows, model, predictor, shape, variant, baseline)
-    _samplers(rows, model, predictor, first, "eager", SAMPLERS)
-    _passes(rows, model, predictor, first, EVERYTHING, baseline)
-    _samplers(rows, model, predictor, first, EVERYTHING, list(SAMPLERS)[1:])
+    _samplers(rows, model, predictor, loaded, first, "eager", SAMPLERS)
+    _samplers(rows, model, predictor, loaded, first, FUSED, list(SAMPLERS)[1:])
+    compiled_too = build(first)
     if quantized(rows, first, model, "fp8"):
-        for shape in reversed(shapes):
-            _passes(rows, model, predictor, shape, f"{EVERYTHING}, fp8", baseline)
+        for shape in dict.fromkeys((large, first)):
+            _passes(rows, model, predictor, shape, f"{FUSED}, fp8", baseline)
+        _samplers(rows, model, predictor, loaded, first, f"{FUSED}, fp8", list(SAMPLERS)[1:])
+    _passes(rows, compiled_too, predictor, first, EVERYTHING, baseline)
+    _samplers(rows, compiled_too, predictor, loaded, first, EVERYTHING, list(SAMPLERS)[1:])
+    _passes(rows, model, predictor, first, f"{EVERYTHING}, fp8", baseline)
 
 
 @torch.no_grad()
-def _predictor(model: HunyuanVideoTransformer3DModel, shape: Shape) -> Predictor:
+def new_predictor_of(model: HunyuanVideoTransformer3DModel, shape: Shape) -> Predictor:
     """A new one, of two blocks; the time that it takes does not depend on what it has learnt."""
     with Trunk(model, FAMILY) as trunk:
         with trunk.full():
-            model(**inputs(shape))
+            model(**inputs(shape, model.dtype))
         tokens = trunk.memory()[0].tokens  # for those that enter as well: its statistics change no time
         return new_predictor(model, FAMILY, tokens, tokens, blocks=2)
 
@@ -137,17 +147,31 @@ def _passes(
 
 @torch.no_grad()
 def _samplers(
-    rows: Rows, model: HunyuanVideoTransformer3DModel, predictor: Predictor, shape: Shape, variant: str, names
+    rows: Rows,
+    model: HunyuanVideoTransformer3DModel,
+    predictor: Predictor,
+    loaded: LoadedPipeline,
+    shape: Shape,
+    variant: str,
+    names: Iterable[str],
 ) -> None:
-    """Samplers really run, from noise to latent."""
-    with rows.attempt("samplers", variant, shape.row()), running(model, variant), Trunk(model, FAMILY) as trunk:
+    """Samplers really run, from noise to frames: what is eager decodes in diffusers' tiles."""
+    way = STOCK if variant == "eager" else "once"
+    with rows.attempt("end to end", variant, shape.row()), running(model, variant), Trunk(model, FAMILY) as trunk:
         alike = copy.deepcopy(predictor).run_like(model)
         for name in names:
             steps, full_steps, passes = SAMPLERS[name]
             steps = steps if CUDA else 2
-            run = functools.partial(_sample, model, trunk, alike, inputs(shape), steps, full_steps, passes)
-            # What is compiled was so by the passes before, but for this copy of the predictor.
-            rows.measure("sampler", f"{name}, {variant}", shape.row(), run, most=1, warmup=int("compiled" in variant))
+            sample = functools.partial(_sample, model, trunk, alike, inputs(shape), steps, full_steps, passes)
+            rows.measure(
+                "end to end",
+                f"{name}, {variant}",
+                shape.row(),
+                lambda sample=sample: decode(loaded, sample(), way),
+                most=1,
+                # What is compiled was so by the passes before, but for this copy of the predictor.
+                warmup=int("compiled" in variant),
+            )
 
 
 def _sample(model, trunk: Trunk, predictor: Predictor, given: dict, steps: int, full_steps, passes: int) -> Tensor:

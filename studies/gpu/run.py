@@ -34,8 +34,19 @@ from studies.gpu.measure import append_row, read_rows
 from studies.gpu.targets import targets
 
 ROOT = Path(__file__).parents[2]
-# Seconds that an item may take at most on a GPU; the last has whatever the others left of the whole time.
-LIMITS = {"fp8": 240, "tests": 90, "ops": 140, "blocks": 150, "training": 100, "model": 400}
+# Seconds that an item may take at most on a GPU, those first that matter most.
+LIMITS = {
+    "fp8": 110,
+    "decode": 110,
+    "predictor": 170,
+    "model": 260,
+    "attention": 40,
+    "tests": 90,
+    "distillation": 120,
+    "ops": 140,
+    "blocks": 150,
+    "training": 100,
+}
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "jvp-flash-attention")
 
 

@@ -15,8 +15,8 @@ class RuntimeConfig:
     """Norms, modulation and rotary embedding of the blocks: `reference` (as diffusers writes them), `fused` (Triton) or
     `auto` (fused on a CUDA device)."""
     attention: str = "native"
-    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..., or `auto` (on a CUDA device the fastest
-    of those that are there and as exact as PyTorch's own, by a short measurement when the model is loaded)."""
+    """diffusers' attention backend: `native`, `flash`, `sage`, `flash_hub`, ..., or `auto` (on a CUDA device the
+    fastest of those that are there and as exact as PyTorch's own, by a short measurement when the model is loaded)."""
     trim_text: bool = False
     """Cut text padding off and drop its mask where a batch allows, which lets flash attention run; changes rounding."""
     quantize: str = "none"

@@ -8,6 +8,7 @@ N tokens, H heads, D channels of a head
 
 import logging
 import statistics
+import time
 from functools import cache
 from typing import NamedTuple
 
@@ -95,9 +96,11 @@ def measured(attention: Attention, device: torch.device) -> dict[str, Measured]:
 
 
 def _timed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: AttentionBackendName) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    def wait() -> float:
+        if query.is_cuda:
+            torch.cuda.synchronize(query.device)
+        return time.perf_counter()
+
+    started = wait()
     dispatch_attention_fn(query, key, value, mask, backend=backend)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return wait() - started
