@@ -54,8 +54,10 @@ def layer_norm_jacobian(v, normed, rstd, valid, D):
 
 @triton.jit
 def float8_scale(most):
-    """Of a row whose largest number is this."""
-    return tl.where(most < ZERO, 1.0, most / LARGEST)
+    """Of a row whose largest number is this; and the scale's inverse, which its numbers are multiplied by: a division
+    each would take longer than memory does. Both exactly rounded, as Triton's own division is not."""
+    scale = tl.where(most < ZERO, 1.0, tl.div_rn(most, LARGEST))
+    return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit

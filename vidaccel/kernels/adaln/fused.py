@@ -47,8 +47,8 @@ def _forward(
         row = b * N + n
         y = normed * scale + shift
         if QUANTIZED:
-            kept = float8_scale(tl.max(tl.abs(y), axis=0))
-            tl.store(y_ptr + row * D + d, float8(y / kept, ROUNDED), mask=valid)
+            kept, inverse = float8_scale(tl.max(tl.abs(y), axis=0))
+            tl.store(y_ptr + row * D + d, float8(y * inverse, ROUNDED), mask=valid)
         else:
             kept = mean
             tl.store(y_ptr + row * D + d, y, mask=valid)

@@ -41,8 +41,8 @@ def _forward(
         normed, mean, rstd = layer_norm(h.to(tl.float32), valid, D, eps)
         z = normed * scale + shift
         if QUANTIZED:
-            kept = float8_scale(tl.max(tl.abs(z), axis=0))
-            tl.store(z_ptr + row * D + d, float8(z / kept, ROUNDED), mask=valid)
+            kept, inverse = float8_scale(tl.max(tl.abs(z), axis=0))
+            tl.store(z_ptr + row * D + d, float8(z * inverse, ROUNDED), mask=valid)
         else:
             kept = mean
             tl.store(z_ptr + row * D + d, z, mask=valid)

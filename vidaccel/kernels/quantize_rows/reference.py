@@ -33,4 +33,4 @@ def quantize_rows(x: Tensor, left: Tensor | None = None, gelu: bool = False) -> 
         wide = torch.cat([left.to(wide.dtype), wide], dim=-1)
     most = wide.abs().amax(-1)
     scales = torch.where(most < ZERO, torch.ones_like(most), most / LARGEST)
-    return Rows((wide / scales[..., None]).to(torch.float8_e4m3fn), scales.float())
+    return Rows((wide * (1 / scales)[..., None]).to(torch.float8_e4m3fn), scales.float())
