@@ -110,21 +110,16 @@ def test_has_cpp_compiler():
         assert not compat.has_cpp_compiler()
 
 
-@pytest.mark.parametrize("public", [True, False], ids=["F.scaled_mm", "torch._scaled_mm"])
 @pytest.mark.parametrize("rows", [1, 7, 16])
-def test_scaled_product_with_fast_accumulation(public, rows, monkeypatch):
-    """Both ways, on a CPU too, whose sums are in float32 whatever `use_fast_accum` says."""
-    if public and not hasattr(nn.functional, "scaled_mm"):
-        pytest.skip("this torch has no F.scaled_mm")
-    told, name = [], "scaled_mm" if public else "_scaled_mm"
-    product = getattr(nn.functional if public else torch, name)
+def test_scaled_product_with_fast_accumulation(rows, monkeypatch):
+    """On a CPU too, whose sums are in float32 whatever `use_fast_accum` says."""
+    told, product = [], torch._scaled_mm
 
-    def watched(*args, **kwargs):
-        told.append(kwargs["use_fast_accum"] if public else args[-1])
-        return product(*args, **kwargs)
+    def watched(*args):
+        told.append(args[-1])
+        return product(*args)
 
-    monkeypatch.setattr(nn.functional if public else torch, name, watched)
-    monkeypatch.setattr(compat, "_PUBLIC_PRODUCT", public)
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
     draw = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(n, 32, generator=draw).to(torch.float8_e4m3fn) for n in (rows, 48))
     scale_a, scale_b, bias = (torch.rand(n, generator=draw) + 0.5 for n in ((rows, 1), (1, 48), (48,)))

@@ -46,9 +46,7 @@ __all__ = [
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 INT8_PRODUCT = torch.ops.aten._int_mm
 
-_PUBLIC_PRODUCT = hasattr(nn.functional, "scaled_mm")
-"""Whether this torch has products of scaled rows under a public name."""
-FP8_PRODUCT = torch.ops.aten._scaled_mm_v2 if _PUBLIC_PRODUCT else torch.ops.aten._scaled_mm
+FP8_PRODUCT = torch.ops.aten._scaled_mm
 FAST_ACCUMULATION = True
 """Sums of such products are taken as Hopper's tensor cores hold them, with fewer digits than float32, instead of every
 few of them added up in float32: faster, and little beside what rounding to float8 costs each factor."""
@@ -115,12 +113,8 @@ def scaled_product(
     From float8 a [M, K] with contiguous rows and b [K, N] with contiguous columns, scales [M, 1] and [1, N] in float32,
     bias [N] in `out_dtype`; K and N are multiples of 16, M need not be one.
     """
-    if not _PUBLIC_PRODUCT:
-        return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, out_dtype, FAST_ACCUMULATION)
-    by_rows = nn.functional.ScalingType.RowWise
-    return nn.functional.scaled_mm(
-        a, b, scale_a, by_rows, scale_b, by_rows, bias=bias, output_dtype=out_dtype, use_fast_accum=FAST_ACCUMULATION
-    )
+    # Not nn.functional.scaled_mm, which later versions have: torch.compile of 2.11 cannot trace it.
+    return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, out_dtype, FAST_ACCUMULATION)
 
 
 class KeepsFloat32(nn.Module):
