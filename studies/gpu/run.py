@@ -4,7 +4,8 @@ It runs the kernel tests on the GPU, then the items of items.py, each in a proce
 dies) and within what is left of the time. One JSON a machine, written anew after each item, has device, versions, this
 machine's ceilings, what was aimed at (targets.py), one row a measurement, and an error row for whatever failed or did
 not fit. `--items` runs some alone, into a file of their own. `--resume` takes the report that is there and measures
-what failed in it, did not fit or is new. `--dry-run` does it all at toy sizes on any machine, to show that it runs.
+what failed in it, did not fit or is new, of `--items` alone where some are named. `--dry-run` does it all at toy sizes
+on any machine, to show that it runs.
 
 It needs torch, triton, numpy, pytest with xdist, hypothesis, and the wheels that wheelhouse.sh gathers; no network.
 """
@@ -58,12 +59,12 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="measure what the report that is there lacks")
     parser.add_argument("--items", nargs="+", choices=LIMITS, default=list(LIMITS))
     options = parser.parse_args()
-    some = options.items != list(LIMITS)
+    some = options.items != list(LIMITS) and not options.resume
     if not torch.cuda.is_available() and not options.dry_run:
         print("error: no CUDA device\nhint: --dry-run runs everything at toy sizes on a CPU", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    # Some of the items are a report of their own: they must not take the place of a whole one.
+    # Some of the items are a report of their own, or go into the one that is there: none may take the place of a whole.
     words = ["dry-run"] * options.dry_run + [slug(machine()["device"])] + (options.items if some else [])
     target = options.output / f"{'-'.join(words)}.json"
     known = json.loads(target.read_text())["rows"] if options.resume and target.exists() else []

@@ -6,7 +6,8 @@ with the stock block on the same trimmed text, so that what trimming gains is no
 
 from collections.abc import Callable
 
-from studies.gpu.passes import EVERYTHING
+from studies.gpu.decoding import STOCK
+from studies.gpu.passes import EVERYTHING, FUSED
 
 MEMORY_BOUND = ("adaln", "gated_residual_adaln", "qk_norm_rope", "quantize_rows")
 BLOCKS = {"transformer_blocks": 20, "single_transformer_blocks": 40}
@@ -21,7 +22,8 @@ def targets(rows: list[dict]) -> list[dict]:
     get = _reader(rows)
     wanted = [*_ops(get, large)]
     if tokens:
-        wanted += [*_fp8(get, tokens[0], tokens[-1]), *_blocks(get, tokens[0]), *_samplers(get, tokens[0], tokens[-1])]
+        wanted += [*_fp8(get, tokens[0], tokens[-1]), *_blocks(get, tokens[0]), *_decoding(get, tokens[-1])]
+        wanted += _samplers(get, tokens[0], tokens[-1])
     return [line for line in (_line(*entry) for entry in wanted) if line]
 
 
@@ -80,24 +82,43 @@ def _blocks(get: Get, tokens: int):
 
 
 def _samplers(get: Get, run_at: int, composed_at: int):
-    """Composed of timed passes at the full size; really run at a tenth of it."""
+    """Composed of timed passes at the full size; really run at a tenth of it, from noise to frames."""
+    baseline = "50 steps with CFG, eager"
 
-    def composed(variant: str, name: str) -> float:
+    def composed(variant: str, name: str, decoded: bool = False) -> float:
         figures = get("composed samplers", variant, composed_at, "seconds_composed")
-        return figures["50 steps with CFG, eager"] / figures[name]
+        stock, ours = (get("decode", way, composed_at) if decoded else 0.0 for way in (STOCK, "once"))
+        eager = get("composed samplers", "eager", composed_at, "seconds_composed")[baseline]
+        return (eager + stock) / (figures[name] + ours)
 
     def run(name: str) -> float:
-        return get("sampler", "50 steps with CFG, eager", run_at) / get("sampler", name, run_at)
+        return get("end to end", baseline, run_at) / get("end to end", name, run_at)
 
-    for name, eager, everything in (("8 full of 20", 11.8, 14.0), ("4 full of 8", 23.0, 28.0)):
+    for name, eager, everything, bf16, fp8 in (
+        ("8 full of 20", 11.8, 14.0, 16.0, 17.0),
+        ("4 full of 8", 23.0, 28.0, 30.0, 32.0),
+    ):
         yield f"{name}, eager, composed", eager, lambda name=name: composed("eager", name)
+        for variant, wanted in ((FUSED, bf16), (f"{FUSED}, fp8", fp8)):
+            yield f"{name}, {variant}, composed", everything, lambda n=name, v=variant: composed(v, n)
+            yield f"{name}, {variant}, composed, with decoding", wanted, lambda n=name, v=variant: composed(v, n, True)
+        for variant in ("eager", FUSED, f"{FUSED}, fp8", EVERYTHING):
+            line = f"{name}, {variant}"
+            yield f"{line}, from noise to frames at a tenth", None, lambda line=line: run(line)
+
+
+def _decoding(get: Get, size: int):
+    for seconds in (9.0, 6.0):
         yield (
-            f"{name}, everything and fp8, composed",
-            everything,
-            lambda name=name: composed(f"{EVERYTHING}, fp8", name),
+            f"decoding {size:,} tokens: {seconds:g} s over what it takes",
+            1.0,
+            lambda s=seconds: s / get("decode", "once", size),
         )
-        yield f"{name}, eager, run at a tenth", None, lambda name=name: run(f"{name}, eager")
-        yield f"{name}, everything, run at a tenth", None, lambda name=name: run(f"{name}, {EVERYTHING}")
+    yield (
+        f"decoding {size:,} tokens: faster than stock tiles",
+        None,
+        lambda: get("decode", STOCK, size) / get("decode", "once", size),
+    )
 
 
 def _line(target: str, wanted: float | None, measure: Callable[[], float]) -> dict | None:

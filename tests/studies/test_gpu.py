@@ -11,28 +11,22 @@ from studies.gpu.targets import targets
 
 # What a machine for tests need not have installed.
 OPTIONAL = {"jvp-flash-attention", "int8"}
-EVERYTHING = "trimmed, fused, compiled"
+FUSED = "trimmed, fused"
+EVERYTHING = f"{FUSED}, compiled"
+SAMPLERS = ("8 full of 20", "4 full of 8")
 WANTED = {
-    "fp8": {
-        "bf16",
-        "fp8",
-        "fp8, product alone",
-        "bf16, compiled",
-        "fp8, compiled",
-        "trimmed, fused",
-        "trimmed, fused, fp8",
-        EVERYTHING,
-        f"{EVERYTHING}, fp8",
-    },
+    "fp8": {"bf16", "fp8", "fp8, product alone", FUSED, f"{FUSED}, fp8"},
+    "decode": {"stock tiles", "auto", "once", "tiled", "once, channels last", "whole, any tensor"},
+    "attention": {"native", "native, masked"},
+    "predictor": {"squared error", "adversarial"},
+    "distillation": {"rollout, adapters", "derivative, adapters"},
     "ops": {"eager", "compiled", "vidaccel", "torch forward, no tangent", "jvp-flash-attention"},
-    "blocks": {"eager", "trimmed", "trimmed, fused", "trimmed, fused, cudnn", "trimmed, compiled", EVERYTHING},
+    "blocks": {
+        *("eager", "trimmed", FUSED, f"{FUSED}, cudnn", "trimmed, compiled", EVERYTHING, f"{EVERYTHING}, fp8"),
+    },
     "model": {
-        "eager",
-        "trimmed, fused",
-        EVERYTHING,
-        "50 steps with CFG, eager",
-        "8 full of 20, eager",
-        "4 full of 8, eager",
+        *("eager", FUSED, f"{FUSED}, fp8", EVERYTHING, f"{EVERYTHING}, fp8", "50 steps with CFG, eager"),
+        *(f"{name}, {variant}" for name in SAMPLERS for variant in ("eager", FUSED, f"{FUSED}, fp8", EVERYTHING)),
     },
     "training": {"central difference", "eager ops, attention_jvp", "trimmed, fused"},
 }
@@ -78,8 +72,11 @@ def test_targets_are_worked_out_from_the_rows():
         row("full pass", "trimmed, fused, fp8", large, seconds=5.0),
         row("linear", "bf16", small, seconds=3.0),
         row("linear", "fp8", small, seconds=2.0),
-        row("sampler", "50 steps with CFG, eager", small, seconds=50.0),
-        row("sampler", "4 full of 8, eager", small, seconds=2.0),
+        row("composed samplers", FUSED, large, seconds_composed={"8 full of 20": 5.0}),
+        row("decode", "stock tiles", large, seconds=12.0),
+        row("decode", "once", large, seconds=3.0),
+        row("end to end", "50 steps with CFG, eager", small, seconds=50.0),
+        row("end to end", "4 full of 8, eager", small, seconds=2.0),
     ]
     lines = {line["target"]: (line["wanted"], line["got"], line["met"]) for line in targets(rows)}
     assert lines["adaln: share of copy bandwidth"] == (0.85, 0.9, True)
@@ -96,7 +93,11 @@ def test_targets_are_worked_out_from_the_rows():
     assert lines["linear layer of 6 tokens: fp8"] == (None, 1.5, None)
     assert lines["8 full of 20, eager, composed"] == (11.8, 12.5, True)
     assert lines["4 full of 8, eager, composed"] == (23.0, None, None)
-    assert lines["4 full of 8, eager, run at a tenth"] == (None, 25.0, None)
+    assert lines["8 full of 20, trimmed, fused, composed, with decoding"] == (16.0, 112.0 / 8.0, False)
+    assert lines["8 full of 20, trimmed, fused, fp8, composed, with decoding"] == (17.0, None, None)
+    assert lines["decoding 60 tokens: 9 s over what it takes"] == (1.0, 3.0, True)
+    assert lines["decoding 60 tokens: faster than stock tiles"] == (None, 4.0, None)
+    assert lines["4 full of 8, eager, from noise to frames at a tenth"] == (None, 25.0, None)
     assert "MISSED" in run.table({"rows": rows, "targets": targets(rows)})
 
 
