@@ -169,17 +169,16 @@ def test_once_makes_no_chunks_in_time_and_says_what_that_needs(saved, caplog):
     assert any(said.startswith("decoding at once, which needs ") for said in caplog.messages)
 
 
-def test_no_tensor_is_larger_than_cuda_takes(loaded, monkeypatch):
+def test_auto_takes_tiles_where_a_tensor_would_be_too_large(loaded, monkeypatch):
     latent = (1, loaded.pipe.vae.config.z_dim, 3, *(VIDEO[side] // 8 for side in ("height", "width")))
     whole = needed(loaded.pipe.vae, latent, Way(None))
     monkeypatch.setattr(decode, "LARGEST", whole.largest - 1)
     tiles = chosen(loaded)
     assert tiles is not None and tiles[0] < VIDEO["height"]
-    loaded.decode = "whole"
-    with pytest.raises(UserError, match=f"makes a tensor of {whole.largest:,} elements") as refused:
-        chosen(loaded)
-    assert "decode=tiled" in refused.value.hint
     monkeypatch.setattr(decode, "LARGEST", whole.largest)
+    assert chosen(loaded) is None
+    monkeypatch.setattr(decode, "LARGEST", 1)
+    loaded.decode = "whole"  # somebody's wish
     assert chosen(loaded) is None
 
 
