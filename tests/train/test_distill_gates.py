@@ -3,14 +3,20 @@
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from tests.train.test_distill import logged, settings, world  # noqa: F401
+from vidaccel.collect.bank import Bank
+from vidaccel.collect.encode import encode_texts
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train import distill as module
+from vidaccel.train.clips import open_data, training_clips
 from vidaccel.train.curves import draw_curves
 from vidaccel.train.distill import distill
+from vidaccel.train.methods.base import taken
 
 BANK = {"bank": "on", "train": {"steps": 2}}
 
@@ -90,3 +96,38 @@ def test_who_said_what_the_student_is_made_for(world, tmp_path, caplog):  # noqa
     (line,) = [record.getMessage() for record in caplog.records if "is made for" in record.getMessage()]
     assert "guidance=2.5 (of the settings)" in line
     assert "height=32" in line and ("(of the features)" in line or "(of the model)" in line)
+
+
+@pytest.mark.parametrize("device, bank, free", [("cuda", "auto", 1), ("cuda", "auto", 2**40), ("cpu", "off", 0)])
+def test_of_clips_that_memory_is_not_for_only_those_of_the_gates_lie_there(world, monkeypatch, device, bank, free):  # noqa: F811
+    config = settings(world, "wan", bank=bank, gate_samples=2)
+    loaded = load_pipeline(config.teacher)
+    data, made_of = open_data(loaded, config)
+    loads, of = [], Bank.of
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(
+        Bank,
+        "of",
+        lambda features, *others: loads.append(len(features)) or of(features, torch.device("cpu"), *others[1:]),
+    )
+    unconditional = partial(encode_texts, loaded, [""])
+    clips = training_clips(loaded, config, data, made_of, torch.device(device), unconditional)
+    whole = free > 1
+    assert loads == ([3] if whole else [1]) and isinstance(clips.data, Bank) == whole
+    assert len(clips.data) == 2 and len(clips.held_out) == 1 and clips.made_of["kept_out"] == 1
+    last = data[2][0]["latent"]
+    assert torch.equal(clips.held_out.latents[0], last)
+    assert not any(torch.equal(taken_by(clips.data, i), last) for i in range(2))
+
+
+def taken_by(data, index: int) -> torch.Tensor:
+    return taken(data, [index], torch.device("cpu"))["latent"][0]
+
+
+def test_one_clip_leaves_none_to_keep_out(world):  # noqa: F811
+    config = settings(world, "wan", gate_samples=4, bank="on")
+    loaded = load_pipeline(config.teacher)
+    data, made_of = open_data(loaded, config)
+    unconditional = partial(encode_texts, loaded, [""])
+    clips = training_clips(loaded, config, data.part([0]), made_of, torch.device("cpu"), unconditional)
+    assert len(clips.data) == 1 and clips.held_out is None

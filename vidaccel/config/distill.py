@@ -57,7 +57,7 @@ class DistillConfig:
     """Scenes of the sprites world, where neither of those is given."""
     bank: str = "auto"
     """Encoded clips in the device's memory: `on`, `off`, or `auto`, which is on where it is a CUDA device and they take
-    less than a quarter of what is free."""
+    less than a quarter of what is free, and on a CPU where some are kept out for gates."""
     num_frames: int | None = None
     """Frames of clips that are encoded while training; null is the model's own. Features have their size."""
     height: int | None = None

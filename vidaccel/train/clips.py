@@ -80,18 +80,39 @@ def training_clips(
     if data.buckets is not None:
         return _of_several_sizes(loaded, config, data, data.buckets, made_of, target, count, unconditional)
     rendered = world_bank(loaded, count, 1, config.seed, "held_out") if count else None
-    from_folder = count and rendered is None
-    asked = config.bank == "on" or from_folder
-    if not asked and not (config.bank == "auto" and cuda and _nbytes(data) < torch.cuda.mem_get_info(target)[0] / 4):
-        return Clips(data, made_of, rendered)
+    kept_out = 0
+    if count and rendered is None:
+        kept_out = min(count, max(1, round(GATE_SHARE * len(data))), len(data) - 1)
+    if not _in_memory(config, data, target, kept_out > 0):
+        if not kept_out:
+            return Clips(data, made_of, rendered)
+        first = len(data) - kept_out
+        held_out = Bank.of(data.part(range(first, len(data))), target, loaded.family, unconditional())
+        return _apart(data.part(range(first)), held_out, made_of)
     bank = Bank.of(data, target, loaded.family, unconditional())
     log.info("%d clips are in the device's memory: %.1f GiB", len(bank), _nbytes(data) / 2**30)
-    if not from_folder:
+    if not kept_out:
         return Clips(bank, made_of, rendered)
-    kept_out = min(count, max(1, round(GATE_SHARE * len(bank))))
-    bank, held_out = bank.split(kept_out)
-    log.info("the last %d of %d clips are kept out of the training, for its gates", kept_out, kept_out + len(bank))
-    return Clips(bank, made_of | {"kept_out": kept_out}, held_out)
+    return _apart(*bank.split(kept_out), made_of)
+
+
+def _apart(data: Data, held_out: Bank, made_of: dict[str, Any]) -> Clips:
+    """A folder's clips but for the last ones."""
+    every = len(held_out) + len(data)
+    log.info("the last %d of %d clips are kept out of the training, for its gates", len(held_out), every)
+    return Clips(data, made_of | {"kept_out": len(held_out)}, held_out)
+
+
+def _in_memory(
+    config: DistillConfig, data: ShardFolder | EncodedSource, target: torch.device, some_kept_out: bool
+) -> bool:
+    """Whether all clips go into the device's memory: as it is set, else where there is room for them on a CUDA device,
+    and on a CPU where gates want some of them."""
+    if config.bank != "auto":
+        return config.bank == "on"
+    if target.type == "cpu":
+        return some_kept_out
+    return world() == 1 and _nbytes(data) < torch.cuda.mem_get_info(target)[0] / 4
 
 
 def _nbytes(data: ShardFolder | EncodedSource) -> int:
