@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.students import student
 from tests.train.test_distill import CAPTIONS, write_features
-from vidaccel.artefacts import read_run, verify_files
+from vidaccel.artefacts import read_run, sha256_file, verify_files
 from vidaccel.cache.attach import attach
 from vidaccel.cache.schedule import read_schedules
 from vidaccel.cli.main import app
@@ -113,6 +113,23 @@ def test_the_same_again_and_another_grid_beside_it(world, tmp_path):
     assert again is not None and {each.steps for each in again.config.lists} == {4, 5}
     result = run(world, "-o", str(folder), "scalars=false")
     assert result.exit_code == 0 and not (folder / SCALARS_FILE).exists()
+
+
+def test_scalars_are_fitted_on_the_grid_that_the_network_was_made_for(world, tmp_path):
+    """Which a search that names no grid is for as well."""
+    folder, times = tmp_path / "predictor", [1.0, 0.9, 0.6, 0.3, 0.0]
+    shutil.copytree(world / "predictor", folder)
+    made = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(made | {"steps": 4, "shift": None, "times": times}))
+    record = json.loads((folder / "run.json").read_text())
+    record["files"]["config.json"] = sha256_file(folder / "config.json")
+    (folder / "run.json").write_text(json.dumps(record))
+    result = run(world, "stage=search", "budgets=[2]", "scalars=true", "-o", str(folder))
+    assert result.exit_code == 0, result.output
+    (fitted,) = read_run(folder, "predictor/1")["fitted"]
+    found = Predictor.from_pretrained(folder).scalars
+    assert found is not None and [list(each.times) for each in found.config.lists] == [times]
+    assert fitted["full_steps"] == list(found.config.lists[0].full_steps)
 
 
 MISTAKES = {

@@ -9,7 +9,7 @@ than the network alone on the runs that nothing was fitted to.
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.collect.bank import Bank
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
+from vidaccel.models.grid import Grid
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.objective import generator_for, text_of
 from vidaccel.train.predictor.multistep import (
@@ -92,17 +94,13 @@ class Fitting(NamedTuple):
     """Scale of the second of two transformers; None is that of the first."""
 
 
-def fitting_runs(task: PredictorTask) -> Fitting | None:
-    """The student's own, on the task's data; None, and a line that says why, where no scalars can be fitted."""
-    config, prompts = task.config, None
+def fitting_runs(task: PredictorTask) -> Fitting:
+    """The student's own, on the task's data and grid."""
+    config, prompts = _on_grid(task.config, task.sampling.grid), None
     if isinstance(task.data, Bank):
         sampler, span = sampler_of(config, task.loaded)
     else:
         sampler, prompts, span = runs_of(config, task.loaded)
-    if sampler.empty or sampler.grid.times != task.sampling.grid.times:
-        why = "makes two passes a step" if sampler.empty else "is sampled on a grid that no shift makes"
-        log.warning("no scalars are fitted on top of the network: the model %s", why)
-        return None
     wanted = config.runs + config.checked_prompts
     log.info("scalars on top of the network: %d runs, guidance from %g to %g", wanted, *span)
     if prompts is not None:
@@ -117,6 +115,13 @@ def fitting_runs(task: PredictorTask) -> Fitting | None:
     return Fitting(runs_from(sampler, noise, text, config.seed, span, config.mse.batch_size), span, sampler.second)
 
 
+def _on_grid(config: PredictorConfig, grid: Grid) -> PredictorConfig:
+    """Settings that say the grid which a network is for, where the network or its trajectories did."""
+    if grid.shift is not None:
+        return replace(config, steps=grid.steps, shift=grid.shift, timesteps=None, sigmas=None)
+    return replace(config, steps=grid.steps, shift=None, timesteps=None, sigmas=list(grid.times))
+
+
 def fit_on_top(
     task: PredictorTask,
     predictor: Predictor,
@@ -124,8 +129,8 @@ def fit_on_top(
     lists: Iterable[tuple[int, ...]],
     fitting: Fitting | None = None,
 ) -> tuple[list[OnTop], Multistep | None]:
-    """The best lists of a network on top of which scalars pay, one for each budget that is wanted, none for a model
-    that makes two passes a step; and the scalars of these with what the network has for other grids.
+    """The best lists of a network on top of which scalars pay, one for each budget that is wanted; and the scalars of
+    these with what the network has for other grids.
 
     Args:
         predictor: as it serves, on the student of the task, whose trunk is attached.
@@ -137,10 +142,7 @@ def fit_on_top(
         UserError: there are fewer runs than unknowns, or the fit is singular.
     """
     config, steps = task.config, task.sampling.grid.steps
-    fitting = fitting or fitting_runs(task)
-    if fitting is None:
-        return [], None
-    runs, span, second = fitting
+    runs, span, second = fitting or fitting_runs(task)
     budgets = [budget for budget in config.budgets or default_budgets(steps, task.firsts) if budget < steps]
     wanted = {schedule.full_steps for schedule in schedules} | set(lists)
     own = runs.part(slice(config.runs))
