@@ -92,9 +92,10 @@ def test_settings_that_differ_are_still_refused(earlier):
 
 
 def test_scoring_goes_on(earlier):
-    """By whole batches: the last two of ten prompts are marked again, to the same marks."""
+    """By whole batches: of ten prompts the last is missing, and the last two are marked again, to the same marks."""
     file = earlier / "score" / "marks.jsonl"
     before = file.read_text()
+    file.write_text("".join(before.splitlines(keepends=True)[:9]))
     words = ("predictor=sprites/predictor", "steps=8", "budget=4", "--prompts", "10", "-o", "score")
     program("score", "sprites/student", *words, module="vidaccel.sprites")
     assert file.read_text().splitlines()[:8] == before.splitlines()[:8]

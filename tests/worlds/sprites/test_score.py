@@ -252,6 +252,14 @@ def test_intervals_are_those_of_a_proportion_and_follow_the_seed():
     assert summarise(clips) == summary != summarise(clips, seed=1)
 
 
+def test_prompts_that_mean_the_same_are_one_observation():
+    """Each of 100 made four times over says no more than once: twice as wide."""
+    clips = [even_scores(shape=float(i % 100 > 9)) for i in range(400)]
+    once, apart = summarise(clips, [str(i % 100) for i in range(400)])["shape"], summarise(clips)["shape"]
+    assert once["mean"] == apart["mean"] == pytest.approx(90)
+    assert (once["high"] - once["low"]) / (apart["high"] - apart["low"]) == pytest.approx(2, rel=0.1)
+
+
 def test_totals_of_arrays_are_those_of_a_summary():
     clips = [even_scores(shape=0.25), even_scores(pair=0.5, motion_smoothness=0.4)]
     means = {name: entry["mean"] for name, entry in summarise(clips, resamples=2).items()}

@@ -79,7 +79,7 @@ def _totals(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
     if ours:
         best = [best_total(ours, speed) for speed in speeds]
         axes.plot(speeds, best, color=KINDS["with a predictor"][1], zorder=1, label="best of them, at least so fast")
-    axes.set(xscale="log", xlabel="speedup of denoising, measured", ylabel="total, % (95 % interval over prompts)")
+    axes.set(xscale="log", xlabel="speedup of denoising, measured", ylabel="total, % (95 % interval over meanings)")
 
 
 def _likeness(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:

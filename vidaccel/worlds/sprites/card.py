@@ -65,7 +65,7 @@ def model_card(config: SpritesConfig, stages: list[dict], score: dict[str, dict[
             "",
             f"`python -m vidaccel.sprites score --prompts {config.score_prompts}`: captions, half with two sprites, of",
             f"combinations held out of training; {config.steps} steps, two passes each, guidance {config.guidance:g}.",
-            "Percent, with 95 % bootstrap intervals over prompts.",
+            "Percent, with 95 % bootstrap intervals over the meanings of prompts.",
             "",
             "| | mean | interval |",
             "|---|---|---|",

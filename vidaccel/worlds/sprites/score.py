@@ -14,7 +14,8 @@ from itertools import permutations
 import numpy as np
 import torch
 
-from vidaccel.numbers import bootstrap
+from vidaccel.bench.measures.pairs import averages, interval
+from vidaccel.numbers import cluster_draws
 from vidaccel.worlds.sprites.detect import FULL_MOTION, MOTION_AXES, Detection, FoundSprite, detect, dilate
 from vidaccel.worlds.sprites.lamps import Lamps, agreement, find_lamps, lamps_of, lamps_score
 from vidaccel.worlds.sprites.parse import Meaning, SpriteMeaning
@@ -293,35 +294,31 @@ def _dynamic_degree(sprite: FoundSprite, motion: str) -> float:
 
 
 def summarise(
-    clips: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0
+    clips: Sequence[Mapping[str, float]],
+    meanings: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Averages of the scores of many clips, as percentages, with 95 % bootstrap intervals over the prompts.
+    """Averages of the scores of many clips, as percentages, with 95 % bootstrap intervals.
 
     Each dimension is averaged over the clips that have it; one that no clip has is left out. `semantic` and `quality`
     are means of their dimensions' averages, and `total` is (4 quality + semantic) / 5.
 
     Args:
         clips: what `score_clip` returned, one a prompt.
+        meanings: of their prompts: those that mean the same are drawn together. None takes each clip for itself.
 
     Returns:
         {dimension: {"mean", "low", "high"}}, in percent.
     """
     names = [name for name in (*SEMANTIC, *QUALITY, LAMPS) if any(name in clip for clip in clips)]
-    scores = np.array([[clip.get(name, math.nan) for name in names] for clip in clips])  # [P, K]
-    low, high = bootstrap(scores, lambda drawn: _averages(drawn, names), resamples, seed)
-    columns = zip([*names, "semantic", "quality", "total"], _averages(scores, names), low, high, strict=True)
+    columns = {name: np.array([clip.get(name, math.nan) for clip in clips]) for name in names}
+    drawn = cluster_draws(range(len(clips)) if meanings is None else meanings, resamples, seed)
+    means, resampled = (averages(columns, each, totals) for each in (np.ones((1, len(clips))), drawn))
+    ends = {name: (float(means[name][0]), *interval(resampled[name])) for name in means}
     return {
-        name: {"mean": 100 * float(mean), "low": 100 * float(lo), "high": 100 * float(hi)}
-        for name, mean, lo, hi in columns
+        name: {key: 100 * end for key, end in zip(("mean", "low", "high"), ends[name], strict=True)} for name in ends
     }
-
-
-def _averages(scores: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """[K + 3] averages of scores [P, K], then semantic, quality and total; NaN scores count for nothing."""
-    applies = ~np.isnan(scores)
-    with np.errstate(invalid="ignore"):
-        means = np.where(applies, scores, 0).sum(0) / applies.sum(0)
-    return np.array([*means, *totals(dict(zip(names, means, strict=True))).values()])
 
 
 def totals(means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

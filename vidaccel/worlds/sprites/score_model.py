@@ -94,7 +94,7 @@ def _begin(folder: Path, settings: dict) -> list[range]:
     lines = scores.read_text().splitlines(keepends=True) if scores.exists() else []
     for batch in batches:
         own = lines[batch.start : batch.stop]
-        if len(own) == SCORE_BATCH and own[-1].endswith("\n") and not _part(folder, batch).exists():
+        if len(own) == len(batch) and own[-1].endswith("\n") and not _part(folder, batch).exists():
             with atomic_path(_part(folder, batch)) as file:
                 file.write_text("".join(own))
     scores.unlink(missing_ok=True)
@@ -102,12 +102,13 @@ def _begin(folder: Path, settings: dict) -> list[range]:
 
 
 def _finish(folder: Path, prompts: int) -> dict[str, dict[str, float]]:
-    """All batches in marks.jsonl, and their averages."""
+    """All batches in marks.jsonl, and their averages, with intervals over meanings."""
     lines = "".join(_part(folder, batch).read_text() for batch in _batches(prompts))
     with atomic_path(folder / "marks.jsonl") as file:
         file.write_text(lines)
     rmtree(folder / "marks")
-    summary = summarise([json.loads(line)["marks"] for line in lines.splitlines()])
+    scored, meaning = [json.loads(line) for line in lines.splitlines()], SpritesScorer().meaning
+    summary = summarise([each["marks"] for each in scored], [meaning(each["prompt"]) for each in scored])
     write_json(folder / "score.json", summary)
     return summary
 

@@ -62,8 +62,8 @@ ERRORS = [
     "|---|---|---|",
 ]
 SCORES = [
-    "Percent, with 95 % bootstrap intervals over held-out prompts; the latent error is relative to the teacher's 50",
-    "steps of two passes from the same noise.",
+    "Percent, with 95 % bootstrap intervals over the meanings of held-out prompts; the latent error is relative to the",
+    "teacher's 50 steps of two passes from the same noise.",
     "",
     "| | passes | semantic | quality | total | interval | latent error |",
     "|---|---|---|---|---|---|---|",
