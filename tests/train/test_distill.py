@@ -283,6 +283,7 @@ def test_a_training_goes_on_from_an_earlier_student(world, distilled, tmp_path):
     distill(settings(world, "hunyuan_video", start=str(first)), tmp_path / "further", "cpu")
     run = json.loads((tmp_path / "further" / "run.json").read_text())
     assert run["parents"]["start"] == sha256_file(first / "run.json")
+    assert run["parents"]["features"] == sha256_file(world("hunyuan_video")[1] / "run.json")
     assert logged(tmp_path / "further", "loss") != logged(first, "loss")  # the same batches, another model
     with pytest.raises(UserError, match="other settings.*start"):
         distill(settings(world, "hunyuan_video"), tmp_path / "further", "cpu")

@@ -11,6 +11,7 @@ import torch
 from tests.train.test_distill import logged, settings, world  # noqa: F401
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.encode import encode_texts
+from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 from vidaccel.train import distill as module
 from vidaccel.train.clips import open_data, training_clips
@@ -42,6 +43,9 @@ def test_gates_are_of_clips_that_are_kept_out_and_stand_on_the_card(world, tmp_p
     few = settings(world, "hunyuan_video", method="mean_velocity", gate_samples=1, gate_runs=0, **BANK)
     distill(few, tmp_path / "few", "cpu")
     assert json.loads((tmp_path / "few" / "gates.json").read_text())["mean_velocity_gap"] == {}
+    looking = replace(few, train=replace(few.train, gates_every=1))
+    with pytest.raises(UserError, match="gates_every=1, and gates of method=mean_velocity are taken on runs"):
+        distill(looking, tmp_path / "looking", "cpu")
 
 
 def test_gates_on_the_way_are_curves_and_change_nothing_else(world, tmp_path):  # noqa: F811

@@ -18,7 +18,7 @@ import diffusers
 import torch
 from torch import nn
 
-from vidaccel.artefacts import RUN_FILE, check_output, say_finished, sha256_file, write_json
+from vidaccel.artefacts import check_output, say_finished, sha256_file, write_json
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.encode import IMAGE, LATENT, as_array, encode_texts
 from vidaccel.collect.source import EncodedSource
@@ -34,7 +34,7 @@ from vidaccel.families.walk import blocks_of, boundaries_of
 from vidaccel.models.adapters import Adapter
 from vidaccel.models.calling import unwanted
 from vidaccel.models.conditioning import Conditioning, new_conditioning
-from vidaccel.models.files import local_path, read_model
+from vidaccel.models.files import read_model
 from vidaccel.models.grid import GridScheduler, fixed_shift, require_trainable
 from vidaccel.models.loading import LoadedPipeline, as_student, load_pipeline, of_one, resolve_device
 from vidaccel.models.saving import FORMAT as MODEL
@@ -44,7 +44,7 @@ from vidaccel.models.weight_hashes import encoder_hashes, student_hash
 from vidaccel.processes import locked_by_first, processes, rank, world
 from vidaccel.sampling import generate
 from vidaccel.train.clips import LARGE, Clips, open_data, training_clips
-from vidaccel.train.finished import is_done, note_done
+from vidaccel.train.finished import is_done, named_files, note_done
 from vidaccel.train.gates import HeldOut, Measured
 from vidaccel.train.methods import METHODS, method_of
 from vidaccel.train.methods.base import Distillation, Method, OtherTraining
@@ -144,6 +144,12 @@ def _distill(config: DistillConfig, output: Path, device: str, clips: Clips | No
         empty = data.cut(empty)
     shift = config.shift or fixed_shift(loaded.pipe.scheduler, loaded.family)
     task = Distillation(config, teacher, student, data, empty, shift, span)
+    if config.train.gates_every and held_out is not None and method.gates_runs and not _runs(task, held_out):
+        raise UserError(
+            f"gates_every={config.train.gates_every}, and gates of method={config.method} are taken on runs, of which "
+            "there are none",
+            "set gate_runs=16 or so, or leave gates_every= out",
+        )
     method.preflight(task)
     loss = method.loss(task)
     train(
@@ -205,11 +211,17 @@ def _measured(task: Distillation, method: Method, clips: Bank, brief: bool = Fal
     text = clips.batch([clip * clips.captions for clip in range(len(clips))], torch.float32)
     x_0 = text.pop(LATENT)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-    large = sum(p.numel() for p in task.student.parameters()) > LARGE
-    runs = (0 if large else len(clips)) if config.gate_runs is None else min(config.gate_runs, len(clips))
+    runs = _runs(task, clips)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
         held_out = HeldOut(x_0, eps, text, generator, runs, max(config.train.batch_size, 32), brief)
         return method.gates(task, held_out), runs
+
+
+def _runs(task: Distillation, clips: Bank) -> int:
+    """How many of the clips gates that take runs are computed on."""
+    if task.config.gate_runs is not None:
+        return min(task.config.gate_runs, len(clips))
+    return 0 if sum(p.numel() for p in task.student.parameters()) > LARGE else len(clips)
 
 
 def _gates_if_they_can(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured | None:
@@ -424,16 +436,8 @@ def _save(
         seed=config.seed,
         started=started,
         measured=str(measured) if measured else None,
-        parents=_parents(config),
+        parents={role: sha256_file(file) for role, file in named_files(config).items() if file.is_file()},
     )
-
-
-def _parents(config: DistillConfig) -> dict[str, str]:
-    """What it was made of besides the teacher, by its hash."""
-    files = {f"lora.{i}": Adapter.parsed(each).file for i, each in enumerate(config.lora or ())}
-    if config.start:
-        files["start"] = local_path(config.start) / RUN_FILE
-    return {role: sha256_file(file) for role, file in files.items()}
 
 
 def _gathered(student: Velocity, config: DistillConfig) -> Velocity | None:

@@ -44,10 +44,7 @@ def _asked(config: DistillConfig) -> Mapping[str, Any] | None:
     """What the file says of this command; None where nothing short of the training can say it."""
     if config.data is not None:
         return None
-    files = {f"lora.{i}": Adapter.parsed(each).file for i, each in enumerate(config.lora or ())}
-    for role, folder in (("features", config.features), ("start", config.start)):
-        if folder is not None:
-            files[role] = local_path(folder) / RUN_FILE
+    files = named_files(config)
     if not all(file.is_file() for file in files.values()):
         return None
     return {
@@ -56,3 +53,11 @@ def _asked(config: DistillConfig) -> Mapping[str, Any] | None:
         "teacher": dict(read_model(config.teacher).hashes),
         "files": {role: file_sha256(file) for role, file in files.items()},
     }
+
+
+def named_files(config: DistillConfig) -> dict[str, Path]:
+    """What tells the things that the settings name besides the teacher, by their roles: LoRA files themselves, of
+    folders the run.json, which a model of the hub has not here."""
+    files = {f"lora.{i}": Adapter.parsed(each).file for i, each in enumerate(config.lora or ())}
+    folders = {"features": config.features, "start": config.start}
+    return files | {role: local_path(each) / RUN_FILE for role, each in folders.items() if each is not None}
