@@ -33,6 +33,7 @@ from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.numbers import holm
+from vidaccel.worlds.sprites.scoring import SpritesScorer
 
 CONF = """
 family: hunyuan_video
@@ -652,3 +653,10 @@ def test_refusals(conf, tmp_path, words, message, hint):
     assert first.startswith("error: ") and message in first
     assert second.startswith("hint: ") and hint in second
     assert result.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_prompts_that_cannot_be_scored_are_refused_before_anything_runs(conf, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "scorer_of", lambda config: SpritesScorer())
+    result = run("--speedup", "--quality", "--conf", conf, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and 'the caption "a red circle" cannot be scored' in result.stderr
+    assert not (tmp_path / "out").exists()

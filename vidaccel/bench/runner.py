@@ -118,6 +118,9 @@ class Benchmark:
             log.info("%s", standing)
         self.timed_prompts = prompts_of(config, config.timed_prompts)
         self.scored_prompts = prompts_of(config, config.scored_prompts, config.stream) if quality else []
+        if quality and (scorer := scorer_of(config)) is not None:
+            for prompt in self.scored_prompts:
+                scorer.meaning(prompt)  # now, and not when a row is counted
         if config.vbench:
             if not quality:
                 raise UserError(
