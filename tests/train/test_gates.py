@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.students import student as student_folder
+from vidaccel.config.distill import DistillConfig
 from vidaccel.models.conditioning import new_conditioning
 from vidaccel.models.grid import step_grid
 from vidaccel.models.loading import load_pipeline
@@ -15,12 +16,15 @@ from vidaccel.train.gates import (
     GUIDANCE_GATES,
     MEAN_VELOCITY_GATES,
     Gate,
+    HeldOut,
     guidance_gap,
     guidance_gap_closed,
     guidance_gates,
     mean_velocity_gap_closed,
     mean_velocity_gates,
 )
+from vidaccel.train.methods import method_of
+from vidaccel.train.methods.base import Distillation
 from vidaccel.train.methods.mean_velocity.rollout import rollout_target
 
 B = 6
@@ -249,3 +253,14 @@ def test_a_gate_says_in_one_sentence_whether_it_was_reached():
 
 def test_a_number_that_is_none_passes_no_gate():
     assert not Gate("of the gap", math.nan, 0.5).passed
+
+
+@pytest.mark.parametrize(("learnt", "scales", "gated"), [([1.0, 8.0], [1.5, 2, 3, 4], 1), ([1.0, 2.5], [1.5, 2], 0)])
+def test_a_student_is_asked_at_scales_that_it_was_told(samples, learnt, scales, gated):
+    x_0, eps, text, empty = samples
+    config = DistillConfig(guidance_range=learnt)
+    task = Distillation(config, TEACHER, EXACT, None, empty, SHIFT)
+    held_out = HeldOut(x_0, eps, text, torch.Generator().manual_seed(0), 0, B)
+    measured = method_of("cfg").gates(task, held_out)
+    assert list(measured.guidance.closed) == scales and min(measured.guidance.closed.values()) > 0.99
+    assert len(measured.gates) == len(measured.guidance.by_time) == gated and "g = 1:" in str(measured)

@@ -303,7 +303,9 @@ class Measured:
             rows.append(("|u - v| / |v_cond - v_uncond|", [("g = 1", self.guidance.off_at_one)]))
         if closed := self.mean_velocity:
             rows.append(("mean-velocity gap closed", [(f"{steps} steps", share) for steps, share in closed.items()]))
-        return "\n".join(f"{name:30}" + "  ".join(f"{at}: {value:.3f}" for at, value in cells) for name, cells in rows)
+        return "\n".join(
+            f"{name:30}" + "  ".join(f"{at}: {value:.3f}" for at, value in cells) for name, cells in rows if cells
+        )
 
     def as_json(self) -> dict[str, object]:
         """The numbers and their gates, for a file."""

@@ -63,3 +63,14 @@ def test_tables_have_the_difference_its_interval_and_the_verdict(schema, tmp_pat
     page = report(found, tmp_path)
     assert "<td>+0.861 [+0.361, +1.36] better</td>" in page and "better: six than student-7" in page
     assert "<h3>Which is better</h3>" not in report(results() | {"command": "vidaccel"}, tmp_path)
+
+
+def test_a_dimension_of_which_vbench_has_no_mean_leaves_its_cell_empty(tmp_path):
+    """As where it failed on one video of many: the others have an interval."""
+    run = RUN | {
+        "intervals": {"total": [80, 90], "vbench.motion_smoothness": [10.0, 20.0]},
+        "total": 85.0,
+        "vbench": None,
+    }
+    found = results() | {"command": "vidaccel benchmark", "runs": [run]}
+    assert "85 [80, 90]" in report(found, tmp_path)

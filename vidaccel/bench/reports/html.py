@@ -183,6 +183,8 @@ def _with_interval(run: dict[str, Any], name: str) -> str:
         return ""
     group, _, key = name.rpartition(".")
     where = run[group] if group else run if name in ("semantic", "quality", "total") else run["dimensions"]
+    if not where or key not in where:  # VBench has no mean where it failed on one video
+        return ""
     low, high = run["intervals"][name]
     return f"{where[key]:.3g} [{low:.3g}, {high:.3g}]"
 

@@ -14,7 +14,15 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.velocity import Text, Velocity, guided_velocity
 from vidaccel.train.flow_matching import noised
-from vidaccel.train.gates import GUIDANCE_PASSES, TIMES, HeldOut, Measured, guidance_gap
+from vidaccel.train.gates import (
+    GUIDANCE_GATES,
+    GUIDANCE_PASSES,
+    SCALES,
+    TIMES,
+    HeldOut,
+    Measured,
+    guidance_gap,
+)
 from vidaccel.train.methods.base import Distillation, Method
 from vidaccel.train.objective import Batch, Loss, Objective, in_batch, text_of
 from vidaccel.train.passes import Passes
@@ -48,10 +56,14 @@ def _check_teacher(loaded: LoadedPipeline, teacher: Velocity) -> None:
 
 
 def _gates(task: Distillation, held_out: HeldOut) -> Measured:
+    """At those of the usual scales that the student is told in its training: of others it knows nothing."""
     x_0, eps, text, generator, _, size, brief = held_out
+    low, high = task.config.guidance_range or (min(SCALES), max(SCALES))
+    learnt, gated = ([g for g in scales if low <= g <= high] for scales in (SCALES, GUIDANCE_GATES))
     gap = guidance_gap(
-        *(task.student, task.teacher, x_0, eps, text, task.empty, task.shift, generator),
-        times=() if brief else TIMES,
+        *(task.student, task.teacher, x_0, eps, text, task.empty, task.shift, generator, learnt),
+        times=() if brief or not gated else TIMES,
+        timed_scales=gated,
         batch_size=size,
     )
     return Measured(guidance=gap)
