@@ -19,6 +19,7 @@ from vidaccel.collect.encode import LATENT, batch, encode_samples, encode_texts
 from vidaccel.collect.features import check_tensors, open_features
 from vidaccel.data.shards import Sample
 from vidaccel.errors import UserError
+from vidaccel.models.calling import unwanted
 from vidaccel.models.grid import fixed_shift
 from vidaccel.models.loading import LoadedPipeline, load_pipeline
 from vidaccel.models.velocity import Text, velocity_of
@@ -78,7 +79,7 @@ def main(
     if not one_pass.embeds("g"):
         raise UserError(f"{model} embeds no guidance scale", "name a student whose guidance was distilled")
     generator = torch.Generator().manual_seed(seed)
-    taken = _samples(loaded, features, samples, seed, generator)
+    taken = _samples(loaded, features, samples, seed, generator, away_from=unwanted(student))
     shift = fixed_shift(student.pipe.scheduler, student.family)
     guidance = guidance_gap(one_pass, two_pass, *taken, shift, generator, batch_size=batch_size)
     closed: dict[int, float] = {}
@@ -117,15 +118,16 @@ def _beside(teacher: LoadedPipeline, model: str) -> LoadedPipeline:
 
 
 def _samples(
-    loaded: LoadedPipeline, features: Path | None, count: int, seed: int, generator: torch.Generator
+    loaded: LoadedPipeline, features: Path | None, count: int, seed: int, generator: torch.Generator, away_from: str
 ) -> Samples:
+    """`away_from` is the prompt that the teacher's guidance leads away from."""
     if features is None and not knows_sprites(loaded):
         raise UserError(f"no scenes can be rendered for {loaded.source}", "give encoded clips: --features FOLDER")
     rows = _scenes(loaded, count, seed) if features is None else _last(loaded, features, count)
     text = batch([tensors for tensors, _ in rows], device_of(loaded), torch.float32)
     x_0 = text.pop(LATENT)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-    return Samples(x_0, eps, text, encode_texts(loaded, [""]))
+    return Samples(x_0, eps, text, encode_texts(loaded, [away_from]))
 
 
 def _scenes(loaded: LoadedPipeline, count: int, seed: int) -> list[Sample]:

@@ -1,6 +1,7 @@
 """The gates of a student's folder: on the last of a feature folder, and on scenes that nothing was trained on."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -41,6 +42,17 @@ def test_both_gaps_are_computed_printed_and_written(places, tmp_path):
         assert f"{gate['name']}, below its gate of {gate['at_least']:.2f}" in result.stdout
     assert len(written["gates"]) == 3
     assert "guidance gap closed           g = 1.5: -" in result.stdout
+
+
+def test_the_teacher_is_guided_away_from_what_the_student_was_distilled_away_from(places, tmp_path, monkeypatch):
+    student, told, encode_texts = tmp_path / "student", [], gates.encode_texts
+    shutil.copytree(places / "student", student)
+    about = json.loads((student / "run.json").read_text())
+    about["call"]["negative_prompt"] = "blue"
+    (student / "run.json").write_text(json.dumps(about))
+    monkeypatch.setattr(gates, "encode_texts", lambda loaded, texts: told.extend(texts) or encode_texts(loaded, texts))
+    result = run(student, "--teacher", places / "teacher", "--features", places / "features", "--runs", 0)
+    assert result.exit_code == 0 and told == ["blue"], result.output
 
 
 def test_scenes_are_of_combinations_that_training_never_sees(monkeypatch):
