@@ -25,12 +25,13 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import TrainingFailed, UserError
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.models.grid import Grid
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import student_hash
 from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor import training as module
 from vidaccel.train.predictor import trajectories as runs_module
-from vidaccel.train.predictor.task import task_of
+from vidaccel.train.predictor.task import _sampling, task_of
 from vidaccel.train.predictor.training import train_predictor
 
 FAMILIES = ("hunyuan_video", "wan")
@@ -446,3 +447,13 @@ def test_data_that_are_not_finite_stop_after_ten_steps(world, tmp_path):
 def test_other_settings_do_not_go_on_with_a_run(world, trained, tmp_path):
     with pytest.raises(UserError, match="lag was 0.2, now 0.1"):
         train_predictor(settings(world, lag=0.1), trained("wan"))
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.9, 0.5, 0.2, 0.0], [1.0, 0.9, 0.5, 0.0]])
+def test_a_search_is_of_any_grid_whatever_listed_times_were_learnt_from(times):
+    """A training is of the times of its trajectories."""
+    stored = [({"times": torch.tensor([1.0, 0.8, 0.4, 0.0])}, {"guidance": 4.0, "steps": 3, "shift": None})]
+    grid, config = Grid(tuple(times)), PredictorConfig(pairs="trajectory", stage="search")
+    assert _sampling(grid, 4.0, config, stored).grid == grid
+    trained = _sampling(grid, 4.0, replace(config, stage="all"), stored)
+    assert trained.grid.times == pytest.approx((1.0, 0.8, 0.4, 0.0))

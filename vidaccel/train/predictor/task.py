@@ -343,7 +343,7 @@ def _sampling(grid: Grid, guidance: float, config: PredictorConfig, data: Data |
             "leave these settings out, or collect trajectories with them",
         )
     steps, shift, guidance = (own | asked).values()
-    if fixed and not isinstance(data, Bank) and "times" in data[0][0] and run.get("shift") is None:
+    if "steps" in fixed and not isinstance(data, Bank) and "times" in data[0][0] and run.get("shift") is None:
         grid = _same_times(Grid(tuple(data[0][0]["times"].tolist())), config)
     if (steps, shift) != (grid.steps, grid.shift):
         if shift is None:
