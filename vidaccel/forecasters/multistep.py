@@ -4,7 +4,7 @@
 
 x is the latent that the step starts from, u_j and x_j what full step j gave and started from. The numbers are those of
 one model, one grid and one list of full steps, fitted to the model's own runs step after step
-(train/predictor/multistep.py). A step that is predicted so costs no pass of the transformer, embedders and head
+(train/predictor/scalars.py). A step that is predicted so costs no pass of the transformer, embedders and head
 included. The forecast is linear, so that with guidance in two passes the same numbers serve each of the two.
 
 Of a model with two transformers a predicted step looks back on full steps of its own alone, so that the first step of

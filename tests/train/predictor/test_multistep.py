@@ -22,7 +22,10 @@ from vidaccel.forecasters.multistep import Multistep, multistep_velocity
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.grid import Grid
 from vidaccel.models.loading import load_pipeline
-from vidaccel.train.predictor.multistep import (
+from vidaccel.train.predictor.multistep import runs_of as sampled_runs
+from vidaccel.train.predictor.multistep import told_apart, train_multistep
+from vidaccel.train.predictor.runs import Runs
+from vidaccel.train.predictor.scalars import (
     compared,
     estimated_costs,
     fit_lists,
@@ -30,11 +33,7 @@ from vidaccel.train.predictor.multistep import (
     newest_alone,
     relative_error,
     served_final,
-    told_apart,
-    train_multistep,
 )
-from vidaccel.train.predictor.multistep import runs_of as sampled_runs
-from vidaccel.train.predictor.runs import Runs
 
 STEPS = 5
 GRID = Grid.shifted(STEPS, 2.0)

@@ -21,15 +21,9 @@ from vidaccel.forecasters.multistep import FittedList, Multistep
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.grid import Grid, current_step, on_grid
 from vidaccel.models.loading import load_pipeline
-from vidaccel.train.predictor.multistep import (
-    estimated_costs,
-    fit_lists,
-    measured_growth,
-    relative_error,
-    runs_of,
-    served_final,
-)
+from vidaccel.train.predictor.multistep import runs_of
 from vidaccel.train.predictor.runs import Runs
+from vidaccel.train.predictor.scalars import estimated_costs, fit_lists, measured_growth, relative_error, served_final
 
 GRID, BOUNDARY = Grid.shifted(5, 2.0), 0.7
 """Of whose steps the first three are the first transformer's."""

@@ -18,7 +18,7 @@ from vidaccel.forecasters.checkpoint import SCALARS_FILE
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.calling import call_arguments
 from vidaccel.models.loading import load_pipeline
-from vidaccel.train.predictor.multistep import relative_error
+from vidaccel.train.predictor.scalars import relative_error
 
 SCALARS = {"runs": 8, "checked_prompts": 2, "tried": 2}
 SMALL = SCALARS | {"search_prompts": 2, "blocks": 1, "mse.batch_size": 3, "mse.steps": 2, "mse.save_every": 1}

@@ -29,11 +29,11 @@ from vidaccel.models.loading import load_pipeline
 from vidaccel.train import trainer
 from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor import served as module
+from vidaccel.train.predictor.comparing import compared
 from vidaccel.train.predictor.served import (
     Serving,
     Starts,
     check_lists,
-    compared,
     default_lists,
     served_loss,
     start_predictor,

@@ -15,10 +15,9 @@ from pathlib import Path
 from vidaccel.artefacts import read_json, write_json
 from vidaccel.forecasters.multistep import FittedList
 from vidaccel.processes import on_first
-from vidaccel.train.predictor.multistep import fit_lists
+from vidaccel.train.predictor.lists import FullSteps
 from vidaccel.train.predictor.runs import Beneath, Runs
-
-FullSteps = tuple[int, ...]
+from vidaccel.train.predictor.scalars import fit_lists
 
 
 @dataclass

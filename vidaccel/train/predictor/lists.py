@@ -4,15 +4,17 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 State = TypeVar("State")
+FullSteps = tuple[int, ...]
+"""Positions of the full steps of a run, rising from 0."""
 
 
 def run_lists(
-    lists: Collection[tuple[int, ...]],
+    lists: Collection[FullSteps],
     steps: int,
     start: State,
     full: Callable[[State, int], State],
     predicted: Callable[[State, int], State],
-) -> Iterator[tuple[tuple[int, ...], State]]:
+) -> Iterator[tuple[FullSteps, State]]:
     """(list, state after its last step) of each, by steps that make a new state of one and its position.
 
     A step that is the same in several lists, and everything before it, is run for all of them together: of S steps, all

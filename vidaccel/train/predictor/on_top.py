@@ -23,17 +23,16 @@ from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfi
 from vidaccel.models.grid import Grid
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.train.objective import generator_for, text_of
-from vidaccel.train.predictor.multistep import (
+from vidaccel.train.predictor.multistep import runs_of, sampler_of
+from vidaccel.train.predictor.runs import Beneath, Runs, own_runs, runs_from
+from vidaccel.train.predictor.scalars import (
     estimated_costs,
     fit_lists,
     measured_growth,
     newest_alone,
     relative_error,
-    runs_of,
-    sampler_of,
     served_final,
 )
-from vidaccel.train.predictor.runs import Beneath, Runs, own_runs, runs_from
 from vidaccel.train.predictor.served import Starts, relative_squares
 from vidaccel.train.predictor.task import PredictorTask, default_budgets
 

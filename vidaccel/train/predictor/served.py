@@ -12,11 +12,9 @@ is one of their terms, as it is where they serve on top of it.
 B runs, S steps, M texts, C channels, T frames, H and W latent pixels
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +25,24 @@ from vidaccel.collect.bank import Bank, cut_texts
 from vidaccel.collect.encode import LATENT, batch, encode_texts
 from vidaccel.collect.source import EncodedSource
 from vidaccel.errors import UserError
-from vidaccel.families.walk import denoisers_of, stored_inputs
+from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.forecasters.learned import Predictor, new_predictor
 from vidaccel.forecasters.multistep import HISTORY, FittedList, multistep_velocity
 from vidaccel.forecasters.reuse import Reuse
-from vidaccel.models.grid import Grid, denoiser_at
+from vidaccel.models.grid import denoiser_at
 from vidaccel.models.velocity import Text, Velocity
-from vidaccel.models.weight_hashes import student_hash, student_hashes
+from vidaccel.models.weight_hashes import student_hash
 from vidaccel.train.flow_matching import sample_guidance
 from vidaccel.train.objective import Batch, Objective, generator_for, in_batch, text_of
 from vidaccel.train.predictor.in_loop import Fits
-from vidaccel.train.predictor.search import list_errors
+from vidaccel.train.predictor.lists import FullSteps
 from vidaccel.train.predictor.task import PredictorTask
 
-log = logging.getLogger(__name__)
-
-FullSteps = tuple[int, ...]
-"""Positions of the full steps of a run, rising from 0."""
 OF_THE_END, OF_OTHERS = 2.0, 0.5
 """Weights of the errors of final latents and of the states before."""
 TINY = 1e-6
 """Added to squares under a root, whose slope is infinite at 0."""
-TRIED_INDEX = 10**9 + 2
-"""Of the generator that runs are drawn by on which a predictor is compared: further than any training goes."""
 AT_ONCE = 64
 """Captions that are encoded together."""
 
@@ -312,128 +304,6 @@ def numbers_of(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
     return {int(name.removeprefix(NUMBERS)): each for name, each in tensors.items() if name.startswith(NUMBERS)}
 
 
-# how good one is
-
-
-class Compared(NamedTuple):
-    """Errors of the final latents under a list of full steps, beside the student's own: root mean squares over runs."""
-
-    full_steps: FullSteps
-    error: float
-    reuse: float
-    """Of giving the cached tokens again."""
-
-    @property
-    def share(self) -> float:
-        """1 for a forecaster that is no better than reuse, 0 for one that is exact."""
-        return self.error / self.reuse if self.reuse else 1.0
-
-    def record(self) -> dict[str, object]:
-        """As run.json has it."""
-        return {"full_steps": list(self.full_steps), "error": self.error, "of_reuse": self.share}
-
-    def __str__(self) -> str:
-        return f"{' '.join(map(str, self.full_steps))}: {self.error:.3f}, {self.share:.2f} of reuse"
-
-
-def compared(
-    serving: Serving,
-    grid: Grid,
-    forecaster: Forecaster,
-    lists: Sequence[FullSteps],
-    runs: Sequence[Mapping[str, Tensor]],
-) -> list[Compared]:
-    """A forecaster beside reuse under each list on its grid, on these runs (`Batch.tensors`), some at a time."""
-    squares = {each: [0.0, 0.0] for each in lists}
-    for tensors in runs:
-        noise, text, g = tensors["noise"], text_of(tensors), tensors.get("g")
-        for which, made in enumerate((forecaster, Reuse())):
-            for each, wrong in list_errors(
-                serving.student, serving.trunk, made, noise, text, grid, g, list(squares), serving.firsts
-            ):
-                squares[each][which] += float(wrong.sum())
-    count = sum(len(tensors["noise"]) for tensors in runs)
-    return [Compared(each, *((square / count) ** 0.5 for square in sums)) for each, sums in squares.items()]
-
-
-def compare(task: PredictorTask, forecaster: Forecaster, starts: Starts, lists: Sequence[FullSteps]) -> list[Compared]:
-    """`compared` on as many runs as the settings have prompts to search on, said in the log; warns of a forecaster that
-    is worse than reuse."""
-    config = task.config
-    found = compared(serving_of(task), task.sampling.grid, forecaster, lists, _tried(task, starts))
-    log.info(
-        "error of the final latents on %d runs, as served at %s", config.search_prompts, "; ".join(map(str, found))
-    )
-    if worse := [each for each in found if each.share > 1]:
-        log.warning(
-            "the predictor is worse than giving the cached tokens again (predictor=reuse) at %s",
-            "; ".join(" ".join(map(str, each.full_steps)) for each in worse),
-        )
-    return found
-
-
-def _tried(task: PredictorTask, starts: Starts) -> list[dict[str, Tensor]]:
-    """The runs (`Batch.tensors`) that a predictor is compared on, some at a time; the same every time."""
-    config = task.config
-    generator, left, batches = generator_for(config.seed, TRIED_INDEX), config.search_prompts, []
-    while left:
-        size = min(left, config.mse.batch_size)
-        batches.append(_drawn_as_sampled(task, starts, size, generator))
-        left -= size
-    return batches
-
-
-@dataclass
-class Shares:
-    """Errors of the final latents beside those of reuse while a predictor is trained, under the scalars that are in
-    force, by the names of curves (train/curves.py)."""
-
-    task: PredictorTask
-    forecaster: Forecaster
-    starts: Starts
-    """What the runs begin with that it is compared on."""
-    fits: Fits | None = None
-    _reuse: dict[FullSteps, float] = field(default_factory=dict)
-
-    def __call__(self) -> dict[str, float]:
-        served = self.task.config.pairs == "served"
-        lists = lists_of(self.task) if served else default_lists(self.task.sampling.grid.steps, self.task.firsts)
-        if not self._reuse:
-            self._reuse = self._errors(Reuse(), lists)
-        found = self._errors(self.forecaster, lists, self.fits)
-        return {f"error_over_reuse/{' '.join(map(str, each))}": found[each] / self._reuse[each] for each in found}
-
-    def _errors(self, forecaster: Forecaster, lists: Sequence[FullSteps], fits: Fits | None = None):
-        """Roots of mean squares over the runs, by list."""
-        serving, squares = serving_of(self.task), dict.fromkeys(lists, 0.0)
-        with torch.no_grad():
-            for tensors in _tried(self.task, self.starts):
-                noise, text, g = tensors["noise"], text_of(tensors), tensors.get("g")
-                own = serving.own(noise, text, g, kept=max(map(leading, squares)))
-                for each in squares:
-                    numbers = fits and numbers_of(in_numbers(fits.latest[each], g, noise.device))
-                    x = serving.served(forecaster, each, own, text, g, numbers)[-1]
-                    squares[each] += float(relative_squares(x, own[0][-1]).sum())
-        return {each: (square / self.task.config.search_prompts) ** 0.5 for each, square in squares.items()}
-
-
-def _drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """So many runs (`Batch.tensors`) as the student is sampled: of its dtype, under its own guidance."""
-    tensors = starts.draw(count, generator, task.device, next(task.student.transformer.parameters()).dtype)
-    if task.student.embeds("g"):
-        tensors["g"] = torch.full((count,), task.sampling.guidance, device=task.device)
-    return tensors
-
-
-def serving_predictor(task: PredictorTask, folder: Path) -> Predictor:
-    """The one that was saved there, run as the student's blocks are."""
-    transformers = denoisers_of(task.loaded.pipe, task.loaded.family)
-    predictor = Predictor.from_pretrained(folder).to(task.device)
-    predictor.check_fits(transformers[0], task.loaded.family, student_hashes(task.loaded), called=task.config.student)
-    predictor.check_denoisers(task.loaded.pipe, task.loaded.family)
-    return predictor.run_like(*transformers)
-
-
 # training
 
 
@@ -447,10 +317,18 @@ def lists_of(task: PredictorTask) -> list[FullSteps]:
     return default_lists(steps, task.firsts) if asked is None else check_lists(asked, steps, task.firsts)
 
 
+def drawn_as_sampled(task: PredictorTask, starts: Starts, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """So many runs (`Batch.tensors`) as the student is sampled: of its dtype, under its own guidance."""
+    tensors = starts.draw(count, generator, task.device, next(task.student.transformer.parameters()).dtype)
+    if task.student.embeds("g"):
+        tensors["g"] = torch.full((count,), task.sampling.guidance, device=task.device)
+    return tensors
+
+
 def start_predictor(task: PredictorTask, starts: Starts) -> Predictor:
     """A new one, which has the statistics of all predicted steps of a few runs under reuse."""
     serving = serving_of(task)
-    tensors = _drawn_as_sampled(task, starts, task.config.mse.batch_size, generator_for(task.config.seed, 0))
+    tensors = drawn_as_sampled(task, starts, task.config.mse.batch_size, generator_for(task.config.seed, 0))
     text, g = text_of(tensors), tensors.get("g")
     seen: dict[int, tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]] = {}
 

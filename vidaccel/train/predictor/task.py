@@ -287,12 +287,15 @@ def schedules_found(task: PredictorTask, output: Path) -> list[Schedule]:
 
 def described(task: PredictorTask, config: PredictorConfig, started: datetime) -> dict[str, Any]:
     """What run.json says of a training: the settings as they were given, and what was learnt from."""
-    folders = {"student": Path(task.loaded.source)}
-    if task.config.features is not None:
-        folders["features"] = Path(task.config.features)
-    parents = {role: sha256_file(path / RUN_FILE) for role, path in folders.items() if (path / RUN_FILE).is_file()}
-    given = configuration.to_dict(config)
+    given, parents = configuration.to_dict(config), parents_of(task.loaded, task.config)
     return {"config": given, "seed": config.seed, "started": started.isoformat(), "parents": parents}
+
+
+def parents_of(loaded: LoadedPipeline, config: PredictorConfig) -> dict[str, str]:
+    """SHA-256 of the run.json of what a predictor is made of, where it has one."""
+    folders = {"student": loaded.source} | ({"features": config.features} if config.features else {})
+    files = {role: Path(folder) / RUN_FILE for role, folder in folders.items()}
+    return {role: sha256_file(file) for role, file in files.items() if file.is_file()}
 
 
 def _guidance(loaded: LoadedPipeline, config: PredictorConfig, student: Velocity, twice: bool) -> float:

@@ -49,6 +49,7 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.processes import locked_by_first, on_first, processes, rank, world
 from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, shard
+from vidaccel.train.predictor.comparing import Compared, Shares, compare, serving_predictor
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.in_loop import Fits
 from vidaccel.train.predictor.loss import PredictorLoss, Turn
@@ -56,18 +57,7 @@ from vidaccel.train.predictor.on_top import Fitting, fit_on_top, fitting_runs
 from vidaccel.train.predictor.pairs import Pair, Pairs
 from vidaccel.train.predictor.runs import Beneath
 from vidaccel.train.predictor.search import search_schedules
-from vidaccel.train.predictor.served import (
-    Compared,
-    Shares,
-    Starts,
-    compare,
-    default_lists,
-    lists_of,
-    new_networks,
-    objective_of,
-    serving_predictor,
-    start_predictor,
-)
+from vidaccel.train.predictor.served import Starts, default_lists, lists_of, new_networks, objective_of, start_predictor
 from vidaccel.train.predictor.task import (
     COMMAND,
     SEARCHED,
