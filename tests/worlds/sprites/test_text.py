@@ -168,6 +168,9 @@ def test_only_new_words_are_learnt():
             assert torch.equal(weight[:old], before[name][:old]) and not torch.equal(weight[old:], before[name][old:])
         elif "heads" not in name:
             assert torch.equal(weight, before[name]), name
+    with pytest.raises(KeyboardInterrupt), text.new_words_alone(reader):
+        raise KeyboardInterrupt
+    assert reader.state_dict().keys() == before.keys()  # plain embeddings, as they are saved
 
 
 def test_whether_a_sprite_has_lamps_is_asked_where_they_are_known():

@@ -74,10 +74,13 @@ def new_words_alone(reader: CaptionReader) -> Iterator[None]:
     for encoder in encoders:
         encoder.requires_grad_(False)
         encoder.set_input_embeddings(GrowingEmbedding(embedding_of(encoder), old))
-    yield
-    for encoder in encoders:
-        weight = embedding_of(encoder).weight.detach()
-        encoder.set_input_embeddings(nn.Embedding.from_pretrained(weight, padding_idx=reader.tokenizer.pad_token_id))
+    try:
+        yield
+    finally:
+        pad = reader.tokenizer.pad_token_id
+        for encoder in encoders:
+            weight = embedding_of(encoder).weight.detach()
+            encoder.set_input_embeddings(nn.Embedding.from_pretrained(weight, padding_idx=pad))
 
 
 def encode_captions(
