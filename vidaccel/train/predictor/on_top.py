@@ -3,7 +3,8 @@
 They are fitted as scalars alone are, list by list and step after step on the states as served, after the network's
 training: full steps run the model, predicted ones the network, both on all runs. Tried are the lists that a search for
 either of the two finds and those that the network was trained with; the best of each budget is kept where it is better
-than the network alone on the runs that nothing was fitted to.
+than the network alone on the runs that nothing was fitted to. These choose the list as well, so that its error
+is a little too good; and scalars alone, fitted at that very list, may be better at another.
 """
 
 import logging
