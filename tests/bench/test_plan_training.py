@@ -131,6 +131,14 @@ def test_predictor_of_14b_by_hand(full):
     assert 2.5 < gradients < 3.4  # and what the predicted steps cost
 
 
+def test_served_runs_of_two_transformers_begin_each_with_a_full_step():
+    words = ("pairs=served", "steps=8", "adversarial.steps=0", "mse.checkpointing=false")
+    with pytest.raises(UserError, match="leaves out 6, the first step of the second transformer"):
+        planned("train-predictor", "wan_14b", *words, "lists=[[0,2]]", "shift=12", size_of="wan22")
+    made = planned("train-predictor", "wan_14b", *words, "lists=[[0,2,6]]", "shift=12", size_of="wan22")
+    assert flops(made, "served") > 0
+
+
 def test_a_forecaster_of_scalars(full):
     made = planned("train-predictor", "wan_14b", "forecaster=multistep", "full_steps=[0,1,4]", "steps=8")
     assert made.work[0].total == pytest.approx(2 * 80 * 11 * full)

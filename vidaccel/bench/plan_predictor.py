@@ -30,6 +30,7 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import Predictor
+from vidaccel.models.grid import Grid
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.served import check_lists, default_lists, leading
 
@@ -104,7 +105,7 @@ def _sample(config: PredictorConfig, costs: Costs, stage: TrainConfig, steps: in
     full, predicted, reused = costs.full.total, costs.passes["predictor"].total, costs.passes["reuse"].total
     frozen = Gradients(weights=False, recomputed=False)
     if config.pairs == "served":
-        lists = _lists_of(config, steps)
+        lists = _lists_of(config, costs.model, steps)
         behind = sum(len(each) - leading(each) for each in lists) / len(lists)
         stood_in = sum(steps - len(each) for each in lists) / len(lists)
         return steps * full + behind * frozen.flops(costs.full) + stood_in * _trained(costs)
@@ -215,7 +216,7 @@ def _activations(config: PredictorConfig, costs: Costs, steps: int, stages: list
         network = config.blocks * last.kept + last.peak
         if config.pairs == "served":
             through = kept_bytes(costs.with_gradients(stage.precision, weights=False), recomputed=False)
-            lists = _lists_of(config, steps)
+            lists = _lists_of(config, costs.model, steps)
             held = max((len(each) - leading(each)) * through + (steps - len(each)) * network for each in lists)
         elif index:
             through = costs.with_gradients(stage.precision, weights=False)
@@ -226,6 +227,11 @@ def _activations(config: PredictorConfig, costs: Costs, steps: int, stages: list
     return most or config.mse.batch_size * costs.quiet(config.mse.precision)
 
 
-def _lists_of(config: PredictorConfig, steps: int) -> list[tuple[int, ...]]:
-    """Of served runs."""
-    return default_lists(steps) if config.lists is None else check_lists(config.lists, steps)
+def _lists_of(config: PredictorConfig, model: PlannedModel, steps: int) -> list[tuple[int, ...]]:
+    """Of served runs; the first step of each transformer is full, on the grid that is said or is published."""
+    grid = Grid.listed(config.timesteps, config.sigmas)
+    shift = config.shift or model.call.get("shift") or model.family.defaults.shift
+    if grid is None and shift is not None:
+        grid = Grid.shifted(steps, shift)
+    firsts = (0,) if grid is None else grid.firsts([each.until for each in model.family.denoisers[:-1]])
+    return default_lists(steps, firsts) if config.lists is None else check_lists(config.lists, steps, firsts)
