@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import vidaccel
 from tests.models.test_adapters import comfyui
-from tests.students import save, save_teacher, student, trained
+from tests.students import contents, save, save_teacher, student, trained
 from tests.tiny import SIZE
 from vidaccel.artefacts import sha256_file
 from vidaccel.cli.main import app
@@ -164,6 +164,21 @@ def test_what_no_file_can_be_made_of_is_refused_before_it_is_loaded(tmp_path, mo
         vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "ltx_video"))
     with pytest.raises(UserError, match=r"m\.transformer_2\.safetensors is there already"):
         vidaccel.export_model(tmp_path / "m.safetensors", model=str(tmp_path / "wan22"))
+
+
+def test_no_folder_is_emptied_for_an_export(tmp_path):
+    """One that holds anything is refused before a weight is read: the model itself, and whatever else is named."""
+    model = save_teacher(tmp_path / "wan", "wan")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("precious")
+    before = contents(tmp_path)
+    for target in (model, tmp_path / "home", tmp_path):
+        with pytest.raises(UserError, match="is there already"):
+            vidaccel.export_model(target, model=str(model))
+    assert contents(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    vidaccel.export_model(tmp_path / "empty", model=str(model))
+    assert (tmp_path / "empty" / "model_index.json").exists()
 
 
 def test_the_command(tmp_path):

@@ -24,7 +24,6 @@ from vidaccel.artefacts import (
     RUN_FILE,
     atomic_folder,
     atomic_path,
-    check_output,
     check_writable,
     sha256_file,
     write_run,
@@ -71,8 +70,10 @@ def is_file(target: str | Path) -> bool:
 def _check_target(target: Path) -> None:
     if is_file(target):
         check_writable(target)
-    else:
-        check_output(target, FORMAT)
+        return
+    check_writable(target / RUN_FILE)
+    if target.is_dir() and any(target.iterdir()):  # all of which would go
+        raise UserError(f"{target} is there already", "remove it, or choose another folder with -o")
 
 
 def files_of(target: str | Path, family: DiTFamily) -> dict[str, Path]:
@@ -102,9 +103,9 @@ def export_model(
     """Write the model, LoRA files that were loaded with it in its weights, for plain diffusers.
 
     Args:
-        target: a folder, whose place the model takes whole or not at all; or a file NAME.safetensors for the
-            transformer alone by its original names (families/original.py), of two transformers
-            NAME.transformer.safetensors and NAME.transformer_2.safetensors, which are not there yet.
+        target: a folder that is not there yet, or is empty; or a file NAME.safetensors for the transformer alone by its
+            original names (families/original.py), of two transformers NAME.transformer.safetensors and
+            NAME.transformer_2.safetensors, which are not there yet either.
         loaded: a plain model, or a student that embeds g alone.
         guidance: the scale that a student is fixed at; None is its own.
         guidance_2: that of the second of two transformers.
@@ -115,7 +116,7 @@ def export_model(
 
     Raises:
         UserError: the model embeds r, half of it is distilled, its grid is one that no scheduler of diffusers' own
-            makes, its original names are not known, or the place cannot be written.
+            makes, its original names are not known, or the place is taken or cannot be written.
     """
     target = Path(target)
     _check_target(target)
