@@ -107,6 +107,8 @@ def test_errors_about_other_files_pass(tmp_path):
         Path("/nowhere/at/all").read_text()
     with pytest.raises(OSError, match="Bad file"), atomic_path(tmp_path / "here" / "a.txt"):
         failing(errno.EBADF)()
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "here"):
+        (tmp_path / "beside" / "run.json").read_text()
     assert list(tmp_path.iterdir()) == []
 
 

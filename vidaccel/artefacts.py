@@ -413,8 +413,12 @@ def _errno(error: Exception) -> int | None:
 
 
 def _is_about(error: Exception, target: Path) -> bool:
+    """Whether it names the target, what is written on the way to it, or a folder that it is to lie in."""
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return False
     path = _absolute(name)
-    return path.is_relative_to(target.parent) or target.is_relative_to(path)
+    if not path.is_relative_to(target.parent) or path == target.parent:
+        return target.is_relative_to(path)
+    beside = path.relative_to(target.parent).parts[0]
+    return beside == target.name or beside.startswith((".", f"{target.name}."))
