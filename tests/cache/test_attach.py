@@ -15,6 +15,7 @@ import vidaccel
 from tests.students import for_diffusers, student
 from tests.tiny import ONE_DENOISER, called, calls_of_a_step, guided, tiny_pipeline
 from vidaccel.cache.attach import attach
+from vidaccel.cache.attachment import Attachment
 from vidaccel.cache.schedule import Schedule, write_schedules
 from vidaccel.cache.trunk import Mode, Trunk
 from vidaccel.errors import UserError
@@ -22,6 +23,7 @@ from vidaccel.families.fused import FusedBlock
 from vidaccel.families.registry import FAMILIES as FAMILY_RECORDS
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.forecasters.learned import Predictor, new_predictor
+from vidaccel.forecasters.multistep import FittedList, Multistep, MultistepConfig
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.grid import Grid, GridScheduler
@@ -357,7 +359,13 @@ def test_a_predictor_on_another_grid_is_refused_unless_forced_or_searched(gridde
     pipe.scheduler = type(own).from_config(own.config, shift=2.0)
     with pytest.raises(UserError, match="for the grid of shift 5, and the pipeline is on that of shift 2"):
         vidaccel.attach(pipe, **listed)
-    pipe.scheduler = own
+    numbers = (1.0, 0.0, 0.0, 0.0)
+    on_top = FittedList((0, 2), {1: numbers, 3: (*numbers, 0.0, 0.0)}, STEPS, shift=5.0, network=True)
+    predictor.scalars = Multistep(MultistepConfig(predictor.config.family, "f" * 64, (1.0, 8.0), True, (on_top,)))
+    with vidaccel.attach(pipe, **listed, force=True) as attachment:  # where nothing was fitted on top of it
+        call(pipe)
+    assert attachment.predicted_passes == 4 and isinstance(attachment, Attachment)
+    predictor.scalars, pipe.scheduler = None, own
 
 
 def test_a_schedule_of_a_shift_is_refused_on_times_that_are_not_its_own(gridded):

@@ -79,7 +79,7 @@ def attach(
             fitted to another student or other guidance; their grid and full steps cannot be forced.
 
     A trained predictor is served under the scalars that were fitted on top of it where they have its full steps; where
-    they have not, it serves alone.
+    they have not, or not on the grid that it is forced onto, it serves alone.
 
     Returns:
         What takes it off again: by `detach()` or at the end of a `with` block. The pipeline is then as it was.
@@ -143,7 +143,7 @@ def _attached(
     scalars = None
     if isinstance(forecaster, Predictor):
         scalars = forecaster.scalars
-        if scalars is not None and _fitted(scalars, chosen, pipe, family) is None:
+        if scalars is not None and _fitted(scalars, chosen, pipe, family, elsewhere=not force) is None:
             scalars = None
         if forecaster is not predictor:
             forecaster.run_like(*denoisers_of(pipe, family)).to(execution_device(pipe))
@@ -254,15 +254,19 @@ def _under_scalars(
     return WholePass(pipe, family, scalars, check_grid, check_guidance, multistep.config.two_pass, network)
 
 
-def _fitted(multistep: Multistep, chosen: Schedule, pipe: DiffusionPipeline, family: DiTFamily) -> FittedList | None:
-    """The numbers for these full steps, if there are some: on the schedule's grid, else on the pipeline's, else on
-    another, which the refusal then names."""
+def _fitted(
+    multistep: Multistep, chosen: Schedule, pipe: DiffusionPipeline, family: DiTFamily, elsewhere: bool = True
+) -> FittedList | None:
+    """The numbers for these full steps, if there are some: on the schedule's grid, else on the pipeline's, else, if
+    `elsewhere`, on another, which the refusal then names."""
     times = chosen.times or pipe.scheduler.config.get("times")
     shift = shift_of(pipe.scheduler, family)
     if times is None and shift is not None:
         times = Grid.shifted(chosen.steps, shift).times
     found = multistep.find(chosen.full_steps, chosen.steps, times)
-    return multistep.find(chosen.full_steps, chosen.steps) if found is None and chosen.times is None else found
+    if found is None and elsewhere and chosen.times is None:
+        return multistep.find(chosen.full_steps, chosen.steps)
+    return found
 
 
 def _forecaster(
