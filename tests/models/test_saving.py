@@ -21,6 +21,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.files import read_model
 from vidaccel.models.folder import safetensors_header
+from vidaccel.models.grid import Grid, running_grid
 from vidaccel.models.loading import load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -132,6 +133,18 @@ def test_the_transformer_is_told_the_grid(students):
     r = torch.stack([numbers["r"] for numbers in seen])
     torch.testing.assert_close(r, torch.tensor([[2 / 3] * 2, [0.0] * 2, [1.0] * 2, [2 / 3] * 2]))
     assert all(numbers["g"].tolist() == [4.0, 4.0] for numbers in seen)
+
+
+def test_a_student_of_a_model_with_listed_times_is_on_the_grid_it_was_made_for(tmp_path):
+    folder = save_teacher(tmp_path / "teacher", "wan")
+    run = json.loads((folder / RUN_FILE).read_text())
+    run["call"] |= {"timesteps": [1000, 757, 522]}
+    (folder / RUN_FILE).write_text(json.dumps(run))
+    teacher = load_pipeline(folder)
+    assert teacher.default("steps") == 3
+    loaded = load_pipeline(save(tmp_path / "student", teacher, trained(teacher)))
+    loaded.pipe.scheduler.set_timesteps(loaded.default("steps"))
+    assert running_grid(loaded.pipe.scheduler, loaded.family) == Grid.shifted(4, 2.0)
 
 
 def test_a_hooked_transformer_is_not_copied_unawares(students):

@@ -98,7 +98,8 @@ def save_student(
             conditioning.save_pretrained(draft / conditioning_name(teacher.family.denoisers[0].attribute))
         scheduler = SCHEDULER(shift=shift, invert_sigmas=teacher.family.rises)
         scheduler.save_pretrained(draft / "scheduler")
-        call = teacher.call | {"steps": steps, "shift": shift, "two_pass": False} | _scales(teacher, guidance)
+        kept = {name: value for name, value in teacher.call.items() if name not in ("timesteps", "sigmas")}
+        call = kept | {"steps": steps, "shift": shift, "two_pass": False} | _scales(teacher, guidance)
         source = str(config.get("teacher", teacher.source))
         card = student_card(
             teacher.family,
