@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vidaccel.cache.attach import attach
+from vidaccel.cache.attach import attach, named_predictor
 from vidaccel.cache.attachment import Attachment
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
@@ -100,17 +100,26 @@ def too_small(pass_seconds: float) -> str:
     return f"no gain here: full passes take {pass_seconds:.2g} s, and the others as long"
 
 
+def check_predictor(config: GenerateConfig) -> None:
+    """`UserError` for what shows before a model is loaded: a predictor that is not there, or full steps without
+    anything to take the place of the others."""
+    if config.predictor is not None:
+        named_predictor(config.predictor)
+        return
+    for key in SCHEDULED_BY:
+        if getattr(config, key) is not None:
+            raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
+
+
 @contextmanager
 def predicted_steps(loaded: LoadedPipeline, config: GenerateConfig) -> Iterator[Attachment | WholePass | None]:
     """The pipeline with the predictor that `config` names, for the time of a `with` block; as it is, if it names none.
 
     Raises:
-        UserError: as `attach` does, or full steps came without anything to take the place of the others.
+        UserError: as `attach` and `check_predictor` do.
     """
+    check_predictor(config)
     if config.predictor is None:
-        for key in SCHEDULED_BY:
-            if getattr(config, key) is not None:
-                raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
         yield None
         return
     steps = loaded.default("steps") if config.steps is None else config.steps

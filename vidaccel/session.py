@@ -32,7 +32,7 @@ from vidaccel.prompts import check_prompts
 from vidaccel.runtime import prepare as runtime
 from vidaccel.runtime.context_parallel import check_split, check_tokens, neighbours, split
 from vidaccel.runtime.offload import check_offload, offload
-from vidaccel.sampling import Generated, generate, predicted_steps, warn_of_unknown_words
+from vidaccel.sampling import Generated, check_predictor, generate, predicted_steps, warn_of_unknown_words
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def session(
     """
     started = time.perf_counter()
     target = resolve_device(device)
+    check_predictor(config)
     runtime.check(config, target)
     check_offload(config.offload, target, config.compile)
     files = read_model(config.model, config.student)
@@ -117,6 +118,10 @@ def session(
     loaded = load_pipeline(
         files, device=device, dtype=config.dtype, lora=config.lora or (), placed=placed, decoder=config.decoder
     )
+    if config.instantaneous and not any(each.hook and each.hook.tells_end for each in (loaded, *loaded.further)):
+        raise UserError(
+            f"instantaneous=true is for a student of mean velocities, and {loaded.source} is told no r", "leave it out"
+        )
     ran = runtime.prepare(loaded, config, target)
     if whole and not placed:
         loaded.pipe.to(target)

@@ -142,6 +142,7 @@ def test_predicted_steps_are_counted_and_said(students):
         (["predictor=reuse", "full_steps=[1,2]"], "does not start at 0"),
         (["predictor=reuse", "full_steps=[0,4]"], "there are 4 steps"),
         (["predictor=nowhere", "full_steps=[0]"], "there is no folder nowhere"),
+        (["predictor="], "there is no folder"),
     ],
 )
 def test_predicted_steps_that_cannot_be_meant(students, words, message):
@@ -149,6 +150,26 @@ def test_predicted_steps_that_cannot_be_meant(students, words, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert not Path("out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["every=2"], "every=2 without a predictor"),
+        (["predictor=nowhere", "every=2"], "there is no folder nowhere"),
+        (["guidance=0.5"], "guidance=0.5 is not possible"),
+        (["guidance=nan"], "guidance=nan is not possible"),
+    ],
+)
+def test_what_no_model_can_follow_is_said_before_one_is_loaded(students, monkeypatch, words, message):
+    monkeypatch.setattr("vidaccel.session.load_pipeline", None)
+    result = run("a red circle", f"model={students['student']}", *words)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_r_is_set_to_t_only_of_what_is_told_it(students):
+    result = run("a red circle", f"model={students['student'].parent / 'teacher'}", "instantaneous=true")
+    assert result.exit_code == 2 and "is told no r" in result.stderr and not Path("out.mp4").exists()
 
 
 def test_a_shipped_student_takes_one_yaml(students, monkeypatch):

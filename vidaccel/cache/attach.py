@@ -103,6 +103,18 @@ def attach(
     return attachment
 
 
+def named_predictor(name: str | Path) -> str | Path:
+    """What `attach` takes a predictor's name for: a forecaster of that name, else the path of a folder or file;
+    `UserError` where nothing is there."""
+    if name in attachable():
+        return name
+    path = local_path(name)
+    if not name or not path.exists():
+        hint = f"a predictor is a folder, a released file of weights, or one of: {', '.join(attachable())}"
+        raise UserError(f"there is no folder {name}", f"{hint}; nothing is downloaded")
+    return path
+
+
 def _attached(
     pipe: DiffusionPipeline,
     loaded: LoadedPipeline | None,
@@ -114,11 +126,8 @@ def _attached(
     """What `attach` gives, on the grid that the pipeline has; `which` are its arguments that say the full steps."""
     check_pipeline(pipe, family)
     require_free(pipe, family)
-    if isinstance(predictor, str | Path) and predictor not in attachable():
-        predictor = local_path(predictor)
-        if not predictor.exists():
-            hint = f"a predictor is a folder, a released file of weights, or one of: {', '.join(attachable())}"
-            raise UserError(f"there is no folder {predictor}", f"{hint}; nothing is downloaded")
+    if isinstance(predictor, str | Path):
+        predictor = named_predictor(predictor)
     forecaster = _forecaster(predictor, pipe, family)
     if isinstance(forecaster, Multistep | Predictor):  # whose they are, before which steps they are for
         named = isinstance(forecaster, Multistep) or forecaster.config.student is not None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidaccel.config.checks import DTYPES, expand_paths, require, require_seed, settle_times
+from vidaccel.config.checks import DTYPES, expand_paths, require, require_scales, require_seed, settle_times
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.config.runtime import RuntimeConfig
 
@@ -78,8 +78,7 @@ class GenerateConfig(RuntimeConfig):
         super().__post_init__()
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         require_seed(self)
-        g = self.guidance_2
-        require(g is None or 1 <= g < math.inf, "guidance_2", g, "is a number from 1 up")
+        require_scales(self)
         settle_times(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")

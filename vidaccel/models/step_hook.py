@@ -46,6 +46,12 @@ class StepHook(ModelHook):
         """Whether it tells the model its scale."""
         return self._conditioning is not None and "g" in self._conditioning.config.embeds
 
+    @property
+    def tells_end(self) -> bool:
+        """Whether it tells the model where a step ends."""
+        conditioned = self._conditioning is not None and "r" in self._conditioning.config.embeds
+        return conditioned or self._r_argument is not None
+
     def remove(self) -> None:
         HookRegistry.check_if_exists_or_initialize(self._transformer).remove_hook(NAME, recurse=False)
 
