@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.checks import PATHS
+from vidaccel.config.collect import CollectConfig
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.explained import meanings
 from vidaccel.config.generate import GenerateConfig
@@ -336,6 +337,13 @@ def test_a_value_that_does_not_fit_in_a_group_names_its_path():
         sprites("teacher.train.steps=abc")
     with pytest.raises(UserError, match=r"^autoencoder\.block_out_channels\[1\]: Value 'a'"):
         sprites("autoencoder.block_out_channels=[1, a]")
+
+
+@pytest.mark.parametrize("word", ["steps=7", "shift=3", "timesteps=[1000,500]", "sigmas=[1,0.5]", "guidance_2=3"])
+def test_what_only_trajectories_have_is_not_said_of_encoded_clips(word):
+    with pytest.raises(UserError, match=r"is not possible\nhint: .* goes with kind=trajectory"):
+        load("collect-features", CollectConfig, "clips", [word])
+    load("collect-features", CollectConfig, "clips", [word, "kind=trajectory"])
 
 
 @pytest.mark.parametrize(

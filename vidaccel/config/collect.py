@@ -79,7 +79,9 @@ class CollectConfig:
         expand_paths(self)
         kinds = ("encoded", "trajectory")
         require(self.kind in kinds, "kind", self.kind, f"is {' or '.join(kinds)}")
-        require(not self.cache or self.kind == "trajectory", "cache", self.cache, "goes with kind=trajectory")
+        for key in ("cache", "steps", "shift", "timesteps", "sigmas", "guidance_2"):
+            value = getattr(self, key)
+            require(value in (None, False) or self.kind == "trajectory", key, value, "goes with kind=trajectory")
         require(bool(self.model.strip()), "model", self.model, "must name a model")
         require_sizes(self, self.kind == "encoded" and self.data is not None, "data= and kind=encoded")
         for key in ("clips", "batch_size", "per_shard"):
