@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from tests.students import save, save_teacher, trained
 from tests.tiny import FLOW, TEXT_TO_VIDEO
 from vidaccel.api import generate
+from vidaccel.artefacts import RUN_FILE
 from vidaccel.cli.main import app
+from vidaccel.comparison import full_way
+from vidaccel.config.generate import GenerateConfig
 from vidaccel.models.loading import load_pipeline
 from vidaccel.sampling import too_small
 
@@ -99,6 +102,14 @@ def test_a_model_that_is_named_takes_the_place_of_the_teacher():
     assert "hint: name the model that it stands in for: compare_to=MODEL" in lost.stderr
     made = json.loads(run("model=student", "--compare", "compare_to=moved", "--json").stdout)
     assert made["compared"]["model"] == "moved"
+
+
+def test_a_released_student_is_held_against_its_base_model_as_it_is():
+    """LoRA files that are in that model's weights already, as an export says of them, are not added once more."""
+    file = save_teacher(Path("model"), "hunyuan_video") / RUN_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": {"lora": ["style.safetensors:0.5"]}}))
+    full = full_way(GenerateConfig(model="model", student="released.safetensors", lora=["fast.safetensors"]))
+    assert (full.model, full.student, full.lora) == ("model", None, None)
 
 
 @pytest.mark.parametrize(

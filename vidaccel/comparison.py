@@ -34,6 +34,7 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
         config, **stock, **dict.fromkeys(SCHEDULED_BY), predictor=None, decoder=None, force=False, compare_to=None
     )
     came_from = [config.compare_to] if config.compare_to else teachers(config.model, HINT)
+    lora = None if config.compare_to else lora_of_root(config.model, came_from)
     if config.student and not came_from:  # released weights are of the model whose place they take
         came_from = [config.model]
     if came_from:
@@ -41,7 +42,7 @@ def full_way(config: GenerateConfig) -> GenerateConfig:
         return replace(
             plain,
             model=came_from[-1],
-            lora=None if config.compare_to else lora_of_root(config.model, came_from),
+            lora=lora,
             student=None,
             **dict.fromkeys(("steps", "shift", "timesteps", "sigmas", "two_pass", "negative_prompt")),
             instantaneous=False,
