@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vidaccel.cache.attach import attach, named_predictor
 from vidaccel.cache.attachment import Attachment
+from vidaccel.cache.schedule import read_schedules
 from vidaccel.cache.whole_pass import WholePass
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.errors import UserError
@@ -101,10 +102,12 @@ def too_small(pass_seconds: float) -> str:
 
 
 def check_predictor(config: GenerateConfig) -> None:
-    """`UserError` for what shows before a model is loaded: a predictor that is not there, or full steps without
-    anything to take the place of the others."""
+    """`UserError` for what shows before a model is loaded: a predictor or a file of schedules that is not there, or
+    full steps without anything to take the place of the others."""
     if config.predictor is not None:
         named_predictor(config.predictor)
+        if config.schedule is not None:
+            read_schedules(config.schedule)
         return
     for key in SCHEDULED_BY:
         if getattr(config, key) is not None:

@@ -157,6 +157,8 @@ def test_predicted_steps_that_cannot_be_meant(students, words, message):
     [
         (["every=2"], "every=2 without a predictor"),
         (["predictor=nowhere", "every=2"], "there is no folder nowhere"),
+        (["predictor=reuse", "schedule=nowhere.json"], "nowhere.json cannot be read"),
+        (["predictor=reuse", "every=0"], "every=0 is not possible"),
         (["guidance=0.5"], "guidance=0.5 is not possible"),
         (["guidance=nan"], "guidance=nan is not possible"),
     ],

@@ -80,7 +80,9 @@ class GenerateConfig(RuntimeConfig):
         require_seed(self)
         require_scales(self)
         settle_times(self)
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        for key in ("steps", "every", "budget"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "must be at least 1")
         require(self.shift is None or 0 < self.shift < math.inf, "shift", self.shift, "must be above 0 and finite")
         ways = ("none", "group", "model", "sequential")
         require(self.offload in ways, "offload", self.offload, f"is one of {', '.join(ways)}")
