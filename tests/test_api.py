@@ -208,6 +208,8 @@ def test_plan(schema):
 
 
 def test_errors_are_a_users():
+    with pytest.raises(UserError, match="compare_to=sprites/teacher is for .*--compare"):
+        vidaccel.generate("a red circle", compare_to="sprites/teacher")
     for wrong in (
         lambda: vidaccel.generate("a red circle", model="nowhere/at-all"),
         lambda: vidaccel.generate("a red circle", device="gpu7"),

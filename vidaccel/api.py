@@ -75,6 +75,8 @@ def generate(
     if config is None:
         config = default_conf(overrides)
     settings = settings_of("generate", config, dict.fromkeys(withdrawn(overrides)) | overrides)
+    if settings.compare_to is not None:
+        raise UserError(f"compare_to={settings.compare_to} is for `vidaccel generate --compare`", "leave it out")
     images: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
     together = processes() if settings.parallel.devices > 1 else nullcontext()
     with together, session(settings, device, images=images) as ready:
