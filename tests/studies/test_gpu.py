@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from studies.gpu import items, run
+from studies.gpu import items, run, summary
 from studies.gpu.measure import Rows, read_rows
 from studies.gpu.targets import targets
 
@@ -186,3 +186,29 @@ def test_the_whole_run_writes_one_file(tmp_path, monkeypatch):
     assert report["rows"][0]["counts"]["passed"] >= 4
     assert not [row for row in report["rows"] if "error" in row]
     check([row for row in report["rows"] if row["item"] == "training"], "training")
+
+
+def test_the_table_in_the_docs_is_that_of_the_reports():
+    table = summary.markdown(2.5)
+    assert "| 4 full of 8, fp8 | H200 |" in table and "| 50 steps of two passes | H100 | 1031 |" in table
+    assert table in (run.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_video_is_its_passes_and_its_decoding():
+    size = {"tokens": 60}
+    rows = [
+        row("composed samplers", "eager", size, seconds_composed={summary.BASELINE: 100.0}),
+        row("full pass", "eager", size, peak_bytes=3 * 2**30),
+        row("decode", "stock tiles", size, seconds=20.0, peak_bytes=2**30),
+        row("composed samplers", FUSED, size, seconds_composed={"8 full of 20": 7.0}),
+        row("full pass", FUSED, size, peak_bytes=3 * 2**30) | {"item": "fp8"},
+        row("full pass", FUSED, size, peak_bytes=5 * 2**30),
+        row("decode", "once", size, seconds=5.0, peak_bytes=4 * 2**30),
+        row("decode", "once", {"tokens": 6}, seconds=1.0, peak_bytes=1),
+    ]
+    report = {"machine": {"device": "NVIDIA H100 80GB HBM3"}, "rows": rows}
+    with_decoding = [*summary.videos(report, 3.0)]
+    assert with_decoding[0] == ("50 steps of two passes", "H100", "100", "20", "120", "1.0", "3.0", "0.100")
+    assert with_decoding[1] == ("8 full of 20", "H100", "7", "5", "12", "10.0", "4.0", "0.010")
+    report["rows"] = [each for each in rows if each["name"] != "decode"]
+    assert [*summary.videos(report, 3.0)][1] == ("8 full of 20", "H100", "7", "", "", "", "3.0", "")

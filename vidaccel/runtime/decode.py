@@ -10,8 +10,8 @@
     auto   whole where that fits, else tiled; on a CPU, and where somebody has enabled tiling, the autoencoder is left
            as it is
 
-What a way needs is read off a run of the same autoencoder on the meta device, where tensors have sizes alone. `auto` and
-`once` keep below `LARGEST` on a CUDA device, which HunyuanVideo's 704 x 704 whole in space is above.
+What a way needs is read off a run of the same autoencoder on the meta device, where tensors have sizes alone. `auto`
+and `once` keep below `LARGEST` on a CUDA device, which HunyuanVideo's 704 x 704 whole in space is above.
 """
 
 import logging
