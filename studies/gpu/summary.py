@@ -1,4 +1,4 @@
-"""What a video of HunyuanVideo's full size takes from noise to frames on each card that was measured, and what it costs,
+"""What a video of HunyuanVideo's full size takes from noise to frames on each card that was measured, and its cost
 as a table for docs/results.md: `python -m studies.gpu.summary [--price 2.5]`.
 
 Denoising is composed of timed passes, decoding is added; text encoders, which take well under a second, are left out.
