@@ -1,5 +1,6 @@
 """Triton reads TRITON_INTERPRET when it is first imported, and diffusers imports it: so it is set before all tests."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+gc.disable()  # until all is imported and collected: hardly any of it is ever garbage
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +24,14 @@ LONGEST = ("test_own_model.py", "test_distill.py", "test_accelerate.py", "test_c
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: at the end, one would keep one process busy while the others wait."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What there is now, half a million objects, stays: the garbage collector would go through it all again each time,
+    for a twentieth of the suite's time."""
+    gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

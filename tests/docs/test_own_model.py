@@ -1,4 +1,4 @@
-"""README's way of a model of one's own, command by command, from a plain folder and clips, for every family.
+"""README's way of a model of one's own, command by command, from a plain folder and clips.
 
 At default settings, but for the number of steps of trainings and of the student, the size of the videos and how often
 times are taken; for families but one, of the steps of full and cfg-distilled-50 too.
@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.docs.pages import ROOT, blocks
-from tests.tiny import FLOW, SIZE, tiny_pipeline
+from tests.tiny import SIZE, tiny_pipeline
 from vidaccel.cli.main import app
 from vidaccel.data.clips import write_clips
 from vidaccel.models.loading import load_pipeline
@@ -38,6 +38,10 @@ FEWER_STEPS = [
     "methods.cfg-distilled-50.steps=6",
 ]
 CHEAPEST = "ltx_video"
+FAMILIES = (CHEAPEST, "hunyuan_video_15")
+"""One stream and two; guidance by an argument of the call and by a guider; with nothing beside the text, and with more.
+Wan goes the same way in test_accelerate.py, HunyuanVideo in tests/bench/test_own_model.py, and what the commands are
+made of is tried of every family in tests/families/test_every_family.py."""
 
 
 def the_way() -> list[str]:
@@ -55,7 +59,7 @@ def test_it_is_eight_lines():
     assert done == [*trained, "generate", "generate", "benchmark", "tar"]
 
 
-@pytest.mark.parametrize("family", FLOW)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_command_of_it_runs(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = 50 if family == CHEAPEST else 6

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -108,20 +109,32 @@ def _changes(words: Sequence[str], where: str) -> dict[str, Any]:
 
 def _composed(command: str | Path, path: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the YAML file says with the overrides, in Hydra's grammar; nothing is checked yet."""
+    folder = _folder(command)
+    settings = deepcopy(_shipped(folder, path)) if path.is_relative_to(folder) else _read(folder, path)
+    return _merged(settings, _changes(words, path.name)) if words else settings
+
+
+@cache
+def _shipped(folder: Path, path: Path) -> dict[str, Any]:
+    """As `_read`, of a file in the folder of shipped ones, all of which stay as they are: once a process."""
+    return _read(folder, path)
+
+
+def _read(folder: Path, path: Path) -> dict[str, Any]:
+    """What the YAML file says, with those that it builds on, beside it or in the folder of shipped ones."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
-    shipped = quoted(f"file://{_folder(command)}")
+    shipped = quoted(f"file://{folder}")
     try:
         with _explained(path.name), initialize_config_dir(str(path.parent), version_base=None):
             chosen = compose(path.stem, [f"hydra.searchpath=[{shipped}]"])
-            settings = cast("dict[str, Any]", OmegaConf.to_container(chosen))
+            return cast("dict[str, Any]", OmegaConf.to_container(chosen))
     except RecursionError:
         raise UserError(f"{path} builds on itself", "give it another name than what its defaults list") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend that line") from error
-    return _merged(settings, _changes(words, path.name)) if words else settings
 
 
 @contextmanager
@@ -210,7 +223,7 @@ def to_yaml(config: Any) -> str:
     """The settings as YAML text that `--conf` would accept."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
