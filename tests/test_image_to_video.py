@@ -122,7 +122,7 @@ def test_sheets_and_students_begin_with_images(chain):
 def test_predictors_learn_and_are_searched_and_served(chain, tmp_path):
     settings = {"student": str(chain / "student"), "features": str(chain / "features"), "search_prompts": 1}
     settings |= {"mse": TRAIN, "adversarial": replace(TRAIN, steps=0), "checked_prompts": 1}
-    small = PredictorConfig(**settings, clips=2, blocks=1, pairs="trajectory")
+    small = PredictorConfig(**settings, clips=2, blocks=1, pairs="trajectory", runs=5, tried=1)
     vidaccel.train_predictor(small, tmp_path / "trajectory", device="cpu")
     assert "image" in ShardFolder(tmp_path / "trajectory" / "trajectories", "trajectory")[0][0]
     vidaccel.train_predictor(replace(small, pairs="served"), tmp_path / "served", device="cpu")

@@ -40,8 +40,8 @@ def rows() -> dict[str, dict]:
 def test_what_can_be_had_without_training(family):
     """Nothing is said of the model but where it is; it is made for 6 steps of 5 frames of 32 x 32.
 
-    Of the family that is the configuration's own, of one that predicts v and of one whose caches nothing else runs: those
-    of the others are tried in baselines/test_baselines.py, and tests/docs brings their models here.
+    Of the family that is the configuration's own, of one that predicts v, and of one whose caches nothing else runs:
+    those of the others are tried in baselines/test_baselines.py, and tests/docs brings their models here.
     """
     save_teacher(Path("mine"), family)
     result = run(*QUICK, "model=mine", "scored_prompts=1")

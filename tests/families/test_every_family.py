@@ -39,7 +39,15 @@ from vidaccel.train.predictor.task import task_of
 
 CAPTIONS = ("a red circle", "a blue square")
 SHIFT = 3.0
-TRAIN = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0, "save_every": 9, "log_every": 1}
+TRAIN = {
+    "steps": 1,
+    "batch_size": 2,
+    "accumulate": 1,
+    "learning_rate": 1e-3,
+    "warmup": 0,
+    "save_every": 9,
+    "log_every": 1,
+}
 PAGE = Path(vidaccel.__file__).parents[1] / "docs" / "families.md"
 
 

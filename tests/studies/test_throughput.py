@@ -15,7 +15,8 @@ def test_the_rate_is_of_the_second_half(tmp_path):
     assert rate_of(file) == pytest.approx(2.0)
 
 
-def test_it_measures_all_stages_on_a_cpu(tmp_path):
+def test_it_measures_all_stages_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "LISTS", throughput.LISTS[:1])  # whose arithmetic alone is a third of it
     words = ["--batch", "1", "--steps", "4", "--scenes", "2", "--device", "cpu", "-o", str(tmp_path / "rates.json")]
     result = CliRunner().invoke(throughput.app, words)
     assert result.exit_code == 0, result.output

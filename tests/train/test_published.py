@@ -10,7 +10,7 @@ from vidaccel.cli.main import app
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.loading import load_pipeline
 
-FEW = ["train.steps=2", "train.batch_size=2", "train.sample_every=0", "train.log_every=1", "clips=4"]
+FEW = ["train.steps=2", "train.batch_size=1", "train.sample_every=0", "train.log_every=1", "clips=4"]
 """Of distillation."""
 
 

@@ -27,7 +27,14 @@ from vidaccel.train.methods.decoder.data import Lessons, StoredLatents, excerpt
 from vidaccel.train.methods.decoder.method import _latents
 
 STEPS = 24
-SMALL = ["train.batch_size=2", "train.learning_rate=0.003", "train.warmup=0", "train.ema_decay=0", "train.log_every=1"]
+SMALL = [
+    "train.batch_size=4",
+    "train.accumulate=2",
+    "train.learning_rate=0.003",
+    "train.warmup=0",
+    "train.ema_decay=0",
+    "train.log_every=1",
+]
 SMALL += ["train.evaluate_every=12", "train.sample_every=24", "train.save_every=12", "decoder.width=0.5"]
 
 
@@ -91,7 +98,7 @@ def test_it_learns_the_teachers_frames(world, made):
 
 def test_a_run_that_was_stopped_ends_in_the_same_weights(world, made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Lessons, "draw", _stopping_after(12, Lessons.draw))
+        patch.setattr(Lessons, "draw", _stopping_after(2 * 13, Lessons.draw))  # one step after a checkpoint
         CliRunner().invoke(app, [*_words(world, tmp_path / "again")])
     assert not (tmp_path / "again" / WEIGHTS_FILE).exists()
     distill(*world, tmp_path / "again")
