@@ -5,6 +5,7 @@ or attribute of `self`), unless it is one of the classes that ours inherit from:
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,14 +88,20 @@ def uses(tree: ast.AST, ours: set[str]) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, part) for part in parts if is_private(part) and part not in ours | PUBLIC.keys())
 
 
-TREES = {file: ast.parse(file.read_text()) for file in FILES}
-DEFINED = {file: defined(tree) for file, tree in TREES.items()}
-OURS = set().union(*DEFINED.values()) - THEIRS
+@functools.cache
+def trees() -> dict[Path, ast.AST]:
+    """Of all files; when they are first asked for, not where tests are merely collected."""
+    return {file: ast.parse(file.read_text()) for file in FILES}
+
+
+@functools.cache
+def ours() -> set[str]:
+    return set().union(*map(defined, trees().values())) - THEIRS
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_private_names_of_other_libraries_are_used_in_compat_alone(file):
-    assert list(uses(TREES[file], OURS)) == []
+    assert list(uses(trees()[file], ours())) == []
 
 
 @pytest.mark.parametrize(
@@ -123,5 +130,5 @@ def test_the_check_itself(source, found):
 
 
 def test_no_exception_outlives_its_use():
-    used = {name for tree in TREES.values() for node in ast.walk(tree) for name in mentioned(node)}
+    used = {name for tree in trees().values() for node in ast.walk(tree) for name in mentioned(node)}
     assert PUBLIC.keys() - used == set()
