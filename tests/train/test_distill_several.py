@@ -37,6 +37,8 @@ from vidaccel.train.predictor.task import task_of
 
 CONDITIONINGS = "conditioning", "conditioning_2"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MANY = TRAIN | {"batch_size": 16, "accumulate": 1}
+"""Enough times drawn in two passes to be looked at."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def made(tmp_path_factory):
                 return drawn
 
             patch.setattr(Distillation, "draw", noted)
-            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": TRAIN}
+            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": MANY}
             vidaccel.distill("cfg", folder / output, teacher=str(folder / source), denoiser=name, **settings)
     return folder, {name: torch.cat(drawn) for name, drawn in times.items()}
 
@@ -151,7 +153,7 @@ def few(made):
                 return Interval(x, t, r, *more)
 
             patch.setattr("vidaccel.train.methods.mean_velocity.method.Interval", noted)
-            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": TRAIN}
+            settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": MANY}
             settings |= {"method": "mean_velocity", "denoiser": name, "teacher": str(folder / source)}
             vidaccel.distill("cfg", folder / output, **settings)
     return folder, {name: torch.cat(drawn, 1) for name, drawn in times.items()}
