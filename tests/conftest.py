@@ -18,12 +18,15 @@ from tests.students import save_teacher  # noqa: E402
 from tests.tiny import tiny_pipeline  # noqa: E402
 from vidaccel.models.loading import LoadedPipeline, load_pipeline  # noqa: E402
 
-LONGEST = ("test_own_model.py", "test_distill.py", "test_accelerate.py", "test_commands.py", "test_training.py")
+LONGEST = (
+    "own_model accelerate fuzz gpu runner distill training every_family parallel trainer shipped detect make".split()
+)
+LONGEST += ["throughput", "published", "config", "commands"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: at the end, one would keep one process busy while the others wait."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
