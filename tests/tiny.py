@@ -27,6 +27,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
@@ -41,6 +42,8 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -63,6 +66,8 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma2Config,
+    Gemma2Model,
     LlamaConfig,
     LlamaModel,
     LlavaConfig,
@@ -160,6 +165,7 @@ CALLS = {
     "hunyuan_video_i2v": SHORT,
     "ltx2": SHORT,
     "mochi": {"max_sequence_length": 5},
+    "sana_video": SHORT,
     "skyreels_v2": SHORT,
 }
 """What a tiny pipeline has to be called with, for families that need anything."""
@@ -184,7 +190,8 @@ def guided(pipe: DiffusionPipeline, scale: float, prompt: str | list[str] = "") 
 def called(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a call of a tiny pipeline says of the video, where it takes that: its size, the image it begins with."""
     known = inspect.signature(type(pipe).__call__).parameters
-    return {name: value for name, value in (SIZE | {"image": Image.fromarray(IMAGE)}).items() if name in known}
+    said = SIZE | {family_of(pipe).frames_argument: SIZE["num_frames"], "image": Image.fromarray(IMAGE)}
+    return {name: value for name, value in said.items() if name in known}
 
 
 def as_given(family: DiTFamily, latents: torch.Tensor) -> torch.Tensor:
@@ -650,6 +657,41 @@ def mochi() -> DiffusionPipeline:
     )
 
 
+def sana_video() -> DiffusionPipeline:
+    width, latent = 24, 4
+    return SanaVideoPipeline(
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(VOCABULARY),
+                hidden_size=width,
+                intermediate_size=width,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        ),
+        tokenizer=word_tokenizer(max_length=512),
+        transformer=SanaVideoTransformer3DModel(
+            in_channels=latent,
+            out_channels=latent,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=width,
+            rope_max_seq_len=32,
+        ),
+        vae=wan().vae,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+    )
+
+
 def skyreels_v2() -> DiffusionPipeline:
     parts = wan().components
     parts["transformer"] = SkyReelsV2Transformer3DModel.from_config(parts["transformer"].config)
@@ -677,6 +719,7 @@ BUILDERS = {
     "ltx2": ltx2,
     "ltx_video": ltx_video,
     "mochi": mochi,
+    "sana_video": sana_video,
     "skyreels_v2": skyreels_v2,
     "skyreels_v2_i2v": skyreels_v2_i2v,
     "wan": wan,
@@ -691,6 +734,7 @@ VARIED = {
     "hunyuan_video_i2v",
     "ltx2",
     "mochi",
+    "sana_video",
     "skyreels_v2",
     "skyreels_v2_i2v",
     "wan_vace",

@@ -180,20 +180,20 @@ def runs_predicted_steps(model: Model) -> None:
 
 def reuses_exactly(model: Model) -> None:
     """On the same input, reuse gives what the trunk gave: embedders and head are those of the model."""
-    passes: dict[torch.nn.Module, dict[str, Any]] = {}
+    passes: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
     hook = partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
     transformers = denoisers_of(model.loaded.pipe, model.family)
-    hooks = [hook(each, lambda module, args, kwargs: passes.update({module: kwargs})) for each in transformers]
+    hooks = [hook(each, lambda module, *given: passes.update({module: given})) for each in transformers]
     latents(model.loaded)
     for each in hooks:
         each.remove()
     assert list(passes) == transformers
-    for transformer, given in passes.items():
+    for transformer, (args, kwargs) in passes.items():
         with torch.no_grad(), Trunk(transformer, model.family) as trunk:
             with trunk.full(0.5):
-                full = transformer(**given)[0]
+                full = transformer(*args, **kwargs)[0]
             with trunk.predicted(Reuse(), 0.5):
-                assert torch.equal(transformer(**given)[0], full)
+                assert torch.equal(transformer(*args, **kwargs)[0], full)
 
 
 def collects(model: Model) -> None:

@@ -254,7 +254,11 @@ def test_text_tensors_are_what_encode_prompt_gives_and_the_transformer_takes(fam
     given = []
     hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
     # Wan's encode_prompt has another default length than its call
-    length = {"max_sequence_length": 16} if "max_sequence_length" in signature(pipe.encode_prompt).parameters else {}
+    length: dict = (
+        {"max_sequence_length": 16} if "max_sequence_length" in signature(pipe.encode_prompt).parameters else {}
+    )
+    if "complex_human_instruction" in signature(pipe.encode_prompt).parameters:  # which the call alone has by default
+        length["complex_human_instruction"] = ["a circle and"]
     generate(pipe, family, **length)
     hook.remove()
     if family.texts_see_image:  # a pass with the prompt takes every fourth token of it
@@ -306,8 +310,10 @@ def test_defaults_are_the_pipelines_own_where_it_has_some(family, pipes):
     if len(family.denoisers) > 1:
         return  # its class has those of the models with one
     calls = signature(type(pipes[family.name]).__call__).parameters
-    sizes = ("num_frames",) if family.sized_by_image else ("num_frames", "height", "width")
-    own = {name: calls[name].default for name in sizes if calls[name].default is not None}
+    sizes = {"num_frames": family.frames_argument}
+    if not family.sized_by_image:
+        sizes |= {"height": "height", "width": "width"}
+    own = {name: calls[said].default for name, said in sizes.items() if calls[said].default is not None}
     own["steps"] = calls["num_inference_steps"].default
     if "guidance_scale" in calls and calls["guidance_scale"].default != 1:  # which is none
         own["guidance"] = calls["guidance_scale"].default

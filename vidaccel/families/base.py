@@ -250,6 +250,8 @@ class DiTFamily:
     """Latent frames come as 1 and a multiple of this many more: the autoencoder decodes others to other lengths."""
     compression_attributes: tuple[str, str] = ("vae_scale_factor_temporal", "vae_scale_factor_spatial")
     """Attributes of the pipeline that hold those of its own."""
+    frames_argument: str = "num_frames"
+    """Call argument that takes the number of frames."""
     frame_rate: str | None = None
     """Call argument that takes the frames a second."""
     call: Mapping[str, Any] = field(default_factory=dict)

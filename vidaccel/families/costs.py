@@ -16,7 +16,8 @@ Layers = tuple[tuple[str, str], ...]
 
 Attentions = tuple[tuple[str, ...], ...]
 """(stream of the queries, stream of the keys) of each attention, and where it is not as wide as the video's tokens the
-transformer config keys whose product its width is."""
+transformer config keys whose product its width is. Linear attention has its keys summed up to `head` rows, D / H, or
+`half` of that."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vidaccel.families.hunyuan_video_i2v import HUNYUAN_VIDEO_I2V
 from vidaccel.families.ltx2 import LTX2
 from vidaccel.families.ltx_video import LTX_VIDEO
 from vidaccel.families.mochi import MOCHI
+from vidaccel.families.sana_video import SANA_VIDEO
 from vidaccel.families.skyreels_v2 import SKYREELS_V2
 from vidaccel.families.skyreels_v2_i2v import SKYREELS_V2_I2V
 from vidaccel.families.wan import WAN
@@ -36,6 +37,7 @@ FAMILIES: dict[str, DiTFamily] = {
         LTX2,
         LTX_VIDEO,
         MOCHI,
+        SANA_VIDEO,
         SKYREELS_V2,
         SKYREELS_V2_I2V,
         WAN,
@@ -57,15 +59,28 @@ PIPELINES: dict[str, DiTFamily] = {
 
 _FORCING = "moves each latent frame along a grid of its own (diffusion forcing), so that a pass is of no one step"
 _CAUSAL = "keeps keys and values of earlier frames within its blocks, which a step that leaves them out would not"
+_LEVELS = "is sampled at EDM's noise levels and scales what its transformer takes and gives, as no step grid here does"
+_ANCESTRAL = "predicts noise and draws some anew at each step, of which what a full step has left knows nothing"
+_LAST = "has latents with channels last, positions of its text, and blocks that call their tokens otherwise"
+_ANEW = "begins its video tokens anew midway through its blocks, with those before as text: that is no one trunk"
 
 UNSUPPORTED: dict[str, str] = {
+    "AllegroPipeline": _ANCESTRAL,
     "AnyFlowFARPipeline": _CAUSAL,
+    "Cosmos2VideoToWorldPipeline": _LEVELS,
+    "Cosmos2_5_PredictBasePipeline": _LEVELS,
+    "CosmosTextToWorldPipeline": _LEVELS,
+    "CosmosVideoToWorldPipeline": _LEVELS,
+    "Kandinsky5I2VPipeline": _LAST,
+    "Kandinsky5T2VPipeline": _LAST,
+    "MotifVideoImage2VideoPipeline": _ANEW,
+    "MotifVideoPipeline": _ANEW,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": _FORCING,
     "SkyReelsV2DiffusionForcingPipeline": _FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _FORCING,
     "WanAnimatePipeline": "makes its video in pieces, each from the last, of a video of poses and one of a face",
 }
-"""By diffusers pipeline class why it is of no family: what predicted steps would get wrong."""
+"""By diffusers pipeline class why it is of no family: what predicted steps would get wrong, or no record says."""
 
 
 def family_of_pipeline(class_name: str, parts: Collection[str] = ()) -> DiTFamily:

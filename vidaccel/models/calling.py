@@ -82,7 +82,7 @@ def call_arguments(
 
     second = second_guidance(loaded, guidance_given, guidance_2, two_pass)
 
-    arguments = {"num_inference_steps": count, **sizes}
+    arguments = {"num_inference_steps": count, loaded.family.frames_argument: sizes.pop("num_frames"), **sizes}
     if loaded.family.sized_by_image:  # which is of that size
         del arguments["height"], arguments["width"]
     if rule.cfg_argument:

@@ -87,8 +87,9 @@ def blocks_flops(
     model: Any, family: DiTFamily, rows: Mapping[str, int], name: str, places: Iterable[int]
 ) -> Iterator[BlockFlops]:
     """Of the blocks in these places of a list."""
-    blocks, costs = model.get_submodule(name), family.costs.blocks[name]
-    attention = attention_flops(costs.attentions, rows, width(model), model.config)
+    blocks, costs, head = model.get_submodule(name), family.costs.blocks[name], model.config.attention_head_dim
+    summed = {**rows, "head": head, "half": head // 2}
+    attention = attention_flops(costs.attentions, summed, width(model), model.config)
     for place in places:
         yield BlockFlops(layer_flops(blocks[place], costs.layers, rows), attention)
 
