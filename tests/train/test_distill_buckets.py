@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -21,6 +22,10 @@ from vidaccel.models.weight_hashes import encoder_hashes
 from vidaccel.train.distill import distill
 from vidaccel.train.methods import base
 from vidaccel.train.methods.base import Distillation, drawn
+from vidaccel.train.objective import generator_for
+from vidaccel.train.predictor import training
+from vidaccel.train.predictor.loss import PredictorLoss
+from vidaccel.train.predictor.served import Starts
 from vidaccel.train.predictor.task import task_of
 
 SIZES = [(5, 32, 32), (5, 32, 48), (5, 32, 48), (5, 32, 48), (5, 32, 32)]
@@ -144,9 +149,28 @@ def test_sizes_that_make_no_sense_are_refused(model, asked, rule):
     assert re.search(rule, f"{error.value.message}; {error.value.hint}")
 
 
-def test_a_predictor_takes_those_of_the_size_that_most_have(model):
-    asked = PredictorConfig(
-        student=str(model / "wan"), features=str(model / "features"), forecaster="reuse", guidance=1.0, shift=3.0
-    )
-    task = task_of(load_pipeline(model / "wan"), asked, None)
+def of_predictor(model, **asked) -> PredictorConfig:
+    stage = TrainConfig(**TRAIN)
+    own = {"student": str(model / "wan"), "features": str(model / "features"), "guidance": 1.0, "shift": 3.0}
+    return PredictorConfig(**own, blocks=1, mse=stage, adversarial=replace(stage, steps=0), **asked)
+
+
+def test_a_predictor_learns_from_batches_of_one_size_each_and_serves_that_which_most_have(model, caplog):
+    caplog.set_level("INFO")
+    task = task_of(load_pipeline(model / "wan"), of_predictor(model), None)
+    assert "clips of 2 sizes, batches of one each" in caplog.text and len(task.data) == 5
+    with task.trunks:
+        predictor, pairs = training._start(task)
+        loss, shapes = PredictorLoss(task.student, task.trunks, predictor), []
+        for index in range(3):
+            pair = pairs.draw(index, 2, index, generator_for(0, index))
+            shapes.append(tuple(pair.x.shape))
+            assert loss(pair)[0].isfinite()
+    assert sorted(shapes) == [(2, 4, 2, 4, 4), (2, 4, 2, 4, 6), (2, 4, 2, 4, 6)]
+    assert len(task.samples) == 3 and Starts.of(task, 9).shape == (4, 2, 4, 6)
+
+
+@pytest.mark.parametrize("asked", [{"forecaster": "reuse"}, {"stage": "search"}])
+def test_schedules_are_searched_on_those_of_the_size_that_most_have(model, asked):
+    task = task_of(load_pipeline(model / "wan"), of_predictor(model, **asked), None)
     assert len(task.data) == 3 and {task.data[i][0]["latent"].shape[-1] for i in range(3)} == {6}

@@ -62,7 +62,7 @@ def plan_predictor(
     denoisers = len(model.family.denoisers)
     predictor = denoisers * Predictor.costs(costs.trunk).parameters
     with torch.device("meta"):
-        discriminator = Discriminator(costs.trunk.width, config.discriminator)
+        discriminator = Discriminator(costs.trunk.width, config.discriminator, denoisers)
     judges = sum(p.numel() for p in discriminator.parameters()) * (len(stages) > 1)
     trained = predictor + judges
 

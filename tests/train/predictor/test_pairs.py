@@ -149,7 +149,7 @@ def test_a_stretch_of_any_length_begins_anywhere_on_its_trajectory(monkeypatch):
     """One pass of one sample a step, whose generator is that of the step's number as well."""
     steps, drawn = 8, []
     run = {name: torch.zeros(steps, 1, 1, 1, 1) for name in ("x", "velocity")}
-    source = SimpleNamespace(at=lambda position, seed: 0, read=lambda chosen: [(run, {})] * len(chosen))
+    source = SimpleNamespace(buckets=None, at=lambda position, seed: 0, read=lambda chosen: [(run, {})] * len(chosen))
     config = SimpleNamespace(pairs="trajectory", max_skipped=4, history=1)
     model = SimpleNamespace(embeds=lambda name: False)
     monkeypatch.setattr(module, "trajectory_pair", lambda *given: drawn.append((given[4], int(given[3][0].index))))

@@ -17,7 +17,7 @@ from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.collect import CollectConfig
 from vidaccel.config.plan import PlanConfig
-from vidaccel.config.predictor import PredictorConfig
+from vidaccel.config.predictor import DiscriminatorConfig, PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import UserError
 from vidaccel.forecasters.learned import Predictor
@@ -26,6 +26,7 @@ from vidaccel.models.loading import load_pipeline, of_one
 from vidaccel.models.velocity import SwitchedVelocity
 from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor import training, trajectories
+from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.loss import PredictorLoss
 from vidaccel.train.predictor.pairs import Pairs, grid_times, restricted_times
 from vidaccel.train.predictor.search import list_errors
@@ -102,6 +103,8 @@ def test_networks_take_turns_and_each_learns_from_its_own_transformer(world, how
 
 class Runs:
     """Trajectories in memory, in the place of a feature folder."""
+
+    buckets = None
 
     def __init__(self, loaded):
         sampler = TrajectorySampler(loaded, CollectConfig(kind="trajectory", model="here"))
@@ -218,8 +221,6 @@ def test_what_one_transformer_alone_can_have_is_refused_first(world, monkeypatch
     for module in ("training", "untrained"):
         name = f"vidaccel.train.predictor.{module}.load_named"
         monkeypatch.setattr(name, lambda *args, **more: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"a discriminator looks into one\nhint: set adversarial.steps=0"):
-        vidaccel.train_predictor(config(world, adversarial=TrainConfig(steps=1)), tmp_path / "x")
     with pytest.raises(UserError, match=r"forecaster=linear is fitted to one"):
         vidaccel.train_predictor(config(world, forecaster="linear"), tmp_path / "x")
 
@@ -237,6 +238,36 @@ def test_budgets_without_the_first_step_of_each_are_refused_before_a_training(wo
     task_of(loaded, config(world, budgets=[1, 3]), None)
     assert caplog.messages[-1].startswith("budgets=[1] are left out")
     assert [*default_budgets(8, (0,))] == [1, 2, 3, 4] and [*default_budgets(3, (0, 2))] == [2]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_discriminator_of_each_sees_the_tokens_of_the_transformer_whose_step_it_is(world, monkeypatch, in_turn):
+    small = DiscriminatorConfig(depths=[0.5, 1.0], scales=[1], width=8, in_turn=in_turn)
+    task = task_of(load_pipeline(world / "student"), config(world, discriminator=small, intervals="grid"), None)
+    ran: list[tuple[int, float]] = []
+    for which, velocity in enumerate(task.velocities):
+        velocity.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs, which=which: ran.append((which, float(kwargs["timestep"].min()))), with_kwargs=True
+        )
+    with task.trunks:
+        predictor, pairs = training._start(task)
+        loss = PredictorLoss(task.student, task.trunks, predictor, Discriminator(24, small, 2), small)
+        sets, turns = [loss.discriminator.heads, loss.discriminator.further[0]], []
+
+        def stage(name, task, model, objective, output, measure):
+            for step in range(4):
+                ran.clear()
+                value, measured = objective(model, step, generator_for(0, step))
+                value.backward()
+                which, found = step % 2, [any(p.grad is not None for p in each.parameters()) for each in sets]
+                assert {each for each, _ in ran} == {which} and min(t for _, t in ran) >= 800 * (which == 0)
+                assert found[1 - which] is False and {"discriminator", "adversarial"} <= measured.keys()
+                turns.append((found[which], any(p.grad is not None for p in predictor.parameters())))
+                model.zero_grad()
+
+        monkeypatch.setattr(training, "_trained", stage)
+        training._stage("adversarial", task, pairs, loss, None, None)
+    assert turns == ([(True, False)] * 2 + [(False, True)] * 2 if in_turn else [(True, True)] * 4)
 
 
 def test_a_plan_counts_the_weights_of_both():

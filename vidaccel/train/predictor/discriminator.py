@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.families.base import BlockList
 from vidaccel.families.walk import blocks_of, named_outputs, patch_of
-from vidaccel.models.velocity import Text, Velocity
+from vidaccel.models.velocity import SwitchedVelocity, Text, Velocity
 
 Logits = list[Tensor]
 """[B, T, H / s, W / s] of each head."""
@@ -57,18 +57,25 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, of trunks of one width."""
+    """D, of trunks of one width: a set of heads for each of `transformers`."""
 
-    def __init__(self, width: int, config: DiscriminatorConfig):
+    def __init__(self, width: int, config: DiscriminatorConfig, transformers: int = 1):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.ModuleList(Head(width, config.width, scale) for scale in config.scales) for _ in config.depths
+        first, *further = (
+            nn.ModuleList(
+                nn.ModuleList(Head(width, config.width, scale) for scale in config.scales) for _ in config.depths
+            )
+            for _ in range(transformers)
         )
+        self.heads, self.further = first, nn.ModuleList(further)
 
-    def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int], frozen: bool = False) -> Logits:
-        """Features [B, N, D] at each depth, of (T, H, W) tokens -> logits; `frozen` as in `SpectralLinear`."""
+    def forward(
+        self, features: Sequence[Tensor], grid: tuple[int, int, int], frozen: bool = False, which: int = 0
+    ) -> Logits:
+        """Features [B, N, D] at each depth, of (T, H, W) tokens -> logits; `frozen` as in `SpectralLinear`, and `which`
+        transformer they are of."""
         logits = []
-        for tokens, heads in zip(features, self.heads, strict=True):
+        for tokens, heads in zip(features, [self.heads, *self.further][which], strict=True):
             # Tokens grow from block to block by orders of magnitude.
             placed = F.layer_norm(tokens.float(), tokens.shape[-1:]).unflatten(1, grid)
             logits += [head(placed, frozen) for head in heads]
@@ -86,10 +93,15 @@ def predictor_hinge(fake: Logits) -> Tensor:
 
 
 def trunk_features(
-    student: Velocity, depths: Sequence[float], x: Tensor, t: Tensor, text: Text, g: Tensor | None
+    student: Velocity, depths: Sequence[float], x: Tensor, t: Tensor, text: Text, g: Tensor | None, which: int = 0
 ) -> list[Tensor]:
-    """Video tokens [B, N, D] after the blocks at `depths` (1 is the last), of a pass with r = t."""
-    blocks = blocks_of(student.transformer, student.family)
+    """Video tokens [B, N, D] after the blocks at `depths` (1 is the last), of a pass with r = t; of several
+    transformers `which` one's, which is told no time below its own."""
+    transformer = student.transformer
+    if isinstance(student, SwitchedVelocity):
+        transformer = [student, *student.further][which].transformer
+        t = t.clamp(min=[*student.boundaries, 0.0][which])
+    blocks = blocks_of(transformer, student.family)
     found: list[Tensor] = []
     hooks = []
     for depth in depths:

@@ -16,7 +16,7 @@ from vidaccel.cache.trunks import Trunks
 from vidaccel.config.predictor import DiscriminatorConfig
 from vidaccel.forecasters.base import Forecaster
 from vidaccel.forecasters.reuse import Reuse
-from vidaccel.models.velocity import Velocity
+from vidaccel.models.velocity import SwitchedVelocity, Velocity
 from vidaccel.train.predictor.discriminator import (
     Discriminator,
     discriminator_hinge,
@@ -89,19 +89,23 @@ class PredictorLoss(nn.Module):
         self, discriminator: Discriminator, depths: Sequence[float], pair: Pair, u: Tensor, turn: Turn | None
     ) -> tuple[Tensor, Tensor]:
         """L_D and the adversarial part of L_P, of the latents where a step with u ends and where one with the student's
-        own velocity does; the one that a turn does not train without gradients."""
+        own velocity does, as the transformer sees them whose step it is; the one that a turn does not train without
+        gradients."""
         grid = token_grid(self.student.transformer, pair.x)
-        ours = self._features(depths, pair, u)
+        which = self.student.denoiser(pair.times.t) if isinstance(self.student, SwitchedVelocity) else 0
+
+        def features(u: Tensor) -> list[Tensor]:
+            return trunk_features(self.student, depths, pair.stepped(u), pair.times.r, pair.text, pair.g, which)
+
+        ours = features(u)
         with torch.no_grad():
-            theirs = self._features(depths, pair, pair.target)
+            theirs = features(pair.target)
         with torch.set_grad_enabled(torch.is_grad_enabled() and turn != "predictor"):
             of_discriminator = discriminator_hinge(
-                discriminator(theirs, grid), discriminator([tokens.detach() for tokens in ours], grid)
+                discriminator(theirs, grid, which=which),
+                discriminator([tokens.detach() for tokens in ours], grid, which=which),
             )
-        return of_discriminator, predictor_hinge(discriminator(ours, grid, frozen=True))
-
-    def _features(self, depths: Sequence[float], pair: Pair, u: Tensor) -> list[Tensor]:
-        return trunk_features(self.student, depths, pair.stepped(u), pair.times.r, pair.text, pair.g)
+        return of_discriminator, predictor_hinge(discriminator(ours, grid, frozen=True, which=which))
 
 
 def _squares(x: Tensor) -> Tensor:

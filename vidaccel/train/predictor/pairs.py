@@ -28,6 +28,7 @@ from vidaccel.forecasters.base import Cached, Forecaster, Tokens
 from vidaccel.models.grid import denoiser_at
 from vidaccel.models.velocity import Text, Velocity, per_sample
 from vidaccel.train.flow_matching import noised, sample_guidance
+from vidaccel.train.methods.base import drawn
 from vidaccel.train.methods.mean_velocity.intervals import sample_interval_ends
 from vidaccel.train.objective import generator_for
 
@@ -109,8 +110,7 @@ class Pairs:
 
     def draw(self, index: int, count: int, step: int, generator: torch.Generator) -> Pair:
         """B = `count` samples for forward pass `index` of optimiser step `step`."""
-        chosen = [self.data.at(index * count + i, self.seed) for i in range(count)]
-        samples = [tensors for tensors, _ in self.data.read(chosen)]
+        samples = [tensors for tensors, _ in self.data.read(drawn(self.data, index, count, self.seed))]
         turns = [*self.steps_of.items()]
         which, own = turns[step % len(turns)]  # in all processes
         if self.config.pairs == "data":

@@ -63,7 +63,7 @@ def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedu
 
 def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
     """`stretch_costs` of the first prompts of the task's data, from noise of its seed, a training batch at a time."""
-    count = min(task.config.search_prompts, len(task.data))
+    count = min(task.config.search_prompts, len(task.samples))
 
     def costs(noise: Tensor, text: Text, g: Tensor | None) -> Tensor:
         grid = task.sampling.grid.tensor
@@ -79,8 +79,8 @@ def served_errors(
 ) -> dict[tuple[int, ...], float]:
     """Error of the final latents of each list of full steps as it serves, root of the mean squared share of those of
     full steps, on the prompts that follow those of `measured_costs`; {} if there are none."""
-    first = min(task.config.search_prompts, len(task.data))
-    count = min(task.config.checked_prompts, len(task.data) - first)
+    first = min(task.config.search_prompts, len(task.samples))
+    count = min(task.config.checked_prompts, len(task.samples) - first)
 
     def errors(noise: Tensor, text: Text, g: Tensor | None) -> dict[tuple[int, ...], float]:
         grid, firsts = task.sampling.grid, task.firsts

@@ -211,9 +211,9 @@ class Starts:
     @classmethod
     def of(cls, task: PredictorTask, most: int) -> "Starts":
         """Those of a task's data, at most so many; of a bank all."""
-        data = task.data
-        if isinstance(data, Bank):
-            return cls(dict(data.texts), tuple(data.latents.shape[1:]))
+        if isinstance(task.data, Bank):
+            return cls(dict(task.data.texts), tuple(task.data.latents.shape[1:]))
+        data = task.samples
         count = min(most, len(data))
         first = data[0][0]
         shape = first["x"].shape[1:] if "x" in first else first[LATENT].shape

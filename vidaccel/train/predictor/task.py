@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,11 +86,16 @@ class PredictorTask:
     sampling: Sampling
 
     @property
-    def samples(self) -> Data:
-        """The data, where they are no bank."""
+    def clips(self) -> Data:
+        """The data, where they are no bank; clips may have several sizes."""
         if isinstance(self.data, Bank):
             raise ValueError("a bank is for pairs=served alone, without a search")
         return self.data
+
+    @cached_property
+    def samples(self) -> Data:
+        """Those of them that have one size, which runs are made of: that which most have."""
+        return self.clips.commonest()
 
     @property
     def boundary(self) -> float | None:
@@ -224,10 +230,6 @@ def refuse_several(family: DiTFamily, config: PredictorConfig) -> None:
             f"{several}, and forecaster={config.forecaster} is fitted to one",
             f"take forecaster={'|'.join(OF_SEVERAL)}",
         )
-    if config.forecaster == "learned" and config.stage == "all" and config.adversarial.is_on:
-        raise UserError(
-            f"{several}, and a discriminator looks into one", "set adversarial.steps=0, which leaves that stage out"
-        )
 
 
 def check_budgets(budgets: Sequence[int] | None, steps: int, firsts: Sequence[int]) -> None:
@@ -318,8 +320,11 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
     if config.features is not None:
         # Only the texts are wanted for a search and for served runs, and both kinds have them.
         kind = None if config.stage == "search" else {"data": "encoded", "trajectory": "trajectory"}.get(config.pairs)
-        features = open_features(config.features, kind, loaded.hashes, config.on_damage)
+        several = kind == "encoded" and config.forecaster == "learned"  # batches of one size each
+        features = open_features(config.features, kind, loaded.hashes, config.on_damage, several)
         check_tensors(features, loaded)
+        if features.buckets is not None:
+            log.info("clips of %d sizes, batches of one each", len(features.buckets.groups))
         return features, {"features": sha256_file(features.folder / RUN_FILE), "samples": len(features)}
     own = {name: getattr(config, name) for name in ("data", "clips", "seed", *CLIP_SIZE)}
     clips = CollectConfig(model=config.student, **own)

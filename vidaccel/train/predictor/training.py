@@ -256,7 +256,8 @@ def _train(task: PredictorTask, output: Path) -> None:
     """Both stages; leaves the predictor in `output`."""
     config, student = task.config, task.student
     predictor, pairs = _start(task)
-    discriminator = Discriminator(predictor.config.width, config.discriminator).to(task.device)
+    judge = Discriminator(predictor.config.width, config.discriminator, len(task.velocities))
+    discriminator = judge.to(task.device)
     _say_size(predictor, task)
     _shard(task, predictor, discriminator)
     predictor_loss = PredictorLoss(student, task.trunks, predictor, relative=config.relative)
@@ -304,7 +305,7 @@ def _start(task: PredictorTask) -> tuple[Predictor, Pairs]:
     trained_on = [each.conditioning.config.restrict if each.conditioning else None for each in task.velocities]
     restrict = [config.restrict or each or sampling.grid.widest for each in trained_on]
     grid = sampling.grid.tensor.to(task.device)
-    known = Reuse(), task.samples, config, grid, sampling.guidance, restrict[0], config.seed
+    known = Reuse(), task.clips, config, grid, sampling.guidance, restrict[0], config.seed
     pairs = Pairs(task.student, task.trunks, *known, task.boundary, restrict[-1])
     with autocast(config.mse, task.device):
         for step, which in enumerate(pairs.steps_of):
@@ -343,7 +344,7 @@ def _stage(
 
     def loss(predictor_loss: nn.Module, index: int, generator: torch.Generator):
         step = index // passes
-        turn = TURNS[step % len(TURNS)] if in_turn else None
+        turn = TURNS[step // len(pairs.steps_of) % len(TURNS)] if in_turn else None  # two transformers have turns too
         return predictor_loss(pairs.draw(index, config.batch_size, step, generator), turn)
 
     _trained(name, task, predictor_loss, loss, output, measure)

@@ -82,7 +82,7 @@ def _save_schedules(
 def _made_by_name(task: PredictorTask) -> Forecaster:
     """The forecaster of the settings; a linear map is fitted to a generation in which every third step is full."""
     pipe, family, config, grid = task.loaded.pipe, task.loaded.family, task.config, task.sampling.grid
-    chosen = [task.samples[i] for i in range(min(config.search_prompts, len(task.data)))]
+    chosen = [task.samples[i] for i in range(min(config.search_prompts, len(task.samples)))]
     captions = [record["caption"] for _, record in chosen]
     times = None if grid.shift is not None else list(grid.times)
     sampling = GenerateConfig(steps=grid.steps, shift=grid.shift, sigmas=times, guidance=task.sampling.guidance)
