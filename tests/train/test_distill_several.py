@@ -80,6 +80,16 @@ def test_what_is_not_distilled_is_the_teachers_byte_for_byte(made):
     assert (folder / "both/conditioning_2").is_dir() and not (folder / "high/conditioning_2").exists()
 
 
+def test_gates_are_at_the_times_of_the_one_that_is_distilled(made, tmp_path):
+    folder, _ = made
+    settings = {"features": str(folder / "features"), "sample_steps": 4, "shift": 3.0, "train": {**TRAIN, "steps": 1}}
+    settings |= {"teacher": str(folder / "teacher"), "denoiser": "transformer", "gate_samples": 1}
+    vidaccel.distill("cfg", tmp_path / "x", **settings)
+    gap = json.loads((tmp_path / "x" / "gates.json").read_text())["guidance_gap"]
+    assert {float(t) for t in gap["by_time"]["3"]} == {1.0, 0.95, 0.85}
+    assert not (folder / "high" / "gates.json").exists()  # where nobody asks for any
+
+
 def test_half_of_a_student_is_no_model(made):
     folder, _ = made
     with pytest.raises(
@@ -214,7 +224,6 @@ def test_the_step_across_is_told_where_the_first_ends(few):
     [
         ({}, "denoises with 2 transformers, and nothing says which"),
         ({"denoiser": "transformer_3"}, "has transformer, transformer_2"),
-        ({"denoiser": "transformer", "gate_samples": 2}, "gates are for one transformer of all times"),
         ({"denoiser": "transformer", "merge_lora": False, "train": {"lora_rank": 2}}, "adapter apart"),
     ],
 )

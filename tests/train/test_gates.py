@@ -1,6 +1,7 @@
 """How much of a gap is closed, on velocities whose answers are known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from vidaccel.train.gates import (
 )
 from vidaccel.train.methods import method_of
 from vidaccel.train.methods.base import Distillation
+from vidaccel.train.methods.mean_velocity import method as mean_velocity
 from vidaccel.train.methods.mean_velocity.rollout import rollout_target
 
 B = 6
@@ -170,6 +172,18 @@ def test_the_gap_is_taken_over_times_of_the_grid(samples):
     assert list(first.by_time) == list(GUIDANCE_GATES)
 
 
+@pytest.mark.parametrize("span", [(0.8, 1.0), (0.0, 0.8)])
+def test_one_of_two_transformers_is_asked_at_its_own_times(samples, span):
+    x_0, eps, text, empty = samples
+    seen = []
+    student = Toy(lambda x, t, text, r, g: seen.append(t) or guided_answer(x, t, text, r, g))
+    at = guidance_gap(student, TEACHER, x_0, eps, text, empty, SHIFT, torch.Generator().manual_seed(0), span=span)
+    given = torch.cat(seen)
+    assert ((given >= span[0] - 1e-6) & (given <= span[1] + 1e-6)).all()
+    assert float(seen[0].max() - seen[0].min()) > 0.6 * (span[1] - span[0])
+    assert set(at.by_time[3.0]) == ({1.0, 0.95, 0.85} if span[1] == 1 else {0.7, 0.5, 0.3, 0.1})
+
+
 def field(x, t, text, r, g):
     """Bends along a run."""
     return torch.cos(2 * x) * wide(g * (0.5 + t) + text["number"])
@@ -209,6 +223,25 @@ def test_the_run_is_the_frozen_teachers_on_the_grid(samples):
         torch.testing.assert_close(given, x)
         assert (t == start).all() and (r == end).all()
         x = x - (start - end) * rollout_target(lambda x, t: field(x, t, text, t, g), x, t, r, 2)
+
+
+@pytest.mark.parametrize("span, steps", [((0.8, 1.0), range(2)), ((0.0, 0.8), range(2, 4))])
+def test_runs_of_one_of_two_transformers_are_its_steps_of_the_grid(samples, span, steps):
+    """The first's last ends where its times do, and the second's begin with clips under noise."""
+    x_0, eps, text, _ = samples
+    grid, seen = step_grid(4, 3.0).to(eps), []  # 1, 0.9, 0.75, 0.5, 0
+    student = Toy(lambda x, t, text, r, g: seen.append((x, float(t[0]), float(r[0]))) or torch.zeros_like(x))
+    settings = {"shift": 3.0, "span": span, "x_0": x_0}
+    assert list(runs(samples, student, frozen(), grids=(4, 1), **settings)) == ([4, 1] if span[1] == 1 else [4])
+    for (_, t, r), i in zip(seen, steps, strict=False):
+        assert (t, r) == pytest.approx((float(grid[i]), max(float(grid[i + 1]), span[0])))
+    first = eps if span[1] == 1 else 0.25 * x_0 + 0.75 * eps
+    torch.testing.assert_close(seen[0][0], first)
+    task = SimpleNamespace(student=student, teacher=frozen(), shift=3.0, span=span, config=DistillConfig())
+    seen.clear()
+    mean_velocity.METHOD.gates(task, HeldOut(x_0, eps, text, torch.Generator(), B, B, brief=True))
+    assert {t for _, t, _ in seen} <= {t for t in step_grid(8, 3.0).tolist() if span[0] <= t <= span[1]}
+    assert {len(x) for x, _, _ in seen} == {B} and len(seen) >= 4
 
 
 def test_a_teacher_without_guidance_of_its_own_is_told_none(samples):

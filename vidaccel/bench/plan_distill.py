@@ -130,7 +130,9 @@ def _evaluations(config: DistillConfig, full: PassFlops, target: Passes, steps: 
 
 
 def _gates(config: DistillConfig, costs: Costs, method: Method, halves: bool, notes: list[str]) -> list[Work]:
-    count = gate_samples(costs.weights) if config.gate_samples is None else config.gate_samples
+    several = len(costs.family.denoisers) > 1
+    unsaid = 0 if several else gate_samples(costs.weights)
+    count = unsaid if config.gate_samples is None else config.gate_samples
     if (features := folder_size(config.features)) is not None:
         count = min(count, max(1, round(GATE_SHARE * features)))
     what = "clips"
@@ -141,7 +143,8 @@ def _gates(config: DistillConfig, costs: Costs, method: Method, halves: bool, no
         return []
     notes.append("gates are computed by one process, not by many")
     passes = _without_gradients(method.gate_passes, costs.full, halves)
-    return [passes.times(count, f"gates: {count} {what}, {sum(method.gate_passes)} passes each")]
+    most = "at most " if several else ""  # of a transformer's own times
+    return [passes.times(count, f"gates: {count} {what}, {most}{sum(method.gate_passes)} passes each")]
 
 
 def _copied(costs: Costs, recomputed: bool) -> int:

@@ -90,7 +90,8 @@ class DistillConfig:
     """Learning rate of the embeddings of r and g over that of everything else."""
     gate_samples: int | None = None
     """Clips that are kept out of the training and that its gates are computed on; 0 computes none, null is 512 on CUDA,
-    64 of a model of more than a billion parameters, and none on a CPU, where they take longer than most trainings."""
+    64 of a model of more than a billion parameters, none on a CPU, where they take longer than most trainings, and none
+    for one of two transformers."""
     gate_runs: int | None = None
     """Of them, those that the mean-velocity gap is taken on, which costs 350 passes each; null is all of them, and none
     of a model of more than a billion parameters."""

@@ -338,11 +338,7 @@ def _of_one_denoiser(config: DistillConfig, method: Method, family: DiTFamily) -
         )
     if config.train.lora_rank and not config.merge_lora:
         raise UserError("an adapter apart is of one transformer alone", "leave merge_lora=true")
-    if config.gate_samples:
-        raise UserError(
-            f"gate_samples={config.gate_samples}: gates are for one transformer of all times", "leave it out"
-        )
-    return replace(config, gate_samples=0)
+    return replace(config, gate_samples=config.gate_samples or 0)  # none unless they are asked for
 
 
 def _alone(loaded: LoadedPipeline, attribute: str) -> LoadedPipeline:

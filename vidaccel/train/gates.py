@@ -38,6 +38,7 @@ GUIDANCE_GATES = {3.0: 0.45}
 """By scale: the least that CFG distillation has to close."""
 MEAN_VELOCITY_GATES = {8: 0.5, 4: 0.5}
 """By steps: the least that the training on mean velocities has to close."""
+ALL_TIMES = (0.0, 1.0)
 RUN_SUBSTEPS = 4
 """Midpoint steps of the frozen teacher for each step of a grid."""
 GUIDANCE_PASSES = 2 * (1 + len(TIMES)), 1 + len(SCALES) + len(TIMES) * len(GUIDANCE_GATES)
@@ -148,6 +149,7 @@ def guidance_gap(
     times: Collection[float] = TIMES,
     timed_scales: Collection[float] = tuple(GUIDANCE_GATES),
     batch_size: int = 32,
+    span: tuple[float, float] = ALL_TIMES,
 ) -> GuidanceGap:
     """The whole of it, of samples that were not trained on; arguments as in `guidance_gap_closed`.
 
@@ -157,9 +159,13 @@ def guidance_gap(
             times, and where samples happen to lie would say more than the student does.
         generator: draws them.
         times: at which all samples are taken once more, for `timed_scales` alone; none of them costs nothing.
+        span: times that the student takes, where another transformer takes the rest: k and `times` are of them alone.
     """
     count = len(x_0)
     k = ((torch.arange(count) + torch.rand(count, generator=generator)) / count).to(x_0)
+    if span != ALL_TIMES:
+        low, high = (end / (shift - (shift - 1) * end) for end in span)
+        k, times = low + (high - low) * k, [time for time in times if span[0] <= time <= span[1]]
     t = shift * k / (1 + (shift - 1) * k)
     at = partial(guidance_gap_closed, student, teacher, x_0, eps, text=text, empty=empty, batch_size=batch_size)
     overall = at(t=t, scales=(1.0, *scales))
@@ -178,8 +184,13 @@ def mean_velocity_gap_closed(
     grids: Sequence[int] = GRIDS,
     substeps: int = RUN_SUBSTEPS,
     batch_size: int = 32,
+    span: tuple[float, float] = ALL_TIMES,
+    x_0: Tensor | None = None,
 ) -> dict[int, float]:
     """The share by steps of the grid, errors of all its steps together.
+
+    Where the student takes the times of `span` alone, they are the steps that begin there, and one that leads out of
+    them ends where they do; a grid with none is left out. Runs of the later transformer begin with x_0 under the noise.
 
     It takes 2 `substeps` + 2 passes a sample and step: some 350 for the grids of 20, 8, 4 and 3.
 
@@ -193,15 +204,27 @@ def mean_velocity_gap_closed(
         grids: their numbers of steps.
         substeps: midpoint steps of the frozen teacher for each step of a grid.
         batch_size: runs at once.
+        span: times that the student takes.
+        x_0: clean latents like `eps`, for a student that does not begin at t = 1.
     """
     closed = {}
     with torch.no_grad():
         for steps in grids:
-            ratio = Ratio()
-            for part, text_part in _parts(batch_size, text, eps):
-                _along(ratio, student, frozen, part, text_part, g, step_grid(steps, shift).tolist(), substeps)
+            ratio, times = Ratio(), _within(step_grid(steps, shift).tolist(), span)
+            if not times:
+                continue
+            begun = eps if x_0 is None or times[0] == 1 else noised(x_0, eps, x_0.new_full((len(x_0),), times[0]))
+            for part, text_part in _parts(batch_size, text, begun):
+                _along(ratio, student, frozen, part, text_part, g, times, substeps)
             closed[steps] = ratio.closed
     return closed
+
+
+def _within(times: Sequence[float], span: tuple[float, float]) -> list[float]:
+    """Of a grid the times of the steps that begin in the span, and where the last ends; [] if there are none."""
+    low, high = span
+    own = [i for i, t in enumerate(times[:-1]) if low <= t < high or t == high == 1]
+    return [*(times[i] for i in own), max(times[own[-1] + 1], low)] if own else []
 
 
 def _along(

@@ -65,6 +65,7 @@ def _gates(task: Distillation, held_out: HeldOut) -> Measured:
         times=() if brief or not gated else TIMES,
         timed_scales=gated,
         batch_size=size,
+        span=task.span,
     )
     return Measured(guidance=gap)
 

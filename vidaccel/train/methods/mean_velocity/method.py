@@ -132,7 +132,10 @@ def _gates(task: Distillation, held_out: HeldOut) -> Measured:
     g = min(max(RUN_GUIDANCE, low), high)
     grids = tuple(MEAN_VELOCITY_GATES) if held_out.brief else GRIDS
     closed = mean_velocity_gap_closed(
-        task.student, task.teacher, noise, text, task.shift, g, grids, batch_size=held_out.batch_size
+        *(task.student, task.teacher, noise, text, task.shift, g, grids),
+        batch_size=held_out.batch_size,
+        span=task.span,
+        x_0=held_out.x_0[:runs],
     )
     return Measured(mean_velocity=closed)
 
