@@ -88,14 +88,14 @@ def export_model(
     output: str | Path, config: GenerateConfig | str | None = None, *, device: str = "auto", **overrides: Any
 ) -> dict[str, Any]:
     """Write the model of these settings into the folder `output` for diffusers alone, its guidance fixed, or its
-    transformer into the file `output`, NAME.safetensors, by the original names; returns what its pipeline is to be
-    called with.
+    transformer into the file `output`, NAME.safetensors, by the original names, or a student's adapter into the file
+    NAME.lora.safetensors; returns what its pipeline is to be called with.
 
     Raises:
         UserError: the model is a student that diffusers alone has no place for, `output` is there already, its original
-            names are not known, or a setting is of making videos.
+            names are not known, it has no adapter, or a setting is of making videos.
     """
-    from vidaccel.models.exporting import check_export, files_of, is_file
+    from vidaccel.models.exporting import check_export, files_of, is_file, is_lora, own_adapter
     from vidaccel.models.exporting import export_model as export
     from vidaccel.models.files import read_model
     from vidaccel.models.loading import load_pipeline
@@ -105,6 +105,8 @@ def export_model(
     files, lora = read_model(settings.model, settings.student), settings.lora or ()
     if is_file(output):
         files_of(output, files.contents.family)
+    if is_lora(output):
+        own_adapter(files.source, files.hashes)
     loaded = load_pipeline(files, device=device, dtype=settings.dtype, lora=lora)
     return export(output, loaded, guidance=settings.guidance, guidance_2=settings.guidance_2, config=said)
 

@@ -6,6 +6,7 @@ import logging
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -153,6 +154,39 @@ def test_one_file_of_each_transformer_by_its_original_names(family, tmp_path):
         assert said["call"]["guidance"] == 1.0 and said["call"]["steps"] == 4 and said["parents"].keys() == {"model"}
     with pytest.raises(UserError, match=r"m\..*safetensors is there already"):
         export_model(tmp_path / "m.safetensors", loaded)
+
+
+def test_an_adapter_is_a_lora_of_the_pipeline_that_it_was_trained_on(tmp_path):
+    """Loaded by diffusers alone, at the scale that it was fixed at."""
+    teacher = load_pipeline(save_teacher(tmp_path / "teacher", "wan"))
+    targets = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn1.to_q", "attn2.to_out.0", "ffn.net.2")]
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    teacher.pipe.transformer.add_adapter(adapter)
+    folder, file = save(tmp_path / "student", teacher, trained(teacher, ("g",))), tmp_path / "m.lora.safetensors"
+    loaded = load_pipeline(folder)
+    arguments = vidaccel.export_model(file, model=str(folder), guidance=5.0)
+    assert arguments["guidance_scale"] == 1.0 and arguments["num_inference_steps"] == 4
+    plain = diffusers.WanPipeline.from_pretrained(tmp_path / "teacher")
+    plain.load_lora_weights(tmp_path, weight_name=file.name)
+    beside = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "teacher", subfolder="transformer")
+    beside.load_lora_adapter(tmp_path, prefix="transformer", weight_name=file.name)
+    own, added = plain.transformer.state_dict(), beside.state_dict()
+    assert own.keys() == added.keys()
+    names = {key: [each for each in own if ".lora_B" in each and each.endswith(key)] for key in ("weight", "bias")}
+    assert len(names["weight"]) == len(names["bias"]) == len(targets) + 1
+    plain.scheduler = loaded.pipe.scheduler
+    for scale, same in ((5.0, True), (1.0, False)):
+        loaded.hook.guidance = scale
+        made = [latents(pipe, **arguments) for pipe in (plain, loaded.pipe)]
+        assert torch.allclose(*made, rtol=1e-3, atol=1e-4) == same
+    with safe_open(file, framework="pt") as opened:
+        said = json.loads(opened.metadata()["vidaccel"])
+    assert said["call"]["shift"] == 2.0 and said["parents"].keys() == {"model"}
+    with pytest.raises(UserError, match=r"m\.lora\.safetensors is there already"):
+        export_model(file, loaded)
+    with pytest.raises(UserError, match="teacher has no adapter of its own"):
+        vidaccel.export_model(tmp_path / "n.lora.safetensors", model=str(tmp_path / "teacher"))
 
 
 def test_what_no_file_can_be_made_of_is_refused_before_it_is_loaded(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def generate(
             "--export",
             help="Make no video, but a folder (-o) of the model that diffusers loads alone, its guidance fixed: of a "
             "student of method=cfg, or a plain model with its LoRAs. -o NAME.safetensors: its transformer as one file "
-            "by the original names.",
+            "by the original names. -o NAME.lora.safetensors: the adapter of a student that keeps it apart.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was made.")] = False,
@@ -153,6 +153,10 @@ def _export(config: GenerateConfig, output: Path | None, others: Sequence[str | 
 
     arguments = export_model(output, config, device=device)
     said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    if output.suffixes[-2:] == [".lora", ".safetensors"]:
+        loads = "by its load_lora_weights or its transformer's load_lora_adapter"
+        typer.echo(f"{output}: for the pipeline that it was trained on, {loads}, at scale 1; called with {said}")
+        return
     if output.suffix == ".safetensors":
         made = output if output.exists() else f"{output.with_suffix('')}.*.safetensors"  # one of each transformer
         typer.echo(f"{made}: by its original names, for what loads such files; in diffusers' terms called with {said}")

@@ -1,5 +1,5 @@
-"""A model as a folder that diffusers loads alone, or its transformer as one file in the original layout: nothing is
-told the transformer any more, so its scale is fixed.
+"""A model as a folder that diffusers loads alone, its transformer as one file in the original layout, or its adapter as
+a LoRA file: nothing is told the transformer any more, so its scale is fixed.
 
 The embedding of g adds one vector to the timestep's at a given scale, which a bias of the model's own takes in. That of
 r is another at every step: a student of mean velocities stays a folder of vidaccel's.
@@ -34,11 +34,12 @@ from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of
 from vidaccel.models.calling import call_arguments, guidance_in_force, require_whole, second_guidance
 from vidaccel.models.cards import README, exported_card
-from vidaccel.models.files import ADAPTERS
+from vidaccel.models.files import ADAPTERS, local_path
 from vidaccel.models.folder import FORMAT
 from vidaccel.models.grid import ListedScheduler, fixed_shift
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.original import as_original, require_original
+from vidaccel.models.weights import adapter_weights
 
 log = logging.getLogger(__name__)
 COMMAND = "vidaccel generate --export"
@@ -67,6 +68,11 @@ def is_file(target: str | Path) -> bool:
     return Path(target).suffix == ".safetensors"
 
 
+def is_lora(target: str | Path) -> bool:
+    """Whether that file is a LoRA."""
+    return Path(target).suffixes[-2:] == [".lora", ".safetensors"]
+
+
 def _check_target(target: Path) -> None:
     if is_file(target):
         check_writable(target)
@@ -80,10 +86,13 @@ def files_of(target: str | Path, family: DiTFamily) -> dict[str, Path]:
     """The file of each transformer, by its attribute, of an export to one file.
 
     Raises:
-        UserError: one is there already, or the original names of the family are not known.
+        UserError: one is there already, or the original names of the family, which a LoRA has none of, are not known.
     """
     target, names = Path(target), [denoiser.attribute for denoiser in family.denoisers]
-    require_original(family)
+    if is_lora(target):
+        names = names[:1]
+    else:
+        require_original(family)
     files = {name: target.with_name(f"{target.stem}.{name}{target.suffix}") for name in names}
     files = files if len(names) > 1 else {names[0]: target}
     for file in files.values():
@@ -105,7 +114,8 @@ def export_model(
     Args:
         target: a folder that is not there yet, or is empty; or a file NAME.safetensors for the transformer alone by its
             original names (families/original.py), of two transformers NAME.transformer.safetensors and
-            NAME.transformer_2.safetensors, which are not there yet either.
+            NAME.transformer_2.safetensors, which are not there yet either; or a file NAME.lora.safetensors for a
+            student's own adapter, as the pipeline that it was trained on loads LoRAs.
         loaded: a plain model, or a student that embeds g alone.
         guidance: the scale that a student is fixed at; None is its own.
         guidance_2: that of the second of two transformers.
@@ -116,7 +126,8 @@ def export_model(
 
     Raises:
         UserError: the model embeds r, half of it is distilled, its grid is one that no scheduler of diffusers' own
-            makes, its original names are not known, or the place is taken or cannot be written.
+            makes, its original names are not known, it has no adapter of its own, or the place is taken or cannot be
+            written.
     """
     target = Path(target)
     _check_target(target)
@@ -136,6 +147,9 @@ def export_model(
     started = datetime.now(UTC)
     if files:
         said = {"command": COMMAND, "config": dict(config or {}), "parents": _parents(loaded), "call": call}
+        if is_lora(target):
+            _write_lora(target, loaded, said, scale)
+            return arguments
         with _without_conditioning(loaded, scales):
             _write_files(files, loaded, said)
         return arguments
@@ -160,7 +174,7 @@ def export_model(
 
 def _write_files(files: Mapping[str, Path], loaded: LoadedPipeline, said: Mapping[str, Any]) -> None:
     """Each transformer as a file; `said`, which stands for a run.json, goes into the header."""
-    header = {"format": "pt", "vidaccel": json.dumps({"vidaccel": __version__, "source": loaded.source, **said})}
+    header = _header(loaded, said)
     for name, file in files.items():
         transformer: Any = getattr(loaded.pipe, name)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -168,6 +182,46 @@ def _write_files(files: Mapping[str, Path], loaded: LoadedPipeline, said: Mappin
         original = as_original(weights, loaded.family, width)
         with atomic_path(file) as draft:
             save_file({key: weight.contiguous() for key, weight in original.items()}, draft, metadata=header)
+
+
+def _header(loaded: LoadedPipeline, said: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "vidaccel": json.dumps({"vidaccel": __version__, "source": loaded.source, **said})}
+
+
+@torch.no_grad()
+def _write_lora(file: Path, loaded: LoadedPipeline, said: Mapping[str, Any], scale: float) -> None:
+    """The student's adapter by the names of diffusers' pipelines; what its embedding of g adds at `scale` is the bias of
+    one more pair of matrices, of zeros."""
+    weights = adapter_weights(own_adapter(loaded.source, loaded.hashes))
+    conditioning, family = loaded.conditioning, loaded.family
+    if conditioning is not None:
+        layer: Any = denoisers_of(loaded.pipe, family)[0].get_submodule(family.timestep_embedder).linear_2
+        added = conditioning(g=torch.tensor([scale], device=next(conditioning.parameters()).device))[0].float().cpu()
+        rank, name = next(iter(weights.values())).shape[0], f"{family.timestep_embedder}.linear_2"
+        weights |= {
+            f"{name}.lora_A.weight": torch.zeros(rank, layer.in_features),
+            f"{name}.lora_B.weight": torch.zeros(layer.out_features, rank),
+        }
+        # One bias asks for those of all.
+        biased = {key: weight.new_zeros(len(weight)) for key, weight in weights.items() if key.endswith("B.weight")}
+        weights |= {f"{key.removesuffix('weight')}bias": zeros for key, zeros in biased.items()}
+        weights[f"{name}.lora_B.bias"] = added
+    prefix = f"{family.denoisers[0].attribute}."
+    with atomic_path(file) as draft:
+        named = {prefix + key: weight.contiguous() for key, weight in weights.items()}
+        save_file(named, draft, metadata=_header(loaded, said))
+
+
+def own_adapter(source: str, hashes: Mapping[str, str]) -> Path:
+    """The folder of a student's adapter; `UserError` where it has none, or is loaded with other LoRA files."""
+    if not any(name.startswith("lora/") for name in hashes):
+        raise UserError(
+            f"{source} has no adapter of its own, of which alone a LoRA file is made",
+            "distil it with train.lora_rank=64 merge_lora=false, or export a folder: -o FOLDER",
+        )
+    if any(name.startswith(ADAPTERS) for name in hashes):
+        raise UserError("the files of lora= are LoRA files already", "leave lora= out, or export a folder: -o FOLDER")
+    return local_path(source) / "lora"
 
 
 def _parents(loaded: LoadedPipeline) -> dict[str, str]:

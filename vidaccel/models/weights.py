@@ -1,5 +1,6 @@
 """A transformer, text encoder or autoencoder from its files, every weight accounted for, and adapters merged in."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vidaccel.errors import UserError
-from vidaccel.models.folder import Component
+from vidaccel.models.folder import COPY_AGAIN, Component
 
 ADAPTER = "student"
 
@@ -62,6 +64,19 @@ def merge_adapter(transformer: nn.Module, folder: Path) -> None:
         _refuse(file, "unexpected", names - loaded, hint)
         transformer.fuse_lora(safe_fusing=True)  # that is, refuse what is not finite
         transformer.unload_lora()
+
+
+def adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Those of an adapter as `merge_adapter` takes them, its scale in them: A and scale B, by layer; `UserError` where
+    layers have scales of their own."""
+    file = folder / LORA_WEIGHTS
+    with reading(file, COPY_AGAIN), safe_open(file, framework="pt") as stored:
+        said = json.loads((stored.metadata() or {})[LORA_ADAPTER_METADATA_KEY])
+    weights = load_file(file)
+    if any(said.get(key) for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")):
+        raise UserError(f"{file} scales its layers one by one", "export a folder, which diffusers loads: -o FOLDER")
+    scale = said["lora_alpha"] / said["r"]
+    return {name: weight * scale if ".lora_B." in name else weight for name, weight in weights.items()}
 
 
 def _refuse(where: Path, problem: str, names: Iterable[str], hint: str) -> None:
