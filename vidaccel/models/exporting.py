@@ -190,8 +190,8 @@ def _header(loaded: LoadedPipeline, said: Mapping[str, Any]) -> dict[str, str]:
 
 @torch.no_grad()
 def _write_lora(file: Path, loaded: LoadedPipeline, said: Mapping[str, Any], scale: float) -> None:
-    """The student's adapter by the names of diffusers' pipelines; what its embedding of g adds at `scale` is the bias of
-    one more pair of matrices, of zeros."""
+    """The student's adapter by the names of diffusers' pipelines. What its embedding of g adds at `scale` is the bias
+    of one more pair of matrices, of zeros."""
     weights = adapter_weights(own_adapter(loaded.source, loaded.hashes))
     conditioning, family = loaded.conditioning, loaded.family
     if conditioning is not None:
