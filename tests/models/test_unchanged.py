@@ -10,6 +10,7 @@ from tests.models.test_weight_hashes import ATTACHED, predictor_of
 from tests.tiny import SIZE, guided, tiny_pipeline
 from vidaccel.errors import UserError
 from vidaccel.families.registry import FAMILIES
+from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.unchanged import active_adapters, changed, pipeline_sample, trunk_sample
 from vidaccel.models.weight_hashes import student_hash
@@ -108,3 +109,29 @@ def test_weights_of_a_second_transformer_are_looked_at_too():
     assert len(before) == 2 * len(trunk_sample(pipe.transformer, family))
     pipe.transformer_2.blocks[1].ffn.net[2].weight.data[0, 3] += 0.1
     assert changed(before, pipeline_sample(pipe, family)) == "transformer_2.blocks.1.ffn.net.2.weight"
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.uint8])
+def test_a_predictor_runs_in_the_type_that_a_model_of_stored_bytes_computes_in(loaded, predictor, tmp_path, stored):
+    """Weights of one byte, cast by diffusers at each layer; or packed, as of bitsandbytes and GGUF."""
+    transformer = loaded.pipe.transformer
+    if stored is torch.uint8:
+        for block in transformer.blocks:
+            packed = block.ffn.net[2].weight.data.flatten()[::2].to(stored)
+            block.ffn.net[2].weight = torch.nn.Parameter(packed, requires_grad=False)
+    else:
+        transformer.enable_layerwise_casting(storage_dtype=stored, compute_dtype=torch.float32)
+    assert {weight.dtype for weight in transformer.blocks[0].ffn.parameters()} & {stored}
+    predictor.save_pretrained(tmp_path)
+    made = Predictor.from_pretrained(tmp_path).run_like(transformer)
+    assert {weight.dtype for weight in made.blocks.parameters()} == {torch.float32}
+    if stored is torch.uint8:
+        with pytest.raises(UserError, match="are packed, and a predictor begins with whole ones"):
+            predictor_of(loaded)
+        return
+    assert {weight.dtype for weight in predictor_of(loaded).blocks.parameters()} == {torch.float32}
+    loaded.pipe.set_progress_bar_config(disable=True)
+    with vidaccel.attach(loaded, predictor=tmp_path, **ATTACHED, force=True) as attachment:
+        call = {"num_inference_steps": 4, "output_type": "latent", **SIZE, **guided(loaded.pipe, 1.0)}
+        assert loaded.pipe("a red circle", **call).frames.isfinite().all()
+    assert attachment.predicted_passes == 2

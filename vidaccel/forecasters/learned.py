@@ -313,12 +313,17 @@ def new_predictor(
         made_for: further fields of `NetworkConfig`.
 
     Raises:
-        UserError: the trunk has not that many blocks of the kind.
+        UserError: the trunk has not that many blocks of the kind, or their weights are packed.
     """
     kind = family.block_lists[-1]
     trunk = getattr(transformer, kind.name)
     if not 1 <= blocks <= len(trunk):
         raise UserError(f"a predictor of {blocks} blocks", f"the trunk's last list has {len(trunk)}: take 1 to that")
+    if not all(weight.is_floating_point() for weight in trunk[-1].parameters()):
+        raise UserError(
+            f"the weights of this {type(transformer).__name__} are packed, and a predictor begins with whole ones",
+            "train it on the model in bfloat16 or fp8; it is attached to a packed one all the same",
+        )
     settings = built_with(cast(Any, transformer).config)
     predictor = Predictor(NetworkConfig(family.name, width(transformer), blocks, kind.returns, settings, **made_for))
     for block, original in zip(predictor.blocks, trunk[-blocks:], strict=True):
