@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import vidaccel
 from tests.students import student
 from tests.train.test_distill import write_features
 from vidaccel.cache.schedule import every, read_schedules
 from vidaccel.cli.main import app
 from vidaccel.config.predictor import PredictorConfig
+from vidaccel.errors import UserError
 from vidaccel.models.loading import load_pipeline
 
 TRAIN = {"steps": 2, "batch_size": 2, "warmup": 0, "log_every": 1}
@@ -110,6 +113,24 @@ def test_schedules_of_forecasters_without_training(world, name):
         words = ["a red circle", f"model={world / 'student'}", f"predictor={name}", "schedule=found/schedule.json"]
         made = CliRunner().invoke(app, ["generate", *words, "budget=2", "-o", "out.mp4"])
         assert made.exit_code == 0, made.output
+
+
+def test_a_folder_of_schedules_is_a_predictor_of_the_model_that_it_was_searched_for(world):
+    result = run(world, "--features", str(world / "features"), "forecaster=taylor", "budgets=[2]", "-o", "found")
+    assert result.exit_code == 0, result.output
+    loaded = load_pipeline(world / "student")
+    call = {"output_type": "latent", "num_inference_steps": 4}
+    made = []
+    for how in ({"predictor": "found", "budget": 2}, {"predictor": "taylor", "schedule": "found/schedule.json"}):
+        with vidaccel.attach(loaded, steps=4, **how) as attachment:
+            made.append(loaded.pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).frames)
+        assert (attachment.full_passes, attachment.predicted_passes) == (2, 2)
+    assert torch.equal(*made)
+    other = load_pipeline(world / "teacher")
+    with pytest.raises(UserError, match="the schedules were searched for .*student .* and this is .*teacher"):
+        vidaccel.attach(other, predictor="found", steps=4, budget=2)
+    with pytest.raises(UserError, match="the schedule is for the grid of shift 2"):  # which is another's too
+        vidaccel.attach(other, predictor="found", steps=4, budget=2, force=True)
 
 
 def test_schedules_of_other_grids_stay_unless_they_are_of_another_forecaster(world):

@@ -31,7 +31,7 @@ from vidaccel.families.registry import family_of
 from vidaccel.families.walk import denoisers_of, embeds
 from vidaccel.file_hashes import FileHashes
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of
+from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of, of_another, schedules_for
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import FittedList, Multistep
 from vidaccel.forecasters.registry import attachable, forecaster_class
@@ -62,9 +62,9 @@ def attach(
 
     Args:
         pipe: of a supported family, on its device; a student's is what `vidaccel.load_pipeline` gives, or its `pipe`.
-        predictor: the folder of a trained one or of fitted scalars, a file of weights that others have released,
-            sprites/<name> for one that is shipped, "reuse", "taylor" or another name of forecasters/registry.py, or any
-            forecaster, taken as it is.
+        predictor: the folder of a trained one, of fitted scalars or of schedules that were searched for a forecaster, a
+            file of weights that others have released, sprites/<name> for one that is shipped, "reuse", "taylor" or
+            another name of forecasters/registry.py, or any forecaster, taken as it is.
         steps: denoising steps that the pipeline will be called with; needed with `full_steps` and `every`, and where
             schedules for several are at hand.
         full_steps: positions of the full steps, rising from 0.
@@ -75,8 +75,8 @@ def attach(
         timesteps: times of the grid, from 1000 down, on which the pipeline is then sampled by flow-match Euler; they
             say how many steps there are.
         sigmas: the same from 1 down.
-        force: take a predictor that was trained for another student or on another step grid, or scalars that were
-            fitted to another student or other guidance; their grid and full steps cannot be forced.
+        force: take a predictor that was trained for another student or on another step grid, scalars that were fitted
+            to another student or other guidance, or schedules of another; their grid and full steps cannot be forced.
 
     A trained predictor is served under the scalars that were fitted on top of it where they have its full steps; where
     they have not, or not on the grid that it is forced onto, it serves alone.
@@ -143,6 +143,11 @@ def _attached(
             forecaster.check_denoisers(pipe, family)
             if named and forecaster.scalars is not None:
                 forecaster.scalars.check_fits(family.name, student, force, called)
+    if isinstance(predictor, Path) and (searched := schedules_for(predictor)) and not force:
+        student, called = _student(loaded, pipe, family, force), loaded.source if loaded else pipe.name_or_path
+        if searched[1] not in (student or ()):
+            hint = "search some for this model, or see what they do with force=true"
+            raise of_another("the schedules were searched for", searched[1], predictor, student, called, hint)
     chosen = _schedule(predictor, *which)
     if chosen.boundary is not None:
         hint = "say which steps are full (every=3), or search a schedule"

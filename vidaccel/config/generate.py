@@ -42,9 +42,9 @@ class GenerateConfig(RuntimeConfig):
     instantaneous: bool = False
     """true: a student of mean velocities is sampled as the model of instantaneous ones that it contains (r = t)."""
     predictor: str | None = None
-    """What stands in for the transformer on the steps that are not full: the folder of a trained predictor or
-    of fitted scalars, a file of weights that others have released, sprites/predictor or sprites/scalars, or a
-    forecaster's name (`reuse`, `taylor`); null runs every step in full."""
+    """What stands in for the transformer on the steps that are not full: the folder of a trained predictor, of fitted
+    scalars or of searched schedules, a file of weights that others have released, sprites/predictor or sprites/scalars,
+    or a forecaster's name (`reuse`, `taylor`); null runs every step in full."""
     full_steps: list[int] | None = None
     """Positions of the full steps, from 0."""
     every: int | None = None

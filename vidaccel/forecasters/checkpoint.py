@@ -35,6 +35,8 @@ from vidaccel.models.files import local_path
 from vidaccel.models.grid import Grid
 
 FORMAT = "predictor/1"
+SCHEDULES = "schedules/1"
+"""Format of a folder of a forecaster's schedules alone."""
 CORRECTION, PUBLISHED = ARCHITECTURES = ("correction", "published")
 """What a network may be: learned.py says how they differ."""
 CONFIG_FILE, WEIGHTS_FILE, SCHEDULE_FILE = "config.json", "model.safetensors", "schedule.json"
@@ -42,9 +44,21 @@ SCALARS_FILE = "scalars.json"
 """Of a predictor's folder: what config.json is of a folder of scalars alone (multistep.py)."""
 
 
+def schedules_for(folder: Path) -> tuple[str, str] | None:
+    """The forecaster whose schedules a folder holds, and nothing else, and `student_hash` of the model that they were
+    searched for; None for another folder."""
+    try:
+        run = json.loads((folder / RUN_FILE).read_bytes())
+        return (run["forecaster"], run["student"]) if run["format"] == SCHEDULES else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def kind_of(folder: str | Path) -> str:
-    """The name, in the registry, of the forecaster that a folder holds: by the format of its config.json, which that of
-    a predictor does not say. What is no such folder is left to whoever reads it."""
+    """The name, in the registry, of the forecaster that a folder holds or has schedules for: by the format of its
+    config.json, which that of a predictor does not say. What is no such folder is left to whoever reads it."""
+    if searched := schedules_for(Path(folder)):
+        return searched[0] if searched[0] in FORECASTERS else "predictor"
     try:
         made_as = json.loads((Path(folder) / CONFIG_FILE).read_bytes())["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

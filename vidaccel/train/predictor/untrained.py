@@ -14,7 +14,7 @@ from vidaccel.collect.encode import IMAGE, as_array
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, SCHEDULES
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.loading import load_named
 from vidaccel.models.weight_hashes import student_hash
@@ -30,9 +30,6 @@ from vidaccel.train.predictor.task import (
     search_asked,
     task_of,
 )
-
-SCHEDULES = "schedules/1"
-"""Format of a folder of a forecaster's schedules alone."""
 
 
 def search_untrained(config: PredictorConfig, output: Path, device: str) -> list[Schedule]:
