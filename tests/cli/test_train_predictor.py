@@ -118,6 +118,7 @@ def test_schedules_of_forecasters_without_training(world, name):
 def test_a_folder_of_schedules_is_a_predictor_of_the_model_that_it_was_searched_for(world):
     result = run(world, "--features", str(world / "features"), "forecaster=taylor", "budgets=[2]", "-o", "found")
     assert result.exit_code == 0, result.output
+    assert "the search takes " in result.stderr and " on 3 prompts (--plan says the hours)" in result.stderr
     loaded = load_pipeline(world / "student")
     call = {"output_type": "latent", "num_inference_steps": 4}
     made = []

@@ -3,8 +3,7 @@
 The student is frozen: what is trained are a few blocks, or nothing. Passes of the student are most of it.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,17 +31,11 @@ from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.grid import Grid
 from vidaccel.train.predictor.discriminator import Discriminator
+from vidaccel.train.predictor.search import passes_of_lists, passes_of_search
 from vidaccel.train.predictor.served import check_lists, default_lists, leading
 
 STEPS = 20
 """Of a student that is not there yet."""
-
-
-class Search(NamedTuple):
-    """Passes of a search, over all its prompts."""
-
-    full: float
-    predicted: float
 
 
 def plan_predictor(
@@ -148,28 +141,11 @@ def _two_pass(config: PredictorConfig, model: PlannedModel, costs: Costs) -> boo
 
 def _search(config: PredictorConfig, costs: Costs, steps: int, halves: bool, passes: int = 1) -> Work:
     """Stretches, how errors grow, and the cheapest lists run as they serve: of these at most; `passes` a step."""
-    prompts, history = config.search_prompts, config.history if config.forecaster == "learned" else 1
-    if config.forecaster == "taylor":
-        history = 2
-    growth = (steps - 1) * (steps - 2) / 2
-    if history == 1:
-        stretches = Search(2 * steps, steps * (steps - 1) / 2)
-    else:
-        stretches = Search(steps, sum(max(i, 1) * (steps - 1 - i) for i in range(steps)))
-    lists = _lists(config, steps, range(1, steps + 1))
-    full = prompts * (stretches.full + growth) + config.checked_prompts * (steps + lists.full)
-    predicted = prompts * stretches.predicted + config.checked_prompts * lists.predicted
+    prompts = config.search_prompts
+    full, predicted = passes_of_search(config, steps, prompts, config.checked_prompts)
     name = "predictor" if config.forecaster == "learned" else config.forecaster
     what = f"search: {prompts} prompts, and lists on {config.checked_prompts} (at most)"
     return work(what, passes * (full * costs.full.total + predicted * costs.passes[name].total), halves)
-
-
-def _lists(config: PredictorConfig, steps: int, every: range) -> Search:
-    """Passes of a prompt under all lists that are tried, as if they had nothing in common."""
-    budgets = [budget for budget in config.budgets or every if budget <= steps]
-    counts = {budget: min(config.tried, math.comb(steps - 1, budget - 1)) for budget in budgets}
-    full = min(sum(count * budget for budget, count in counts.items()), 2 ** (steps - 1))
-    return Search(full, sum(count * (steps - budget) for budget, count in counts.items()))
 
 
 def _untrained(
@@ -198,7 +174,7 @@ def _fitted(config: PredictorConfig, model: PlannedModel, costs: Costs, steps: i
         passes = runs * (steps + len(config.full_steps))
     else:
         growth = config.search_prompts * (steps - 1) * (steps - 2) / 2
-        passes = runs * (steps + _lists(config, steps, range(1, steps // 2 + 1)).full) + growth
+        passes = runs * (steps + passes_of_lists(config, steps, range(1, steps // 2 + 1)).full) + growth
     what = f"{runs} runs of {steps} steps{' in two passes' if two_pass else ''}, and lists (at most)"
     return work(what, (1 + two_pass) * passes * costs.full.total, halves)
 

@@ -16,9 +16,10 @@ The sum is an estimate. The cheapest lists of each budget are run as they serve 
 B prompts, S steps, C channels, T frames, H and W latent pixels
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from vidaccel.cache.schedule import Schedule, candidates
 from vidaccel.cache.trunk import Trunk
 from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.encode import LATENT, batch
+from vidaccel.config.predictor import PredictorConfig
 from vidaccel.families.walk import stored_inputs
 from vidaccel.forecasters.base import Cached, Forecaster
 from vidaccel.models.grid import Grid
-from vidaccel.models.velocity import Text, Velocity
+from vidaccel.models.velocity import GuidedVelocity, Text, Velocity
 from vidaccel.processes import gathered
 from vidaccel.progress import Progress
 from vidaccel.sampling import sample
@@ -38,6 +40,7 @@ from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor.lists import run_lists
 from vidaccel.train.predictor.task import PredictorTask
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 NOISE_INDEX = 10**9
 """Of the generator that the noise is drawn by: further than any training goes."""
@@ -45,10 +48,45 @@ PROBE = 3
 """Steps of the stretch whose error shows how errors grow: a full one and two predicted ones, as in good schedules."""
 
 
+class Passes(NamedTuple):
+    """Of a search, over all its prompts."""
+
+    full: float
+    predicted: float
+
+
+def passes_of_search(config: PredictorConfig, steps: int, prompts: int, checked: int) -> Passes:
+    """Those of stretches, how errors grow, and the cheapest lists run as they serve, at most: stretches on so many
+    prompts, lists on so many others."""
+    history = config.history if config.forecaster == "learned" else 2 if config.forecaster == "taylor" else 1
+    growth = (steps - 1) * (steps - 2) / 2
+    if history == 1:
+        stretches = Passes(2 * steps, steps * (steps - 1) / 2)
+    else:
+        stretches = Passes(steps, sum(max(i, 1) * (steps - 1 - i) for i in range(steps)))
+    lists = passes_of_lists(config, steps, range(1, steps + 1))
+    full = prompts * (stretches.full + growth) + checked * (steps + lists.full)
+    return Passes(full, prompts * stretches.predicted + checked * lists.predicted)
+
+
+def passes_of_lists(config: PredictorConfig, steps: int, every: range) -> Passes:
+    """Of a prompt under all lists that are tried, as if they had nothing in common."""
+    budgets = [budget for budget in config.budgets or every if budget <= steps]
+    counts = {budget: min(config.tried, math.comb(steps - 1, budget - 1)) for budget in budgets}
+    full = min(sum(count * budget for budget, count in counts.items()), 2 ** (steps - 1))
+    return Passes(full, sum(count * (steps - budget) for budget, count in counts.items()))
+
+
 def search_schedules(task: PredictorTask, forecaster: Forecaster) -> list[Schedule]:
     """The best schedule of every budget that is wanted: of the cheapest lists by `measured_costs` the one whose final
     latents are nearest to those of full steps, run as it serves on prompts of their own, where there are any."""
     config, grid = task.config, task.sampling.grid
+    prompts = min(config.search_prompts, len(task.samples))
+    checked = min(config.checked_prompts, len(task.samples) - prompts)
+    twice = 2 if isinstance(task.student, GuidedVelocity) else 1
+    full, predicted = (twice * number for number in passes_of_search(config, grid.steps, prompts, checked))
+    said = "the search takes %.0f full passes and %.0f predicted ones at most, on %d prompts (--plan says the hours)"
+    log.info(said, full, predicted, prompts + checked)
     found = candidates(measured_costs(task, forecaster).tolist(), config.tried)
     kept = {budget: found[budget] for budget in config.budgets or found if budget in found}
     lists = [full for ways in kept.values() for _, full in ways]
