@@ -19,9 +19,9 @@ from tests.tiny import tiny_pipeline  # noqa: E402
 from vidaccel.models.loading import LoadedPipeline, load_pipeline  # noqa: E402
 
 LONGEST = (
-    "own_model accelerate fuzz gpu runner distill training every_family parallel trainer shipped detect make".split()
+    *("own_model", "accelerate", "fuzz", "gpu", "runner", "distill", "training", "every_family", "parallel", "trainer"),
+    *("shipped", "detect", "make", "throughput", "published", "config", "commands"),
 )
-LONGEST += ["throughput", "published", "config", "commands"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -159,7 +159,8 @@ def ship_decoder(decoder: Path, output: Path, remark: str = "") -> None:
     component, run = teacher.contents.components["vae"], found.run
     wide = read_json(component.folder / component.config_name)
     check_decoder(found, component.cls, wide, teacher.hashes, TEACHER)
-    command = _command(f"distill --conf sprites/decoder -o {decoder}", run, "features")
+    further = ("start", "seed", "clips", "train.steps", "train.learning_rate") if run["config"].get("start") else ()
+    command = _command(f"distill --conf sprites/decoder -o {decoder}", run, "features", *further)
     sizes = [
         sum(math.prod(shape) for name, (_, shape) in safetensors_header(file).items() if not name.startswith(ENCODING))
         for file in (found.folder / DECODER_WEIGHTS, *component.weight_files)
@@ -183,9 +184,10 @@ def ship_decoder(decoder: Path, output: Path, remark: str = "") -> None:
 
 def _command(words: str, run: Mapping[str, Any], *keys: str) -> str:
     """That which `run` is of, with these of its settings; a script's, whose settings are others, as it stands."""
-    if not run["config"].keys() >= set(keys):
+    config = {**run["config"], **{f"train.{key}": value for key, value in run["config"].get("train", {}).items()}}
+    if not config.keys() >= set(keys):
         return run["command"]
-    given = {key: run["config"][key] for key in keys if run["config"][key] is not None}
+    given = {key: config[key] for key in keys if config[key] is not None}
     return " ".join(["vidaccel", words, *(f"{key}={value}".replace(" ", "") for key, value in given.items())])
 
 
