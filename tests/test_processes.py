@@ -13,8 +13,8 @@ from tests.train.test_parallel import in_two, start
 from vidaccel import processes as module
 from vidaccel import ranks
 from vidaccel.data.shards import ShardFolder, write_shards
-from vidaccel.errors import ProcessLost, UserError
-from vidaccel.processes import by_first, gathered, on_all, rank, sharing
+from vidaccel.errors import FailedAlone, ProcessLost, UserError
+from vidaccel.processes import by_all, by_first, exchanged, gathered, rank, sharing
 from vidaccel.ranks import Share, refuse_many, share
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.train.test_parallel", __name__])
@@ -44,7 +44,7 @@ def test_alone_nothing_is_shared(monkeypatch):
     with sharing("alone", total=2) as advance:
         advance()
     assert gathered("abc", str.upper) == ["A", "B", "C"]
-    assert by_first(lambda: "done") == "done"
+    assert by_first(lambda: "done") == by_all(lambda: "done") == "done"
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", "8")  # likewise
     assert ranks.launched() == 1
@@ -66,6 +66,9 @@ def computed(folder: Path) -> list[int]:
 def share_and_fail(folder: Path) -> None:
     assert gathered(list(range(5)), lambda i: (rank(), i * i)) == [(i % 2, i * i) for i in range(5)]
     assert by_first(lambda: rank() + 7) == 7
+    assert by_all(lambda: exchanged(rank())) == [0, 1]
+    with pytest.raises(ZeroDivisionError):  # in both, of which the first had nothing to wait for
+        by_all(lambda: 1 / (1 - rank()))
     collect(folder)
     with pytest.raises(ZeroDivisionError if rank() == 0 else ProcessLost):
         by_first(lambda: 1 / 0)
@@ -109,18 +112,32 @@ def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
 
 
 def lose_the_other(folder: Path) -> None:
-    on_all(lambda: None)
-    if rank():
-        os.kill(os.getpid(), signal.SIGKILL)
+    module.BEAT, module.SILENT = 0.1, 1.0
+
+    def fail_or_wait() -> None:
+        if rank():
+            raise ValueError("as no other does")
+        try:
+            exchanged("waits")
+        except ProcessLost:
+            (folder / "said").write_text("lost")
+            raise
+
     try:
-        on_all(lambda: None)
+        by_all(fail_or_wait)
+    except FailedAlone as error:
+        (folder / "failed").write_text(str(error))
+        os.kill(os.getpid(), signal.SIGKILL)
     except ProcessLost:
-        (folder / "said").write_text("lost")
-    os._exit(0)
+        os._exit(0)
 
 
-def test_an_exchange_with_a_process_that_was_killed_is_told_as_one(tmp_path):
+def test_one_that_fails_while_another_waits_for_it_ends_both(tmp_path):
+    """And an exchange with a process that was killed is told as such."""
     context = start(lose_the_other, tmp_path)
     for process in context.processes:
         process.join(60)
+    said = "process 1 failed, and the others wait for it: ValueError: as no other does"
+    assert (tmp_path / "failed").read_text() == said
+    assert context.processes[0].exitcode == 0
     assert (tmp_path / "said").read_text() == "lost"

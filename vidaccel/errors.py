@@ -24,6 +24,10 @@ class ProcessLost(RuntimeError):
     """Another of the processes that torchrun started ended before its work was done, which ends this one too."""
 
 
+class FailedAlone(RuntimeError):
+    """This of the processes that torchrun started failed where the others wait for it, which ends the run."""
+
+
 class TrainingFailed(RuntimeError):
     """Too many steps in a row had no finite loss or gradient. The last good checkpoint is kept."""
 

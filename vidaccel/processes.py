@@ -8,6 +8,7 @@ process everything here does nothing, or plainly.
 import contextlib
 import gc
 import itertools
+import math
 import os
 import pickle
 import threading
@@ -22,7 +23,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from vidaccel.compat.torch import forget_groups
-from vidaccel.errors import ProcessLost
+from vidaccel.errors import FailedAlone, ProcessLost
 from vidaccel.locks import locked
 from vidaccel.progress import Progress
 from vidaccel.ranks import launched
@@ -213,6 +214,42 @@ def by_first(function: Callable[[], Result]) -> Result:
     return cast(Result, on_first(lambda: result))
 
 
+def by_all(function: Callable[[], Result]) -> Result:
+    """As `on_all`, where `function` itself may exchange with the other processes: who fails gives those that wait for
+    it, and never come to an end of theirs, `SILENT` s.
+
+    Raises:
+        FailedAlone: it failed here, where another waits for this process.
+        ProcessLost: another of them has gone.
+    """
+    if world() == 1:
+        return function()
+    result, failure, job = None, None, _Job(lambda more: None)
+    try:
+        try:
+            with _told_of_losses():
+                result = function()
+        except ProcessLost:
+            raise
+        except Exception as error:
+            failure = error
+        if not job.wait(math.inf if failure is None else SILENT):
+            said = f"{type(failure).__name__}: {failure}"
+            raise FailedAlone(f"process {rank()} failed, and the others wait for it: {said}") from failure
+    except BaseException:
+        job.fail()
+        raise
+    finally:
+        job.end()
+
+    def outcome() -> Result:
+        if failure is not None:
+            raise failure
+        return cast(Result, result)
+
+    return on_all(outcome)
+
+
 def store(patience: float = SILENT) -> dist.TCPStore:
     """A connection to the store through which torchrun's processes found each other, which `patience` s are tried."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -237,11 +274,14 @@ class _Job:
         self._show(self._count("done", 1))
         self._stop_if_failed()
 
-    def wait(self) -> None:
-        """Until all processes wait."""
+    def wait(self, patience: float = math.inf) -> bool:
+        """Until all processes wait, `patience` s at most; whether they do."""
+        until = time.monotonic() + patience
         waiting, pause = self._count("waiting", 1), 0.01
         beats, since = [0] * world(), [time.monotonic()] * world()
         while waiting < world():
+            if time.monotonic() > until:
+                return False
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
             self._stop_if_failed()
@@ -254,6 +294,7 @@ class _Job:
                     raise ProcessLost(f"process {other} gives no sign of life")
             waiting = self._count("waiting", 0)
         self._show(self._count("done", 0))
+        return True
 
     def fail(self) -> None:
         with contextlib.suppress(RuntimeError):

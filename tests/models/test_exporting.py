@@ -154,6 +154,11 @@ def test_one_file_of_each_transformer_by_its_original_names(family, tmp_path):
         assert said["call"]["guidance"] == 1.0 and said["call"]["steps"] == 4 and said["parents"].keys() == {"model"}
     with pytest.raises(UserError, match=r"m\..*safetensors is there already"):
         export_model(tmp_path / "m.safetensors", loaded)
+    *_, last = (getattr(loaded.pipe, name) for name in files)
+    last.register_buffer("of_nobody", torch.zeros(1))
+    with pytest.raises(UserError, match="have no original name, such as of_nobody"):
+        export_model(tmp_path / "n.safetensors", loaded)
+    assert not list(tmp_path.glob("*n.*"))  # nor the first of two
 
 
 def test_an_adapter_is_a_lora_of_the_pipeline_that_it_was_trained_on(tmp_path):

@@ -285,13 +285,19 @@ def test_without_torchrun_there_is_one(monkeypatch):
 
 def tracked(folder: Path) -> None:
     LOGGER_TYPE_TO_CLASS["notebook"] = Notebook
-    run(folder, config=replace(CONFIG, trackers=["notebook"]))
+
+    def second_fails(step: int = 0) -> dict[str, float]:
+        return {"share": 1 / (1 - rank())}
+
+    config = replace(CONFIG, trackers=["notebook"], sample_every=3, gates_every=4)
+    run(folder, config=config, sample=second_fails, measure=second_fails)
     assert len(Notebook.pages) == (2 + CONFIG.steps + 1 if rank() == 0 else 0)
 
 
-def test_one_process_writes_what_is_measured(tmp_path):
+def test_one_process_writes_what_is_measured_in_all(tmp_path):
     in_two(tracked, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert not any("share" in line for line in metrics(tmp_path))  # which one of them could not measure
 
 
 # Averaged weights in place

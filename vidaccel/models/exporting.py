@@ -173,14 +173,15 @@ def export_model(
 
 
 def _write_files(files: Mapping[str, Path], loaded: LoadedPipeline, said: Mapping[str, Any]) -> None:
-    """Each transformer as a file; `said`, which stands for a run.json, goes into the header."""
+    """Each transformer as a file, or none; `said`, which stands for a run.json, goes into the header."""
     header = _header(loaded, said)
-    for name, file in files.items():
-        transformer: Any = getattr(loaded.pipe, name)
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        weights = {key: weight.detach().cpu() for key, weight in transformer.state_dict().items()}
-        original = as_original(weights, loaded.family, width)
-        with atomic_path(file) as draft:
+    with ExitStack() as whole:  # all are written when the first takes its name
+        for name, file in files.items():
+            transformer: Any = getattr(loaded.pipe, name)
+            width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+            weights = {key: weight.detach().cpu() for key, weight in transformer.state_dict().items()}
+            original = as_original(weights, loaded.family, width)
+            draft = whole.enter_context(atomic_path(file))
             save_file({key: weight.contiguous() for key, weight in original.items()}, draft, metadata=header)
 
 

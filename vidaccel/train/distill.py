@@ -41,7 +41,7 @@ from vidaccel.models.saving import FORMAT as MODEL
 from vidaccel.models.saving import save_student
 from vidaccel.models.velocity import Velocity, velocity_of
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
-from vidaccel.processes import locked_by_first, processes, rank, world
+from vidaccel.processes import by_all, locked_by_first, on_first, processes, rank, world
 from vidaccel.sampling import generate
 from vidaccel.train.clips import LARGE, Clips, open_data, training_clips
 from vidaccel.train.finished import is_done, named_files, note_done
@@ -227,9 +227,8 @@ def _runs(task: Distillation, clips: Bank) -> int:
 def _gates_if_they_can(task: Distillation, method: Method, clips: Bank, output: Path) -> Measured | None:
     """`_pass_gates`; where they fail, which takes nothing from the student that is trained, a warning says so."""
     measured: list[Measured] = []
-    ByProducts().make(
-        lambda: measured.append(_pass_gates(task, method, clips, output)), "computing the gates", "the student is saved"
-    )
+    passing = partial(by_all, partial(_pass_gates, task, method, clips, output))
+    ByProducts().make(lambda: measured.append(passing()), "computing the gates", "the student is saved")
     return measured[0] if measured else None
 
 
@@ -240,7 +239,8 @@ def _pass_gates(task: Distillation, method: Method, clips: Bank, output: Path) -
         log.info("%s", line)
     for gate in measured.gates:
         log.log(logging.INFO if gate.passed else logging.WARNING, gate.said("the student"))
-    write_json(output / GATES_FILE, {"samples": len(clips), "runs": runs} | measured.as_json())
+    found = {"samples": len(clips), "runs": runs} | measured.as_json()
+    on_first(lambda: write_json(output / GATES_FILE, found))
     return measured
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.artefacts import atomic_path, explained
-from vidaccel.errors import UserError, nearest
+from vidaccel.errors import FailedAlone, ProcessLost, UserError, nearest
 
 FILE = "metrics.jsonl"
 PROJECT = "vidaccel"
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class ByProducts:
-    """What a training makes besides its result: a failure of one is a warning, numbered, and training goes on."""
+    """What a training makes besides its result: a failure of one is a warning, numbered, and training goes on. What all
+    processes make, all have to fail in (`by_all`)."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -27,6 +28,8 @@ class ByProducts:
     def make(self, make: Callable[[], None], title: str, then: str = "training goes on") -> None:
         try:
             make()
+        except (ProcessLost, FailedAlone):
+            raise
         except Exception as error:
             self.failed += 1
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -30,7 +30,7 @@ from vidaccel.artefacts import CHECKPOINTS
 from vidaccel.compat.diffusers import can_checkpoint
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
-from vidaccel.processes import on_first, rank, world
+from vidaccel.processes import by_all, on_first, rank, world
 from vidaccel.progress import Progress
 from vidaccel.train.average import Average
 from vidaccel.train.checkpoints import Checkpoints, State, Tensors, flat, unflat
@@ -81,9 +81,10 @@ def train(
         evaluate: of the model with averaged weights, without gradients, in the training's precision; lower is better.
             Called every `evaluate_every` steps, in every process, and averaged over them. The best checkpoint is kept.
         sample: called with the step every `sample_every` steps, in every process, while averaged weights are in place,
-            after the checkpoint of that step. If it fails a warning says so, and training goes on.
-        measure: called every `gates_every` steps while averaged weights are in place; what it gives stands in the line
-            of that step, and as curves in `gates.png`. If it fails, as `sample`.
+            after the checkpoint of that step. If it fails a warning says so, and training goes on, unless it failed in
+            one process where the others wait for that one.
+        measure: called every `gates_every` steps, in every process, while averaged weights are in place; what it gives
+            stands in the line of that step, and as curves in `gates.png`. If it fails, as `sample`.
         rates: learning rate over that of `config`, by the name of a submodule of `model`, whose gradients are then
             scaled down by their own norm: two parts that work against each other are trained as if apart.
 
@@ -92,6 +93,7 @@ def train(
         UserError: the checkpoints belong to other settings or another model, one of their files is damaged, a new one
             cannot be written, or the model or the caller has not what `config` asks for.
         TrainingFailed: `MOST_BAD_STEPS` steps in a row were not finite.
+        FailedAlone: `sample` or `measure` failed here, where another process waits for this one.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
@@ -165,7 +167,7 @@ def train(
                     state.best, state.best_step = line["evaluation"], state.step
             found: dict[str, float] = {}
             if good and measure and due(config.gates_every):
-                looked = partial(_into, found, measure)
+                looked = partial(_into, found, partial(by_all, measure))
                 with average.in_place(), eagerly(), autocast(config, device):
                     by_products.make(looked, f"the look at step {state.step}")
                 line |= found
@@ -180,7 +182,8 @@ def train(
                 by_products.make(partial(on_first, drawn), f"the curves of step {state.step}")
             if good and sample and due(config.sample_every):
                 with average.in_place(), eagerly(), autocast(config, device):
-                    by_products.make(lambda: sample(state.step), f"the samples of step {state.step}")
+                    sheet = partial(by_all, partial(sample, state.step))
+                    by_products.make(sheet, f"the samples of step {state.step}")
             if good:
                 last_good = state.step
             progress.advance(loss=value)
