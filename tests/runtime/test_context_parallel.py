@@ -25,7 +25,7 @@ from vidaccel.cli.generate import generate
 from vidaccel.compat.torch import CPU_ATTENTION
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.errors import UserError
-from vidaccel.families.registry import FAMILIES
+from vidaccel.families.registry import FAMILIES, family_of
 from vidaccel.families.walk import blocks_of, denoisers_of, width
 from vidaccel.forecasters.learned import new_predictor
 from vidaccel.models.calling import compression_of
@@ -41,8 +41,12 @@ FAMILIES_SPLIT = sorted(name for name in BUILDERS if FAMILIES[name].split)
 TWO, CPU, CUDA = ParallelConfig(ulysses=2), torch.device("cpu"), torch.device("cuda")
 
 
+MORE = {"ltx2": {"frame_rate": 30.0}}
+"""Of a call: four tokens of sound, and not five, which two do not divide."""
+
+
 def frames(pipe, steps=STEPS):
-    more = called(pipe) | guided(pipe, 3.0, PROMPT)
+    more = called(pipe) | guided(pipe, 3.0, PROMPT) | MORE.get(family_of(pipe).name, {})
     draw = torch.Generator().manual_seed(0)
     return pipe(prompt=PROMPT, num_inference_steps=steps, generator=draw, output_type="np", **more).frames
 
@@ -124,7 +128,7 @@ def what_is_sent(pipe, predictor) -> None:
 def tiles_are_shared() -> None:
     """Three tiles: the first process makes two of them, the second one, and both get the frames of one process."""
     devices = neighbours(TWO, CPU)
-    for name in ("hunyuan_video", "hunyuan_video_15", "ltx_video", "wan"):
+    for name in ("hunyuan_video", "hunyuan_video_15", "ltx2", "ltx_video", "wan"):
         pipe = tiny_pipeline(name)
         vae, pixels = pipe.vae, compression_of(pipe, FAMILIES[name])[1]
         Tiles.of((6, 12), (1, 3), 2, pixels).set(vae, pixels)
@@ -175,7 +179,7 @@ def with_log_sum_exp(ctx, query, key, value, *args, **kwargs):
 
 def in_a_ring() -> None:
     """Rings are for CUDA; their arithmetic, and what is cached in one, are not."""
-    for name in ("wan", "ltx_video"):
+    for name in ("wan", "ltx_video", "ltx2"):
         pipe, family = tiny_pipeline(name), FAMILIES[name]
         with attached(pipe, "taylor"):
             alone = frames(pipe)
@@ -198,7 +202,7 @@ def from_the_command_line(folder: Path) -> None:
     if rank() == 0:
         assert json.loads(said.getvalue())["runtime"]["parallel"] == {"ulysses": 2, "ring": 1}
     split = {"model": str(folder / "model"), "parallel": {"ulysses": 2}}
-    with pytest.raises(UserError, match="27 tokens do not divide among 2"):
+    with pytest.raises(UserError, match="the 27 tokens of the video do not divide among 2"):
         vidaccel.generate(PROMPT, height=48, width=48, num_frames=9, **split)
     with pytest.raises(UserError, match="compile=true came with a video on several devices"):
         vidaccel.generate(PROMPT, compile=True, **split)
@@ -230,7 +234,7 @@ def test_what_cannot_be_split_is_refused(monkeypatch, family, parallel, device, 
 def test_tokens_and_heads_have_to_divide(monkeypatch):
     transformer = tiny_pipeline("wan").transformer  # patches of 1 x 2 x 2, two heads
     check_tokens(transformer, TWO, (2, 4, 4))
-    with pytest.raises(UserError, match="9 tokens do not divide among 2 devices") as error:
+    with pytest.raises(UserError, match="the 9 tokens of the video do not divide among 2 devices") as error:
         check_tokens(transformer, TWO, (1, 6, 6))
     assert error.value.hint.startswith("they do among 1, 3, 9;")
     monkeypatch.setattr(context_parallel, "world", lambda: 4)
@@ -252,7 +256,7 @@ def test_joint_mask_is_in_the_order_in_which_attention_sees_the_tokens():
 @pytest.mark.parametrize("name", FAMILIES_SPLIT)
 def test_a_record_names_what_a_split_needs(name):
     how, pipe = FAMILIES[name].split, tiny_pipeline(name)
-    assert all(hasattr(pipe.transformer.get_submodule(path), "forward") for path in (*how.outputs, how.gathered))
+    assert all(hasattr(pipe.transformer.get_submodule(path), "forward") for path in (*how.outputs, *how.gathered))
     assert how.outputs or type(pipe.transformer)._cp_plan
     for _, block in blocks_of(pipe.transformer, FAMILIES[name]):
         assert all(hasattr(block.get_submodule(attention), "processor") for attention in how.local)

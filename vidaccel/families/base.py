@@ -154,8 +154,10 @@ class SequenceSplit:
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Modules before the trunk whose outputs are split, by dotted path: along which dimension, one for each output.
     Nothing means the plan that the transformer has in diffusers."""
-    gathered: str = "proj_out"
-    """Module after the trunk whose output [B, N, C] is put together again."""
+    gathered: tuple[str, ...] = ("proj_out",)
+    """Modules after the trunk whose outputs [B, N, C] are put together again."""
+    beside: tuple[str, ...] = ()
+    """Keyword arguments of the transformer, [B, N', C], whose tokens are split beside the video's."""
     local: tuple[str, ...] = ()
     """Attentions of a block, by name, whose keys every device has: they exchange nothing."""
 

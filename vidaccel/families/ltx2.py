@@ -13,6 +13,7 @@ from vidaccel.families.base import (
     DiTFamily,
     Guidance,
     SamplingDefaults,
+    SequenceSplit,
     SizedInput,
     TextTensor,
 )
@@ -189,6 +190,17 @@ LTX2 = DiTFamily(
             counted="audio_num_frames",
             made_of="audio_latents",
         ),
+    ),
+    # diffusers' own plan (0.42.1) is for one kind of rotations, leaves audio whole and fails on the mask of the text.
+    split=SequenceSplit(
+        outputs={
+            **dict.fromkeys(("proj_in", "audio_proj_in"), (1,)),
+            # [B, N, D] or, of heads, [B, H, N, D / 2]
+            **dict.fromkeys(("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope"), (-2, -2)),
+        },
+        gathered=("proj_out", "audio_proj_out"),
+        beside=("audio_hidden_states",),
+        local=("attn2", "audio_attn2"),
     ),
     untrained="makes sound beside its videos",
 )

@@ -65,11 +65,12 @@ def split(
     check_split(family, parallel, device, backend or process_attention())
     how = cast("SequenceSplit", family.split)  # as `check_split` made sure
     config: Any = model.config
-    if config.num_attention_heads % parallel.ulysses:
-        raise UserError(
-            f"the {config.num_attention_heads} heads of this {family.title} do not divide among {parallel.ulysses}",
-            f"set parallel.ulysses to one of {_divisors(config.num_attention_heads)}",
-        )
+    for heads in (count for name, count in config.items() if name.endswith("num_attention_heads")):
+        if heads % parallel.ulysses:
+            raise UserError(
+                f"the {heads} heads of this {family.title} do not divide among {parallel.ulysses}",
+                f"set parallel.ulysses to one of {_divisors(heads)}",
+            )
     shape = world() // parallel.devices, parallel.ring, parallel.ulysses
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("videos", "ring", "ulysses"))
     group_ends_with(mesh)
@@ -145,12 +146,14 @@ def _check_call(family: DiTFamily, parallel: ParallelConfig, transformer: nn.Mod
         _check_divides(x.shape[1], parallel)
     else:
         check_tokens(transformer, parallel, x.shape[2:])
+    for name in family.split.beside if family.split else ():
+        _check_divides(kwargs[name].shape[1], parallel, name)
 
 
-def _check_divides(tokens: int, parallel: ParallelConfig) -> None:
+def _check_divides(tokens: int, parallel: ParallelConfig, of: str = "the video") -> None:
     if tokens % parallel.devices:
         raise UserError(
-            f"the video's {tokens} tokens do not divide among {parallel.devices} devices",
+            f"the {tokens} tokens of {of} do not divide among {parallel.devices} devices",
             f"they do among {_divisors(tokens)}; or make a video of another size",
         )
 
@@ -172,7 +175,7 @@ def _plan(how: SequenceSplit) -> dict[str, Any] | None:
         path: {i: ContextParallelInput(dim, split_output=True) for i, dim in enumerate(dims)}
         for path, dims in how.outputs.items()
     }
-    return outputs | {how.gathered: ContextParallelOutput(1, expected_dims=3)}
+    return outputs | {path: ContextParallelOutput(1, expected_dims=3) for path in how.gathered}
 
 
 class TextShards:
