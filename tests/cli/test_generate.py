@@ -271,6 +271,9 @@ def test_what_many_processes_do_not_share_is_refused(models, monkeypatch):
         refused = run(*words)
         assert refused.exit_code == 2 and "is the work of one process, and torchrun started 2" in refused.stderr
         assert not list(Path().glob("out*"))
+    refused = run("a red circle", "parallel.ulysses=3")
+    assert refused.exit_code == 2 and "is the work of 3 processes, and torchrun started 2" in refused.stderr
+    assert "hint: torchrun --nproc-per-node=3 -m vidaccel generate" in refused.stderr
 
 
 def test_gif_and_png_folder(models):

@@ -131,8 +131,9 @@ def generate(
     _check_outputs(files, sheet)
     say: Callable[[str], None] = (lambda line: None) if as_json else typer.echo
     if prompts is None or compare or sheet:
-        if compare or sheet or launched() != config.parallel.devices:
-            refuse_many("--compare" if compare else "--sheet" if sheet else _one_video(config))
+        if compare or sheet or config.parallel.devices == 1:
+            refuse_many("--compare" if compare else "--sheet" if sheet else "one video")
+        _refuse_other_processes(config.parallel.devices)
         make = _compare if compare else _make
         report = make(config, texts, pictures, files, sheet, device, say)
     else:
@@ -245,9 +246,14 @@ def _refuse_changed(file: Path) -> NoReturn:
     raise UserError(f"{file} was changed meanwhile", "give the same command again")
 
 
-def _one_video(config: GenerateConfig) -> str:
-    devices = config.parallel.devices
-    return "one video" if devices == 1 else f"one video with parallel.ulysses times parallel.ring = {devices}"
+def _refuse_other_processes(devices: int) -> None:
+    """`UserError` where torchrun started another number of processes than those that make one video."""
+    if 1 < launched() != devices:
+        raise UserError(
+            f"one video with parallel.ulysses times parallel.ring = {devices} is the work of {devices} processes, and "
+            f"torchrun started {launched()}",
+            f"torchrun --nproc-per-node={devices} -m vidaccel generate ...",
+        )
 
 
 def _made_of(ready: "Session", texts: list[str], images: list[Path]) -> list[dict[str, Any]]:
