@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tests.tiny import called, guided, tiny_pipeline
 from tests.train.test_metrics import Notebook
 from tests.train.test_trainer import interrupting_at, metrics, small_disk
-from tests.train.torchrun import in_two, start
+from tests.train.torchrun import in_four, in_two, start
 from vidaccel.cache.trunk import Trunk
 from vidaccel.config.training import TrainConfig
 from vidaccel.errors import TrainingFailed, UserError
@@ -499,6 +499,21 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path, str
         for line, expected in zip(metrics(folder), metrics(tmp_path / "one"), strict=True):
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_what_four_wrote_goes_on_in_one_and_in_two(tmp_path):
+    """Muon's moments too; AdamW's are those of the biases."""
+    config = replace(CONFIG, optimizer="muon", save_every=3)  # two steps are left: the second tells of the moments
+    in_four(go_on, tmp_path / "four", config)
+    assert len(list((tmp_path / "four" / "checkpoints" / "step-00000003").glob("shard-*"))) == 4
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / "four", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000005")
+    run(tmp_path / "one", config=replace(config, accumulate=4))
+    in_two(go_on, tmp_path / "two", replace(config, accumulate=2))
+    for name in ("one", "two"):
+        *_, last = metrics(tmp_path / name)
+        assert last["loss"] == pytest.approx(metrics(tmp_path / "four")[-1]["loss"], rel=1e-3), name
 
 
 def full_disk(folder: Path) -> None:

@@ -43,6 +43,11 @@ def in_two(function, *arguments) -> None:
     _wait(start(function, *arguments), function.__name__)
 
 
+def in_four(function, *arguments) -> None:
+    """As `in_two`."""
+    _wait(_start(4, _entered, function, arguments), function.__name__)
+
+
 def program(*words: str, module: str = "vidaccel", count: int = 1) -> str:
     """What `python -m MODULE WORDS` prints in `count` processes; fails as one of them does.
 
@@ -87,7 +92,7 @@ def _enter(number: int, count: int, port: int, function, arguments) -> None:
 
 def _entered(function, arguments) -> None:
     with processes():
-        assert (str(rank()), world()) == (os.environ["RANK"], 2)
+        assert (str(rank()), str(world())) == (os.environ["RANK"], os.environ["WORLD_SIZE"])
         function(*arguments)
 
 
