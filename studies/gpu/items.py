@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from studies.gpu import costs, decoding, fp8, ops, passes, training
+from studies.gpu import costs, decoding, fp8, offload, ops, passes, training
 from studies.gpu.measure import Rows
 from studies.gpu.model import Shape
 
@@ -65,6 +65,10 @@ def measure_model(rows: Rows, dry: bool) -> None:
     passes.run_model(rows, [TOY] if dry else [TENTH, FULL])
 
 
+def measure_offload(rows: Rows, dry: bool) -> None:
+    offload.run_offload(rows, [TOY] if dry else [TENTH, FULL])
+
+
 def measure_training(rows: Rows, dry: bool) -> None:
     training.run_training(rows, TOY if dry else replace(TENTH, double_blocks=5, single_blocks=10))
 
@@ -79,6 +83,7 @@ ITEMS: dict[str, Callable[[Rows, bool], None]] = {
     "blocks": measure_blocks,
     "model": measure_model,
     "training": measure_training,
+    "offload": measure_offload,
 }
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ LIMITS = {
     "attention": 40,
     "tests": 90,
     "distillation": 120,
+    "offload": 100,
     "ops": 140,
     "blocks": 150,
     "training": 100,

@@ -29,6 +29,7 @@ WANTED = {
         *(f"{name}, {variant}" for name in SAMPLERS for variant in ("eager", FUSED, f"{FUSED}, fp8", EVERYTHING)),
     },
     "training": {"central difference", "eager ops, attention_jvp", "trimmed, fused"},
+    "offload": {"whole", "group", "fp8", "group, fp8"},
 }
 
 
