@@ -1,9 +1,14 @@
-"""What Ulysses attention sends between the devices that make one video, computed: `python -m studies.communication`.
+"""What devices send to each other, computed: for one video by Ulysses attention, `python -m studies.communication`; for
+a distillation under FSDP2, `python -m studies.communication wan_14b/cfg`.
 
 In each block a device trades its tokens of all heads for all tokens of its heads, three times (queries, keys, values),
 and back once (what attention gives): of each such tensor [N / P, D] it sends all but its own part. Behind the last
 block the video is put together again. Nothing else is sent, whatever is cached. tests/runtime/test_context_parallel.py
 counts what two processes send.
+
+A pass of a training gathers the teacher's weights once and the student's twice, before it runs forwards and backwards,
+all in float32, and adds up the gradients of what is trained: of each, a device sends all but its own part.
+tests/train/test_parallel.py counts what two processes gather.
 
 N tokens, D width, P devices
 """
@@ -12,9 +17,12 @@ from dataclasses import dataclass
 
 import typer
 
+from vidaccel.bench.plan_distill import plan_distillation
 from vidaccel.bench.sizes import meta_transformer, rows
 from vidaccel.config.benchmark import BenchmarkConfig
+from vidaccel.config.distill import DistillConfig
 from vidaccel.config.loader import load
+from vidaccel.config.plan import PlanConfig
 from vidaccel.families.registry import FAMILIES
 from vidaccel.families.walk import blocks_of, width
 
@@ -25,6 +33,7 @@ LINKS = {"NVLink, 450 GB/s": 450e9, "network, 50 GB/s": 50e9}
 GROUPS = ((2, 1), (4, 1), (8, 1), (8, 8))
 """(devices of a video, videos at once)."""
 PREDICTOR_BLOCKS = 2
+TRAINING_GPUS = (2, 8, 64)
 
 
 def exchanged(tokens: int, width: int, blocks: int, devices: int, size: int = 2) -> int:
@@ -67,18 +76,47 @@ def exchanges(conf: str = "hunyuan_video") -> tuple[int, list[Exchange]]:
     ]
 
 
+def shared_weights(teacher: float, student: float, trained: float, devices: int) -> float:
+    """Bytes that each of `devices` sends in a pass of a training, of so many bytes of weights in all."""
+    return (teacher + 2 * student + trained) * (devices - 1) / devices
+
+
+def training_cells(conf: str = "wan_14b/cfg") -> list[list[str]]:
+    """Rows of a distillation's table, for each of `TRAINING_GPUS`.
+
+    Of a method that calls its teacher once a pass: `conf` is of method=cfg.
+    """
+    config, plan = load("distill", DistillConfig, conf), PlanConfig()
+    found = plan_distillation(config, plan, conf)
+    assert config.method == "cfg" and config.train.steps is not None
+    training = found.work[0].times(1 / (config.train.steps * config.train.accumulate))
+    seconds = plan.seconds(training.flops, training.float32)
+    rows = []
+    for gpus in TRAINING_GPUS:
+        weights = (found.memory.shared[name] for name in ("teacher", "student", "gradients"))
+        sent = shared_weights(*weights, devices=gpus)
+        rows.append(
+            [f"{gpus}", _bytes(sent), *(f"{sent / rate:.2g} s, {sent / rate / seconds:.1%}" for rate in LINKS.values())]
+        )
+    return rows
+
+
 def table(conf: str = "hunyuan_video") -> str:
-    """The rows as Markdown."""
-    head = ["GPUs", "videos", "sent in a full pass", "in a predicted one", *LINKS]
-    lines = [head, ["--:"] * len(head), *(row.cells(PASS_SECONDS.get(conf)) for row in exchanges(conf)[1])]
+    """The rows as Markdown: of a video, or of a distillation where that is what the configuration is of."""
+    if "/" in conf:
+        head, cells = ["GPUs", "sent in a pass", *LINKS], training_cells(conf)
+    else:
+        head = ["GPUs", "videos", "sent in a full pass", "in a predicted one", *LINKS]
+        cells = [row.cells(PASS_SECONDS.get(conf)) for row in exchanges(conf)[1]]
+    lines = [head, ["--:"] * len(head), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count > 1e9 else f"{count / 1e6:.0f} MB"
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.{0 if count > 1e11 else 1}f} GB" if count > 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def main(conf: str = typer.Argument("hunyuan_video", help="A shipped configuration of `vidaccel benchmark`.")) -> None:
+def main(conf: str = typer.Argument("hunyuan_video", help="Of `vidaccel benchmark`, or of `distill`.")) -> None:
     """Print the table of docs/scale.md, for this model."""
     print(table(conf))
 

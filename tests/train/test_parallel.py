@@ -209,7 +209,10 @@ def gather(name: str) -> None:
 
     with patch.object(dist, op, gathering):
         sharded = three_passes(model, family, given[0], before)
+        before()
+        model(**given[0])[0].square().mean().backward()
     assert gathered[:2] == [every, every - of_blocks], name
+    assert gathered[-1] == every + of_blocks, name  # once more for the gradients, but for what the outermost keeps
     torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(alone[0], alone[1]) and alone[3]
     assert [block for _, block in blocks_of(model, family)] == blocks
