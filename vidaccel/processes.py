@@ -200,20 +200,6 @@ def _watched(show: Callable[[int], None]) -> Iterator[Callable[[], None]]:
     on_all(lambda: None)  # the first to go may take the store with it
 
 
-def by_first(function: Callable[[], Result]) -> Result:
-    """As `on_first`, for what takes long: meanwhile the others watch for a sign of life of process 0. It has no bar of
-    its own: `function` may have one, or time something.
-
-    Raises:
-        ProcessLost: in the others, where it failed.
-    """
-    result = None
-    with _watched(lambda more: None):
-        if rank() == 0:
-            result = function()
-    return cast(Result, on_first(lambda: result))
-
-
 def by_all(function: Callable[[], Result]) -> Result:
     """As `on_all`, where `function` itself may exchange with the other processes: who fails gives those that wait for
     it, and never come to an end of theirs, `SILENT` s.
@@ -248,6 +234,17 @@ def by_all(function: Callable[[], Result]) -> Result:
         return cast(Result, result)
 
     return on_all(outcome)
+
+
+def by_first(function: Callable[[], Result]) -> Result:
+    """As `on_first`, for what takes long: meanwhile the others watch for a sign of life of process 0, and for none of a
+    broadcast, which gives up after half an hour. It has no bar of its own: `function` may have one, or time something.
+
+    Raises:
+        ProcessLost: process 0 has gone.
+    """
+    own = by_all(lambda: function() if rank() == 0 else None)
+    return cast(Result, on_first(lambda: own))
 
 
 def store(patience: float = SILENT) -> dist.TCPStore:

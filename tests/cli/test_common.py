@@ -15,7 +15,14 @@ import typer
 from typer.testing import CliRunner
 
 from vidaccel.cli.common import Debug, is_setting, quiet_libraries, reported, split_settings
-from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.errors import FailedAlone, TrainingFailed, UserError
+
+
+def alone(cause: Exception) -> FailedAlone:
+    """As `by_all` raises it."""
+    error = FailedAlone("process 1 failed, and the others wait for it")
+    error.__cause__ = cause
+    return error
 
 
 def end(error: BaseException, *args: str):
@@ -36,6 +43,7 @@ def end(error: BaseException, *args: str):
         (UserError("it is wrong", "mend it"), 2, "error: it is wrong\nhint: mend it\n"),
         (TrainingFailed("ten in a row"), 1, "error: ten in a row\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (alone(UserError("it is wrong", "mend it")), 2, "error: it is wrong\nhint: mend it\n"),
     ],
 )
 def test_status_and_words(error, status, said):

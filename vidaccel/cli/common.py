@@ -17,7 +17,7 @@ from vidaccel.artefacts import RUN_FILE, last_checkpoint, read_run, told
 from vidaccel.cli.together import LOST, one_of_many
 from vidaccel.config.defaults import CONFS, default_conf
 from vidaccel.config.plan import PlanConfig
-from vidaccel.errors import ProcessLost, TrainingFailed, UserError
+from vidaccel.errors import FailedAlone, ProcessLost, TrainingFailed, UserError
 from vidaccel.ranks import refuse_many
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -85,6 +85,8 @@ def _reported(command: Callable, together: bool) -> Callable:
 
 def _ending(error: BaseException, output: Path | None) -> tuple[int, str]:
     """Exit status and last words of a command that writes to `output`."""
+    if isinstance(error, FailedAlone) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, KeyboardInterrupt):
         return 130, _interrupted(output)
     if isinstance(error, TrainingFailed):

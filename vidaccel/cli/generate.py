@@ -212,13 +212,13 @@ def _make_many(
     """As `_make`, of those videos that are not there yet, shared by torchrun's processes."""
     quiet_libraries()
     from vidaccel.data.notes import forget, note, note_of, noted
-    from vidaccel.processes import locked_by_first, on_first, processes, sharing, world
+    from vidaccel.processes import by_first, locked_by_first, on_first, processes, sharing, world
     from vidaccel.session import session
 
     folder = files[0].parent
     with processes(), locked_by_first(folder), session(config, device, images=images) as ready:
         on_first(lambda: remove_left([*files, *map(note_of, files)]))
-        made_of = on_first(lambda: _made_of(ready, texts, images))  # whose hashes read the weights once, not in each
+        made_of = by_first(lambda: _made_of(ready, texts, images))  # whose hashes read the weights once, not in each
         todo = on_first(lambda: [i for i, file in enumerate(files) if noted(file, made_of[i]) is None])
         if len(todo) < len(files):
             log.info("%d of %d videos are there already", len(files) - len(todo), len(files))

@@ -17,7 +17,7 @@ from vidaccel.errors import UserError
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.models.text_cuts import TextCuts
 from vidaccel.numbers import si
-from vidaccel.processes import gathered, on_first, world
+from vidaccel.processes import by_first, gathered, world
 from vidaccel.progress import Progress
 
 CUTS_SHOWN = 3
@@ -107,7 +107,7 @@ def collect(job: Job, folder: Path) -> bool:
     )
     cuts.counts = sum(gathered(range(world()), lambda _: cuts.counts), Counter())
     cuts.summarise()
-    return on_first(lambda: _described(job, folder, started))
+    return by_first(lambda: _described(job, folder, started))
 
 
 def _described(job: Job, folder: Path, started: datetime) -> bool:

@@ -31,7 +31,7 @@ from vidaccel.data.buckets import Buckets, Size
 from vidaccel.data.order import index_at
 from vidaccel.errors import UserError
 from vidaccel.file_hashes import file_sha256
-from vidaccel.processes import on_first, sharing, world
+from vidaccel.processes import by_first, on_first, sharing, world
 from vidaccel.progress import Progress
 from vidaccel.ranks import share
 
@@ -119,7 +119,7 @@ def write_shards(
         (folder / INDEX_FILE).unlink(missing_ok=True)
         return [_missing(shard, indices, batch_size) for shard, indices in shards.items()]
 
-    missing = dict(zip(shards, on_first(begin), strict=True))
+    missing = dict(zip(shards, by_first(begin), strict=True))
     unfinished = on_first(lambda: [shard for shard in shards if not shard.exists()])
     if 0 < len(unfinished) < world():
         log.info(
@@ -134,7 +134,7 @@ def write_shards(
                 for _ in batch:
                     advance()
             _finish(shard)
-    on_first(lambda: _write_index(folder, shards, kind, sizes if len(set(sizes or ())) > 1 else None))
+    by_first(lambda: _write_index(folder, shards, kind, sizes if len(set(sizes or ())) > 1 else None))
 
 
 def _write_index(folder: Path, shards: Mapping[Path, range], kind: str, sizes: Sequence[Size] | None) -> None:

@@ -46,7 +46,7 @@ from vidaccel.models.cards import README, predictor_card
 from vidaccel.models.loading import LoadedPipeline, load_named, resolve_device
 from vidaccel.models.velocity import SwitchedVelocity
 from vidaccel.models.weight_hashes import student_hash
-from vidaccel.processes import locked_by_first, on_first, processes, rank, world
+from vidaccel.processes import by_first, locked_by_first, on_first, processes, rank, world
 from vidaccel.train.objective import Loss, generator_for
 from vidaccel.train.parallel import full_state, shard
 from vidaccel.train.predictor.comparing import Compared, Shares, compare, serving_predictor
@@ -151,7 +151,7 @@ def _train_and_search(config: PredictorConfig, output: Path, device: str) -> lis
                 if on_top is not None:
                     _save_on_top(output, on_top)
                     run["fitted"] = before["fitted"]
-                if on_first(partial(_is_done, task, output, before, run)):
+                if by_first(partial(_is_done, task, output, before, run)):
                     return schedules_found(task, output)
         asked = search_asked(task, config)
         known = run.setdefault(SEARCHED, {})
