@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.test_parallel import in_two, start
+from tests.train.torchrun import in_two, spawn
 from vidaccel import processes as module
 from vidaccel import ranks
 from vidaccel.data.shards import ShardFolder, write_shards
 from vidaccel.errors import FailedAlone, ProcessLost, UserError
-from vidaccel.processes import by_all, by_first, exchanged, gathered, rank, sharing
+from vidaccel.processes import by_all, by_first, exchanged, gathered, processes, rank, sharing
 from vidaccel.ranks import Share, refuse_many, share
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.train.test_parallel", __name__])
@@ -92,27 +92,38 @@ def test_shards_are_written_once_and_by_any_number_of_processes(tmp_path):
     assert len(ShardFolder(tmp_path / "two")) == 11
 
 
-def wait_for_the_dead(folder: Path) -> None:
+def quick_signs() -> None:
     module.BEAT, module.SILENT = 0.1, 1.0
-    if rank() == 0:  # which has the store where torchrun does not
+
+
+def wait_for_the_dead(folder: Path) -> None:
+    quick_signs()
+    with processes():
+        if rank():
+            time.sleep(2.5)  # more than it may be silent for: who is late is there all the same
+        by_all(lambda: None)
+        if rank():
+            os.kill(os.getpid(), signal.SIGKILL)
         began = time.monotonic()
+        with pytest.raises(ProcessLost), sharing("working", total=999) as advance:  # the first has the store
+            while True:
+                time.sleep(0.05)
+                advance()
         with pytest.raises(ProcessLost), sharing("waiting", total=2) as advance:
             advance()
         (folder / "seconds").write_text(str(time.monotonic() - began))
         os._exit(0)
-    with sharing("waiting", total=2):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
-    context = start(wait_for_the_dead, tmp_path)
+    context = spawn(2, wait_for_the_dead, tmp_path)
     for process in context.processes:
         process.join(60)
     assert float((tmp_path / "seconds").read_text()) < 20
 
 
 def lose_the_other(folder: Path) -> None:
-    module.BEAT, module.SILENT = 0.1, 1.0
+    quick_signs()
 
     def fail_or_wait() -> None:
         if rank():
@@ -123,18 +134,19 @@ def lose_the_other(folder: Path) -> None:
             (folder / "said").write_text("lost")
             raise
 
-    try:
-        by_all(fail_or_wait)
-    except FailedAlone as error:
-        (folder / "failed").write_text(str(error))
-        os.kill(os.getpid(), signal.SIGKILL)
-    except ProcessLost:
-        os._exit(0)
+    with processes():
+        try:
+            by_all(fail_or_wait)
+        except FailedAlone as error:
+            (folder / "failed").write_text(str(error))
+            os.kill(os.getpid(), signal.SIGKILL)
+        except ProcessLost:
+            os._exit(0)
 
 
 def test_one_that_fails_while_another_waits_for_it_ends_both(tmp_path):
     """And an exchange with a process that was killed is told as such."""
-    context = start(lose_the_other, tmp_path)
+    context = spawn(2, lose_the_other, tmp_path)
     for process in context.processes:
         process.join(60)
     said = "process 1 failed, and the others wait for it: ValueError: as no other does"

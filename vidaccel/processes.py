@@ -1,8 +1,8 @@
 """Many processes at one job: torchrun's process group, what they agree on, and work that each does a share of.
 
 What a share makes is a file, or what `on_all` and `gathered` pass on. Nobody waits for a process that has gone: each
-gives a sign of life through the group's store every few seconds, and who waits for the others watches for it. With one
-process everything here does nothing, or plainly.
+gives a sign of life through the group's store every few seconds, which the others watch for while they work and while
+they wait. With one process everything here does nothing, or plainly.
 """
 
 import contextlib
@@ -30,12 +30,13 @@ from vidaccel.ranks import launched
 
 BEAT = 5.0
 """Seconds between signs of life."""
-SILENT = 45.0
-"""Seconds without one after which a process is taken for lost."""
+SILENT = 35.0
+"""Seconds without one after which a process is taken for lost: the others are to have ended within a minute."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _meshes: list[DeviceMesh] = []  # that sharded models lie on
 _jobs = itertools.count()
+_lives: list["_Life"] = []  # one at most
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with _told_of_losses():
+        with _told_of_losses(), _signs_of_life():
             yield
     finally:
         dist.destroy_process_group()
@@ -176,28 +177,21 @@ def sharing(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None
     leaving the block waits until all have left it.
 
     Raises:
-        ProcessLost: another process failed or has gone.
+        ProcessLost: another process failed or has gone; at the end of a piece, or of all.
     """
-    with Progress(title, total=total, done=done) as bar, _watched(bar.advance) as advance:
-        yield advance
-
-
-@contextlib.contextmanager
-def _watched(show: Callable[[int], None]) -> Iterator[Callable[[], None]]:
-    """As `sharing`; how many more pieces are done is told to `show`."""
-    if world() == 1:
-        yield lambda: show(1)
-        return
-    job = _Job(show)
-    try:
-        yield job.advance
-        job.wait()
-    except BaseException:
-        job.fail()
-        raise
-    finally:
-        job.end()
-    on_all(lambda: None)  # the first to go may take the store with it
+    with Progress(title, total=total, done=done) as bar:
+        if world() == 1:
+            yield lambda: bar.advance(1)
+            return
+        with _signs_of_life() as life:
+            job = _Job(bar.advance, life)
+            try:
+                yield job.advance
+                job.wait()
+            except BaseException:
+                job.fail()
+                raise
+        on_all(lambda: None)  # the first to go may take the store with it
 
 
 def by_all(function: Callable[[], Result]) -> Result:
@@ -210,23 +204,23 @@ def by_all(function: Callable[[], Result]) -> Result:
     """
     if world() == 1:
         return function()
-    result, failure, job = None, None, _Job(lambda more: None)
-    try:
+    result = failure = None
+    with _signs_of_life() as life:
+        job = _Job(lambda more: None, life)
         try:
-            with _told_of_losses():
-                result = function()
-        except ProcessLost:
+            try:
+                with _told_of_losses():
+                    result = function()
+            except ProcessLost:
+                raise
+            except Exception as error:
+                failure = error
+            if not job.wait(math.inf if failure is None else SILENT):
+                said = f"{type(failure).__name__}: {failure}"
+                raise FailedAlone(f"process {rank()} failed, and the others wait for it: {said}") from failure
+        except BaseException:
+            job.fail()
             raise
-        except Exception as error:
-            failure = error
-        if not job.wait(math.inf if failure is None else SILENT):
-            said = f"{type(failure).__name__}: {failure}"
-            raise FailedAlone(f"process {rank()} failed, and the others wait for it: {said}") from failure
-    except BaseException:
-        job.fail()
-        raise
-    finally:
-        job.end()
 
     def outcome() -> Result:
         if failure is not None:
@@ -258,37 +252,76 @@ def key(name: str) -> str:
     return f"vidaccel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
 
 
-class _Job:
-    """How far the processes are, and that they live, counted in the store."""
+@contextlib.contextmanager
+def _signs_of_life() -> Iterator["_Life"]:
+    """Given and watched for in the time of the block, and of blocks within it."""
+    if _lives:
+        yield _lives[0]
+        return
+    life = _Life()
+    _lives.append(life)
+    try:
+        yield life
+    finally:
+        _lives.clear()
+        life.end()
 
-    def __init__(self, show: Callable[[int], None]):
-        self._told, self._shown = show, 0
-        self._name, self._store, self._over = next(_jobs), store(), threading.Event()
+
+class _Life:
+    """Signs of life of this process, and those of the others, in a thread of its own: also while nobody waits, or one
+    is late."""
+
+    silent: int | None = None
+    """One of the others that has given none for `SILENT` s."""
+
+    def __init__(self) -> None:
+        self._own, self._count = rank(), world()
+        self._store, self._over = store(), threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
 
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _live(self) -> None:
+        seen, since = [0] * self._count, [time.monotonic()] * self._count
+        with contextlib.suppress(RuntimeError):  # the store has gone, as who waits finds out
+            while True:
+                silent = None
+                for number in range(self._count):
+                    signs = self._store.add(key(f"beat/{number}"), int(number == self._own))
+                    if signs != seen[number]:
+                        seen[number], since[number] = signs, time.monotonic()
+                    elif time.monotonic() - since[number] > SILENT:
+                        silent = number
+                self.silent = silent
+                if self._over.wait(BEAT):
+                    return
+
+
+class _Job:
+    """How far the processes are, counted in the store."""
+
+    def __init__(self, show: Callable[[int], None], life: _Life):
+        self._told, self._shown, self._life = show, 0, life
+        self._name, self._store = next(_jobs), store()
+
     def advance(self) -> None:
         self._show(self._count("done", 1))
-        self._stop_if_failed()
+        self._stop_if_lost()
 
     def wait(self, patience: float = math.inf) -> bool:
         """Until all processes wait, `patience` s at most; whether they do."""
         until = time.monotonic() + patience
         waiting, pause = self._count("waiting", 1), 0.01
-        beats, since = [0] * world(), [time.monotonic()] * world()
         while waiting < world():
             if time.monotonic() > until:
                 return False
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
-            self._stop_if_failed()
+            self._stop_if_lost()
             self._show(self._count("done", 0))
-            for other in range(world()):
-                beat = self._count(f"beat/{other}", 0)
-                if beat != beats[other]:
-                    beats[other], since[other] = beat, time.monotonic()
-                elif time.monotonic() - since[other] > SILENT:
-                    raise ProcessLost(f"process {other} gives no sign of life")
             waiting = self._count("waiting", 0)
         self._show(self._count("done", 0))
         return True
@@ -297,23 +330,16 @@ class _Job:
         with contextlib.suppress(RuntimeError):
             self._count("failed", 1)
 
-    def end(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _stop_if_failed(self) -> None:
+    def _stop_if_lost(self) -> None:
         if self._count("failed", 0):
             raise ProcessLost("another process failed")
+        if self._life.silent is not None:
+            raise ProcessLost(f"process {self._life.silent} gives no sign of life")
 
     def _count(self, name: str, by: int) -> int:
-        return self._store.add(key(f"{self._name}/{name}"), by)
+        with _told_of_losses():
+            return self._store.add(key(f"{self._name}/{name}"), by)
 
     def _show(self, done: int) -> None:
         self._told(done - self._shown)
         self._shown = done
-
-    def _live(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store has gone, as who waits finds out
-            self._count(f"beat/{rank()}", 1)
-            while not self._over.wait(BEAT):
-                self._count(f"beat/{rank()}", 1)

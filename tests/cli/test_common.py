@@ -14,6 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from vidaccel.cli import together
 from vidaccel.cli.common import Debug, is_setting, quiet_libraries, reported, split_settings
 from vidaccel.errors import FailedAlone, TrainingFailed, UserError
 
@@ -51,6 +52,21 @@ def test_status_and_words(error, status, said):
     assert result.exit_code == status
     assert result.stderr == f"warning: careful\n{said}"
     assert end(error, "--debug").exception is error or status == 130
+
+
+def test_without_a_store_a_process_says_once_that_it_ends(monkeypatch):
+    """The main thread hears of a process that has gone, and another of SIGTERM."""
+
+    def gone():
+        raise RuntimeError("connection refused")
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(together, "_connection", gone)
+    monkeypatch.setattr(together, "_said", set())
+    monkeypatch.setattr(together, "ROOT_CAUSE", 0.0)
+    with together.one_of_many() as heard:
+        assert [heard(together.LOST, True) for _ in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize(

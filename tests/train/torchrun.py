@@ -35,7 +35,7 @@ LOADED = (
 
 def start(function, *arguments):
     """The world of two processes that runs `function`, on its way."""
-    return _start(2, _entered, function, arguments)
+    return spawn(2, _entered, function, arguments)
 
 
 def in_two(function, *arguments) -> None:
@@ -45,7 +45,7 @@ def in_two(function, *arguments) -> None:
 
 def in_four(function, *arguments) -> None:
     """As `in_two`."""
-    _wait(_start(4, _entered, function, arguments), function.__name__)
+    _wait(spawn(4, _entered, function, arguments), function.__name__)
 
 
 def program(*words: str, module: str = "vidaccel", count: int = 1) -> str:
@@ -57,7 +57,7 @@ def program(*words: str, module: str = "vidaccel", count: int = 1) -> str:
     with tempfile.NamedTemporaryFile() as file:
         printed = Path(file.name)
         try:
-            _wait(_start(count, _main, module, words, Path.cwd(), printed), module)
+            _wait(spawn(count, _main, module, words, Path.cwd(), printed), module)
         except (ProcessExitedException, ProcessRaisedException) as error:
             pytest.fail(f"{error}\n{printed.read_text()}")
         return printed.read_text()
@@ -69,7 +69,8 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-def _start(count: int, function, *arguments):
+def spawn(count: int, function, *arguments):
+    """So many processes that run `function`, which is to enter their group itself, on their way."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -25,10 +25,13 @@ LOST = (
     "error: the run ends: another of its processes did before its work was done, or it was told to\n"
     "hint: what that one said, if anything, is above; the same command goes on from what is written"
 )
-CONNECTING = 20.0
-"""Seconds in which the store has to answer, less than torchrun leaves a process to end in."""
+CONNECTING = 5.0
+"""Seconds in which the store has to answer. One that has gone with its launcher is tried twice, with as long a pause at
+most between, and torchrun leaves a process 30 s to end in."""
 ROOT_CAUSE = 1.0
 """Seconds in which the process that failed can say why, before others say that one did."""
+_said: set[str] = set()  # by this one
+_own = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -62,15 +65,18 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 def _first(said: str) -> bool:
-    """Whether no process has said so yet. Where none can tell, it is said."""
+    """Whether no process has said so yet. Where none can tell, each says it once."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store is one of the processes' own
         return True
     from vidaccel.processes import key
 
     try:
         return _connection().add(key(f"said/{said}"), 1) == 1
-    except RuntimeError:
-        return True
+    except RuntimeError:  # the store has gone with its launcher
+        with _own:
+            first = said not in _said
+            _said.add(said)
+            return first
 
 
 @functools.cache
