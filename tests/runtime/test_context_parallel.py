@@ -33,7 +33,7 @@ from vidaccel.models.loading import load_pipeline
 from vidaccel.processes import rank
 from vidaccel.runtime import context_parallel, decode
 from vidaccel.runtime.context_parallel import check_split, check_tokens, joint_mask, neighbours, split
-from vidaccel.runtime.decode import Tiles, bytes_needed, decoding, tilings
+from vidaccel.runtime.decode import Tiles, Way, decoding, needed, tilings
 from vidaccel.runtime.shared_tiles import sharing_tiles
 
 PROMPT, STEPS = "a red circle", 3
@@ -160,9 +160,9 @@ def tiles_are_those_of_the_least_memory(devices: DeviceMesh) -> None:
     loaded.decode, loaded.devices, vae = "tiled", devices, loaded.pipe.vae
     vae.tile_sample_min_height = vae.tile_sample_min_width = 32
     largest, *_, smallest = ways = list(tilings(vae, (8, 16), 8))
-    needed = {tiles: bytes_needed(vae, (1, 16, 5, 8, 16), tiles) for tiles in ways}
-    free = int(1.5 * needed[largest if rank() == 0 else smallest])
-    assert needed[largest] > 3 * needed[smallest]
+    takes = {tiles: needed(vae, (1, 16, 5, 8, 16), Way(tiles)).bytes for tiles in ways}
+    free = int(1.5 * takes[largest if rank() == 0 else smallest])
+    assert takes[largest] > 3 * takes[smallest]
     with (
         patch.object(decode, "free_bytes", lambda device: free),
         decoding(loaded, 1, num_frames=17, height=64, width=128),
