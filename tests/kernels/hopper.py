@@ -125,7 +125,6 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
         fused.forward(x, x, vector, vector, vector, 1e-6)
         fused.rows(x, x, vector, vector, vector, 1e-6)
         fused.tangent((x, x, vector, vector, vector), (x, x, vector, vector, vector), 1e-6)
-        fused.backward(x, x, x, x, vector, vector, statistic, statistic)
 
     def attention_jvp(fused):
         q = empty(B, N, H, D).transpose(1, 2)
@@ -138,7 +137,6 @@ def cases() -> dict[str, Callable[[ModuleType], None]]:
         for weight in (empty(D), empty(W)):
             fused.forward([(q, q, weight, weight)], angle, angle, 1e-6)
             fused.tangent([(q, q, q, q, weight, weight)], angle, angle, 1e-6)
-            fused.backward(q, q, weight, angle, angle, 1e-6)
 
     def quantize_rows(fused):
         fused.quantize(empty(N, W), None, False)

@@ -35,6 +35,20 @@ def test_the_fused_model_equals_the_stock_model(case):
             assert relative_error(models.run(model, inputs), expected) <= 1e-5
 
 
+def test_gradients_equal_those_of_the_stock_model():
+    model, inputs = build("wan")
+
+    def gradients():
+        return torch.autograd.grad(models.run(model, inputs).square().mean(), weights, allow_unused=True)
+
+    weights = list(model.blocks.parameters())
+    expected = gradients()
+    with fuse(model, "fused"):
+        got = gradients()
+    for ours, stock in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.get_device_capability() < LEAST_CAPABILITY["fp8"], reason="no products of fp8"
 )

@@ -78,6 +78,7 @@ def test_output(case, dtype):
 @few_examples
 @given(case=cases, dtype=st.sampled_from(DTYPES))
 def test_gradients(case, dtype):
+    """They are the reference's: nothing fused runs where they are asked for."""
     if case["shape"][3] == 2:  # a pair normalises to a direction: nearly nothing is left to differentiate
         return
     fused, exact = both(case)
@@ -123,13 +124,15 @@ def test_strided_inputs():
 def test_the_op_is_registered_soundly():
     q, k, q_weight, k_weight, *text = draw((2, 4, 2, 16), text=3)
     cos, sin = angles(4, 16)
-    leaves = [tensor.requires_grad_() for tensor in (q, k, q_weight, k_weight)]
-    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *text, 1e-6))
-    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*leaves, cos, sin, *[None] * 4, 1e-6))
+    inputs = q, k, q_weight, k_weight
+    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*inputs, cos, sin, *text, 1e-6))
+    torch.library.opcheck(torch.ops.vidaccel.qk_norm_rope.default, (*inputs, cos, sin, *[None] * 4, 1e-6))
     fused = functools.partial(qk_norm_rope, kernels="fused")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    for got, expected in zip(compiled(*leaves, cos, sin), fused(*leaves, cos, sin), strict=True):
+    for got, expected in zip(compiled(*inputs, cos, sin), fused(*inputs, cos, sin), strict=True):
         assert torch.equal(got, expected)
+    got, expected = gradients(call(compiled, cos, sin), inputs), gradients(call(reference, cos, sin), double(inputs))
+    assert_close(got, expected, 1e-5)
 
 
 def test_bad_input_says_what_is_supported():

@@ -2,7 +2,8 @@
 
 `fused` runs where it was asked for or fails; `auto` is `fused` on a CUDA device with Triton installed and `reference`
 elsewhere, and says once which it took. Triton's interpreter (TRITON_INTERPRET=1) lets `fused` run on a CPU: slow, and
-the way the kernels are tested on machines without a GPU.
+the way the kernels are tested on machines without a GPU. An op whose kernel has no backward pass runs its reference
+wherever a gradient is asked for, under `fused` as well, and says so in its docstring.
 """
 
 import functools
@@ -11,6 +12,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 from vidaccel.errors import UserError, nearest
 
@@ -36,6 +38,11 @@ def choose(kernels: str, device: torch.device) -> str:
         hint = "pip install vidaccel[gpu]" if not HAVE_TRITON else 'kernels="auto" runs the reference there'
         raise UserError(f"kernels=fused, but {missing}", hint)
     return "fused"
+
+
+def asks_gradient(*tensors: Tensor) -> bool:
+    """Whether what is computed of these will be differentiated backward."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _missing(device: torch.device) -> str | None:

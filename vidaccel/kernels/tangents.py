@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vidaccel.kernels import select
+
 
 def split(*duals: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Primals, and tangents with zeros for those that are missing, or None when no input has one."""
@@ -25,7 +27,7 @@ def split(*duals: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None
     pairs = [forward_ad.unpack_dual(dual) for dual in duals]
     if all(pair.tangent is None for pair in pairs):
         return duals, None
-    if torch.is_grad_enabled() and any(pair.primal.requires_grad for pair in pairs):
+    if select.asks_gradient(*(pair.primal for pair in pairs)):
         raise NotImplementedError("the tangent of a fused op has no gradient: take it under torch.no_grad()")
     primals = tuple(pair.primal for pair in pairs)
     return primals, tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs)

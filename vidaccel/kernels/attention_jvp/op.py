@@ -46,7 +46,7 @@ def attention_jvp(
     (B, H, M, D), N = q.shape, k.shape[2]
     for name, tensor, length in (("k", k, N), ("v", v, N), ("dq", dq, M), ("dk", dk, N), ("dv", dv, N)):
         check_shape("attention_jvp", name, tensor, (B, H, length, D))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, dq, dk, dv)):
+    if select.asks_gradient(q, k, v, dq, dk, dv):
         raise NotImplementedError("attention_jvp has no gradient: call it under torch.no_grad()")
     if mask is not None:
         mask = _expand(mask, (B, H, M, N))

@@ -1,6 +1,8 @@
 """x + gate y and the adaLN that follows it, as one op that returns both: one pass over memory instead of six.
 
-Gradients and forward-mode derivatives with respect to all five tensors; no second derivative.
+Where a gradient is asked for, the plain PyTorch of reference.py runs, forward and backward, under kernels=fused too: a
+backward kernel was slower than `torch.compile`. Forward-mode derivatives are with respect to all five tensors, and
+have no gradient.
 `gated_residual_adaln_rows` gives the second in float8, without derivatives.
 """
 
@@ -27,7 +29,9 @@ def gated_residual_adaln(
     if duals is not None:
         h, z, dh, dz = _tangent(list(primals), list(duals), eps)
         return tangents.join(h, dh), tangents.join(z, dz)
-    return _forward(x, y, gate, scale, shift, eps)[:2]
+    if select.asks_gradient(x, y, gate, scale, shift):
+        return reference.gated_residual_adaln(x, y, gate, scale, shift, eps)
+    return _forward(x, y, gate, scale, shift, eps)
 
 
 def gated_residual_adaln_rows(
@@ -58,9 +62,7 @@ def _fused(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, ker
 
 @torch.library.custom_op("vidaccel::gated_residual_adaln", mutates_args=())
 @on_its_device
-def _forward(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from vidaccel.kernels.gated_residual_adaln import fused
 
     return fused.forward(*map(dense_rows, (x, y, gate, scale, shift)), eps)
@@ -68,8 +70,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float):
-    statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("vidaccel::gated_residual_adaln_rows", mutates_args=())
@@ -95,33 +96,3 @@ def _tangent(primals: list[Tensor], duals: list[Tensor], eps: float) -> tuple[Te
     from vidaccel.kernels.gated_residual_adaln import fused
 
     return fused.tangent(tuple(map(dense_rows, primals)), tuple(map(dense_rows, duals)), eps)
-
-
-@torch.library.custom_op("vidaccel::gated_residual_adaln_backward", mutates_args=())
-@on_its_device
-def _backward(
-    gh: Tensor, gz: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from vidaccel.kernels.gated_residual_adaln import fused
-
-    return fused.backward(*map(dense_rows, (gh, gz, h, y, gate, scale)), mean, rstd)
-
-
-@_backward.register_fake
-def _(gh: Tensor, gz: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor):
-    return h.new_empty(h.shape), h.new_empty(h.shape), *(gate.new_empty(gate.shape) for _ in range(3))
-
-
-def _save(ctx, inputs, output) -> None:
-    _, y, gate, scale, _, _ = inputs
-    h, _, mean, rstd = output
-    ctx.save_for_backward(h, y, gate, scale, mean, rstd)
-
-
-def _gradients(ctx, gh: Tensor | None, gz: Tensor | None, _mean, _rstd):
-    h, *rest = ctx.saved_tensors
-    gh, gz = (torch.zeros_like(h) if gradient is None else gradient for gradient in (gh, gz))
-    return *_backward(gh, gz, h, *rest), None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)

@@ -7,8 +7,8 @@ of contiguous loads. Tokens beyond R get the angle zero instead of a branch. Tex
 second launch into the tail of the same output, which replaces the concatenation before attention.
 
 Roofline (bf16, B = 1, N = 64k, H D = 3072, D = 128): q and k in and out are 4 N H D elements, 1.61 GB, cos and sin in
-float32 2 N D more, 0.07 GB: 0.39 ms at the 4.3 TB/s that a copy reaches on an H200. With tangents 0.77 ms; backward
-reads two gradients besides, 0.58 ms. Eager torch moves more than 20 N H D, in float32 for the most part.
+float32 2 N D more, 0.07 GB: 0.39 ms at the 4.3 TB/s that a copy reaches on an H200. With tangents 0.77 ms. Eager torch
+moves more than 20 N H D, in float32 for the most part.
 """
 
 import torch
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.adaln.fused import PARTIAL_SUMS
 from vidaccel.kernels.rows import autotuned
 
 CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
@@ -138,31 +137,6 @@ def _tangent(
     )  # fmt: skip
 
 
-@triton.jit
-def _backward(
-    g_ptr, x_ptr, w_ptr, cos_ptr, sin_ptr, gx_ptr, gw_ptr,
-    N, R, H, D, eps, g_b, g_n, g_h, x_b, x_n, x_h, w_h,
-    ACROSS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    part, parts, b = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    tokens = tl.cdiv(N, parts)
-    wa, wb = _load(w_ptr, w_h, H, D, HEADS, HALF)
-    gwa = tl.zeros((HEADS, HALF), tl.float32)
-    gwb = tl.zeros((HEADS, HALF), tl.float32)
-    for n in range(part * tokens, tl.minimum((part + 1) * tokens, N)):
-        cos, sin = _angle(cos_ptr, sin_ptr, n, R, D, HALF)
-        ga, gb = _load(g_ptr + b * g_b + n * g_n, g_h, H, D, HEADS, HALF)
-        xa, xb = _load(x_ptr + b * x_b + n * x_n, x_h, H, D, HEADS, HALF)
-        xa, xb, rrms = _normalise(xa, xb, eps, H, D, ACROSS)
-        turned = ga * cos + gb * sin
-        gb = gb * cos - ga * sin
-        gwa += turned * xa
-        gwb += gb * xb
-        va, vb = _jacobian(turned * wa, gb * wb, xa, xb, rrms, H, D, ACROSS)
-        _store(gx_ptr + (b * N + n) * H * D, va, vb, D, H, D, HEADS, HALF)
-    _store(gw_ptr + (b * parts + part) * H * D, gwa, gwb, D, H, D, HEADS, HALF)
-
-
 def _constants(x: Tensor, weight: Tensor) -> dict:
     H, D = x.shape[2:]
     return {
@@ -216,18 +190,3 @@ def tangent(
         )  # fmt: skip
         offset, rotated = N, 0
     return tuple(outs)
-
-
-def backward(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradient of a normed and rotated stream [B, N, H, D] -> gradients of its input and of its weight."""
-    B, N, H, D = x.shape
-    parts = max(1, min(N, PARTIAL_SUMS // B))
-    gx = torch.empty((B, N, H, D), dtype=x.dtype, device=x.device)
-    gw = torch.empty((B * parts, H, D), dtype=torch.float32, device=x.device)
-    _backward[(parts, B)](
-        g, x, weight, cos, sin, gx, gw,
-        N, len(cos), H, D, eps, *g.stride()[:3], *x.stride()[:3], _head_stride(weight, D),
-        **_constants(x, weight), num_warps=8,
-    )  # fmt: skip
-    gw = gw.sum(0) if weight.numel() != D else gw.sum((0, 1))
-    return gx, gw.view(weight.shape).to(weight.dtype)

@@ -1,6 +1,8 @@
 """RMS norm of queries and keys, and rotary embedding of the video's, as one op that leaves them ready for attention.
 
-Gradients with respect to queries, keys and weights; forward-mode derivatives with respect to queries and keys.
+Where a gradient is asked for, the plain PyTorch of reference.py runs, forward and backward, under kernels=fused too: a
+backward kernel was slower than `torch.compile`. Forward-mode derivatives are with respect to queries and keys, and
+have no gradient.
 """
 
 import torch
@@ -35,15 +37,14 @@ def qk_norm_rope(
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, text, eps)
     check_tensors("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, *(text or ()))
     tangents.refuse("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    text_q, text_k, text_q_weight, text_k_weight = text or (None,) * 4
     primals, duals = tangents.split(q, k, *(text or ())[:2])
     if duals is not None:
         weights = [q_weight, k_weight, *(text or ())[2:]]
         q, k, dq, dk = _tangent(list(primals), list(duals), weights, cos, sin, eps)
         return tangents.join(q, dq), tangents.join(k, dk)
-    return _forward(
-        q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight, eps
-    )  # fmt: skip
+    if select.asks_gradient(q, k, q_weight, k_weight, cos, sin, *(text or ())):
+        return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, text, eps)
+    return _forward(q, k, q_weight, k_weight, cos, sin, *(text or (None,) * 4), eps)
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, text) -> None:
@@ -111,40 +112,3 @@ def _tangent(
     primals, duals = [dense_rows(x) for x in primals], [dense_rows(x) for x in duals]
     streams = [(*primals[i : i + 2], *duals[i : i + 2], *weights[i : i + 2]) for i in range(0, len(primals), 2)]
     return fused.tangent(streams, cos.contiguous(), sin.contiguous(), eps)
-
-
-@torch.library.custom_op("vidaccel::qk_norm_rope_backward", mutates_args=())
-@on_its_device
-def _backward(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from vidaccel.kernels.qk_norm_rope import fused
-
-    return fused.backward(dense_rows(g), dense_rows(x), weight, cos.contiguous(), sin.contiguous(), eps)
-
-
-@_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, gq: Tensor | None, gk: Tensor | None):
-    q, k, q_weight, k_weight, cos, sin, text_q, text_k, text_q_weight, text_k_weight = ctx.saved_tensors
-
-    def back(g: Tensor | None, x: Tensor, weight: Tensor, first: int, rotated: int) -> tuple[Tensor, Tensor]:
-        part = torch.zeros_like(x) if g is None else g[:, first : first + x.shape[1]]
-        return _backward(part, x, weight, cos[:rotated], sin[:rotated], ctx.eps)
-
-    N, R = q.shape[1], len(cos)
-    (gx_q, gw_q), (gx_k, gw_k) = back(gq, q, q_weight, 0, R), back(gk, k, k_weight, 0, R)
-    text = (None,) * 4
-    if text_q is not None:
-        (gt_q, gtw_q), (gt_k, gtw_k) = back(gq, text_q, text_q_weight, N, 0), back(gk, text_k, text_k_weight, N, 0)
-        text = gt_q, gt_k, gtw_q, gtw_k
-    return gx_q, gx_k, gw_q, gw_k, None, None, *text, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
