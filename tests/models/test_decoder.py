@@ -27,7 +27,7 @@ from vidaccel.models.decoder import (
 from vidaccel.models.files import read_model
 from vidaccel.models.loading import load_pipeline
 from vidaccel.models.weight_hashes import encoder_hashes, student_hash
-from vidaccel.runtime.decode import bytes_needed
+from vidaccel.runtime.decode import Way, needed
 from vidaccel.train.methods.decoder import DecoderTraining
 from vidaccel.train.methods.decoder.method import student_of
 
@@ -85,7 +85,8 @@ def test_it_decodes_and_the_encoder_stays(model, made):
 
 def test_all_that_asks_the_autoencoder_sees_what_decodes(model, made):
     own, narrow = load_pipeline(model).pipe.vae, load_pipeline(model, decoder=made).pipe.vae
-    assert bytes_needed(narrow, tuple(Z.shape), None) < bytes_needed(own, tuple(Z.shape), None)
+    of_narrow, of_own = (needed(vae, tuple(Z.shape), Way(None)) for vae in (narrow, own))
+    assert of_narrow.bytes < of_own.bytes and of_narrow.largest < of_own.largest
     assert narrow.config.scaling_factor == own.config.scaling_factor
 
 
