@@ -2,6 +2,7 @@
 as a table for docs/results.md: `python -m studies.gpu.summary [--price 2.5]`.
 
 Denoising is composed of timed passes, decoding is added; text encoders, which take well under a second, are left out.
+Memory is that of a full pass and, without the transformer, of decoding.
 """
 
 import argparse
@@ -21,7 +22,7 @@ WAYS = (
     ("4 full of 8, fp8", f"{FUSED}, fp8", "4 full of 8", "once"),
 )
 """Name, variant of the passes, sampler that is composed of them, and how its latents are decoded."""
-TITLE = ("", "card", "denoising, s", "decoding, s", "together, s", "times as fast", "GiB")
+TITLE = ("", "card", "denoising, s", "decoding, s", "together, s", "times as fast", "GiB, a pass", "GiB, decoding")
 
 
 def main() -> None:
@@ -56,13 +57,12 @@ def videos(report: dict, price: float) -> Iterator[tuple[str, ...]]:
         denoise = passes[0]["seconds_composed"][sampler]
         # Of passes that were measured twice the smaller: the other process held a second model.
         memory = min(row["peak_bytes"] for row in find("full pass", variant)) / 2**30
-        figures = [f"{denoise:.4g}", "", "", "", f"{memory:.1f}", ""]
+        figures = [f"{denoise:.4g}", "", "", "", f"{memory:.1f}", "", ""]
         if decoded:
             both = denoise + decoded[0]["seconds"]
             slow = slow or both
             figures[1:4] = f"{decoded[0]['seconds']:.3g}", f"{both:.4g}", f"{slow / both:.1f}"
-            memory = max(memory, decoded[0]["peak_bytes"] / 2**30)
-            figures[4:] = f"{memory:.1f}", f"{price * both / 3600:.3f}"
+            figures[5:] = f"{decoded[0]['peak_bytes'] / 2**30:.1f}", f"{price * both / 3600:.3f}"
         yield title, card, *figures
 
 

@@ -209,7 +209,7 @@ def test_a_video_is_its_passes_and_its_decoding():
     ]
     report = {"machine": {"device": "NVIDIA H100 80GB HBM3"}, "rows": rows}
     with_decoding = [*summary.videos(report, 3.0)]
-    assert with_decoding[0] == ("50 steps of two passes", "H100", "100", "20", "120", "1.0", "3.0", "0.100")
-    assert with_decoding[1] == ("8 full of 20", "H100", "7", "5", "12", "10.0", "4.0", "0.010")
+    assert with_decoding[0] == ("50 steps of two passes", "H100", "100", "20", "120", "1.0", "3.0", "1.0", "0.100")
+    assert with_decoding[1] == ("8 full of 20", "H100", "7", "5", "12", "10.0", "3.0", "4.0", "0.010")
     report["rows"] = [each for each in rows if each["name"] != "decode"]
-    assert [*summary.videos(report, 3.0)][1] == ("8 full of 20", "H100", "7", "", "", "", "3.0", "")
+    assert [*summary.videos(report, 3.0)][1] == ("8 full of 20", "H100", "7", "", "", "", "3.0", "", "")
