@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from vidaccel.config.benchmark import BenchmarkConfig
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.parallel import ParallelConfig
 from vidaccel.config.runtime import RuntimeConfig
@@ -86,6 +87,9 @@ def test_auto_is_asked_for_the_attention_of_the_video(saved, monkeypatch):
     assert backends - {None} == {AttentionBackendName._NATIVE_MATH}
     prepare.prepare(load_pipeline(saved("hunyuan_video")), RuntimeConfig(attention="auto"))
     assert asked[1].masked
+    several = BenchmarkConfig(attention="auto", sizes=[[5, 32, 32], [9, 32, 64]])
+    prepare.prepare(load_pipeline(saved("hunyuan_video")), several)
+    assert asked[2].N == asked[0].N  # of the videos that are made, the largest
 
 
 def test_a_video_on_several_devices_names_its_backend():

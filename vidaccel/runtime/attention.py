@@ -87,11 +87,10 @@ def measured(attention: Attention, device: torch.device) -> dict[str, Measured]:
             backend = AttentionBackendName(name)
             out = dispatch_attention_fn(query, key, value, mask, backend=backend).float()
             seconds = [_timed(query, key, value, mask, backend) for _ in range(CALLS)]
+            exact = out if exact is None else exact
+            found[name] = Measured(statistics.median(seconds), float((out - exact).norm() / exact.norm()))
         except (RuntimeError, ValueError, ImportError) as error:
             log.debug("attention=%s is not possible here: %s", name, error)
-            continue
-        exact = out if exact is None else exact
-        found[name] = Measured(statistics.median(seconds), float((out - exact).norm() / exact.norm()))
     return found
 
 

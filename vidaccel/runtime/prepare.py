@@ -26,6 +26,7 @@ from vidaccel.compat.diffusers import (
     process_attention,
     set_process_attention,
 )
+from vidaccel.config.checks import SIZE
 from vidaccel.config.runtime import RuntimeConfig
 from vidaccel.errors import UserError, nearest
 from vidaccel.families.base import DiTFamily
@@ -105,9 +106,12 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
 
 
 def _fastest_attention(loaded: LoadedPipeline, config: RuntimeConfig, transformer: Any, device: torch.device) -> str:
-    """For a video of the size that `config` names, or the model's own."""
-    size = {name: getattr(config, name, None) or loaded.default(name) for name in ("num_frames", "height", "width")}
-    sides = zip(latent_size(loaded, **size), patch_of(transformer), strict=True)
+    """For a video of the size that `config` names, the largest of several, or the model's own."""
+    size = [getattr(config, name, None) or loaded.default(name) for name in SIZE]
+    if several := getattr(config, "sizes", None):
+        size = max(several, key=math.prod)
+    latent = latent_size(loaded, **dict(zip(SIZE, size, strict=True)))
+    sides = zip(latent, patch_of(transformer), strict=True)
     linear = next(m for m in _first_block(transformer, loaded.family).modules() if isinstance(m, nn.Linear))
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     masked = masks_text(loaded.family) and not config.trim_text
