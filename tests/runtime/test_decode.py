@@ -1,8 +1,10 @@
 """Decoding whole and in tiles: what each needs against what it takes, how far apart frames are, what is chosen."""
 
+import itertools
 import logging
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +51,7 @@ def test_what_is_needed_is_what_it_takes(family, saved):
     with LiveBytes() as whole:
         reference = decoded(loaded, latent)
     assert needed(vae, tuple(latent.shape), Way(None)).bytes == pytest.approx(whole.peak, rel=0.1)
+    assert decode._computed(vae, tuple(latent.shape), Way(None)) == (9 if family == "hunyuan_video" else 3) * 8 * 12
 
     tiles, calls = Tiles.of((8, 12), (1, 2), 2, pixels), []
     tiles.set(vae, pixels)
@@ -83,6 +86,14 @@ def test_devices_that_make_a_video_have_a_tile_each():
     assert counts[:2] == [2, 4]
     assert _shareable(every, (8, 16), 3) == every[1:]
     assert _shareable(every, (8, 16), 64) == every[-1:]
+
+
+@pytest.mark.parametrize("own", [8, 16, 24])
+def test_tiles_end_at_four_latent_pixels_where_diffusers_own_are_smaller(own):
+    vae = SimpleNamespace(tile_sample_min_height=own, tile_sample_min_width=64)
+    for extent in ((1, 1), (4, 4), (8, 12), (40, 24)):
+        *_, last = itertools.islice(tilings(vae, extent, 8), 1000)
+        assert min(last.height, extent[0]) <= 4 and min(last.width, extent[1]) <= 8
 
 
 def test_tiles_cover_the_latent_in_so_many_pieces():

@@ -51,6 +51,8 @@ autoencoder has no size of them to set."""
 LARGEST = 2**31 - 1
 """Elements of a tensor that `auto` and `once` go up to on a CUDA device. Above, PyTorch's padding and upsampling have
 raised; 2.11 on an H200 was 5 % slower at 2.4e9 elements, and at several times that did not end within a minute."""
+UNITS = range(16, 3, -1)
+"""Parts of a tile's side of which neighbours share one, the least share first: no side is below four latent pixels."""
 FEW = 3
 """Ways in space, from whole on, of which `once` takes the one that computes least."""
 SMALLER = "ask for fewer frames or a smaller height and width"
@@ -101,7 +103,7 @@ class Tiles:
         They share no less than `overlap` latent pixels, or a quarter of what a piece adds where that is less; `pixels`
         is the side of a latent pixel.
         """
-        shares = {unit: _shared(extent, pieces, unit) for unit in range(16, 3, -1)}
+        shares = {unit: _shared(extent, pieces, unit) for unit in UNITS}
         split = [i for i in (0, 1) if pieces[i] > 1]
         least = min(overlap, *(max(1, extent[i] // pieces[i] // 4) for i in split))
         fine = [
@@ -143,8 +145,10 @@ def _exact(shared: int, unit: int, pixels: int) -> bool:
 
 
 def tilings(vae: Any, extent: tuple[int, int], pixels: int) -> Iterator[Tiles]:
-    """Tiles of a latent of (height, width), from two on to as many as make them no larger than diffusers' own."""
-    least = vae.tile_sample_min_height // pixels, vae.tile_sample_min_width // pixels
+    """Tiles of a latent of (height, width), from two on to as many as make them no larger than diffusers' own, or as
+    small as tiles can be."""
+    smallest = UNITS[-1]
+    least = [max(smallest, side // pixels) for side in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
     overlap = min(least) // 4
     pieces = [1, 1]
     while True:
@@ -152,7 +156,8 @@ def tilings(vae: Any, extent: tuple[int, int], pixels: int) -> Iterator[Tiles]:
         pieces[longer] += 1
         tiles = Tiles.of(extent, (pieces[0], pieces[1]), overlap, pixels)
         yield tiles
-        if tiles.height <= least[0] and tiles.width <= least[1]:
+        ends = zip((tiles.height, tiles.width), extent, least, strict=True)
+        if all(side <= end or whole <= smallest for side, whole, end in ends):
             return
 
 
@@ -173,8 +178,10 @@ class Way(NamedTuple):
 
 def _chunk(vae: Any, frames: int | None) -> dict[str, int]:
     """The attributes of chunks of so many frames, blended with their neighbours over as many as the autoencoder's own;
-    those that it has for None."""
-    own = {name: getattr(vae, name) for name in (CHUNK, STRIDE) if hasattr(vae, name)}
+    those that it has for None, and none where it decodes in no chunks of a size."""
+    if type(vae).__name__ not in IN_CHUNKS or not hasattr(vae, CHUNK):
+        return {}
+    own = {name: getattr(vae, name) for name in (CHUNK, STRIDE)}
     return own if frames is None else {CHUNK: frames, STRIDE: frames - own[CHUNK] + own[STRIDE]}
 
 
@@ -188,8 +195,7 @@ def needed(vae: Any, latent: tuple[int, ...], way: Way) -> Need:
     piece = (T, height, width)
     if way.tiles is not None:
         piece = (T, min(height, way.tiles.height), min(width, way.tiles.width))
-    chunks = _chunk(vae, way.chunk) if type(vae).__name__ in IN_CHUNKS else {}
-    if chunks and (per := chunks[CHUNK] // vae.temporal_compression_ratio) < T:
+    if (chunks := _chunk(vae, way.chunk)) and (per := chunks[CHUNK] // vae.temporal_compression_ratio) < T:
         piece = (min(T, per + 1), *piece[1:])
     of_piece = _traced(vae, (*latent[:2], *piece))
     if piece == (T, height, width):
@@ -212,7 +218,7 @@ def _traced(vae: Any, latent: tuple[int, ...]) -> Traced:
         with torch.device("meta"):
             blank: Any = type(vae).from_config(vae.config)
             nn.Module.to(blank, vae.dtype)  # diffusers' own warns
-            if type(vae).__name__ in IN_CHUNKS and hasattr(blank, CHUNK):
+            if _chunk(blank, None):
                 setattr(blank, CHUNK, T * blank.temporal_compression_ratio)
             elif type(vae).__name__ in IN_CHUNKS:
                 some = min(T, LIKE_ALL + T % 2)
@@ -316,9 +322,9 @@ def _least_computed(
     ways: list[Way] = []
     for tiles in every:
         chunks: Sequence[int | None] = [None]
-        if type(vae).__name__ in IN_CHUNKS and hasattr(vae, CHUNK):
-            own, most = getattr(vae, CHUNK), vae.temporal_compression_ratio * latent[2]
-            chunks = [*range(own, most, getattr(vae, STRIDE)), max(own, most)]
+        if own := _chunk(vae, None):
+            least, most = own[CHUNK], vae.temporal_compression_ratio * latent[2]
+            chunks = [*range(least, most, own[STRIDE]), max(least, most)]
         if longest := bisect_left(chunks, True, key=lambda chunk, tiles=tiles: not fits(Way(tiles, chunk))):
             ways.append(Way(tiles, chunks[longest - 1]))
         if len(ways) == FEW:
