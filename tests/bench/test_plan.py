@@ -4,11 +4,12 @@ import json
 from inspect import signature
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.tiny import tiny_pipeline
 from vidaccel.bench.plan import passes, plan
-from vidaccel.bench.sizes import meta_transformer, rows
+from vidaccel.bench.sizes import meta_transformer, new_transformer, rows
 from vidaccel.config.benchmark import BenchmarkConfig, MethodConfig
 from vidaccel.config.loader import conf_root, load
 from vidaccel.errors import UserError
@@ -186,6 +187,28 @@ def test_the_shipped_model_is_planned_as_it_is_called():
     assert config.compression == [vae["temporal_compression_ratio"], vae["spatial_compression_ratio"]]
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
     assert meta_transformer(config).config.num_single_layers == transformer["num_single_layers"]
+
+
+class Draws(TorchDispatchMode):
+    """How often weights are filled with random numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.partition(".")[0] in ("uniform_", "normal_")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plan_draws_no_weights():
+    small = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2}
+    config = BenchmarkConfig(transformer=small | {"attention_head_dim": 8, "rope_axes_dim": [2, 2, 4]})
+    with Draws() as on_meta:
+        model = meta_transformer(config)
+    with Draws() as on_cpu:
+        weights = dict(new_transformer(config, "cpu").named_parameters())
+    assert on_meta.count == 0 < on_cpu.count
+    assert {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in weights.items()}
+    assert all(bool(p.isfinite().all()) and p.abs().max() < 10 for p in weights.values())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

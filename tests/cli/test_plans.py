@@ -1,5 +1,7 @@
 """`--plan` as a user meets it: of a training, and of what fits a card."""
 
+import gc
+
 import pytest
 from typer.testing import CliRunner
 
@@ -34,6 +36,18 @@ def test_plan_of_a_predictor():
     assert result.exit_code == 0, result.output
     assert "first stage" in result.stdout and "adversarial stage" in result.stdout and "search" in result.stdout
     assert "money" not in result.stdout and "in 24 GB" in result.stdout
+
+
+def test_a_plan_looks_for_no_garbage_on_its_way(monkeypatch):
+    found = []
+
+    def plan(config):
+        found.append(gc.isenabled())
+        raise UserError("planned", "enough")
+
+    monkeypatch.setattr("vidaccel.api.plan", plan)
+    assert run("benchmark", "--plan", "--conf", "sprites").exit_code == 2
+    assert found == [False] and gc.isenabled()
 
 
 def card(*words: str) -> tuple[dict[str, list[str]], str]:

@@ -47,9 +47,9 @@ class Way:
     """Bytes that go to the card in each full pass."""
 
 
-def ways(config: BenchmarkConfig, plan: PlanConfig) -> list[Way]:
-    """Those that the card has, largest first."""
-    model, family, parts = meta_transformer(config), planned_family(config), beside(config)
+def ways(config: BenchmarkConfig, plan: PlanConfig, model: nn.Module) -> list[Way]:
+    """Those that the card has, largest first, for the configured transformer."""
+    family, parts = planned_family(config), beside(config)
     itemsize, count = DTYPES[config.dtype].itemsize, len(family.denoisers)
     one, besides = itemsize * parameters(model), sum(parts.values())
     lists: list[Any] = [model.get_submodule(kind.name) for kind in family.all_lists]
@@ -94,8 +94,8 @@ def beside(config: BenchmarkConfig) -> dict[str, int]:
 def card_tables(results: Mapping[str, Any], config: BenchmarkConfig, plan: PlanConfig) -> Iterator[str | Table]:
     """Lines and tables, in order, of the rows that `plan` gives on one card."""
     config = planned(config)
-    known, card, parts = ways(config, plan), plan.card, beside(config)
     model, family = meta_transformer(config), planned_family(config)
+    known, card, parts = ways(config, plan, model), plan.card, beside(config)
     transformers = len(family.denoisers) * DTYPES[config.dtype].itemsize * parameters(model)
     rate = plan.mfu * (card.float32 if config.dtype == "float32" else card.bfloat16)
     yield f"on {si(plan.room, 'B')}, at {si(rate, 'FLOP/s')}: {plan.mfu:.1%} of the peak of {card.title} (mfu=, gpu=)"

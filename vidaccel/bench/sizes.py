@@ -3,11 +3,12 @@
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from vidaccel.bench.generation import Size
@@ -61,8 +62,13 @@ def new_transformer(config: BenchmarkConfig, device: torch.device | str, depth: 
             if (key := kind.added_after) is not None:
                 places = arguments.get(key, inspect.signature(cls.__init__).parameters[key].default)
                 arguments[key] = [place for place in places if place < depth]
+    without_numbers = torch.device(device).type == "meta"
     try:
-        with torch.device(device), _default_dtype(DTYPES[config.dtype]):
+        with (
+            torch.device(device),
+            _default_dtype(DTYPES[config.dtype]),
+            no_init_weights() if without_numbers else nullcontext(),  # there is nothing to draw
+        ):
             return cls(**arguments).to(DTYPES[config.dtype]).eval()
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())

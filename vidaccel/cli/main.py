@@ -3,6 +3,7 @@
 Nothing here or in the command modules imports torch before a command runs, so that `--help` answers at once.
 """
 
+import gc
 from typing import Annotated
 
 import typer
@@ -47,4 +48,7 @@ app.command(no_args_is_help=True)(benchmark)
 
 def main() -> None:
     print_any_character()
-    app(prog_name="vidaccel")
+    try:
+        app(prog_name="vidaccel")
+    finally:
+        gc.freeze()  # a last look for garbage among all that is imported takes a second, and it ends with the process

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from vidaccel.bench.generation import TimedGeneration
 from vidaccel.bench.measures.distribution import frechet, kernel_distance
@@ -92,6 +91,8 @@ def fidelity(
     Returns:
         "latent_relative_l2": |latent - reference| / |reference|; "psnr" in dB, infinite for equal frames; "ssim".
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     reference = reference_latent.float()
     pixels, reference_pixels = (torch.as_tensor(f).movedim(-1, 1).float() for f in (frames, reference_frames))
     return {
