@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import vidaccel
@@ -99,20 +100,22 @@ def test_schedules_of_forecasters_without_training(world, name):
     result = run(world, "--features", str(world / "features"), f"forecaster={name}", "budgets=[1,2]", "-o", "found")
     assert result.exit_code == 0, result.output
     *lines, last = result.stdout.splitlines()
-    use = f"vidaccel generate PROMPT model={world / 'student'} predictor={name} schedule=found/schedule.json budget=1"
+    which = "found" if name == "linear" else f"{name} schedule=found/schedule.json"
+    use = f"vidaccel generate PROMPT model={world / 'student'} predictor={which} budget=1"
     assert last == f"found: these schedules; `{use} steps=4` runs it"
     assert [line.partition(" of 4 steps full, expected error ")[0] for line in lines] == ["1", "2"]
     assert [schedule.budget for schedule in read_schedules("found/schedule.json")] == [1, 2]
     assert {path.name for path in Path("found").iterdir() if not path.name.startswith(".")} == {
         "schedule.json",
         "run.json",
+        *(["model.safetensors"] if name == "linear" else []),
     }
     other = run(world, "--features", str(world / "features"), f"forecaster={name}", "budgets=[9]", "-o", "found")
     assert other.exit_code == 2 and "there are 4 steps" in other.stderr
-    if name != "linear":
-        words = ["a red circle", f"model={world / 'student'}", f"predictor={name}", "schedule=found/schedule.json"]
-        made = CliRunner().invoke(app, ["generate", *words, "budget=2", "-o", "out.mp4"])
-        assert made.exit_code == 0, made.output
+    how = ["predictor=found"] if name == "linear" else [f"predictor={name}", "schedule=found/schedule.json"]
+    words = ["generate", "a red circle", f"model={world / 'student'}", *how]
+    made = CliRunner().invoke(app, [*words, "budget=2", "-o", "out.mp4"])
+    assert made.exit_code == 0, made.output
 
 
 def test_a_folder_of_schedules_is_a_predictor_of_the_model_that_it_was_searched_for(world):
@@ -142,7 +145,10 @@ def test_schedules_of_other_grids_stay_unless_they_are_of_another_forecaster(wor
 
     assert found("forecaster=reuse") == [4]
     assert found("forecaster=reuse", "steps=5") == [4, 5]
-    assert found("forecaster=taylor", "steps=6") == [6]
+    assert found("forecaster=linear", "steps=3") == [3]
+    assert found("forecaster=linear", "steps=2") == [2, 3]
+    assert {name.split(".")[0] for name in load_file("found/model.safetensors")} == {"2", "3"}
+    assert found("forecaster=taylor", "steps=6") == [6] and not Path("found/model.safetensors").exists()
 
 
 def test_a_grid_of_listed_times_is_searched_and_generated_on(world):

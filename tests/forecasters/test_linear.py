@@ -1,14 +1,28 @@
 """The linear map of the zoo on tiny pipelines: what it is fitted to, and that it is better than reuse there."""
 
+from datetime import UTC, datetime
+
 import pytest
 import torch
 
 import vidaccel
 from tests.cache.test_attach import call
 from tests.tiny import TEXT_TO_VIDEO, tiny_pipeline
+from vidaccel.artefacts import write_run
+from vidaccel.errors import UserError
 from vidaccel.families.registry import family_of_pipeline
 from vidaccel.forecasters.base import Cached
-from vidaccel.forecasters.linear import fit_linear, fitted, predicted_passes
+from vidaccel.forecasters.checkpoint import SCHEDULES
+from vidaccel.forecasters.linear import (
+    LinearMap,
+    LinearMaps,
+    fit_linear,
+    fitted,
+    predicted_passes,
+    save_map,
+    saved_maps,
+)
+from vidaccel.models.grid import Grid
 
 
 @pytest.mark.parametrize("name", TEXT_TO_VIDEO)
@@ -44,3 +58,35 @@ def test_it_serves_and_leaves_the_pipeline_as_it_was():
     with vidaccel.attach(pipe, predictor=linear, steps=4, full_steps=[0, 2]) as attachment:
         assert not torch.equal(call(pipe, guidance=1.0), plain)
     assert attachment.predicted_passes == 2
+
+
+def test_a_folder_has_a_map_for_each_number_of_steps(tmp_path):
+    pipe, family = tiny_pipeline("wan"), family_of_pipeline("WanPipeline")
+    D = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+
+    def finish():
+        write_run(tmp_path, format=SCHEDULES, command="", config={}, seed=0, started=datetime.now(UTC))
+
+    finish()
+    with pytest.raises(UserError, match="has schedules of a linear map, and no map"):
+        saved_maps(tmp_path, pipe, family)
+    made = {steps: LinearMap({"hidden_states": torch.randn(D, 2 * D + 1)}) for steps in (4, 20)}
+    for steps, linear in made.items():
+        save_map(linear, steps, tmp_path)
+    finish()
+    maps = saved_maps(tmp_path, pipe, family)
+    tokens = {"hidden_states": torch.randn(1, 3, D)}
+    for steps in (20, 4, 20):
+        maps.follow(Grid.shifted(steps, 2.0))
+        out = maps(tokens, (Cached(tokens, None),))["hidden_states"]
+        expected = made[steps](tokens, (Cached(tokens, None),))["hidden_states"]
+        torch.testing.assert_close(out, expected)
+    with pytest.raises(UserError, match="for 4 and 20 steps, and the pipeline takes 5"):
+        maps.follow(Grid.shifted(5, 2.0))
+    with pytest.raises(ValueError, match="has to know the grid"):
+        LinearMaps(made)(tokens, (Cached(tokens, None),))
+    with pytest.raises(UserError, match="tokens of other widths"):
+        saved_maps(tmp_path, tiny_pipeline("hunyuan_video"), family_of_pipeline("HunyuanVideoPipeline"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors changed"):
+        saved_maps(tmp_path, pipe, family)

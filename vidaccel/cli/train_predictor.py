@@ -83,7 +83,7 @@ def _generating(config: PredictorConfig, output: Path, schedules: "list[Schedule
     from vidaccel.forecasters.checkpoint import SCHEDULE_FILE
     from vidaccel.models.files import local_path
 
-    by_folder = config.forecaster in ("learned", "multistep")
+    by_folder = config.forecaster in ("learned", "multistep", "linear")
     released = config.model is not None and local_path(config.student).is_file()
     words = [f"model={config.model} student={config.student}" if released else f"model={config.student}"]
     words += [f"lora=[{','.join(config.lora)}]"] if config.lora else []

@@ -7,17 +7,23 @@ that leave the trunk from those that enter it and those that left it on the last
 B batch, N tokens, D width
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vidaccel.artefacts import atomic_path, read_run, verify_files
+from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
-from vidaccel.families.walk import blocks_of, denoisers_of, named_arguments, named_outputs
+from vidaccel.families.walk import blocks_of, denoisers_of, named_arguments, named_outputs, widths
 from vidaccel.forecasters.base import Cached, ForecasterCosts, Making, PlannedTrunk, Tokens
-from vidaccel.models.grid import step_of
+from vidaccel.forecasters.checkpoint import SCHEDULES, WEIGHTS_FILE
+from vidaccel.models.grid import Grid, step_of
 
 
 class LinearMap(nn.Module):
@@ -32,8 +38,10 @@ class LinearMap(nn.Module):
             self.register_buffer(name, weight)
 
     @classmethod
-    def make(cls, making: Making) -> "LinearMap":
-        """Fitted to `making.generate`, for its full steps."""
+    def make(cls, making: Making) -> "LinearMap | LinearMaps":
+        """Those of a folder; without one, fitted to `making.generate`, for its full steps."""
+        if making.folder is not None:
+            return saved_maps(making.folder, making.pipe, making.family)
         if making.generate is None:
             raise UserError("a linear map is fitted to a generation, and there is none", "take predictor=taylor")
         return fitted(making.pipe, making.family, making.full_steps, making.generate)
@@ -43,10 +51,66 @@ class LinearMap(nn.Module):
         return ForecasterCosts(1, linear=sum(2 * N * (2 * D + 1) * D for N, D in trunk.kinds))
 
     def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
-        cached = memory[0].tokens
         return {
-            name: cached[name] + _features(arguments[name], cached[name]) @ getattr(self, name).mT for name in cached
+            name: tokens + _features(arguments[name], tokens) @ getattr(self, name).to(tokens).mT
+            for name, tokens in memory[0].tokens.items()
         }
+
+
+class LinearMaps(nn.Module):
+    """One for each number of steps: a generation runs under that of its own."""
+
+    history = 1
+
+    def __init__(self, maps: Mapping[int, LinearMap]):
+        super().__init__()
+        self.maps = dict(maps)
+        self._current: LinearMap | None = None
+
+    def follow(self, grid: Grid) -> None:
+        """Take that for the grid of a sampling that begins; `UserError` if there is none."""
+        if grid.steps not in self.maps:
+            known, way = " and ".join(map(str, sorted(self.maps))), "vidaccel train-predictor forecaster=linear"
+            hint = f"search one: {way} steps={grid.steps}"
+            raise UserError(f"the linear map is for {known} steps, and the pipeline takes {grid.steps}", hint)
+        self._current = self.maps[grid.steps]
+
+    def forward(self, arguments: dict[str, Tensor], memory: tuple[Cached, ...], t: Tensor | None = None) -> Tokens:
+        if self._current is None:
+            raise ValueError("it has to know the grid: follow(grid)")
+        return self._current(arguments, memory, t)
+
+
+def saved_maps(folder: Path, pipe: DiffusionPipeline, family: DiTFamily) -> LinearMaps:
+    """Those beside the schedules in a folder, on the pipeline's device; `UserError` if there are none for its tokens,
+    or the folder is not whole."""
+    verify_files(folder, read_run(folder, SCHEDULES))
+    if not (folder / WEIGHTS_FILE).is_file():
+        way = "vidaccel train-predictor forecaster=linear"
+        raise UserError(
+            f"{folder} has schedules of a linear map, and no map", f"search some into another folder: {way}"
+        )
+    transformer: Any = denoisers_of(pipe, family)[0]
+    own = widths(transformer.config, family.block_lists[-1])
+    found: dict[int, Tokens] = {}
+    for key, weight in load_file(folder / WEIGHTS_FILE).items():
+        steps, _, name = key.partition(".")
+        found.setdefault(int(steps), {})[name] = weight.to(execution_device(pipe))
+    for weights in found.values():
+        if {name: list(weight.shape) for name, weight in weights.items()} != {
+            n: [D, 2 * D + 1] for n, D in own.items()
+        }:
+            raise UserError(f"the linear map in {folder} is for tokens of other widths", "search one for this model")
+    return LinearMaps({steps: LinearMap(weights) for steps, weights in found.items()})
+
+
+def save_map(linear: LinearMap, steps: int, folder: Path) -> None:
+    """Beside those for other numbers of steps that the folder holds."""
+    path = folder / WEIGHTS_FILE
+    others = load_file(path) if path.is_file() else {}
+    own = {f"{steps}.{name}": weight.contiguous() for name, weight in linear.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(others | own, str(temporary))
 
 
 def fit_linear(samples: Iterable[tuple[Tokens, Tokens, Tokens]], ridge: float = 1e-2) -> LinearMap:

@@ -1,6 +1,7 @@
-"""Searches of forecasters that have nothing to train: a student and prompts in, a folder of schedules alone out.
+"""Searches of forecasters that have nothing to train: a student and prompts in, a folder of schedules out.
 
-folder/schedule.json    the best full steps for each budget, on each grid that was searched
+folder/schedule.json        the best full steps for each budget, on each grid that was searched
+folder/model.safetensors    of linear maps, which are fitted first, one for each grid: their weights
 """
 
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ from vidaccel.collect.encode import IMAGE, as_array
 from vidaccel.config.generate import GenerateConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.forecasters.base import Forecaster, Making
-from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, SCHEDULES
+from vidaccel.forecasters.checkpoint import SCHEDULE_FILE, SCHEDULES, WEIGHTS_FILE
+from vidaccel.forecasters.linear import LinearMap, save_map
 from vidaccel.forecasters.registry import forecaster_class
 from vidaccel.models.loading import load_named
 from vidaccel.models.weight_hashes import student_hash
@@ -46,13 +48,19 @@ def search_untrained(config: PredictorConfig, output: Path, device: str) -> list
             on_first(partial(say_finished, output))
             return schedules_found(task, output) if rank() == 0 else []
         with task.trunks:
-            schedules = search_schedules(task, _made_by_name(task))
-        on_first(partial(_save_schedules, task, config, output, started, schedules))
+            forecaster = _made_by_name(task)
+            schedules = search_schedules(task, forecaster)
+        on_first(partial(_save_schedules, task, config, output, started, schedules, forecaster))
         return schedules if rank() == 0 else []
 
 
 def _save_schedules(
-    task: PredictorTask, config: PredictorConfig, output: Path, started: datetime, schedules: list[Schedule]
+    task: PredictorTask,
+    config: PredictorConfig,
+    output: Path,
+    started: datetime,
+    schedules: list[Schedule],
+    forecaster: Forecaster,
 ) -> None:
     """Beside those of other grids that are there for the same forecaster and student."""
     made_for = {"forecaster": config.forecaster, "student": student_hash(task.loaded)}
@@ -61,6 +69,10 @@ def _save_schedules(
     others = [s for s in read_schedules(output / SCHEDULE_FILE) if s.steps != steps] if same else []
     searched = {key: before[SEARCHED][key] for key in before.get(SEARCHED, {}) if same}
     (output / RUN_FILE).unlink(missing_ok=True)
+    if not same:
+        (output / WEIGHTS_FILE).unlink(missing_ok=True)
+    if isinstance(forecaster, LinearMap):
+        save_map(forecaster, steps, output)
     write_schedules(output / SCHEDULE_FILE, [*others, *schedules])
     run = described(task, config, started)
     write_run(
