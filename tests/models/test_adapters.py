@@ -190,6 +190,37 @@ def test_a_file_of_another_model_or_that_would_not_be_added_wholly_is_refused(me
         add(unchanged_pipes[family], family, tmp_path / "wrong.safetensors")
 
 
+def test_what_has_no_place_is_left_out_where_that_is_asked_for(tmp_path, unchanged_pipes, caplog):
+    """Of a file that is refused otherwise: weights of norms, and of a layer that the model does not have."""
+    beyond = {name.replace("blocks.0.", "blocks.2."): each for name, each in comfyui().items() if FIRST in name}
+    save_file(comfyui(), tmp_path / "whole.safetensors")
+    save_file(comfyui() | beyond | {NORM: torch.ones(D)}, tmp_path / "more.safetensors")
+    whole, more = tiny_pipeline("wan"), tiny_pipeline("wan")
+    add(whole, "wan", tmp_path / "whole.safetensors")
+    with pytest.raises(UserError, match=r"leaves out.*\nhint: .*or add the rest alone: lora=\[.*more.*:1:partly\]"):
+        add(more, "wan", tmp_path / "more.safetensors")
+    add(more, "wan", f"{tmp_path / 'more.safetensors'}:1:partly")
+    after = more.transformer.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in whole.transformer.state_dict().items())
+    left = [record.getMessage().partition(".safetensors ")[2] for record in caplog.records]
+    assert left == [
+        f"is added without 1 weights that diffusers leaves out, and which are not zero, such as {NORM}",
+        "is added without 3 weights that this WanTransformer3DModel has no layer for, "
+        "such as blocks.2.attn1.to_q.lora_A.weight",
+    ]
+    with pytest.raises(UserError, match="holds no weights for this HunyuanVideoTransformer3DModel"):
+        add(unchanged_pipes["hunyuan_video"], "hunyuan_video", f"{tmp_path / 'whole.safetensors'}:1:partly")
+    assert str(Adapter.parsed(f"{tmp_path / 'more.safetensors'}:partly")).endswith(".safetensors:1:partly")
+
+
+@pytest.mark.parametrize("message", [message for message in WRONG if "half of a pair" in message or "size" in message])
+def test_what_is_broken_is_refused_all_the_same(message, tmp_path):
+    family, weights = WRONG[message]
+    save_file(weights, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=message):
+        add(tiny_pipeline(family), family, f"{tmp_path / 'wrong.safetensors'}:1:partly")
+
+
 def test_names_that_nobody_knows_are_refused(tmp_path, unchanged_pipes, monkeypatch):
     monkeypatch.setattr(adapters, "original_name", lambda name, family: None)
     save_file(hunyuan(), tmp_path / "lora.safetensors")

@@ -20,7 +20,7 @@ class GenerateConfig(RuntimeConfig):
     """A file of weights that others have released, in the place of its transformer's."""
     lora: list[str] | None = None
     """LoRA files that are added to its transformer when it is loaded, each FILE or FILE:SCALE; of two transformers
-    each names its own, transformer_2:FILE:SCALE."""
+    each names its own, transformer_2:FILE:SCALE. FILE:SCALE:partly leaves out what has no place in it."""
     decoder: str | None = None
     """The folder of a distilled decoder, in the place of the autoencoder's own; null is its own."""
     steps: int | None = None

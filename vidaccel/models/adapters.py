@@ -7,6 +7,7 @@ traced first, on tensors without memory: a weight whose gradient does not arrive
 is then a plain transformer, W + scale B A, whose blocks can be copied, fused and cached like any.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,11 @@ from vidaccel.families.released import original_name
 from vidaccel.models.folder import PICKLES, safetensors_header
 from vidaccel.models.weights import reading
 
+log = logging.getLogger(__name__)
+
 ADAPTER = "given"
+PARTLY = ":partly"
+"""How the name of a file ends of which what has no place in the model is left out."""
 NAMED = re.compile(r"transformer(_\w+)?")
 """What a transformer is called that an adapter is for."""
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
@@ -52,15 +57,19 @@ class Adapter:
     scale: float = 1.0
     denoiser: str | None = None
     """Attribute of the transformer that it is for, where there are several."""
+    partly: bool = False
+    """Whether weights that have no place in the model are left out, in place of a refusal."""
 
     @classmethod
     def parsed(cls, text: str) -> Self:
-        """Of FILE or FILE:SCALE, behind `transformer_2:` or the like where there are several transformers; a folder
-        stands for the one file in it.
+        """Of FILE or FILE:SCALE, before `:partly` where some of it may be left out, and behind `transformer_2:` or the
+        like where there are several transformers; a folder stands for the one file in it.
 
         Raises:
             UserError: there is no such file, it is none of safetensors, or the scale is no finite number.
         """
+        whole = text.removesuffix(PARTLY)
+        partly, text = whole != text, whole
         head, _, rest = text.partition(":")
         denoiser = head if NAMED.fullmatch(head) and rest and _number(rest) is None else None
         text = rest if denoiser else text
@@ -77,7 +86,7 @@ class Adapter:
             raise UserError(f"there is no LoRA file {path}", "lora= takes FILE.safetensors or FILE.safetensors:SCALE")
         if found[0].suffix in PICKLES:
             raise UserError(f"{path} is a pickle, which can run code when it is loaded", "take a safetensors file")
-        return cls(found[0], scale, denoiser)
+        return cls(found[0], scale, denoiser, partly)
 
     @property
     def recorded(self) -> str:
@@ -86,7 +95,7 @@ class Adapter:
 
     def __str__(self) -> str:
         named = "" if self.denoiser is None else f"{self.denoiser}:"
-        return f"{named}{self.file}:{self.scale:g}"
+        return f"{named}{self.file}:{self.scale:g}{PARTLY if self.partly else ''}"
 
 
 def _number(text: str) -> float | None:
@@ -131,11 +140,11 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
     hint = f"take a LoRA that was made for this {type(transformer).__name__}"
     _refuse_halves(adapter.file, safetensors_header(adapter.file), hint)
     with reading(adapter.file, hint):
-        _refuse_left_out(pipe, family, adapter.file)
+        _check_left_out(pipe, family, adapter)
         weights, metadata = _converted(pipe, family, str(adapter.file.parent), weight_name=adapter.file.name)
     prefix = f"{family.denoisers[0].attribute}."  # also of what is for another, as the pipeline's own loader has it
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    _refuse_unmatched(adapter.file, weights, transformer, hint)
+    weights = _matched(adapter, weights, transformer, hint)
     with reading(adapter.file, hint):
         transformer.load_lora_adapter(weights, prefix=None, adapter_name=ADAPTER, metadata=_bare(metadata, prefix))
         loaded = set(get_peft_model_state_dict(transformer, adapter_name=ADAPTER))
@@ -208,9 +217,9 @@ def _refuse_halves(file: Path, names: Iterable[str], hint: str) -> None:
     _refuse(file, alone, "are half of a pair, whose other matrix is missing", hint)
 
 
-def _refuse_left_out(pipe: DiffusionPipeline, family: DiTFamily, file: Path) -> None:
-    """`UserError` if the conversion leaves out weights that are not zero."""
-    with safe_open(file, framework="pt") as stored:
+def _check_left_out(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
+    """`UserError`, or a warning, if the conversion leaves out weights that are not zero."""
+    with safe_open(adapter.file, framework="pt") as stored:
         names = list(stored.keys())
         shapes = {name: stored.get_slice(name).get_shape() for name in names}
         scalars = {name for name in names if math.prod(shapes[name]) == 1}  # alphas, which conversions read
@@ -223,11 +232,13 @@ def _refuse_left_out(pipe: DiffusionPipeline, family: DiTFamily, file: Path) -> 
         used = {name for name, gradient in zip(leaves, arrived, strict=bool(reached)) if gradient is not None}
         left = [name for name in names if name not in scalars | used and stored.get_tensor(name).count_nonzero()]
     hint = "it would not be the model that its authors made: look for a LoRA in diffusers' layout, or for full weights"
-    _refuse(file, left, "diffusers leaves out, and which are not zero", hint)
+    _leave_out(adapter, left, "diffusers leaves out, and which are not zero", hint)
 
 
-def _refuse_unmatched(file: Path, weights: Mapping[str, Tensor], transformer: nn.Module, hint: str) -> None:
-    """`UserError` unless each weight belongs to a layer of the transformer and fits it."""
+def _matched(adapter: Adapter, weights: Mapping[str, Tensor], transformer: nn.Module, hint: str) -> dict[str, Tensor]:
+    """The weights that belong to a layer of the transformer; `UserError` unless all of them fit it, and all do or the
+    others are to be left out."""
+    file = adapter.file
     layers, wrong, misfits = dict(transformer.named_modules()), [], []
     for name, weight in weights.items():
         ending = next((part for part in PARTS if name.endswith(part)), "")
@@ -239,10 +250,20 @@ def _refuse_unmatched(file: Path, weights: Mapping[str, Tensor], transformer: nn
             size, expected = (weight.shape[1], takes) if ending == PARTS[0] else (weight.shape[0], gives)
             if size != expected:
                 misfits.append(name)
-    _refuse(file, wrong, f"this {type(transformer).__name__} has no layer for", hint)
+    _leave_out(adapter, wrong, f"this {type(transformer).__name__} has no layer for", hint)
     _refuse(file, misfits, "do not have the size of their layer", hint)
-    if not weights:
-        raise UserError(f"{file} holds no weights", hint)
+    kept = {name: weight for name, weight in weights.items() if name not in wrong}
+    if not kept:
+        raise UserError(f"{file} holds no weights{f' for this {type(transformer).__name__}' if wrong else ''}", hint)
+    return kept
+
+
+def _leave_out(adapter: Adapter, names: Sequence[str], why: str, hint: str) -> None:
+    """A warning where the adapter may be added partly, else `_refuse`."""
+    if adapter.partly and names:
+        log.warning("%s is added without %d weights that %s, such as %s", adapter.file, len(names), why, min(names))
+    elif names:
+        _refuse(adapter.file, names, why, f"{hint}; or add the rest alone: lora=[{adapter}{PARTLY}]")
 
 
 def _refuse(file: Path, names: Iterable[str], why: str, hint: str) -> None:
