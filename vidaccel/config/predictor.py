@@ -148,6 +148,9 @@ class PredictorConfig:
     """The same from 1 down, such as [1, 0.94, 0.85, 0.63]."""
     search_prompts: int = 8
     """Prompts whose trajectories schedules are searched on."""
+    growth_every: int = 1
+    """Steps between those at which a search measures, by full passes to the end, how an error grows: S^2 / 2 of them a
+    prompt at 1, and half of that at 2, which is enough for 20 steps; `multistep` measures at each."""
     mse: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, learning_rate=1e-4, schedule="constant"))
     """The first stage, on the squared error; of `pairs=served` the only one, on the error of runs."""
     adversarial: TrainConfig = field(
@@ -169,7 +172,7 @@ class PredictorConfig:
         }.items():
             require(getattr(self, key) in names, key, getattr(self, key), f"is {' or '.join(names)}")
         require_seed(self)
-        for key in ("clips", "blocks", "max_skipped", "search_prompts"):
+        for key in ("clips", "blocks", "max_skipped", "search_prompts", "growth_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require_clip_size(self)
         for key in ("runs", "tried"):

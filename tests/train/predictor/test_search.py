@@ -17,7 +17,7 @@ from vidaccel.forecasters.reuse import Reuse
 from vidaccel.forecasters.taylor import Taylor
 from vidaccel.models.grid import Grid, step_grid
 from vidaccel.sampling import sample
-from vidaccel.train.predictor.search import list_errors, stretch_costs
+from vidaccel.train.predictor.search import list_errors, passes_of_search, stretch_costs
 from vidaccel.train.predictor.task import check_student, search_of
 
 REUSE = Reuse()
@@ -74,6 +74,25 @@ def test_an_error_counts_as_what_it_has_grown_to_in_the_end(noise):
     for i, j, error in ((0, 2, one_predicted), (1, 3, one_predicted), (0, 3, one_predicted * (factor + 1))):
         expected = (error * factor ** (4 - j) / final) ** 2
         assert float(costs[i, j]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_growth_between_the_ends_where_it_is_measured_is_interpolated(noise):
+    """Exactly, where each step multiplies an error by the same number; in as many passes as are said before."""
+    grid, (velocity, switch) = step_grid(8, 1.0), toy(2.0, 0.1)
+    found, calls = [], []
+
+    def counted(*args, **kwargs):
+        calls[-1] += not switch.predicting
+        return velocity(*args, **kwargs)
+
+    for every in (1, 3):
+        calls.append(0)
+        found.append(stretch_costs(counted, switch, REUSE, noise, {}, grid, growth_every=every))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-12)
+    assert not torch.equal(*found)
+    settings = [PredictorConfig(forecaster="reuse", budgets=[1], growth_every=every) for every in (1, 3)]
+    one, third = (passes_of_search(config, 8, prompts=1, checked=0).full for config in settings)
+    assert one - third == calls[0] - calls[1] == (6 + 5 + 4 + 3 + 2 + 1) - (6 + 3)
 
 
 def test_a_perfect_forecaster_costs_nothing(noise):
@@ -162,10 +181,16 @@ def test_a_search_that_an_earlier_version_made_is_known_as_done():
     def asked(**changes) -> str:
         return search_of(PredictorConfig(student="s", **{"forecaster": "reuse"} | changes), "hash", {"clips": 3})
 
-    assert asked() == asked(mse=replace(PredictorConfig().mse, gates_every=7)) == earlier
+    assert asked() == asked(mse=replace(PredictorConfig().mse, gates_every=7)) == asked(growth_every=1) == earlier
     served = {"forecaster": "learned", "pairs": "served", "adversarial": TrainConfig(steps=0)}
-    others = {asked(guidance_2=2.0), asked(prompts="a"), asked(**served), asked(**served, scalars_every=9)}
-    assert len(others | {earlier}) == 5
+    others = {
+        asked(growth_every=3),
+        asked(guidance_2=2.0),
+        asked(prompts="a"),
+        asked(**served),
+        asked(**served, scalars_every=9),
+    }
+    assert len(others | {earlier}) == 6
 
 
 def test_prompts_that_cannot_be_read_are_refused_before_the_model_is(tmp_path):

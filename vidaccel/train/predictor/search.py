@@ -7,7 +7,8 @@ error in the final latent. So
     cost(i, j) = |x_j' - x_j|^2 / |x_S|^2 * growth(j),    growth(j) = |x_S' - x_S|^2 / |x_j' - x_j|^2
 
 where growth(j) is measured once for each j, by full steps from what a stretch of `PROBE` steps left: S^2 / 2 full
-passes in all, in place of S^3 / 6. Squares are added because the errors of a schedule's stretches point in unrelated
+passes in all, in place of S^3 / 6, and with `growth_every` n for each n-th j, with its logarithm linear in between:
+S^2 / 2n. Squares are added because the errors of a schedule's stretches point in unrelated
 directions. Of a forecaster that looks back on two full steps, cost(h, i, j) knows the one before as well (DPCache,
 2602.22654); what full steps leave is then kept, one set of tokens a step, so that only predicted steps are S^3 / 6.
 
@@ -19,6 +20,7 @@ B prompts, S steps, C channels, T frames, H and W latent pixels
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -59,7 +61,7 @@ def passes_of_search(config: PredictorConfig, steps: int, prompts: int, checked:
     """Those of stretches, how errors grow, and the cheapest lists run as they serve, at most: stretches on so many
     prompts, lists on so many others."""
     history = config.history if config.forecaster == "learned" else 2 if config.forecaster == "taylor" else 1
-    growth = (steps - 1) * (steps - 2) / 2
+    growth = sum(steps - end for end in range(2, steps, config.growth_every))
     if history == 1:
         stretches = Passes(2 * steps, steps * (steps - 1) / 2)
     else:
@@ -105,7 +107,8 @@ def measured_costs(task: PredictorTask, forecaster: Forecaster) -> Tensor:
 
     def costs(noise: Tensor, text: Text, g: Tensor | None) -> Tensor:
         grid = task.sampling.grid.tensor
-        found = stretch_costs(task.student, task.trunks, forecaster, noise, text, grid, g, task.firsts)
+        apart = task.config.growth_every
+        found = stretch_costs(task.student, task.trunks, forecaster, noise, text, grid, g, task.firsts, apart)
         return len(noise) / count * found
 
     first, *others = _of_batches(task, 0, count, NOISE_INDEX, costs)
@@ -201,6 +204,7 @@ def stretch_costs(
     grid: Tensor,
     g: Tensor | None = None,
     firsts: Sequence[int] = (0,),
+    growth_every: int = 1,
 ) -> Tensor:
     """cost(i, j) for 0 <= i < j <= S as [S, S + 1], on the CPU in float64: a relative squared error, averaged over
     prompts, and 0 where j = i + 1. Of a forecaster that looks back on two full steps cost(h, i, j) as [S, S, S + 1],
@@ -210,12 +214,13 @@ def stretch_costs(
         noise: latents [B, C, T, H, W] that the sampling begins with.
         grid: its times [S + 1].
         firsts: the steps with which each denoiser begins. A stretch that goes past another's first has infinite cost.
+        growth_every: steps from one end whose growth is measured to the next.
     """
     steps, looks_back = len(grid) - 1, forecaster.history > 1
     trajectory = _Trajectory(student, trunk, text, grid.to(noise.device), g)
     begin = [max(first for first in firsts if first <= step) for step in range(steps)]  # of the denoiser of each step
     befores = [(h, i) for i in range(steps) for h in (range(i) if i and looks_back else [i])]
-    with Progress("measuring stretches", total=len(befores) + steps - 1) as progress:
+    with Progress("measuring stretches", total=len(befores) + len(range(2, steps + 1, growth_every))) as progress:
         states, kept = [noise], []
         for step in range(steps):
             if looks_back:
@@ -235,11 +240,17 @@ def stretch_costs(
                     drifted[end] = before, x
             progress.advance()
         growth = torch.ones(steps + 1, len(noise), dtype=torch.float64)
-        for end, (before, x) in drifted.items():
+        measured = sorted(drifted)[::growth_every]
+        for end in measured:
+            before, x = drifted[end]
             begun = left[before, max(begin[end - 1], end - PROBE), end]
             final = _mean_square(sample(student, x, text, grid[end:], g) - states[-1])
             growth[end] = torch.where(begun > 0, final / begun, 1.0)
             progress.advance()
+        for below, above in pairwise([*measured, steps]):
+            for end in range(below + 1, above):
+                share = (end - below) / (above - below)
+                growth[end] = growth[below] ** (1 - share) * growth[above] ** share
     costs = (left * growth / _mean_square(states[-1])).mean(-1)
     for switch in firsts[1:]:
         costs[:, :switch, switch + 1 :] = math.inf

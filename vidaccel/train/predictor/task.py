@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 COMMAND = "vidaccel train-predictor"
 SEARCHED = "searches"
 """In run.json: `search_of` what was found, by the steps of its grid."""
-ADDED = {"prompts": None, "guidance_2": None, "scalars_every": 0}
+ADDED = {"prompts": None, "guidance_2": None, "scalars_every": 0, "growth_every": 1}
 """Settings that earlier versions did not have, and as what these searched."""
 STAGES = ("mse", "adversarial")
 """Of a training: groups of settings."""

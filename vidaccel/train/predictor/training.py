@@ -91,6 +91,7 @@ NOT_SHAPING = {
     "on_damage",
     "seed",
     "search_prompts",
+    "growth_every",
     "scalars",
     "runs",
     "checked_prompts",
