@@ -5,8 +5,10 @@ import itertools
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.numbers import holm
 from vidaccel.worlds.sprites.scoring import SpritesScorer
 
-CONF = """
+COMMON = """
 family: hunyuan_video
 model: {folder}/teacher
 student: {folder}/student
@@ -50,6 +52,10 @@ scored_seed: 50
 equal_compute: true
 batch_size: 2
 baseline: cfg
+"""
+CONF = (
+    COMMON
+    + """
 contrasts: {{searched: [reuse, equal compute], lost: [reuse]}}
 methods:
   cfg: {{weights: teacher, steps: 6, two_pass: true}}
@@ -71,6 +77,21 @@ methods:
   seacache: {{steps: 4, cache: seacache, settings: {{threshold: 1000.0}}}}
   lost: {{steps: 4, model: {folder}/nowhere}}
 """
+)
+FEW = (
+    COMMON
+    + """
+methods:
+  cfg: {{weights: teacher, steps: 2, two_pass: true}}
+  student: {{steps: 4}}
+  predictor: {{steps: 4, full_steps: [0, 2]}}
+  fora: {{weights: teacher, steps: 6, every: 3, on_skipped: branches, cache: fora, settings: {{every: 3}}}}
+  first-block: {{weights: teacher, steps: 2, cache: first_block, settings: {{threshold: 9}}, sweep: {{threshold: [0]}}}}
+  seacache: {{steps: 4, cache: seacache, settings: {{threshold: 1000.0}}}}
+  lost: {{steps: 4, model: {folder}/nowhere}}
+"""
+)
+"""Beside a quick baseline, for what is asked of any row."""
 FAIL = {
     "pab-cfg": "keeps one state for both passes of guidance",
     "lost": "nowhere (check the path of the model)",
@@ -118,8 +139,17 @@ def conf(models) -> Path:
     return file
 
 
-def run(*words: object):
-    return CliRunner().invoke(app, ["benchmark", *map(str, words)])
+@pytest.fixture(scope="module")
+def few(models) -> Path:
+    file = models / "few.yaml"
+    file.write_text(FEW.format(folder=models))
+    return file
+
+
+def run(*words: object, report: bool = False):
+    """The command, without the pages and pictures of its report unless they are looked at."""
+    with nullcontext() if report else patch("vidaccel.bench.reports.html.write_report"):
+        return CliRunner().invoke(app, ["benchmark", *map(str, words)])
 
 
 def by_method(folder: Path) -> dict[str, dict]:
@@ -130,7 +160,7 @@ def by_method(folder: Path) -> dict[str, dict]:
 def bench(models, conf) -> Path:
     """A finished benchmark of everything."""
     folder = models / "bench"
-    result = run("--speedup", "--quality", "--conf", conf, "-o", folder)
+    result = run("--speedup", "--quality", "--conf", conf, "-o", folder, report=True)
     assert result.exit_code == 0, result.output
     (models / "stdout").write_text(result.stdout)
     (models / "stderr").write_text(result.stderr)
@@ -187,20 +217,20 @@ def test_passes_are_those_that_happened(bench):
     assert sum(runs["fastercache"]["passes"].values()) == 4
 
 
-def test_a_row_of_settings_alone_runs(conf, models, tmp_path):
+def test_a_row_of_settings_alone_runs(few, models, tmp_path):
     """One line of YAML, by which a cache that ships runs at other settings."""
     own = models / "own.yaml"
-    own.write_text(conf.read_text() + "  mine: {steps: 4, cache: delta_dit, settings: {every: 4}}\n")
+    own.write_text(few.read_text() + "  mine: {steps: 4, cache: delta_dit, settings: {every: 4}}\n")
     result = run("--speedup", "--conf", own, "-o", tmp_path, "only=[mine]")
     assert result.exit_code == 0, result.output
     mine = by_method(tmp_path)["mine"]
     assert (mine["full_steps"], tuple(mine["passes"].values())) == ([0], (1, 0, 3))
 
 
-def test_a_cache_is_its_file_and_a_line_of_the_table(conf, models, tmp_path, monkeypatch):
+def test_a_cache_is_its_file_and_a_line_of_the_table(few, models, tmp_path, monkeypatch):
     monkeypatch.setitem(CACHES, "alternate", "tests.bench.baselines.alternate:Alternate")
     own = models / "alternate.yaml"
-    own.write_text(conf.read_text() + "  alternate: {steps: 4, cache: alternate, settings: {every: 2}}\n")
+    own.write_text(few.read_text() + "  alternate: {steps: 4, cache: alternate, settings: {every: 2}}\n")
     words = ("--speedup", "--conf", own, "-o", tmp_path, "only=[alternate]")
     result = run(*words, "methods.alternate.settings.evry=2")
     assert result.exit_code == 2 and 'alternate has no setting "evry"' in result.stderr
@@ -230,7 +260,7 @@ def test_speedups(bench):
     assert flops["student"] / 4 - flops["cfg"] / 12 == 2 * 2 * (256 * 24 + 24 * 24)
 
 
-def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
+def test_short_rows_are_timed_longer(models, few, tmp_path, monkeypatch):
     """Videos of 0.5, 0.2 and 0.3 s are a round of 0.8 s: their mean counts, and the decoder runs once. Text takes 0.5 s
     beside them, decoding 1.5 and writing 0.25."""
     made, decoded, times = runner.timed_generation, [], itertools.cycle([0.5, 0.2, 0.3])
@@ -247,7 +277,7 @@ def test_short_rows_are_timed_longer(models, conf, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "timed_generation", timed)
     monkeypatch.setattr(runner, "writing_seconds", lambda frames, fps: 0.25)
     monkeypatch.setattr(runner.Benchmark, "_warm_up", lambda self, method, size: timing.append(True))
-    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]", "timed_seconds=0.8")
+    result = run("--speedup", "--conf", few, "-o", tmp_path, "only=[student]", "timed_seconds=0.8")
     assert result.exit_code == 0, result.output
     assert decoded == [True, False, False] * 2
     student = by_method(tmp_path)["student"]
@@ -264,7 +294,7 @@ def test_a_video_that_cannot_be_written_has_no_such_seconds():
     assert writing_seconds(np.zeros((2, 15, 16, 3), dtype=np.uint8), 8) is None  # mp4s are of even sizes
 
 
-def test_models_are_in_place_and_warm_before_a_row_is_timed(conf, tmp_path, monkeypatch):
+def test_models_are_in_place_and_warm_before_a_row_is_timed(few, tmp_path, monkeypatch):
     """On a device that is played: `meta` is where the models of other rows wait."""
     events, where = [], {}
 
@@ -295,10 +325,10 @@ def test_models_are_in_place_and_warm_before_a_row_is_timed(conf, tmp_path, monk
     monkeypatch.setattr("vidaccel.bench.generation.Clock._now", staticmethod(now))
     monkeypatch.setattr(runner, "timed_generation", generation)
     monkeypatch.setattr(runner.Benchmark, "_time", time_rows)
-    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student, predictor]")
+    result = run("--speedup", "--conf", few, "-o", tmp_path, "only=[student, predictor]")
     assert result.exit_code == 0, result.output
     other_model, warm_up = ["to meta", "to cpu"], ["1 steps", "clock"]
-    teacher = [*other_model, *warm_up, "6 steps", "clock"]
+    teacher = [*other_model, *warm_up, "2 steps", "clock"]
     student = [*other_model, *warm_up, "4 steps", "clock"]
     predictor = ["to cpu", *warm_up, "4 steps", "clock"]
     assert [event for event, _ in itertools.groupby(events)] == 2 * (teacher + student + predictor)
@@ -404,12 +434,12 @@ def test_it_says_beforehand_how_long_it_takes_and_what_it_can_see(bench, models)
     assert re.search(r"scoring 19 rows on 3 prompts of 3 meanings: \d+ min .* 1.6 standard deviations is seen", said)
 
 
-def test_scored_videos_are_kept_for_another_judge(conf, schema, tmp_path):
+def test_scored_videos_are_kept_for_another_judge(few, schema, tmp_path):
     """By the names that VBench gives a prompt's videos, and nothing that a file cannot be called; and judged by it."""
     long = "a cat " + 300 * "é"
     python = stand_in(tmp_path)
     dimensions = "vbench_dimensions=[imaging_quality,dynamic_degree]"
-    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[first-block]", "timed_seconds=0")
+    words = ("--speedup", "--quality", "--conf", few, "-o", tmp_path, "only=[first-block]", "timed_seconds=0")
     refused = run(*words[:1], *words[2:], f"vbench={python}")
     assert refused.exit_code == 2 and "vbench judges the videos that --quality makes" in refused.stderr
     result = run(
@@ -420,6 +450,7 @@ def test_scored_videos_are_kept_for_another_judge(conf, schema, tmp_path):
         f"prompts=['a/b', 'a circle', '{long}', 'a circle']",
         "scored_prompts=4",
         "sweeps=false",
+        report=True,
     )
     assert result.exit_code == 0, result.output
     for row in ("cfg_teacher_5x32x32", "first-block_teacher_5x32x32"):
@@ -487,8 +518,8 @@ class Stop(BaseException):
     """As a kill."""
 
 
-def test_a_killed_run_goes_on(models, conf, tmp_path, monkeypatch, schema):
-    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
+def test_a_killed_run_goes_on(models, few, tmp_path, monkeypatch, schema):
+    words = ("--speedup", "--quality", "--conf", few, "-o", tmp_path, "only=[student,fora,lost]", "rounds=3")
     calls, made, stop_at = [], runner.timed_generation, 12
 
     def counted(loaded, method, *rest, **more):
@@ -570,8 +601,8 @@ def _rows(folder: Path, *names: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", ["counting", "timing", "scoring"])
-def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tmp_path, monkeypatch, stage):
-    words = ("--speedup", "--quality", "--conf", conf, "-o", tmp_path, "only=[student]")
+def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, few, tmp_path, monkeypatch, stage):
+    words = ("--speedup", "--quality", "--conf", few, "-o", tmp_path, "only=[student]")
     made = runner.timed_generation
 
     def deadly(loaded, method, size, prompts, seeds, guidance, decode=True, image=None):
@@ -591,8 +622,8 @@ def test_a_row_that_takes_the_process_with_it_twice_is_left_out(models, conf, tm
     assert runs["cfg"]["denoise_seconds"]["rounds"] == 2
 
 
-def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monkeypatch):
-    words = ("--speedup", "--conf", conf, "-o", tmp_path, "only=[student]")
+def test_an_interruption_is_not_held_against_a_row(models, few, tmp_path, monkeypatch):
+    words = ("--speedup", "--conf", few, "-o", tmp_path, "only=[student]")
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -606,7 +637,7 @@ def test_an_interruption_is_not_held_against_a_row(models, conf, tmp_path, monke
 
 
 @pytest.mark.parametrize("stage", ["counting", "timing"])
-def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stage):
+def test_out_of_memory_is_a_rows_error(models, few, tmp_path, monkeypatch, stage):
     made, calls = runner.timed_generation, []
 
     def greedy(loaded, method, *rest, **more):
@@ -616,7 +647,7 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
         return made(loaded, method, *rest, **more)
 
     monkeypatch.setattr(runner, "timed_generation", greedy)
-    result = run("--speedup", "--conf", conf, "-o", tmp_path, "only=[student,fora]")
+    result = run("--speedup", "--conf", few, "-o", tmp_path, "only=[student,fora]")
     assert result.exit_code == 0, result.output
     runs = by_method(tmp_path)
     assert runs["student"]["error"].startswith("OutOfMemoryError: CUDA out of memory")
@@ -646,8 +677,8 @@ def test_out_of_memory_is_a_rows_error(models, conf, tmp_path, monkeypatch, stag
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals(conf, tmp_path, words, message, hint):
-    result = run("--conf", conf, "-o", tmp_path / "out", *words)
+def test_refusals(few, tmp_path, words, message, hint):
+    result = run("--conf", few, "-o", tmp_path / "out", *words)
     assert result.exit_code == 2, result.output
     first, second = result.stderr.splitlines()[-2:]
     assert first.startswith("error: ") and message in first
@@ -655,8 +686,8 @@ def test_refusals(conf, tmp_path, words, message, hint):
     assert result.stdout == "" and not (tmp_path / "out").exists()
 
 
-def test_prompts_that_cannot_be_scored_are_refused_before_anything_runs(conf, tmp_path, monkeypatch):
+def test_prompts_that_cannot_be_scored_are_refused_before_anything_runs(few, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "scorer_of", lambda config: SpritesScorer())
-    result = run("--speedup", "--quality", "--conf", conf, "-o", tmp_path / "out")
+    result = run("--speedup", "--quality", "--conf", few, "-o", tmp_path / "out")
     assert result.exit_code == 2 and 'the caption "a red circle" cannot be scored' in result.stderr
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,8 @@ DEEPER = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 4}}
 """As many kinds of place in the trunk as a real model has: a first, other and last block, of either list."""
 GRAPHS = {"hunyuan_video": 7, "hunyuan_video_15": 5, "wan": 4}
 """Of a family that is not here only that no generation after the first makes more."""
+DETACHED = ("hunyuan_video", "wan")
+"""Whose blocks are called again without the hook, for which each is traced anew: with two lists, and with one."""
 
 
 @pytest.mark.parametrize("name, history", [*((name, 1) for name in (*TEXT_TO_VIDEO, "wan_vace")), ("wan", 2)])
@@ -21,6 +23,7 @@ def test_compiled_blocks_have_static_graphs(name, history):
     torch.manual_seed(0)
     pipe.transformer = pipe.transformer.from_config(config | DEEPER.get(name, {"num_layers": 4})).eval()
     attached = {"predictor": predictor_for(pipe, history=history), "steps": STEPS, "full_steps": [0, 2]}
+    plain = call(pipe)
     with vidaccel.attach(pipe, **attached):
         expected = call(pipe), call(pipe, "a green square", seed=1)
     torch._dynamo.reset()
@@ -36,4 +39,5 @@ def test_compiled_blocks_have_static_graphs(name, history):
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(call(pipe), expected[0])
             assert torch.equal(call(pipe, "a green square", seed=1), expected[1])
-    assert torch.equal(call(pipe), call(pipe))
+    if name in DETACHED:
+        assert torch.equal(call(pipe), plain)
