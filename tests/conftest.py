@@ -20,7 +20,7 @@ from vidaccel.models.loading import LoadedPipeline, load_pipeline  # noqa: E402
 
 LONGEST = (
     *("own_model", "accelerate", "fuzz", "gpu", "runner", "distill", "training", "every_family", "parallel", "trainer"),
-    *("shipped", "detect", "make", "throughput", "published", "config", "commands"),
+    *("shipped", "compile", "make", "throughput", "published", "config", "commands"),
 )
 
 

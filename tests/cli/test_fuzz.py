@@ -117,7 +117,7 @@ def damages(draw, content: bytes) -> bytes:
     )
 
 
-@settings(max_examples=60, **FIXED)
+@settings(max_examples=50, **FIXED)
 @given(st.data())
 def test_files_that_are_read_first(data):
     name = data.draw(st.sampled_from(sorted(REAL)))
@@ -140,7 +140,7 @@ USED = {
 """Folder -> a command that reads it."""
 
 
-@settings(max_examples=60, **FIXED)
+@settings(max_examples=40, **FIXED)
 @given(st.data())
 def test_files_of_models_and_trainings(place, data):
     folder = data.draw(st.sampled_from(sorted(USED)))

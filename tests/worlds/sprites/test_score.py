@@ -125,8 +125,9 @@ SPOILS = {
 
 
 def scores(scenes, draw, through_mp4) -> dict[str, float]:
-    clips = [score_clip(through_mp4(draw(scene)), scene) for scene in scenes]
-    return {name: entry["mean"] for name, entry in summarise(clips, resamples=10).items()}
+    clips = through_mp4(torch.stack([*map(draw, scenes)]))
+    marks = [score_clip(frames, scene) for frames, scene in zip(clips, scenes, strict=True)]
+    return {name: entry["mean"] for name, entry in summarise(marks, resamples=10).items()}
 
 
 @pytest.fixture(scope="module")
