@@ -16,3 +16,9 @@ def schema() -> Draft202012Validator:
     content = json.loads(file.read_text())
     Draft202012Validator.check_schema(content)
     return Draft202012Validator(content)
+
+
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """The pages and pictures of a report are not made."""
+    monkeypatch.setattr("vidaccel.bench.reports.html.write_report", lambda *_: None)

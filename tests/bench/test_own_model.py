@@ -36,6 +36,7 @@ def rows() -> dict[str, dict]:
     return {run["method"]: run for run in json.loads(Path("out/results.json").read_text())["runs"]}
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video", "ltx_video"])
 def test_what_can_be_had_without_training(family):
     """Nothing is said of the model but where it is; it is made for 6 steps of 5 frames of 32 x 32.
@@ -68,6 +69,7 @@ def test_what_can_be_had_without_training(family):
     assert {run["total"] for run in found.values()} == {None}
 
 
+@pytest.mark.usefixtures("no_report")
 def test_what_ships_of_another_world_is_left_out_and_said():
     save_teacher(Path("mine"), "wan")
     only = "only=[taylor-every-3,student-8,student-4,predictor-8-searched,fora-3,fora-6]"

@@ -27,6 +27,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if type(result) is Tensor and storage_key(result.untyped_storage()) in self._live:  # as of most operations
+            return result
         made = {key: storage for storage in _storages(result) if (key := storage_key(storage)) not in self._live}
         if made:
             for storage in _storages((args, kwargs)):  # a view of a weight makes nothing
