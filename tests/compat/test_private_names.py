@@ -28,7 +28,7 @@ PUBLIC = {
     **dict.fromkeys(
         (
             *("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "_native_npu"),
-            *("_flash_varlen_3", "_flash_3_varlen_hub"),
+            *("_flash_3", "_flash_varlen_3", "_flash_3_varlen_hub"),
         ),
         "diffusers' documented name of an attention backend, which users write",
     ),
