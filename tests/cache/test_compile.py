@@ -41,3 +41,17 @@ def test_compiled_blocks_have_static_graphs(name, history):
             assert torch.equal(call(pipe, "a green square", seed=1), expected[1])
     if name in DETACHED:
         assert torch.equal(call(pipe), plain)
+
+
+def test_a_model_is_compiled_under_the_hook():
+    """The text refiner with it, whose output a predicted step takes from the full one before."""
+    pipe = tiny_pipeline("hunyuan_video")
+    plain = call(pipe)
+    with vidaccel.attach(pipe, predictor=predictor_for(pipe), steps=STEPS, full_steps=[0, 2]):
+        expected = call(pipe)
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert torch.equal(call(pipe), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(call(pipe), expected)
+    assert torch.equal(call(pipe), plain)  # compiled still

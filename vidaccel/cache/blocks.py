@@ -70,8 +70,14 @@ class StaticEmbedder:
     """
 
     def __init__(self, trunk: Owner, path: str, module: nn.Module):
-        self._trunk, self._path, self._module, self._compiled = trunk, path, module, compiled_call(module)
-        set_compiled_call(module, self)
+        self._trunk, self._path, self._module = trunk, path, module
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Again, where the module was compiled since, which put something else there."""
+        if (there := compiled_call(self._module)) is not self:
+            self._compiled = there
+            set_compiled_call(self._module, self)
 
     def __call__(self, *args, **kwargs) -> Any:
         current_pass = self._trunk.current_pass

@@ -95,6 +95,7 @@ class Trunk:
         self._undo: list[Callable[[], None]] = []
         self._absent: dict[str, nn.ModuleList] = {}
         """By the name of a list of blocks, what stands in its place where it is taken out."""
+        self._embedders: list[StaticEmbedder] = []
         self._at_end: list[Callable[[], None]] = []
         """What puts the transformer back when the pass ends."""
 
@@ -146,7 +147,8 @@ class Trunk:
         modules = dict(self.transformer.named_modules())
         for path in self.family.static_embedders:
             if path in modules:  # that of an image is missing from models without one
-                self._undo.append(StaticEmbedder(self, path, modules[path]).remove)
+                self._embedders.append(StaticEmbedder(self, path, modules[path]))
+                self._undo.append(self._embedders[-1].remove)
         forget_listed_hooks(self.transformer)
         self._undo.append(self.transformer.register_forward_pre_hook(self._begin).remove)
         self._undo.append(self.transformer.register_forward_hook(self._end, always_call=True).remove)
@@ -158,6 +160,7 @@ class Trunk:
         while self._undo:
             self._undo.pop()()
         self._absent.clear()
+        self._embedders.clear()
         forget_listed_hooks(self.transformer)
 
     def __enter__(self) -> "Trunk":
@@ -199,6 +202,8 @@ class Trunk:
         mode = self._mode or (self.choose() if self.choose else None)
         if mode is None:
             return
+        for embedder in self._embedders:
+            embedder.take_place()
         context = self.open.name or mode.context
         if mode.forecaster is None:
             self.remembered.make_room(context)
