@@ -116,6 +116,14 @@ def test_a_teachers_run_takes_guidance_in_two_passes(teachers, family, guidance)
     )
 
 
+def test_two_passes_in_bfloat16(folders):
+    """Scales are in float32, and what the next step begins with in the model's dtype nevertheless."""
+    loaded = load_pipeline(folders["wan"] / "teacher", dtype="bfloat16")
+    runs = TrajectorySampler(loaded, config(guidance=3.0, steps=2))
+    made = runs(CAPTIONS, SEEDS)
+    assert runs.empty and made["x"].dtype == made["velocity"].dtype == torch.bfloat16
+
+
 def test_steps_follow_from_one_another(students):
     runs = TrajectorySampler(students["hunyuan_video"], config(shift=5.0))
     made = runs(CAPTIONS, SEEDS)

@@ -86,6 +86,7 @@ def encode_conditions(
         UserError: the model takes its image otherwise than its family's record says.
     """
     family, pipe = loaded.family, cast(Any, loaded.pipe)
+    pipe.set_progress_bar_config(disable=True)  # of steps, of which not one is made
     transformer = denoisers_of(pipe, family)[0]
     transformers = transformers_in(pipe, family)  # whichever of them the first step is of
     known = inspect.signature(type(pipe).__call__).parameters

@@ -100,7 +100,8 @@ class TrajectorySampler:
         if self.second is not None and g is not None and denoiser_at(t[0], self.boundaries):
             g = torch.full_like(g, self.second)
         if self.empty:
-            return guided_velocity(self.velocity, x, t, text, self.empty, g)
+            # Scales in float32 make the sum float32, which a model in bfloat16 does not take at the next step.
+            return guided_velocity(self.velocity, x, t, text, self.empty, g).to(x.dtype)
         return self.velocity(x, t, text, r=r, g=g)
 
 
