@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tests.students import save_teacher, student
 from tests.tiny import CALLS, FLOW, SIZE, as_given, as_made, image_of, passes_of, tiny_pipeline
@@ -144,7 +144,7 @@ def test_a_shift_is_another_grid_for_the_time_of_a_call(family):
 @pytest.mark.parametrize(
     ("scheduler", "why"),
     [
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "takes it from the size of the video"),
+        (UniPCMultistepScheduler(use_dynamic_shifting=True), "takes it from the size of the video"),
         (DDIMScheduler(), "DDIMScheduler knows none"),
     ],
 )
@@ -153,6 +153,18 @@ def test_a_shift_of_a_scheduler_that_has_none_of_its_own_is_refused(scheduler, w
     model.pipe.scheduler = scheduler
     with pytest.raises(UserError, match=why):
         generate(model, ["a"], GenerateConfig(steps=1, shift=3.0), [0])
+
+
+def test_a_shift_takes_the_place_of_one_that_follows_the_videos_size():
+    model = loaded("ltx_video")
+    own, grid = model.pipe.scheduler, Grid.shifted(4, 3.0)
+    assert own.config.use_dynamic_shifting
+    made = [generate(model, ["a"], GenerateConfig(steps=4, shift=3.0), [0])]
+    made.append(generate(model, ["a"], GenerateConfig(steps=4, sigmas=list(grid.times[:-1])), [0]))
+    made.append(generate(model, ["a"], GenerateConfig(steps=4), [0]))
+    shifted, listed, plain = (each.frames for each in made)
+    assert np.array_equal(shifted, listed) and not np.array_equal(shifted, plain)
+    assert model.pipe.scheduler is own
 
 
 @pytest.mark.parametrize("family", [*FLOW, "anyflow", "mochi"])

@@ -224,15 +224,31 @@ def test_other_samplers_are_refused(wan):
     }
     try:
         for which, scheduler in others.items():
-            wan.scheduler = scheduler
-            with pytest.raises(UserError, match=which):
-                attached(wan)
-            wan.scheduler = own
             with attached(wan):
                 wan.scheduler = scheduler
                 with pytest.raises(UserError, match=which):
                     call(wan, steps=STEPS)
                 wan.scheduler = own
+        with pytest.raises(UserError, match="fresh noise"):
+            wan.scheduler = others["fresh noise"]
+            attached(wan)
+    finally:
+        wan.scheduler = own
+
+
+def test_steps_are_eulers_where_the_pipelines_own_are_not(wan, caplog):
+    own, unipc = wan.scheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    with attached(wan):
+        expected = call(wan, steps=STEPS)
+    try:
+        wan.scheduler = published = UniPCMultistepScheduler(**unipc, flow_shift=SHIFT)
+        with caplog.at_level("INFO"), attached(wan):
+            torch.testing.assert_close(call(wan, steps=STEPS), expected)
+        assert wan.scheduler is published and "in place of the UniPCMultistepScheduler" in caplog.text
+        wan.scheduler = elsewhere = UniPCMultistepScheduler(**unipc, flow_shift=9.0)
+        with pytest.raises(UserError, match="grid of shift 3"):
+            attached(wan)
+        assert wan.scheduler is elsewhere
     finally:
         wan.scheduler = own
 

@@ -9,6 +9,7 @@ sequential offload before.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,7 +24,7 @@ from vidaccel.cache.checks import check_forecaster, check_pipeline
 from vidaccel.cache.policy import FullSteps
 from vidaccel.cache.schedule import Schedule, pick, read_schedules, schedules_of
 from vidaccel.cache.schedule import every as every_nth
-from vidaccel.cache.whole_pass import WholePass, check_sampler, require_free
+from vidaccel.cache.whole_pass import WholePass, require_free, takes_euler_steps
 from vidaccel.compat.diffusers import execution_device
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
@@ -34,7 +35,7 @@ from vidaccel.forecasters.base import Forecaster, Making
 from vidaccel.forecasters.checkpoint import PUBLISHED, SCHEDULE_FILE, kind_of, of_another, schedules_for
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.forecasters.multistep import FittedList, Multistep
-from vidaccel.forecasters.registry import attachable, forecaster_class
+from vidaccel.forecasters.registry import FORECASTERS, attachable, forecaster_class
 from vidaccel.models.conditioning import Conditioning
 from vidaccel.models.files import local_path
 from vidaccel.models.grid import Grid, check_boundary, on_grid, running_grid, shift_of
@@ -43,6 +44,8 @@ from vidaccel.models.own_call import loaded_of
 from vidaccel.models.step_hook import step_hook_of
 from vidaccel.models.unchanged import Sample, changed, pipeline_sample, stored_sample
 from vidaccel.models.weight_hashes import student_hashes
+
+log = logging.getLogger(__name__)
 
 
 def attach(
@@ -98,7 +101,7 @@ def attach(
     with ExitStack() as stack:
         stack.enter_context(on_grid(pipe, grid=grid))
         which = (grid.steps if grid else steps, full_steps, every, budget, schedule)
-        attachment = _attached(pipe, loaded, family, predictor, which, force)
+        attachment = _attached(pipe, loaded, family, predictor, which, force, stack)
         attachment.leaving = stack.pop_all()
     return attachment
 
@@ -111,6 +114,7 @@ def named_predictor(name: str | Path) -> str | Path:
     path = local_path(name)
     if not name or not path.exists():
         hint = f"a predictor is a folder, a released file of weights, or one of: {', '.join(attachable())}"
+        hint += f"; vidaccel train-predictor forecaster={name} makes one" if name in FORECASTERS else ""
         raise UserError(f"there is no folder {name}", f"{hint}; nothing is downloaded")
     return path
 
@@ -122,8 +126,10 @@ def _attached(
     predictor: str | Path | Forecaster | Multistep,
     which: tuple,
     force: bool,
+    leaving: ExitStack,
 ) -> Attachment | WholePass:
-    """What `attach` gives, on the grid that the pipeline has; `which` are its arguments that say the full steps."""
+    """What `attach` gives, on the grid that the pipeline has; `which` are its arguments that say the full steps, and
+    `leaving` is closed when it is taken off."""
     check_pipeline(pipe, family)
     require_free(pipe, family)
     if isinstance(predictor, str | Path):
@@ -153,7 +159,7 @@ def _attached(
         hint = "say which steps are full (every=3), or search a schedule"
         check_boundary("the schedule is", chosen.boundary, pipe, family, hint)
     if isinstance(forecaster, Multistep):
-        return _under_scalars(pipe, family, forecaster, chosen, force)
+        return _under_scalars(pipe, family, forecaster, chosen, force, leaving)
     scalars = None
     if isinstance(forecaster, Predictor):
         scalars = forecaster.scalars
@@ -166,7 +172,7 @@ def _attached(
     if bound and shift is not None and bound.grid.shift is not None:  # other grids show when a generation begins
         bound.check(Grid.shifted(chosen.steps, shift))
     attached = partial(Attachment, pipe, family, forecaster, FullSteps(chosen.full_steps, chosen.steps), bound)
-    return _under_scalars(pipe, family, scalars, chosen, force, attached) if scalars else attached()
+    return _under_scalars(pipe, family, scalars, chosen, force, leaving, attached) if scalars else attached()
 
 
 def _refuse_without_r(transformer: Any, family: DiTFamily) -> None:
@@ -213,6 +219,10 @@ def _schedule(predictor, steps, full_steps, every, budget, schedule) -> Schedule
         schedule = predictor / SCHEDULE_FILE
     if schedule is None:
         hint = "every=3 makes each third one full, full_steps=[0, 1, 4] names them, schedule= has them from a file"
+        if budget is not None:
+            search = f"vidaccel train-predictor forecaster={predictor} student=MODEL prompts=FILE finds the best"
+            hint = f"{hint}; {search}" if isinstance(predictor, str) else hint
+            raise UserError(f"budget={budget} says how many steps are full, and nothing which", hint)
         raise UserError("nothing says which steps are full", hint)
     if not isinstance(schedule, Schedule):
         if isinstance(predictor, Path) and not Path(schedule).exists():
@@ -243,11 +253,11 @@ def _under_scalars(
     multistep: Multistep,
     chosen: Schedule,
     force: bool,
+    leaving: ExitStack,
     beneath: Callable[[], Attachment] | None = None,
 ) -> WholePass:
     """The pipeline under the scalars of these full steps, where they are on top of a network with what attaches that
-    beneath; `UserError` unless they were fitted to its grid."""
-    check_sampler(pipe.scheduler)
+    beneath; `UserError` unless they were fitted to its grid. Until `leaving` is closed its steps are Euler's."""
     scalars = _fitted(multistep, chosen, pipe, family)
     if scalars is None:
         raise multistep.lacking(chosen.full_steps, chosen.steps, chosen.times)
@@ -259,6 +269,10 @@ def _under_scalars(
     shift = shift_of(pipe.scheduler, family)
     if shift is not None and scalars.shift is not None:
         bound.check(Grid.shifted(chosen.steps, shift))
+    if not takes_euler_steps(pipe.scheduler):
+        own = type(pipe.scheduler).__name__
+        leaving.enter_context(on_grid(pipe, grid=scalars.grid))
+        log.info("sampled by flow-match Euler, to whose steps the scalars are fitted, in place of the %s", own)
 
     def check_grid() -> None:
         bound.check(running_grid(pipe.scheduler, family))

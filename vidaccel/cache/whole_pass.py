@@ -45,11 +45,16 @@ class Left(NamedTuple):
     u: Tensor
 
 
+def takes_euler_steps(scheduler: Any) -> bool:
+    """Whether a step is Euler's: x_r = x_t - (t - r) u is what scalars are fitted to."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
 def check_sampler(scheduler: Any) -> None:
-    """`UserError` unless a step is Euler's: x_r = x_t - (t - r) u is what scalars are fitted to."""
+    """`UserError` unless a step is Euler's."""
     name = type(scheduler).__name__
     hint = "sample with FlowMatchEulerDiscreteScheduler, as vidaccel.load_pipeline does for students"
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if not takes_euler_steps(scheduler):
         raise UserError(f"scalars are fitted to steps of flow-match Euler, and the pipeline's are the {name}'s", hint)
 
 

@@ -335,7 +335,7 @@ def on_grid(pipe: DiffusionPipeline, shift: float | None = None, grid: Grid | No
     own.
 
     Raises:
-        UserError: its scheduler has no fixed shift, or its model predicts no flow.
+        UserError: its scheduler can be given no shift, or its model predicts no flow.
     """
     own = pipe.scheduler
     if grid is not None:
@@ -356,6 +356,8 @@ def _shifted(own: Any, shift: float) -> Any:
     if own.config.get("invert_sigmas"):  # whose pipeline gives times of its own to any other
         return GridScheduler.from_config(own.config, shift=shift)
     key = next((key for key in ("shift", "flow_shift") if key in own.config), None)
+    if own.config.get("use_dynamic_shifting") and isinstance(own, FlowMatchEulerDiscreteScheduler):
+        return GridScheduler(own.config.get("num_train_timesteps", 1000), shift)
     if key is None or own.config.get("use_dynamic_shifting"):
         why = "takes it from the size of the video" if key else "knows none"
         raise UserError(f"shift={shift:g}, and the model's {type(own).__name__} {why}", "leave shift= out")
