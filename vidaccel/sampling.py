@@ -111,7 +111,9 @@ def check_predictor(config: GenerateConfig) -> None:
         return
     for key in SCHEDULED_BY:
         if getattr(config, key) is not None:
-            raise UserError(f"{key}={getattr(config, key)} without a predictor", "name one: predictor=FOLDER")
+            raise UserError(
+                f"{key}={getattr(config, key)} without a predictor", "name one: predictor=reuse, or a folder"
+            )
 
 
 @contextmanager

@@ -478,6 +478,7 @@ def test_on_a_fused_model_the_predictor_is_fused_too(trained):
     ("arguments", "message"),
     [
         ({"predictor": "reuse"}, "nothing says which steps are full"),
+        ({"predictor": "reuse", "budget": 2}, "how many .* and nothing which\nhint: .* forecaster=reuse student="),
         ({"predictor": "reuse", "full_steps": [0]}, "came without steps="),
         ({"predictor": "reuse", "steps": 4, "full_steps": [0, 4]}, r"lists \[4\], and there are 4 steps"),
         ({"predictor": "reuse", "steps": 4, "full_steps": [1, 2]}, "does not start at 0"),

@@ -143,6 +143,7 @@ def test_predicted_steps_are_counted_and_said(students):
         (["predictor=reuse", "full_steps=[0,4]"], "there are 4 steps"),
         (["predictor=nowhere", "full_steps=[0]"], "there is no folder nowhere"),
         (["predictor="], "there is no folder"),
+        (["predictor=multistep", "every=2"], "train-predictor forecaster=multistep makes one"),
     ],
 )
 def test_predicted_steps_that_cannot_be_meant(students, words, message):

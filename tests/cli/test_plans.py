@@ -103,6 +103,12 @@ def test_refusals(words, said):
     assert said[0] in error and said[1] in hint + error
 
 
+@pytest.mark.parametrize("words", ["distill teacher=", "train-predictor student="])
+def test_what_is_not_trained_is_not_planned(saved, words):
+    result = run(*f"{words}{saved('sana_video')}".split(), "--plan")
+    assert result.exit_code == 2 and "Sana-Video puts an instruction" in result.stderr
+
+
 def test_with_debug_the_error_itself_comes_out():
     result = run(*DISTILL, "--plan", "gpu=h9000", "--debug")
     assert isinstance(result.exception, UserError)

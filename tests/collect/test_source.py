@@ -180,3 +180,9 @@ def test_prompts_alone_have_the_latents_shape_of_a_model_that_names_no_output_ch
     assert tensors["latent"].shape[0] == model.pipe.transformer.config.in_channels and record == {
         "caption": "a red circle"
     }
+
+
+def test_prompts_alone_begin_no_video_with_an_image():
+    model = LoadedPipeline(None, FAMILIES["wan_i2v"], "here", SIZE, {})
+    with pytest.raises(UserError, match="begins its videos with an image.*\n.*data=FOLDER"):
+        EncodedPrompts(model, Prompts(("a red circle",)), CollectConfig())

@@ -27,6 +27,7 @@ from vidaccel.bench.planned_model import planned_model
 from vidaccel.config.distill import DistillConfig
 from vidaccel.config.plan import PlanConfig
 from vidaccel.models.conditioning import Conditioning, ConditioningConfig, embedding_width
+from vidaccel.models.grid import require_trainable
 from vidaccel.train.clips import GATE_SHARE, LARGE, gate_samples
 from vidaccel.train.distill import EVALUATION_PASSES, SHEET_PROMPTS
 from vidaccel.train.methods import method_of
@@ -44,12 +45,13 @@ def plan_distillation(
         named: whether the user named the teacher, and not that configuration.
 
     Raises:
-        UserError: nothing says how large the teacher is, or it makes no such videos.
+        UserError: nothing says how large the teacher is, it makes no such videos, or its family is not distilled.
     """
     method = method_of(config.method)
     if isinstance(method, OtherTraining):
         return pkgutil.resolve_name(method.plan)(config, plan, conf, named)
     model = planned_model(config.teacher, plan, conf, named, asked_size(config))
+    require_trainable(model.family, "distillation")
     costs, train = Costs(model), config.train
     settings = config.own_settings
     target_passes: Passes = method.passes(settings if settings is None else method.resolved(settings))

@@ -29,7 +29,7 @@ from vidaccel.config.plan import PlanConfig
 from vidaccel.config.predictor import PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.forecasters.learned import Predictor
-from vidaccel.models.grid import Grid
+from vidaccel.models.grid import Grid, require_trainable
 from vidaccel.train.predictor.discriminator import Discriminator
 from vidaccel.train.predictor.search import passes_of_lists, passes_of_search
 from vidaccel.train.predictor.served import check_lists, default_lists, leading
@@ -43,6 +43,7 @@ def plan_predictor(
 ) -> TrainingPlan:
     """What `vidaccel train-predictor` costs; arguments and errors as of `plan_distillation`."""
     model = planned_model(config.student, plan, conf, named, asked_size(config))
+    require_trainable(model.family, "the training of a predictor")
     costs = Costs(model, config.blocks, config.history)
     steps = config.steps or model.call.get("steps") or STEPS
     notes = [] if config.steps or "steps" in model.call else [f"the student makes {STEPS} steps (steps= says others)"]

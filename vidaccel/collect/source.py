@@ -28,7 +28,7 @@ from vidaccel.data.video import BadClip
 from vidaccel.errors import UserError
 from vidaccel.families.base import DiTFamily
 from vidaccel.families.walk import denoisers_of, latent_channels
-from vidaccel.models.calling import check_image, check_sizes, latent_size
+from vidaccel.models.calling import IMAGES_OF_CLIPS, check_image, check_sizes, latent_size
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.worlds import WORLDS, world
 
@@ -171,7 +171,7 @@ class EncodedPrompts(EncodedSource):
     def __init__(self, loaded: LoadedPipeline, prompts: Prompts, config: CollectConfig):
         """Raises `UserError` where videos begin with an image, or the model cannot make such as `config` names."""
         super().__init__(loaded, prompts)
-        check_image(loaded.family, given=False)
+        check_image(loaded.family, given=False, hint=IMAGES_OF_CLIPS)
         transformer = denoisers_of(loaded.pipe, loaded.family)[0]
         shape = (latent_channels(transformer), *latent_size(loaded, **size_of(loaded, config)))
         self._latent = torch.empty(shape, device="meta")

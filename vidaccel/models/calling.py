@@ -278,14 +278,19 @@ def sized_by_image(pipe: Any, height: int, width: int) -> tuple[int, int]:
     return pipe.video_processor.calculate_default_height_width(height=height, width=width, target_size=pipe.target_size)
 
 
-def check_image(family: DiTFamily, given: bool) -> None:
-    """`UserError` for an image that the family's pipelines do not take, and for none where they begin with one."""
+GIVE_IMAGE = "give one: --image FILE (generate), images=FOLDER, one for each prompt (benchmark)"
+IMAGES_OF_CLIPS = "take clips in place of prompts=, whose first frames are the images: data=FOLDER, or features=FOLDER"
+
+
+def check_image(family: DiTFamily, given: bool, hint: str = GIVE_IMAGE) -> None:
+    """`UserError` for an image that the family's pipelines do not take, and for none where they begin with one; `hint`
+    says how one is given."""
     if given and not family.begins_with_image:
         raise UserError(
             f"an image was given, and {family.title} makes videos of text alone", "leave it out, or take another model"
         )
     if family.begins_with_image and not given:
-        raise UserError(f"{family.title} begins its videos with an image, and none was given", "give one: --image FILE")
+        raise UserError(f"{family.title} begins its videos with an image, and none was given", hint)
 
 
 def refuse_misfits(title: str, size_steps: tuple[int, int], *, num_frames: int, height: int, width: int) -> None:

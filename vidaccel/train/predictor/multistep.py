@@ -39,7 +39,7 @@ from vidaccel.forecasters.multistep import (
     MultistepConfig,
 )
 from vidaccel.locks import locked
-from vidaccel.models.calling import check_image, guidance_in_force, video_size
+from vidaccel.models.calling import IMAGES_OF_CLIPS, check_image, guidance_in_force, video_size
 from vidaccel.models.loading import LoadedPipeline, load_named
 from vidaccel.models.weight_hashes import student_hash, student_hashes
 from vidaccel.prompts import prompts_in
@@ -131,7 +131,7 @@ def runs_of(
     asked, wanted = _collected(config), config.runs + config.checked_prompts
     images = None
     if config.prompts is not None:
-        check_image(loaded.family, given=False)
+        check_image(loaded.family, given=False, hint=IMAGES_OF_CLIPS)
         captions = prompts_in(Path(config.prompts))[:wanted]
     elif config.features is None:
         source = open_source(loaded, asked)
