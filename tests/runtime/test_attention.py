@@ -66,7 +66,10 @@ def test_the_fastest_of_the_exact_ones_is_taken_and_said(monkeypatch, caplog):
     rows.clear()
     assert fastest(given, CUDA) == "native"
     rows["_native_cudnn"] = Measured(1.0, 0.0)
-    assert fastest(given, torch.device("cpu")) == "native"
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="vidaccel"):
+        assert fastest(given, torch.device("cpu")) == "native"
+    assert "attention: auto is native on cpu" in caplog.text
 
 
 def test_auto_is_asked_for_the_attention_of_the_video(saved, monkeypatch):

@@ -192,8 +192,12 @@ def images_of(source: ClipSource, indices: Sequence[int], family: DiTFamily) -> 
     return [first_frames(source[i][0][None])[0] for i in indices]
 
 
-def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
-    """The clips that `config` names, at the size and rate it names or else the model's own.
+OR_PROMPTS = "; texts alone do too: prompts=FILE, one a line"
+
+
+def open_source(loaded: LoadedPipeline, config: CollectConfig, instead: str = "") -> ClipSource:
+    """The clips that `config` names, at the size and rate it names or else the model's own; `instead` goes on with the
+    hint where it names none.
 
     Raises:
         UserError: the model cannot make videos of this size, the folder has too few usable clips, or there is no folder
@@ -207,9 +211,10 @@ def open_source(loaded: LoadedPipeline, config: CollectConfig) -> ClipSource:
     for name in WORLDS:
         if (source := world(name).clip_source(loaded, config.clips, config.seed, size, fps)) is not None:
             return source
+    instead = "" if loaded.family.begins_with_image else instead
     raise UserError(
         f"there are no clips: {loaded.source} is no model of a world whose clips can be rendered ({', '.join(WORLDS)})",
-        "give a folder of videos with captions.jsonl: data=FOLDER",
+        f"give a folder of videos with captions.jsonl: data=FOLDER{instead}",
     )
 
 

@@ -10,6 +10,7 @@ is then a plain transformer, W + scale B A, whose blocks can be copied, fused an
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,9 @@ def _add(pipe: DiffusionPipeline, family: DiTFamily, adapter: Adapter) -> None:
     weights = _matched(adapter, weights, transformer, hint)
     with reading(adapter.file, hint):
         transformer.load_lora_adapter(weights, prefix=None, adapter_name=ADAPTER, metadata=_bare(metadata, prefix))
-        loaded = set(get_peft_model_state_dict(transformer, adapter_name=ADAPTER))
+        with warnings.catch_warnings():  # PEFT takes the bias of a matrix for a shard of DeepSpeed's
+            warnings.filterwarnings("ignore", "Adapter .* invalid shape")
+            loaded = set(get_peft_model_state_dict(transformer, adapter_name=ADAPTER))
         _refuse(adapter.file, weights.keys() - loaded, "no place for", hint)
         transformer.fuse_lora(lora_scale=adapter.scale, safe_fusing=True)  # that is, refuse what is not finite
         transformer.unload_lora()

@@ -52,6 +52,7 @@ class Measured(NamedTuple):
 def fastest(attention: Attention, device: torch.device) -> str:
     """The name of the backend for `device`: `native` where there is no choice, as on a CPU."""
     if device.type != "cuda":
+        log.info("attention: auto is %s on %s, where there is no choice", OWN, device.type)
         return OWN
     found = measured(attention, device)
     near = {name: row for name, row in found.items() if row.distance <= FARTHEST}

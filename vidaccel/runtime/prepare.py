@@ -79,13 +79,15 @@ def prepare(loaded: LoadedPipeline, config: RuntimeConfig, device: torch.device 
     kernels = select.choose(config.kernels, device)
     if config.kernels == "auto" and loaded.family.fused is None:
         kernels = "reference"
+    if config.trim_text and not masks_text(loaded.family):
+        logger.info("trim_text: %s masks no text, so there is nothing to cut", loaded.family.title)
     for transformer in transformers:
         _check_fits(transformer, loaded.family, config, device)
         if kernels == "fused":
             fuse(transformer, config.kernels, device)
         if config.attention != process_attention():
             _set_attention(transformer, config.attention)
-        if config.trim_text:
+        if config.trim_text and masks_text(loaded.family):
             _trim(transformer, loaded.family, config.attention)
         if config.quantize != "none":
             # What brings activations to fp8 is no part of the stock model: by default it is what is fastest.
@@ -169,9 +171,6 @@ def _set_attention(transformer: nn.Module, name: str) -> None:
 
 
 def _trim(transformer: nn.Module, family: DiTFamily, attention: str) -> None:
-    if not masks_text(family):
-        logger.info("trim_text: %s masks no text, so there is nothing to cut", family.title)
-        return
     trim_text(transformer, family, None if attention in MASKED_ATTENTION else f"attention={attention}")
 
 

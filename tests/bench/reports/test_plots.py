@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tests.bench.test_results import RUN
-from vidaccel.bench.reports.frontier import _best, _errors, _of_one_model, frontier
+from vidaccel.bench.reports.frontier import _best, _costs, _errors, _of_one_model, frontier
 from vidaccel.bench.reports.plots import _label, pareto
 
 
@@ -70,6 +70,14 @@ def test_another_decoder_is_another_model():
     for run in results["runs"][:2]:
         run["settings"] = run["settings"] | {"decoder": "runs/narrow"}
     assert {run["settings"].get("decoder") for run in _of_one_model(results)} == {None}
+
+
+def test_costs_that_lie_close_together_have_ticks_too():
+    axes = Figure().add_subplot()
+    _costs(axes, [28.2, 44.0])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["30", "35", "40", "45"]
+    _costs(axes, [2.0, 50.0])
+    assert [label.get_text() for label in axes.get_xticklabels()][:3] == ["2", "3", "4"]
 
 
 def test_the_frontier_has_a_panel_for_what_was_measured():

@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vidaccel.bench.measures.pairs import draws, interval
 from vidaccel.bench.reports.themes import DARK, LIGHT
@@ -187,6 +188,8 @@ def _costs(axes: Axes, costs: Sequence[float]) -> None:
     """The axis that all panels share."""
     least, most = 0.9 * min(costs), 1.1 * max(costs)
     ticks = [tick for tick in TICKS if least <= tick <= most]
+    if len(ticks) < 3:  # what was measured lies close together
+        ticks = [round(tick) for tick in MaxNLocator(5, integer=True).tick_values(least, most) if least <= tick <= most]
     about = "what a video costs, in full passes of the same model (by FLOPs)\nbands: 95 %, in pairs of prompt and noise"
     axes.set(xscale="log", xlim=(least, most), xlabel=about)
     axes.set_xticks(ticks, list(map(str, ticks)))

@@ -24,7 +24,7 @@ from vidaccel.cache.policy import check_full_steps
 from vidaccel.cache.schedule import Schedule, candidates, read_schedules, write_schedules
 from vidaccel.collect.encode import IMAGE, LATENT, as_array
 from vidaccel.collect.features import called_like, check_conditions, open_features
-from vidaccel.collect.source import images_of, open_source
+from vidaccel.collect.source import OR_PROMPTS, images_of, open_source
 from vidaccel.collect.trajectories import TrajectorySampler
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
@@ -134,7 +134,7 @@ def runs_of(
         check_image(loaded.family, given=False, hint=IMAGES_OF_CLIPS)
         captions = prompts_in(Path(config.prompts))[:wanted]
     elif config.features is None:
-        source = open_source(loaded, asked)
+        source = open_source(loaded, asked, OR_PROMPTS)
         chosen = range(min(wanted, len(source)))
         captions, images = [source.record(i)["caption"] for i in chosen], images_of(source, chosen, loaded.family)
     else:

@@ -24,7 +24,7 @@ from vidaccel.cache.trunks import Trunks
 from vidaccel.collect.bank import Bank
 from vidaccel.collect.encode import encode_texts
 from vidaccel.collect.features import called_like, check_tensors, open_features
-from vidaccel.collect.source import EncodedPrompts, EncodedSource, Prompts, open_source
+from vidaccel.collect.source import OR_PROMPTS, EncodedPrompts, EncodedSource, Prompts, open_source
 from vidaccel.config import loader as configuration
 from vidaccel.config.checks import CLIP_SIZE
 from vidaccel.config.collect import CollectConfig
@@ -331,7 +331,7 @@ def _open_data(loaded: LoadedPipeline, config: PredictorConfig) -> tuple[Data, d
     if config.prompts is not None:
         prompts = Prompts(tuple(prompts_in(Path(config.prompts))))
         return EncodedPrompts(loaded, prompts, clips), {"clips": len(prompts)} | prompts.fingerprint
-    source = open_source(loaded, clips)
+    source = open_source(loaded, clips, "" if config.forecaster == "learned" else OR_PROMPTS)
     return EncodedSource(loaded, source), {"clips": len(source)} | source.fingerprint
 
 
