@@ -261,7 +261,7 @@ def test_other_grids_lists_models_and_guidance_are_refused(wan):
     elsewhere = replace(SCALARS, times=None, shift=5.0)
     with pytest.raises(UserError, match="grid of shift 5") as caught:
         attached(wan, lists=(elsewhere,))
-    assert "forecaster=multistep shift=3" in caught.value.hint
+    assert "its grid (shift=5)" in caught.value.hint and "forecaster=multistep shift=3" in caught.value.hint
     with attached(wan):
         with pytest.raises(UserError, match="for 5 steps, and the pipeline runs 4"):
             call(wan, steps=4)

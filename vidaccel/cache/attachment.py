@@ -42,10 +42,11 @@ class Bound:
     def check(self, running: Grid) -> None:
         """`UserError` unless a sampling on that grid is one on this."""
         if not self.grid.fits(running.times):
+            its = "" if self.grid.shift is None else f" (shift={self.grid.shift:g})"
             how = "" if running.shift is None else f": {self.remedy.format(shift=running.shift)}"
             raise UserError(
                 f"{self.what} is for the grid of {self.grid}, and the pipeline is on that of {running}",
-                f"sample on its grid, {self.hint}{how}",
+                f"sample on its grid{its}, {self.hint}{how}",
             )
 
 
