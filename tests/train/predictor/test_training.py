@@ -24,6 +24,7 @@ from vidaccel.config.predictor import DiscriminatorConfig, PredictorConfig
 from vidaccel.config.training import TrainConfig
 from vidaccel.data.shards import ShardFolder
 from vidaccel.errors import TrainingFailed, UserError
+from vidaccel.families.wan import WAN
 from vidaccel.forecasters.learned import Predictor
 from vidaccel.models.grid import Grid
 from vidaccel.models.loading import load_pipeline
@@ -31,7 +32,7 @@ from vidaccel.models.weight_hashes import student_hash
 from vidaccel.train.objective import generator_for
 from vidaccel.train.predictor import training as module
 from vidaccel.train.predictor import trajectories as runs_module
-from vidaccel.train.predictor.task import _sampling, task_of
+from vidaccel.train.predictor.task import _sampling, refuse_several, task_of
 from vidaccel.train.predictor.training import train_predictor
 
 FAMILIES = ("hunyuan_video", "wan")
@@ -416,15 +417,12 @@ def test_schedules_are_not_searched_for_another_student(world, trained, tmp_path
     assert f"{own} (" in caught.value.message and str(other) in caught.value.message and own in caught.value.hint
 
 
-def test_a_family_with_two_denoisers_is_refused(world, tmp_path, monkeypatch):
-    plain = module.load_named
-
-    def doubled(*args, **kwargs):
-        loaded = plain(*args, **kwargs)
-        return replace(loaded, family=replace(loaded.family, denoisers=loaded.family.denoisers * 2))
-
-    monkeypatch.setattr(module, "load_named", doubled)
-    assert "denoises with 2 transformers" in refused(world, tmp_path)
+def test_what_is_fitted_to_one_transformer_is_refused_for_two():
+    family = replace(WAN, denoisers=WAN.denoisers * 2)
+    with pytest.raises(UserError, match="denoises with 2 transformers, and forecaster=linear is fitted to one"):
+        refuse_several(family, PredictorConfig(forecaster="linear"))
+    refuse_several(family, PredictorConfig())
+    refuse_several(WAN, PredictorConfig(forecaster="linear"))
 
 
 def test_a_model_without_r_and_guidance_can_have_a_predictor(world, tmp_path):
