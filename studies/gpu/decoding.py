@@ -1,8 +1,6 @@
 """HunyuanVideo's autoencoder, with random weights, as its latents become frames: in diffusers' own tiles and as
 vidaccel/runtime/decode.py has it; and attention, as vidaccel/runtime/attention.py measures it."""
 
-from unittest import mock
-
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from torch import Tensor
@@ -11,12 +9,12 @@ from studies.gpu.measure import CUDA, DEVICE, Rows
 from studies.gpu.model import FAMILY, Shape
 from vidaccel.models.loading import LoadedPipeline
 from vidaccel.runtime import attention
-from vidaccel.runtime import decode as runtime
+from vidaccel.runtime.decode import decoding
 
 STOCK = "stock tiles"
 """What users of diffusers enable for videos of this size; its own chunks in time."""
-WAYS = (STOCK, "auto", "once", "once, any tensor", "whole, any tensor", "once, channels last", "tiled")
-"""Words are settings of `decode`; the limit to what a tensor may hold is lifted for some."""
+WAYS = (STOCK, "auto", "once", "whole", "once, channels last", "tiled")
+"""The first word of the others is the setting of `decode`."""
 
 
 def autoencoder(shape: Shape) -> LoadedPipeline:
@@ -44,11 +42,7 @@ def decode(loaded: LoadedPipeline, latents: Tensor, way: str) -> Tensor:
             vae.disable_tiling()
     T, height, width = latents.shape[2:]
     loaded.decode = way.split(",")[0]
-    largest = 2**62 if "any tensor" in way else runtime.LARGEST
-    with (
-        mock.patch.object(runtime, "LARGEST", largest),
-        runtime.decoding(loaded, len(z), num_frames=4 * (T - 1) + 1, height=8 * height, width=8 * width),
-    ):
+    with decoding(loaded, len(z), num_frames=4 * (T - 1) + 1, height=8 * height, width=8 * width):
         return vae.decode(z).sample
 
 

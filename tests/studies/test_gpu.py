@@ -16,7 +16,7 @@ EVERYTHING = f"{FUSED}, compiled"
 SAMPLERS = ("8 full of 20", "4 full of 8")
 WANTED = {
     "fp8": {"bf16", "fp8", "fp8, product alone", FUSED, f"{FUSED}, fp8"},
-    "decode": {"stock tiles", "auto", "once", "tiled", "once, channels last", "whole, any tensor"},
+    "decode": {"stock tiles", "auto", "once", "tiled", "once, channels last", "whole"},
     "attention": {"native", "native, masked"},
     "predictor": {"squared error", "adversarial"},
     "distillation": {"rollout, adapters", "derivative, adapters"},

@@ -78,7 +78,7 @@ class Traced(NamedTuple):
     frames: int
     """Bytes of the frames."""
     largest: int
-    """Elements of the largest tensor but those."""
+    """Elements of the largest tensor."""
 
 
 _traces: WeakKeyDictionary[nn.Module, dict[tuple, Traced]] = WeakKeyDictionary()
@@ -242,7 +242,7 @@ def _computed(vae: Any, latent: tuple[int, ...], way: Way) -> int:
     if chunks := _chunk(vae, way.chunk):
         ratio = vae.temporal_compression_ratio
         length, stride = (chunks[name] // ratio for name in (CHUNK, STRIDE))
-        frames = sum(ratio * (each - 1) + 1 for each in ([T] if length >= T else _pieces(T, length + 1, stride)))
+        frames = sum(_frames(vae, each) for each in ([T] if length >= T else _pieces(T, length + 1, stride)))
     return area * frames
 
 

@@ -114,11 +114,10 @@ def _fastest_attention(loaded: LoadedPipeline, config: RuntimeConfig, transforme
         size = max(several, key=math.prod)
     latent = latent_size(loaded, **dict(zip(SIZE, size, strict=True)))
     sides = zip(latent, patch_of(transformer), strict=True)
-    linear = next(m for m in _first_block(transformer, loaded.family).modules() if isinstance(m, nn.Linear))
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     masked = masks_text(loaded.family) and not config.trim_text
     tokens = math.prod(side // patch for side, patch in sides)
-    return fastest(Attention(tokens, heads, width, linear.weight.dtype, masked), device)
+    return fastest(Attention(tokens, heads, width, _dtype(transformer, loaded.family), masked), device)
 
 
 def _check_attention(name: str, device: torch.device) -> None:
@@ -137,8 +136,9 @@ def _check_attention(name: str, device: torch.device) -> None:
 
 def _check_fits(transformer: nn.Module, family: DiTFamily, config: RuntimeConfig, device: torch.device) -> None:
     """Whether the model's types, head width and masks are what the attention backend and the quantiser take."""
-    linear = next(m for m in _first_block(transformer, family).modules() if isinstance(m, nn.Linear))
-    probe = torch.empty(1, 1, 1, transformer.config.attention_head_dim, dtype=linear.weight.dtype, device=device)
+    probe = torch.empty(
+        1, 1, 1, transformer.config.attention_head_dim, dtype=_dtype(transformer, family), device=device
+    )
     try:
         for fits in attention_constraints(config.attention):
             fits(query=probe, key=probe, value=probe, attn_mask=None, is_causal=False)
@@ -174,5 +174,7 @@ def _trim(transformer: nn.Module, family: DiTFamily, attention: str) -> None:
     trim_text(transformer, family, None if attention in MASKED_ATTENTION else f"attention={attention}")
 
 
-def _first_block(transformer: nn.Module, family: DiTFamily) -> nn.Module:
-    return blocks_of(transformer, family)[0][1]
+def _dtype(transformer: nn.Module, family: DiTFamily) -> torch.dtype:
+    """What its blocks compute in: some families keep other parts in float32."""
+    block = blocks_of(transformer, family)[0][1]
+    return next(part.weight.dtype for part in block.modules() if isinstance(part, nn.Linear))
